@@ -1,0 +1,390 @@
+"""Sampling on the CPU: the maps of stream.py as scalar code that LLVM vectorises.
+
+One kernel template, `_fill_rows`; the type of its `tag` argument selects the dtype and the type of `m` the map.
+Words stay in uint64 lanes and are masked only before a product, so that it becomes one vpmuludq for eight lanes.
+No fast-math: every + - x is rounded on its own, as the stream demands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+from . import stream
+from .sampling import Run
+from .stream import CentreMap, FarMap, Map, NarrowMap, NormalMap, TailMap, UniformMap
+
+_TASK = 1 << 19  # elements: below it a second thread costs more than it gives
+
+# The element types, as the kernel sees them: bfloat16 and float16 are written as their bits.
+_TAGS = {
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+}
+
+_U = np.uint64
+_MASK = _U(0xFFFFFFFF)
+_32 = _U(32)
+_M0, _M1 = (_U(m) for m in stream.PHILOX_M)
+_W0, _W1 = (_U(w) for w in stream.PHILOX_W)
+_ROUNDS = stream.PHILOX_ROUNDS
+
+_F = np.float32
+_LOW_BITS = int(_F(stream.LOG_LOW).view(np.int32))
+_LOG = tuple(_F(c) for c in stream.LOG)
+_LOG_STEP = _F(stream.LOG_STEP)
+_MAGIC = np.int32(stream.ROOT_MAGIC)
+_ROOT_A, _ROOT_B = _F(stream.ROOT_A), _F(stream.ROOT_B)
+_ANGLE = _F(stream.ANGLE)
+_SIN = tuple(_F(c) for c in stream.SIN)
+_COS = tuple(_F(c) for c in stream.COS)
+_CENTRE = tuple(_F(c) for c in stream.CENTRE)
+_TAIL = tuple(_F(c) for c in stream.TAIL)
+_FAR = tuple(_F(c) for c in stream.FAR)
+_SIGN = np.int32(-(1 << 31))
+_EXPONENT = np.int32(-(1 << 23))
+_ONE, _TWO, _HALF = _F(1), _F(2), _F(0.5)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing_context: Any, address: Any, tag: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(tag)(address, tag), generate
+
+
+@njit(forceinline=True)
+def _philox(block, k0, k1):  # type: ignore[no-untyped-def]
+    c0, c1, c2, c3 = block & _MASK, block >> _32, _U(0), _U(0)
+    for _ in range(_ROUNDS):
+        p0, p1 = _M0 * (c0 & _MASK), _M1 * (c2 & _MASK)
+        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1, (p0 >> _32) ^ c3 ^ k1, p0
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0 & _MASK, c1 & _MASK, c2 & _MASK, c3 & _MASK
+
+
+@njit(forceinline=True)
+def _real(bits):  # type: ignore[no-untyped-def]
+    return np.int32(bits).view(np.float32)
+
+
+@njit(forceinline=True)
+def _bits(x):  # type: ignore[no-untyped-def]
+    return np.float32(x).view(np.int32)
+
+
+@njit(forceinline=True)
+def _word_real(w):  # type: ignore[no-untyped-def]
+    return np.float32(np.uint32(w))
+
+
+@njit(forceinline=True)
+def _log_poly(f):  # type: ignore[no-untyped-def]
+    return (((((f + _LOG[4]) * f + _LOG[3]) * f + _LOG[2]) * f + _LOG[1]) * f + _LOG[0]) * f
+
+
+@njit(forceinline=True)
+def _scaled_log(x, unit):  # type: ignore[no-untyped-def]
+    offset = np.int32(unit << 23)
+    b = _bits(x)
+    k = np.int32(np.int32(b - np.int32(_LOW_BITS + offset)) & _EXPONENT)
+    f = _real(np.int32(b - k) - offset) - _ONE
+    return _log_poly(f) + np.float32(k) * _LOG_STEP
+
+
+@njit(forceinline=True)
+def _roots(x):  # type: ignore[no-untyped-def]
+    y = _real(_MAGIC - np.int32(_bits(x) >> np.int32(1)))
+    y = y * (_ROOT_A - (x * y) * y)
+    t = x * y
+    g = t * y - _ROOT_B
+    return t * g, y * g
+
+
+@njit(forceinline=True)
+def _box_muller(a, b):  # type: ignore[no-untyped-def]
+    r, _ = _roots(_scaled_log(_word_real(a) + _HALF, 32))
+    low = np.uint32(b)
+    x = np.float32(np.int32(low << np.uint32(1))) * _ANGLE
+    x2 = x * x
+    sine = ((x2 + _SIN[1]) * x2 + _SIN[0]) * x
+    cosine = ((x2 + _COS[2]) * x2 + _COS[1]) * x2 + _COS[0]
+    r = _real(_bits(r) ^ (np.int32(low) & _SIGN))
+    odd = (low & np.uint32(1)) != 0
+    first = sine if odd else cosine
+    second = cosine if odd else sine
+    return r * first, r * second
+
+
+@njit(forceinline=True)
+def _centre(w, m):  # type: ignore[no-untyped-def]
+    t = _word_real(w) * np.float32(m.scale) + np.float32(m.offset)
+    x = _scaled_log(_ONE - t * t, 0)
+    c = _CENTRE
+    y = (((c[7] * x + c[6]) * x + c[5]) * x + c[4]) * x + c[3]
+    return (((y * x + c[2]) * x + c[1]) * x + c[0]) * t
+
+
+@njit(forceinline=True)
+def _tail(w, m):  # type: ignore[no-untyped-def]
+    w = w ^ _U(m.flip)
+    below = w < _U(m.split)
+    p = _word_real(w if below else w ^ _MASK) * np.float32(m.scale)
+    p = p + (np.float32(m.below) if below else np.float32(m.above))
+    t = _ONE - p
+    b = _bits(p * (_TWO - p))
+    k = np.int32(np.int32(b - np.int32(_LOW_BITS)) & _EXPONENT)
+    f = _real(np.int32(b - k)) - _ONE
+    f = -(t * t) if k == 0 else f  # near 1 the product has lost the low bits of p
+    x = _log_poly(f) + np.float32(k) * _LOG_STEP
+    c = _TAIL
+    y = ((((c[10] * x + c[9]) * x + c[8]) * x + c[7]) * x + c[6]) * x + c[5]
+    y = ((((y * x + c[4]) * x + c[3]) * x + c[2]) * x + c[1]) * x + c[0]
+    z = y * _roots(x)[0]
+    return -z if below == (m.flip == 0) else z
+
+
+@njit(forceinline=True)
+def _far(w, m):  # type: ignore[no-untyped-def]
+    q = _word_real(w ^ _U(m.flip) ^ _MASK) * np.float32(m.scale) + np.float32(m.offset)
+    root, x = _roots(_scaled_log(q, 0) + np.float32(m.log_scale))
+    c = _FAR
+    y = (((c[7] * x + c[6]) * x + c[5]) * x + c[4]) * x + c[3]
+    z = (((y * x + c[2]) * x + c[1]) * x + c[0]) * root
+    return -z if m.flip != 0 else z
+
+
+@njit(forceinline=True)
+def _narrow(w, m):  # type: ignore[no-untyped-def]
+    x = _word_real(w) * np.float32(m.scale) + np.float32(m.offset)
+    y = ((np.float32(m.c10) * x + np.float32(m.c9)) * x + np.float32(m.c8)) * x + np.float32(m.c7)
+    y = (((y * x + np.float32(m.c6)) * x + np.float32(m.c5)) * x + np.float32(m.c4)) * x + np.float32(m.c3)
+    return ((y * x + np.float32(m.c2)) * x + _ONE) * x
+
+
+@njit(forceinline=True)
+def _clamp(x, low, high):  # type: ignore[no-untyped-def]
+    x = low if x < low else x
+    return high if x > high else x
+
+
+def _values(c0: Any, c1: Any, c2: Any, c3: Any, m: Any, tag: Any) -> Any: ...
+
+
+@overload(_values, jit_options={"forceinline": True})
+def _values_overload(c0, c1, c2, c3, m, tag):  # type: ignore[no-untyped-def]
+    """The four values of a block, in float32 (float64 for float64 tensors)."""
+    kind = np.float64 if tag == types.float64 else np.float32
+    law = m.instance_class
+
+    if law is UniformMap:
+
+        def one(w, m):  # type: ignore[no-untyped-def]
+            x = kind(np.float32(np.int32(w >> _U(8)))) * kind(m.scale) + kind(m.low)
+            return kind(m.top) if x > kind(m.top) else x
+
+    elif law is NarrowMap:
+
+        def one(w, m):  # type: ignore[no-untyped-def]
+            half = kind(m.half)
+            return _clamp(kind(_narrow(w, m)) * half + half + kind(m.low), kind(m.low), kind(m.high))
+
+    elif law is not NormalMap:
+        deviate = {CentreMap: _centre, TailMap: _tail, FarMap: _far}[law]
+
+        def one(w, m):  # type: ignore[no-untyped-def]
+            x = kind(deviate(w, m)) * kind(m.std)
+            x = x if m.mean == 0.0 else x + kind(m.mean)
+            return _clamp(x, kind(m.low), kind(m.high))
+
+    if law is NormalMap:
+
+        def values(c0, c1, c2, c3, m, tag):  # type: ignore[no-untyped-def]
+            z0, z1 = _box_muller(c0, c1)
+            z2, z3 = _box_muller(c2, c3)
+            std, mean = kind(m.std), kind(m.mean)
+            x0, x1, x2, x3 = kind(z0) * std, kind(z1) * std, kind(z2) * std, kind(z3) * std
+            if m.mean != 0.0:
+                x0, x1, x2, x3 = x0 + mean, x1 + mean, x2 + mean, x3 + mean
+            return x0, x1, x2, x3
+
+    else:
+        one = njit(forceinline=True)(one)
+
+        def values(c0, c1, c2, c3, m, tag):  # type: ignore[no-untyped-def]
+            return one(c0, m), one(c1, m), one(c2, m), one(c3, m)
+
+    return values
+
+
+def _rounded(x: Any, tag: Any) -> Any: ...
+
+
+@overload(_rounded, jit_options={"forceinline": True})
+def _rounded_overload(x, tag):  # type: ignore[no-untyped-def]
+    """x rounded once, to nearest even, and as the element type that the kernel stores."""
+    if tag == types.uint16:  # bfloat16
+
+        def rounded(x, tag):  # type: ignore[no-untyped-def]
+            b = np.uint32(_bits(x))
+            return np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    elif tag == types.int16:  # float16, in integers: not every CPU that numba serves can convert
+
+        def rounded(x, tag):  # type: ignore[no-untyped-def]
+            b = np.uint32(_bits(x))
+            sign = (b >> np.uint32(16)) & np.uint32(0x8000)
+            b = b & np.uint32(0x7FFFFFFF)
+            normal = (b - np.uint32(0x38000000) + np.uint32(0xFFF) + ((b >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+            # Below 2^-14 the spacing is 2^-24, that of float32 in [1/2, 1): adding 1/2 rounds.
+            tiny = np.uint32(_bits(_real(np.int32(b)) + _HALF)) - np.uint32(0x3F000000)
+            half = tiny if b < np.uint32(0x38800000) else normal
+            half = np.uint32(0x7C00) if b >= np.uint32(0x47800000) else half
+            return np.int16(sign | half)
+
+    else:
+
+        def rounded(x, tag):  # type: ignore[no-untyped-def]
+            return x
+
+    return rounded
+
+
+@njit(forceinline=True)
+def _block(block, k0, k1, tag, m):  # type: ignore[no-untyped-def]
+    c0, c1, c2, c3 = _philox(block, k0, k1)
+    x0, x1, x2, x3 = _values(c0, c1, c2, c3, m, tag)
+    return _rounded(x0, tag), _rounded(x1, tag), _rounded(x2, tag), _rounded(x3, tag)
+
+
+def _make_kernel(fingerprint: int) -> Any:
+    """The kernel, cached on disk where a place for it can be written.
+
+    Numba's cache knows this file's date and size, not those of stream.py, whose constants are compiled in: as a free
+    variable their fingerprint becomes part of the cache's key.
+    """
+
+    def _fill_rows(address, tag, start, rows, length, stride, key, m):  # type: ignore[no-untyped-def]
+        """Fill rows * length consecutive elements in memory; row r holds the elements from start + r * stride on."""
+        _ = fingerprint
+        k0, k1 = _U(key) & _MASK, _U(key) >> _32
+        memory = carray(_pointer(address, tag), rows * length)
+        for r in range(rows):
+            first = start + r * stride
+            end = first + length
+            base = r * length - first  # where element 0 would lie
+            head = min((first + 3) // 4 * 4, end)  # [first, head) and [tail, end) are parts of a block
+            tail = max(end // 4 * 4, head)
+            # Slices, indexed from 0: with computed offsets in the index LLVM does not merge the four stores.
+            out = memory[base + head : base + tail]
+            block = _U(head // 4)
+            for i in range((tail - head) // 4):
+                x0, x1, x2, x3 = _block(block + _U(i), k0, k1, tag, m)
+                out[4 * i] = x0
+                out[4 * i + 1] = x1
+                out[4 * i + 2] = x2
+                out[4 * i + 3] = x3
+            for low, high in ((first, head), (tail, end)):
+                if low < high:
+                    x = _block(_U(low // 4), k0, k1, tag, m)
+                    for i in range(low, high):
+                        memory[base + i] = x[i % 4]
+
+    try:
+        return njit(nogil=True, cache=True)(_fill_rows)
+    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
+        return njit(nogil=True)(_fill_rows)
+
+
+_constants = {name: value for name, value in vars(stream).items() if name.isupper()}
+_kernel = _make_kernel(zlib.crc32(repr(_constants).encode()))
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _forget_pool() -> None:
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)  # a fork copies the pool but not its threads
+
+
+def _shared_pool() -> ThreadPoolExecutor:
+    global _pool
+    with _pool_lock:
+        if _pool is None:  # it starts threads only as they are needed
+            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="initlab")
+        return _pool
+
+
+def _tasks(runs: Iterable[Run]) -> Iterator[tuple[int, Run]]:
+    """(elements before it in memory, run): pieces of about _TASK elements, cut between blocks."""
+    at = 0
+    for run in runs:
+        if run.length >= _TASK:
+            for r in range(run.rows):
+                first = run.start + r * run.stride
+                end = first + run.length
+                for low in range(first - first % 4, end, _TASK):
+                    begin, stop = max(low, first), min(low + _TASK, end)
+                    yield at, Run(begin, 1, stop - begin, 0)
+                    at += stop - begin
+        else:
+            step = _TASK // run.length
+            for r in range(0, run.rows, step):
+                rows = min(step, run.rows - r)
+                yield at, Run(run.start + r * run.stride, rows, run.length, run.stride)
+                at += rows * run.length
+
+
+def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
+    """Fill a contiguous CPU tensor with the elements that `runs` lists, on torch.get_num_threads() threads."""
+    tag = _TAGS[tensor.dtype]
+    address, size = tensor.data_ptr(), tensor.element_size()
+    key = key - (1 << 64) if key >> 63 else key  # the same bits, as the kernel's int64
+    threads = torch.get_num_threads() if tensor.numel() > _TASK else 1
+    if threads == 1:
+        at = 0
+        for run in runs:
+            _kernel(address + at * size, tag, *run, key, m)
+            at += run.rows * run.length
+        return
+
+    tasks = _tasks(runs)
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                task = next(tasks, None)
+            if task is None:
+                return
+            _kernel(address + task[0] * size, tag, *task[1], key, m)
+
+    helpers: list[Future[None]] = []
+    try:
+        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down: this thread does it all
+            helpers.extend(_shared_pool().submit(work) for _ in range(threads - 1))
+        work()
+    finally:  # also when interrupted: nobody may write into the tensor once it can be freed
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()

@@ -1,0 +1,422 @@
+"""Laws, regions and draws, and `fill_`, which fills tensors from the stream: check, choose an engine, fill.
+
+>>> import torch
+>>> from initlab.kernels import Draw, Normal, Region, fill_, named_key
+>>> key = named_key(0, "head.weight")
+>>> whole = torch.empty(6, 4)
+>>> fill_([Draw(whole, Normal(0.0, 0.02), key)])
+>>> shard = torch.empty(2, 4, dtype=torch.bfloat16)  # rows 4 and 5, as another rank would hold them
+>>> fill_([Draw(shard, Normal(0.0, 0.02), key, Region(shape=(6, 4), offsets=(4, 0), sizes=(2, 4)))])
+>>> torch.equal(shard, whole[4:].bfloat16())
+True
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import engines, stream
+
+_OFFERED = ("torch", "numba")
+_REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
+_SLAB = 1 << 20  # elements of scratch: what a tensor that is not contiguous is filled through
+_CHUNK = {"cpu": 1 << 18}  # elements the torch engine works on at once; intermediates take about 40 times as much
+_CHUNK_ELSEWHERE = 1 << 23
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Laws
+
+
+def _number(value: float, name: str, error: type[Exception]) -> float:
+    value = float(value)
+    if not math.isfinite(value):
+        raise error(f"{name} is {value}; it must be finite")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Uniform on [low, high); a constant where low == high.
+
+    Raises:
+        RuntimeError: if a bound is not finite, or low > high (the type that torch raises).
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        low, high = _number(self.low, "low", RuntimeError), _number(self.high, "high", RuntimeError)
+        if low > high:
+            raise RuntimeError(f"uniform on [{low}, {high}): low must not exceed high; swap them")
+        object.__setattr__(self, "low", low)
+        object.__setattr__(self, "high", high)
+
+
+@dataclass(frozen=True, slots=True)
+class Normal:
+    """Normal with this mean and standard deviation; a constant where std == 0.
+
+    Raises:
+        RuntimeError: if std is negative or NaN (the type that torch raises).
+        ValueError: if mean is not finite, or std is infinite.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        std = float(self.std)
+        if not std >= 0.0:
+            raise RuntimeError(f"normal expects std >= 0.0, but found std {std}")
+        object.__setattr__(self, "mean", _number(self.mean, "mean", ValueError))
+        object.__setattr__(self, "std", _number(std, "std", ValueError))
+
+
+@dataclass(frozen=True, slots=True)
+class TruncatedNormal:
+    """Normal with this mean and standard deviation, conditioned on [low, high]; a constant where low == high.
+
+    The bounds are absolute, as in ``torch.nn.init.trunc_normal_``, and may be infinite.
+
+    Raises:
+        RuntimeError: if low > high (the type that torch raises).
+        ValueError: if mean is not finite, std is not positive and finite, a bound is NaN, or the nearer bound of an
+            interval that leaves the mean out lies beyond 12 standard deviations, where hardly any mass is left.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    low: float = -2.0
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        mean, std = _number(self.mean, "mean", ValueError), _number(self.std, "std", ValueError)
+        low, high = float(self.low), float(self.high)
+        if std <= 0.0:
+            raise ValueError(f"std is {std}; a truncated normal needs std > 0; use constant_ for a single value")
+        if math.isnan(low) or math.isnan(high) or low == math.inf or high == -math.inf:
+            raise ValueError(f"bounds are [{low}, {high}]; they must be numbers, and only outwards infinite")
+        if low > high:
+            raise RuntimeError(f"truncated normal on [{low}, {high}]: low must not exceed high; swap them")
+        nearer = max((low - mean) / std, (mean - high) / std)
+        if low < high and nearer > stream.LIMIT_SIGMA:
+            raise ValueError(
+                f"the bounds [{low}, {high}] lie {nearer:.3g} standard deviations from the mean {mean} (std {std}); "
+                f"{stream.LIMIT_SIGMA:g} is the limit; move the bounds or the mean, or raise std"
+            )
+        for name, value in (("mean", mean), ("std", std), ("low", low), ("high", high)):
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Every element is `value`; takes nothing from the stream and serves every dtype."""
+
+    value: float = 0.0
+
+
+Law: TypeAlias = Uniform | Normal | TruncatedNormal | Constant
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Regions and draws
+
+
+class Run(NamedTuple):
+    """`rows` runs of `length` elements that follow each other in memory; row r begins at element start + r * stride."""
+
+    start: int
+    rows: int
+    length: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The block of a logical tensor that a local tensor holds.
+
+    Args:
+        shape: of the logical, unsharded tensor.
+        offsets: where the block begins, one per dimension.
+        sizes: of the block, one per dimension: the local tensor's shape. Zero is allowed.
+
+    Raises:
+        ValueError: if the lengths differ, or the block does not lie within the shape.
+
+    Example:
+        >>> from initlab.kernels import Region
+        >>> Region(shape=(4, 6), offsets=(2, 3), sizes=(2, 3)).numel
+        6
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("shape", "offsets", "sizes"):
+            object.__setattr__(self, name, tuple(int(x) for x in getattr(self, name)))
+        if not len(self.shape) == len(self.offsets) == len(self.sizes):
+            raise ValueError(f"{self}: shape, offsets and sizes must have one number per dimension each")
+        for whole, offset, size in zip(self.shape, self.offsets, self.sizes, strict=True):
+            if offset < 0 or size < 0 or offset + size > whole:
+                raise ValueError(f"{self}: 0 <= offset and offset + size <= shape must hold in every dimension")
+
+    @property
+    def numel(self) -> int:
+        """Elements in the block."""
+        return math.prod(self.sizes)
+
+    def narrow(self, dim: int, offset: int, size: int) -> Region:
+        """The part of the block that begins at `offset` within it and is `size` long in dimension `dim`."""
+        offsets, sizes = list(self.offsets), list(self.sizes)
+        offsets[dim] += offset
+        sizes[dim] = size
+        return Region(self.shape, tuple(offsets), tuple(sizes))
+
+    def runs(self) -> Iterator[Run]:
+        """The block in row-major order, as runs of consecutive elements of the logical tensor."""
+        if self.numel == 0:
+            return
+        start, stride = 0, 1
+        dims: list[tuple[int, int]] = []  # (size, stride), innermost first, joined where they continue each other
+        for whole, offset, size in zip(reversed(self.shape), reversed(self.offsets), reversed(self.sizes), strict=True):
+            start += offset * stride
+            if size > 1:
+                if dims and dims[-1][0] * dims[-1][1] == stride:
+                    dims[-1] = (dims[-1][0] * size, dims[-1][1])
+                else:
+                    dims.append((size, stride))
+            stride *= whole
+        if not dims or dims[0][1] != 1:
+            dims.insert(0, (1, 1))
+        length = dims[0][0]
+        rows, step = dims[1] if len(dims) > 1 else (1, length)
+        outer = dims[2:][::-1]
+        for index in range(math.prod(size for size, _ in outer)):
+            place = start
+            for size, along in reversed(outer):
+                index, here = divmod(index, size)
+                place += here * along
+            yield Run(place, rows, length, step)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What `fill_` does to one tensor.
+
+    Args:
+        tensor: to fill in place; any strides, any device.
+        law: what to fill it with.
+        key: 64 bits, from `named_key` or `generator_key`; a Constant does not use it.
+        region: the block of the logical tensor that `tensor` holds; None if it holds all of it.
+    """
+
+    tensor: Tensor
+    law: Law
+    key: int = 0
+    region: Region | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# fill_
+
+
+def fill_(draws: Iterable[Draw]) -> None:
+    """Fill tensors in place from the stream. Autograd does not record it; version counters move on.
+
+    Args:
+        draws: every one is checked before the first tensor is written. Dtypes: float32, bfloat16, float16 and
+            float64; complex ones for Normal (each part with std / sqrt 2); any for Constant. Tensors on the meta
+            device are checked and left alone.
+
+    Raises:
+        NotImplementedError: for a dtype, layout or kind of tensor that its law cannot fill.
+        RuntimeError: for a tensor that overlaps itself, an inference tensor outside inference mode, or parameters
+            that the tensor's dtype cannot hold.
+        ValueError: for a key that is not 64 bits, or a region of another shape than the tensor's.
+
+    Source: docs/stream.md.
+
+    Example:
+        >>> import torch
+        >>> from initlab.kernels import Draw, Uniform, fill_, named_key
+        >>> weight = torch.empty(2, 3)
+        >>> fill_([Draw(weight, Uniform(-1.0, 1.0), named_key(0, "weight"))])
+        >>> bool((weight.abs() <= 1).all())
+        True
+    """
+    for job in [_checked(draw) for draw in draws]:
+        if job is not None:
+            _fill_one(*job)
+
+
+def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | None] | None:
+    """The tensor, its map, key and region; None where there is nothing to write."""
+    tensor, law, region = draw.tensor, draw.law, draw.region
+    if not 0 <= draw.key < 2**64:
+        raise ValueError(f"key is {draw.key}; a key is 64 bits: 0 <= key < 2**64")
+    if region is not None and region.sizes != tensor.shape:
+        raise ValueError(f"the tensor's shape is {tuple(tensor.shape)}, its region's sizes are {region.sizes}")
+    if tensor.layout != torch.strided:
+        raise NotImplementedError(f"cannot fill a tensor of layout {tensor.layout}; fill its dense values")
+    mapped = law if isinstance(law, Constant) else _map(law, tensor.dtype)
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed; "
+            "fill it inside torch.inference_mode(), or fill a clone"
+        )
+    if not tensor.is_contiguous() and _overlaps(tensor):
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} overlaps itself: more than one "
+            "element refers to a single memory location; clone() it before filling it"
+        )
+    if tensor.numel() == 0 or tensor.is_meta:
+        return None
+    return tensor, mapped, draw.key, region
+
+
+def _map(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> stream.Map | Constant:
+    real = dtype
+    if dtype in _COMPLEX and isinstance(law, Normal):
+        real = _COMPLEX[dtype]
+        law = Normal(law.mean, law.std / 1.4142135623730951)
+    if real not in _REAL:
+        name = {Uniform: "uniform", Normal: "normal", TruncatedNormal: "truncated normal"}[type(law)]
+        raise NotImplementedError(
+            f"a {name} is not defined for {dtype}; fill a float32, bfloat16, float16 or float64 tensor and convert it"
+        )
+    if isinstance(law, Uniform):
+        _check_uniform_range(law, real)
+        if law.low == law.high:
+            return Constant(law.low)
+        return stream.map_of("uniform", (law.low, law.high), real)
+    if real != torch.float64 and math.isinf(stream.fl32(law.mean) + stream.fl32(law.std)):
+        raise RuntimeError(f"{law} overflows float32, in which {dtype} is drawn; use float64, or smaller parameters")
+    if isinstance(law, Normal):
+        return stream.map_of("normal", (law.mean, law.std), real)
+    if law.low == law.high:
+        return Constant(law.low)
+    return stream.map_of("truncated_normal", (law.mean, law.std, law.low, law.high), real)
+
+
+def _check_uniform_range(law: Uniform, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for name, value in (("low", law.low), ("high", law.high), ("high - low", law.high - law.low)):
+        if abs(value) > largest:
+            raise RuntimeError(f"uniform on [{law.low}, {law.high}): {name} is out of bounds for {dtype}")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements share a memory location. Exact: sizes and strides may be anybody's."""
+    if tensor.numel() < 2:
+        return False
+    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    reach, conflict = 0, False
+    for stride, size in dims:
+        conflict |= stride <= reach
+        reach += stride * (size - 1)
+    if not conflict:
+        return False
+    if dims[0][0] == 0 or reach + 1 < tensor.numel():
+        return True
+    seen = torch.zeros(1, dtype=torch.int64)
+    for stride, size in dims:  # strides that interleave without meeting, such as (2, 3) by (3, 2): count them out
+        seen = (seen[:, None] + torch.arange(size) * stride).flatten()
+    return seen.unique().numel() < tensor.numel()
+
+
+def _fill_one(tensor: Tensor, mapped: stream.Map | Constant, key: int, region: Region | None) -> None:
+    if isinstance(mapped, Constant):
+        with torch.no_grad():
+            tensor.fill_(mapped.value)
+        return
+    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        _fill_contiguous(tensor, mapped, key, region)
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+        return
+    with torch.no_grad():
+        shape = tuple(tensor.shape)
+        _fill_strided(tensor, mapped, key, region or Region(shape, (0,) * len(shape), shape))
+
+
+def _fill_strided(tensor: Tensor, mapped: stream.Map, key: int, region: Region) -> None:
+    """Through contiguous scratch, slab by slab: torch's copy knows every stride."""
+    if tensor.numel() <= _SLAB:
+        scratch = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        _fill_contiguous(scratch, mapped, key, region)
+        tensor.copy_(scratch)
+        return
+    dim = next(d for d, size in enumerate(tensor.shape) if size > 1)
+    step = max(1, _SLAB * tensor.shape[dim] // tensor.numel())
+    for at in range(0, tensor.shape[dim], step):
+        size = min(step, tensor.shape[dim] - at)
+        _fill_strided(tensor.narrow(dim, at, size), mapped, key, region.narrow(dim, at, size))
+
+
+def _fill_contiguous(tensor: Tensor, mapped: stream.Map, key: int, region: Region | None) -> None:
+    if tensor.is_complex():  # numbered as the real tensor of its parts
+        if region is not None:
+            region = Region((*region.shape, 2), (*region.offsets, 0), (*region.sizes, 2))
+        tensor = torch.view_as_real(tensor.detach())
+    runs = [Run(0, 1, tensor.numel(), 0)] if region is None else region.runs()
+    if engines.choose(tensor.device, _OFFERED) == "numba":
+        from . import _sampling_numba
+
+        _sampling_numba.fill(tensor, mapped, key, runs)
+    else:
+        _warn_if_slow(tensor)
+        _fill_torch(tensor, mapped, key, runs)
+
+
+def _warn_if_slow(tensor: Tensor) -> None:
+    global _warned
+    if tensor.numel() > 1 << 24 and tensor.device.type == "cpu" and not _warned and engines.requested() == "auto":
+        _warned = True
+        warnings.warn(
+            f"filling {tensor.numel()} elements with the plain torch engine, about 20 times slower than numba's; "
+            "pip install numba",
+            stacklevel=2,
+        )
+
+
+_warned = False
+
+
+def _fill_torch(tensor: Tensor, mapped: stream.Map, key: int, runs: Iterable[Run]) -> None:
+    """The reference engine: any device, one chunk of elements after the other."""
+    chunk = _CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE)
+    flat = tensor.detach().view(-1)
+    at = 0
+    for run in runs:
+        if run.rows > 1 and run.length < 1024:  # short rows: element by element, and a block for each
+            rows = max(1, chunk // (4 * run.length))
+            columns = torch.arange(run.length, device=flat.device)
+            for r in range(0, run.rows, rows):
+                n = min(rows, run.rows - r)
+                first = torch.arange(r, r + n, device=flat.device)[:, None] * run.stride + run.start
+                index = (first + columns).flatten()
+                values = stream.block_values(mapped, key, index >> 2, tensor.dtype)
+                flat[at : at + len(index)] = values.gather(1, (index & 3)[:, None])[:, 0]
+                at += len(index)
+            continue
+        for r in range(run.rows):
+            first, end = run.start + r * run.stride, run.start + r * run.stride + run.length
+            for low in range(first, end, chunk):
+                high = min(low + chunk, end)
+                blocks = torch.arange(low >> 2, (high + 3) >> 2, device=flat.device)
+                values = stream.block_values(mapped, key, blocks, tensor.dtype).view(-1)
+                skip = low & 3
+                flat[at : at + high - low] = values[skip : skip + high - low]
+                at += high - low
