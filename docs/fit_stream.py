@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 from scipy.optimize import brentq, linprog
-from scipy.special import erf, log_ndtr, ndtr
+from scipy.special import erf, log_ndtr, ndtr, ndtri
 
 LOG_LOW = float(np.float32(0.65))  # mantissas in [0.65, 1.3): 4.7e-6 with 6 terms; [sqrt(1/2), sqrt 2) gives 6.1e-6
 CENTRE_Z = 3.13  # the centre map serves bounds within 3.125 sigma: +-3 is what large models ask for
 TAIL_Z = 7.32  # the tail map's largest |z|: 2^-33 of the mass beyond 3 sigma
+LEAD = -63.46878433  # cos = LEAD * COS(X^2): the scale that the root carries, which fit() finds
 FAR_Z = (2.99, 14.2)  # the far map: intervals that begin 3 to 12 sigma out
 
 
@@ -113,7 +112,7 @@ def fit() -> dict[str, tuple[list[float], float]]:
     s, sin_error = polynomial(x2, np.sin(x) / x, x / np.sin(x), 3)
     c, cos_error = polynomial(x2, np.cos(x), 1 / np.cos(x), 4)
     lam = c[3] / s[2]
-    lead = c[3] / lam**6  # = s[2] / lam^5. cos = lead * COS(X^2), sin = lead * X * SIN(X^2), both monic, X = lam * angle
+    lead = c[3] / lam**6  # = s[2] / lam^5: cos = lead * COS(X^2), sin = lead * X * SIN(X^2), monic, X = lam * angle
     unit = math.sqrt(2 * -p[5])  # sqrt(-2 ln u) = unit * sqrt(L), where L = ln(u) / p[5]
     kappa = unit * -lead  # and the root gives -kappa * sqrt(L) = lead * sqrt(-2 ln u)
     magic, a, b, root_error = fit_root(kappa)
@@ -128,23 +127,87 @@ def fit() -> dict[str, tuple[list[float], float]]:
     size = half_space(z)[2] / -p[5]
     far, far_error = polynomial(-kappa / np.sqrt(size), -z / (kappa * np.sqrt(size)), kappa * np.sqrt(size) / z, 8)
     return {
-        "_LOG_LOW": ([LOG_LOW], 0.0),
-        "_LOG": (list(p[:5] / p[5]), log_error),
-        "_LOG_STEP": ([math.log(2) * 2.0**-23 / p[5]], 0.0),
-        "_ROOT_MAGIC": ([magic], 0.0),
-        "_ROOT_A": ([a], 0.0),
-        "_ROOT_B": ([b], root_error),
-        "_ANGLE": ([lam * math.pi / 4 * 2.0**-31], 0.0),
-        "_SIN": (list(s[:2] / np.array([lam, lam**3]) / lead), sin_error),
-        "_COS": (list(c[:3] / np.array([1, lam**2, lam**4]) / lead), cos_error),
-        "_CENTRE": (list(centre), centre_error),
-        "_TAIL": (list(tail), tail_error),
-        "_FAR": (list(far), far_error),
+        "LOG_LOW": ([LOG_LOW], 0.0),
+        "LOG": (list(p[:5] / p[5]), log_error),
+        "LOG_STEP": ([math.log(2) * 2.0**-23 / p[5]], 0.0),
+        "ROOT_MAGIC": ([magic], 0.0),
+        "ROOT_A": ([a], 0.0),
+        "ROOT_B": ([b], root_error),
+        "ANGLE": ([lam * math.pi / 4 * 2.0**-31], 0.0),
+        "SIN": (list(s[:2] / np.array([lam, lam**3]) / lead), sin_error),
+        "COS": (list(c[:3] / np.array([1, lam**2, lam**4]) / lead), cos_error),
+        "CENTRE": (list(centre), centre_error),
+        "TAIL": (list(tail), tail_error),
+        "FAR": (list(far), far_error),
+        "LEAD": ([lead], 0.0),
     }
 
 
+def check() -> None:
+    """Errors of the frozen constants against float64, every float32 rounding included."""
+    import torch
+    from initlab.kernels import stream
+
+    first, last = (int(np.float32(x).view(np.int32)) for x in (2.0**24, 2.0**32))
+    step = 1 << 22
+    worst, moments = 0.0, np.zeros(3)
+    for low in [*range(-(1 << 24), 0, step), *range(first, last + 1, step)]:
+        if low < 0:  # words below 2^24, one by one
+            v = torch.arange(low + (1 << 24), low + (1 << 24) + step).float() + 0.5
+            weight = torch.ones(len(v), dtype=torch.float64)
+        else:  # above, every float32 there is; an ulp's worth of words rounds to each
+            v = torch.arange(low, min(low + step, last + 1), dtype=torch.int32).view(torch.float32)
+            weight = torch.nextafter(v, torch.tensor(torch.inf)).double() - v.double()
+        true = torch.sqrt(-2.0 * torch.log(v.double() * 2.0**-32))
+        ours = stream._roots(stream._scaled_log(v, unit=32))[0].double() / LEAD
+        error = torch.where(true > 0, ours / true - 1.0, ours.abs())
+        worst = max(worst, float(error.abs().max()))
+        for i, power in enumerate((0, 2, 4)):
+            moments[i] += float((weight * (ours**power - true**power)).sum() if power else weight.sum())
+    print(f"radius: relative error {worst:.2e}; E r^2 off by {moments[1] / moments[0] / 2:.1e} of itself, "
+          f"E r^4 by {moments[2] / moments[0] / 8:.1e}")  # fmt: skip
+
+    b = torch.arange(0, 1 << 32, 509)
+    angle = np.where(b & 1 == 1, np.pi / 2, 0.0) + np.where(b & 1 == 1, -1.0, 1.0) * (
+        stream._as_signed((b << 1) & 0xFFFFFFFF).double().numpy() / 2.0**31 * np.pi / 4
+    )
+    angle = angle + np.where(b >> 31 == 1, np.pi, 0.0)
+    a = torch.full_like(b, 0x12345678)
+    radius = math.sqrt(-2.0 * math.log((float(np.float32(0x12345678)) + 0.5) * 2.0**-32))
+    expected = {"cosine": np.cos(angle), "sine": np.sin(angle)}
+    for (name, true), ours in zip(expected.items(), stream._box_muller(a, b), strict=True):
+        known = np.abs(true) > 1e-12  # nearer to a zero float64 does not know it either
+        error = (ours.double().numpy() / radius)[known] / true[known] - 1.0
+        print(f"{name} times one radius: relative error {np.abs(error).max():.2e}")
+
+    w = torch.from_numpy(np.r_[np.arange(2000), np.linspace(0, 2.0**32 - 1, 4_000_001).astype(np.int64)])
+    u = (w.double().numpy() + 0.5) * 2.0**-32
+    deviates = {"CentreMap": stream._centre_z, "TailMap": stream._tail_z, "FarMap": stream._far_z}
+    for low, high in (-2, 2), (-3, 3), (-math.inf, math.inf), (-1, 8), (0, math.inf), (2.9, math.inf), (1, 1.6), (
+        2.5, 2.75), (3, math.inf), (5, 7), (11, 12), (12, math.inf), (-0.24, 0.24), (2, 2.2), (12, 12.04):  # fmt: skip
+        m = stream.truncated_normal_map(0.0, 1.0, low, high, torch.float32)
+        if isinstance(m, stream.NarrowMap):
+            z = (stream._narrow_y(m, w) * m.half + m.half + m.low).double().numpy()
+        else:
+            z = deviates[type(m).__name__](m, w).double().numpy()
+        q = ndtr(-high) + (1.0 - u) * (ndtr(-low) - ndtr(-high))
+        p = ndtr(low) + u * (ndtr(high) - ndtr(low))
+        true = np.where(q < 0.5, -ndtri(q), ndtri(p))
+        error = np.abs(z - true)
+        mass = ndtr(-low) - ndtr(-high)
+        shift = (error * np.exp(-true * true / 2) / math.sqrt(2 * math.pi) / mass).max()
+        clamped = ((z < np.float32(low)) | (z > np.float32(high)))[2000:].mean()
+        print(f"{type(m).__name__:9s} [{low}, {high}]: |z| <= {np.abs(z).max():.4g}, error {error.max():.1e}, "
+              f"cdf moved by at most {shift:.1e}, clamped {clamped:.1e}")  # fmt: skip
+
+
 if __name__ == "__main__":
-    for name, (values, error) in fit().items():
-        text = [hex(v) if name == "_ROOT_MAGIC" else repr(float(np.float32(v))) for v in values]
-        shown = text[0] if len(text) == 1 else "(" + ", ".join(text) + ")"
-        print(f"{name} = {shown}" + (f"  # fit: {error:.2g}" if error else ""))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="measure the frozen constants instead of fitting")
+    if parser.parse_args().check:
+        check()
+    else:
+        for name, (values, error) in fit().items():
+            text = [hex(v) if name == "ROOT_MAGIC" else repr(float(np.float32(v))) for v in values]
+            shown = text[0] if len(text) == 1 else "(" + ", ".join(text) + ")"
+            print(f"{name} = {shown}" + (f"  # fit: {error:.2g}" if error else ""))

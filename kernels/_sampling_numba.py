@@ -250,7 +250,8 @@ def _rounded_overload(x, tag):  # type: ignore[no-untyped-def]
             b = np.uint32(_bits(x))
             sign = (b >> np.uint32(16)) & np.uint32(0x8000)
             b = b & np.uint32(0x7FFFFFFF)
-            normal = (b - np.uint32(0x38000000) + np.uint32(0xFFF) + ((b >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+            odd = (b >> np.uint32(13)) & np.uint32(1)
+            normal = (b - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
             # Below 2^-14 the spacing is 2^-24, that of float32 in [1/2, 1): adding 1/2 rounds.
             tiny = np.uint32(_bits(_real(np.int32(b)) + _HALF)) - np.uint32(0x3F000000)
             half = tiny if b < np.uint32(0x38800000) else normal
@@ -359,6 +360,8 @@ def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
     """Fill a contiguous CPU tensor with the elements that `runs` lists, on torch.get_num_threads() threads."""
     tag = _TAGS[tensor.dtype]
     address, size = tensor.data_ptr(), tensor.element_size()
+    if address == 0:  # a functorch wrapper, say: writing there would end the process
+        raise NotImplementedError("cannot fill a tensor that has no memory of its own, as under torch.vmap")
     key = key - (1 << 64) if key >> 63 else key  # the same bits, as the kernel's int64
     threads = torch.get_num_threads() if tensor.numel() > _TASK else 1
     if threads == 1:

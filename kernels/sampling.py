@@ -13,14 +13,17 @@ True
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import engines, stream
 
@@ -30,6 +33,7 @@ _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64, tor
 _SLAB = 1 << 20  # elements of scratch: what a tensor that is not contiguous is filled through
 _CHUNK = {"cpu": 1 << 18}  # elements the torch engine works on at once; intermediates take about 40 times as much
 _CHUNK_ELSEWHERE = 1 << 23
+_SLOW = 1 << 24  # elements
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -268,6 +272,8 @@ def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | N
         raise ValueError(f"key is {draw.key}; a key is 64 bits: 0 <= key < 2**64")
     if region is not None and region.sizes != tensor.shape:
         raise ValueError(f"the tensor's shape is {tuple(tensor.shape)}, its region's sizes are {region.sizes}")
+    if type(tensor) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor):
+        raise NotImplementedError(f"cannot fill a {type(tensor).__name__}, which wraps other tensors; fill those")
     if tensor.layout != torch.strided:
         raise NotImplementedError(f"cannot fill a tensor of layout {tensor.layout}; fill its dense values")
     mapped = law if isinstance(law, Constant) else _map(law, tensor.dtype)
@@ -281,7 +287,7 @@ def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | N
             f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} overlaps itself: more than one "
             "element refers to a single memory location; clone() it before filling it"
         )
-    if tensor.numel() == 0 or tensor.is_meta:
+    if tensor.numel() == 0 or tensor.is_meta or isinstance(tensor, FakeTensor):
         return None
     return tensor, mapped, draw.key, region
 
@@ -371,27 +377,34 @@ def _fill_contiguous(tensor: Tensor, mapped: stream.Map, key: int, region: Regio
             region = Region((*region.shape, 2), (*region.offsets, 0), (*region.sizes, 2))
         tensor = torch.view_as_real(tensor.detach())
     runs = [Run(0, 1, tensor.numel(), 0)] if region is None else region.runs()
-    if engines.choose(tensor.device, _OFFERED) == "numba":
-        from . import _sampling_numba
-
-        _sampling_numba.fill(tensor, mapped, key, runs)
-    else:
-        _warn_if_slow(tensor)
-        _fill_torch(tensor, mapped, key, runs)
+    fill = _engine(engines.choose(tensor.device, _OFFERED))
+    if fill is _fill_torch and tensor.device.type == "cpu" and tensor.numel() > _SLOW:
+        _say_that_it_is_slow()
+    fill(tensor, mapped, key, runs)
 
 
-def _warn_if_slow(tensor: Tensor) -> None:
-    global _warned
-    if tensor.numel() > 1 << 24 and tensor.device.type == "cpu" and not _warned and engines.requested() == "auto":
-        _warned = True
+@functools.cache
+def _engine(name: str) -> Callable[[Tensor, stream.Map, int, Iterable[Run]], None]:
+    if name == "numba":
+        try:
+            from ._sampling_numba import fill
+
+            return fill
+        except ImportError as error:  # installed, but it does not fit the numpy or Python at hand
+            if engines.requested() == "numba":
+                raise RuntimeError(f"INITLAB_BACKEND=numba, but numba cannot be imported: {error}") from error
+            warnings.warn(f"numba cannot be imported, so the plain torch engine fills: {error}", stacklevel=2)
+    return _fill_torch
+
+
+@functools.cache  # once in a process
+def _say_that_it_is_slow() -> None:
+    if engines.requested() == "auto":
         warnings.warn(
-            f"filling {tensor.numel()} elements with the plain torch engine, about 20 times slower than numba's; "
-            "pip install numba",
+            f"filling more than {_SLOW} elements with the plain torch engine, 20 times slower than numba's or worse; "
+            "pip install numba, or set INITLAB_BACKEND=torch to say that this is meant",
             stacklevel=2,
         )
-
-
-_warned = False
 
 
 def _fill_torch(tensor: Tensor, mapped: stream.Map, key: int, runs: Iterable[Run]) -> None:

@@ -80,7 +80,7 @@ def named_key(seed: int, name: str) -> int:
     Example:
         >>> from initlab.kernels import named_key
         >>> hex(named_key(0, "transformer.wte.weight"))
-        '0x3b1b4b5d0f6ac63e'
+        '0x953ff8ca7c069734'
     """
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed}; a seed must fit into 64 bits: -2**63 <= seed < 2**64")
@@ -358,7 +358,10 @@ def block_values(m: Map, key: int, blocks: Tensor, dtype: torch.dtype) -> Tensor
         if isinstance(m, NarrowMap):
             x = _narrow_y(m, w).to(real) * m.half + m.half + m.low
         else:
-            z = _centre_z(m, w) if isinstance(m, CentreMap) else _tail_z(m, w) if isinstance(m, TailMap) else _far_z(m, w)
+            if isinstance(m, CentreMap):
+                z = _centre_z(m, w)
+            else:
+                z = _tail_z(m, w) if isinstance(m, TailMap) else _far_z(m, w)
             x = z.to(real) * m.std
             x = x if m.mean == 0.0 else x + m.mean
         x = torch.where(x < m.low, m.low, x)

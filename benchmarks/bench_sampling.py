@@ -1,0 +1,71 @@
+"""initlab.init against torch.nn.init on one large CPU tensor: 2^26 elements, 4 bytes or 2 written for each.
+
+``pytest benchmarks --benchmark-only``; INITLAB_BENCH_ELEMENTS sets another size. Nothing is timed before the bits
+of the engine that serves it equal the reference's.
+"""
+
+import os
+
+import pytest
+import torch
+from initlab.kernels import Draw, Normal, TruncatedNormal, Uniform, fill_, stream
+
+from initlab import init
+
+ELEMENTS = int(os.environ.get("INITLAB_BENCH_ELEMENTS", 1 << 26))
+
+CASES = {
+    "uniform_": (Uniform(0.0, 1.0), lambda m, x: m.uniform_(x)),
+    "normal_": (Normal(0.0, 1.0), lambda m, x: m.normal_(x)),
+    "trunc_normal_ at 2 sigma": (TruncatedNormal(), lambda m, x: m.trunc_normal_(x)),
+    "trunc_normal_ at 100 sigma": (TruncatedNormal(0.0, 0.02), lambda m, x: m.trunc_normal_(x, 0.0, 0.02)),
+    "kaiming_uniform_": (None, lambda m, x: m.kaiming_uniform_(x.view(1024, -1))),
+}
+
+
+def gate(law, dtype):
+    """The engine in use gives the reference's bits, first and last elements of a tensor included."""
+    if law is None:
+        return
+    x = torch.full((10_007,), float("nan"), dtype=dtype)
+    fill_([Draw(x, law, 42)])
+    name = {Uniform: "uniform", Normal: "normal", TruncatedNormal: "truncated_normal"}[type(law)]
+    parameters = tuple(getattr(law, field) for field in law.__dataclass_fields__)
+    mapped = stream.map_of(name, parameters, dtype)
+    reference = stream.block_values(mapped, 42, torch.arange(10_008 // 4), dtype).view(-1)
+    assert torch.equal(x, reference[: len(x)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_sampling(versus, case, dtype):
+    law, call = CASES[case]
+    gate(law, dtype)
+    x = torch.empty(ELEMENTS, dtype=dtype)
+    slow = case == "trunc_normal_ at 2 sigma"  # torch takes seconds
+    versus(
+        ours=lambda: call(init, x),
+        peer=lambda: call(torch.nn.init, x),
+        floor=lambda: x.fill_(1.0),
+        elements=x.numel(),
+        element_size=x.element_size(),
+        rounds=3 if slow else 7,
+    )
+
+
+def test_small_tensor(versus):
+    """What a call costs: 64 elements, 1,000 calls."""
+    x = torch.empty(8, 8)
+
+    def calls(function):
+        for _ in range(1000):
+            function(x)
+
+    row = versus(
+        ours=lambda: calls(init.normal_),
+        peer=lambda: calls(torch.nn.init.normal_),
+        floor=lambda: calls(lambda x: x.fill_(1.0)),
+        elements=1000,
+        element_size=x.numel() * x.element_size(),
+    )
+    row["case"] = "normal_ on 64 elements, per call"

@@ -1,0 +1,70 @@
+"""Interleaved timing against a peer, and the table of ratios at the end of a run."""
+
+import os
+import platform
+import statistics
+import time
+
+import numpy
+import pytest
+import torch
+
+import initlab
+
+_rows = []
+
+
+def _seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@pytest.fixture
+def versus(benchmark, request):
+    """Time `ours` with pytest-benchmark and, before each of its rounds, `peer` and `floor` once: interleaved."""
+
+    def run(ours, peer, floor, elements, element_size, rounds=7):
+        others = {"peer": [], "floor": []}
+
+        def setup():
+            others["peer"].append(_seconds(peer))
+            others["floor"].append(_seconds(floor))
+
+        ours()  # compiles, and faults the pages in
+        benchmark.pedantic(ours, setup=setup, rounds=rounds, iterations=1)
+        mine = benchmark.stats.stats.median if benchmark.stats else float("nan")
+        theirs, least = (statistics.median(others[name]) for name in ("peer", "floor"))
+        row = {
+            "case": request.node.name.split("[")[-1].rstrip("]"),
+            "ns": mine / elements * 1e9,
+            "peer_ns": theirs / elements * 1e9,
+            "ratio": theirs / mine,
+            "fill_ns": least / elements * 1e9,
+            "over_fill": mine / least,
+            "gigabytes_per_second": elements * element_size / mine / 1e9,
+        }
+        benchmark.extra_info.update(row)
+        _rows.append(row)
+        return row
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _rows:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("initlab against torch, medians, interleaved")
+    write(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}, "
+        f"initlab {initlab.__version__}"
+    )
+    write(f"{'case':34s} {'initlab':>9s} {'torch':>9s} {'ratio':>7s} {'fill_':>9s} {'x fill_':>8s} {'GB/s':>7s}")
+    write(f"{'':34s} {'ns/elem':>9s} {'ns/elem':>9s} {'':>7s} {'ns/elem':>9s}")
+    for row in _rows:
+        write(
+            f"{row['case']:34s} {row['ns']:9.3f} {row['peer_ns']:9.3f} {row['ratio']:6.1f}x {row['fill_ns']:9.3f} "
+            f"{row['over_fill']:7.1f}x {row['gigabytes_per_second']:7.2f}"
+        )
