@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from . import stream
-from .sampling import Run
 from .stream import CentreMap, FarMap, Map, NarrowMap, NormalMap, TailMap, UniformMap
+
+Run: TypeAlias = tuple[int, int, int, int]  # start, rows, length, stride
 
 _TASK = 1 << 19  # elements: below it a second thread costs more than it gives
 
@@ -60,7 +61,7 @@ _EXPONENT = np.int32(-(1 << 23))
 _ONE, _TWO, _HALF = _F(1), _F(2), _F(0.5)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _pointer(typing_context: Any, address: Any, tag: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -69,7 +70,7 @@ def _pointer(typing_context: Any, address: Any, tag: Any) -> Any:
 
 
 @njit(forceinline=True)
-def _philox(block, k0, k1):  # type: ignore[no-untyped-def]
+def _philox(block, k0, k1):
     c0, c1, c2, c3 = block & _MASK, block >> _32, _U(0), _U(0)
     for _ in range(_ROUNDS):
         p0, p1 = _M0 * (c0 & _MASK), _M1 * (c2 & _MASK)
@@ -79,27 +80,27 @@ def _philox(block, k0, k1):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _real(bits):  # type: ignore[no-untyped-def]
+def _real(bits):
     return np.int32(bits).view(np.float32)
 
 
 @njit(forceinline=True)
-def _bits(x):  # type: ignore[no-untyped-def]
+def _bits(x):
     return np.float32(x).view(np.int32)
 
 
 @njit(forceinline=True)
-def _word_real(w):  # type: ignore[no-untyped-def]
+def _word_real(w):
     return np.float32(np.uint32(w))
 
 
 @njit(forceinline=True)
-def _log_poly(f):  # type: ignore[no-untyped-def]
+def _log_poly(f):
     return (((((f + _LOG[4]) * f + _LOG[3]) * f + _LOG[2]) * f + _LOG[1]) * f + _LOG[0]) * f
 
 
 @njit(forceinline=True)
-def _scaled_log(x, unit):  # type: ignore[no-untyped-def]
+def _scaled_log(x, unit):
     offset = np.int32(unit << 23)
     b = _bits(x)
     k = np.int32(np.int32(b - np.int32(_LOW_BITS + offset)) & _EXPONENT)
@@ -108,7 +109,7 @@ def _scaled_log(x, unit):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _roots(x):  # type: ignore[no-untyped-def]
+def _roots(x):
     y = _real(_MAGIC - np.int32(_bits(x) >> np.int32(1)))
     y = y * (_ROOT_A - (x * y) * y)
     t = x * y
@@ -117,7 +118,7 @@ def _roots(x):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _box_muller(a, b):  # type: ignore[no-untyped-def]
+def _box_muller(a, b):
     r, _ = _roots(_scaled_log(_word_real(a) + _HALF, 32))
     low = np.uint32(b)
     x = np.float32(np.int32(low << np.uint32(1))) * _ANGLE
@@ -132,7 +133,7 @@ def _box_muller(a, b):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _centre(w, m):  # type: ignore[no-untyped-def]
+def _centre(w, m):
     t = _word_real(w) * np.float32(m.scale) + np.float32(m.offset)
     x = _scaled_log(_ONE - t * t, 0)
     c = _CENTRE
@@ -141,7 +142,7 @@ def _centre(w, m):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _tail(w, m):  # type: ignore[no-untyped-def]
+def _tail(w, m):
     w = w ^ _U(m.flip)
     below = w < _U(m.split)
     p = _word_real(w if below else w ^ _MASK) * np.float32(m.scale)
@@ -160,7 +161,7 @@ def _tail(w, m):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _far(w, m):  # type: ignore[no-untyped-def]
+def _far(w, m):
     q = _word_real(w ^ _U(m.flip) ^ _MASK) * np.float32(m.scale) + np.float32(m.offset)
     root, x = _roots(_scaled_log(q, 0) + np.float32(m.log_scale))
     c = _FAR
@@ -170,7 +171,7 @@ def _far(w, m):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _narrow(w, m):  # type: ignore[no-untyped-def]
+def _narrow(w, m):
     x = _word_real(w) * np.float32(m.scale) + np.float32(m.offset)
     y = ((np.float32(m.c10) * x + np.float32(m.c9)) * x + np.float32(m.c8)) * x + np.float32(m.c7)
     y = (((y * x + np.float32(m.c6)) * x + np.float32(m.c5)) * x + np.float32(m.c4)) * x + np.float32(m.c3)
@@ -178,7 +179,7 @@ def _narrow(w, m):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _clamp(x, low, high):  # type: ignore[no-untyped-def]
+def _clamp(x, low, high):
     x = low if x < low else x
     return high if x > high else x
 
@@ -187,34 +188,34 @@ def _values(c0: Any, c1: Any, c2: Any, c3: Any, m: Any, tag: Any) -> Any: ...
 
 
 @overload(_values, jit_options={"forceinline": True})
-def _values_overload(c0, c1, c2, c3, m, tag):  # type: ignore[no-untyped-def]
+def _values_overload(c0, c1, c2, c3, m, tag):
     """The four values of a block, in float32 (float64 for float64 tensors)."""
     kind = np.float64 if tag == types.float64 else np.float32
     law = m.instance_class
 
     if law is UniformMap:
 
-        def one(w, m):  # type: ignore[no-untyped-def]
+        def one(w, m):
             x = kind(np.float32(np.int32(w >> _U(8)))) * kind(m.scale) + kind(m.low)
             return kind(m.top) if x > kind(m.top) else x
 
     elif law is NarrowMap:
 
-        def one(w, m):  # type: ignore[no-untyped-def]
+        def one(w, m):
             half = kind(m.half)
             return _clamp(kind(_narrow(w, m)) * half + half + kind(m.low), kind(m.low), kind(m.high))
 
     elif law is not NormalMap:
         deviate = {CentreMap: _centre, TailMap: _tail, FarMap: _far}[law]
 
-        def one(w, m):  # type: ignore[no-untyped-def]
+        def one(w, m):
             x = kind(deviate(w, m)) * kind(m.std)
             x = x if m.mean == 0.0 else x + kind(m.mean)
             return _clamp(x, kind(m.low), kind(m.high))
 
     if law is NormalMap:
 
-        def values(c0, c1, c2, c3, m, tag):  # type: ignore[no-untyped-def]
+        def values(c0, c1, c2, c3, m, tag):
             z0, z1 = _box_muller(c0, c1)
             z2, z3 = _box_muller(c2, c3)
             std, mean = kind(m.std), kind(m.mean)
@@ -226,7 +227,7 @@ def _values_overload(c0, c1, c2, c3, m, tag):  # type: ignore[no-untyped-def]
     else:
         one = njit(forceinline=True)(one)
 
-        def values(c0, c1, c2, c3, m, tag):  # type: ignore[no-untyped-def]
+        def values(c0, c1, c2, c3, m, tag):
             return one(c0, m), one(c1, m), one(c2, m), one(c3, m)
 
     return values
@@ -236,17 +237,17 @@ def _rounded(x: Any, tag: Any) -> Any: ...
 
 
 @overload(_rounded, jit_options={"forceinline": True})
-def _rounded_overload(x, tag):  # type: ignore[no-untyped-def]
+def _rounded_overload(x, tag):
     """x rounded once, to nearest even, and as the element type that the kernel stores."""
     if tag == types.uint16:  # bfloat16
 
-        def rounded(x, tag):  # type: ignore[no-untyped-def]
+        def rounded(x, tag):
             b = np.uint32(_bits(x))
             return np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
     elif tag == types.int16:  # float16, in integers: not every CPU that numba serves can convert
 
-        def rounded(x, tag):  # type: ignore[no-untyped-def]
+        def rounded(x, tag):
             b = np.uint32(_bits(x))
             sign = (b >> np.uint32(16)) & np.uint32(0x8000)
             b = b & np.uint32(0x7FFFFFFF)
@@ -260,14 +261,14 @@ def _rounded_overload(x, tag):  # type: ignore[no-untyped-def]
 
     else:
 
-        def rounded(x, tag):  # type: ignore[no-untyped-def]
+        def rounded(x, tag):
             return x
 
     return rounded
 
 
 @njit(forceinline=True)
-def _block(block, k0, k1, tag, m):  # type: ignore[no-untyped-def]
+def _block(block, k0, k1, tag, m):
     c0, c1, c2, c3 = _philox(block, k0, k1)
     x0, x1, x2, x3 = _values(c0, c1, c2, c3, m, tag)
     return _rounded(x0, tag), _rounded(x1, tag), _rounded(x2, tag), _rounded(x3, tag)
@@ -280,7 +281,7 @@ def _make_kernel(fingerprint: int) -> Any:
     variable their fingerprint becomes part of the cache's key.
     """
 
-    def _fill_rows(address, tag, start, rows, length, stride, key, m):  # type: ignore[no-untyped-def]
+    def _fill_rows(address, tag, start, rows, length, stride, key, m):
         """Fill rows * length consecutive elements in memory; row r holds the elements from start + r * stride on."""
         _ = fingerprint
         k0, k1 = _U(key) & _MASK, _U(key) >> _32
@@ -339,25 +340,35 @@ def _shared_pool() -> ThreadPoolExecutor:
 def _tasks(runs: Iterable[Run]) -> Iterator[tuple[int, Run]]:
     """(elements before it in memory, run): pieces of about _TASK elements, cut between blocks."""
     at = 0
-    for run in runs:
-        if run.length >= _TASK:
-            for r in range(run.rows):
-                first = run.start + r * run.stride
-                end = first + run.length
+    for start, rows, length, stride in runs:
+        if length >= _TASK:
+            for r in range(rows):
+                first = start + r * stride
+                end = first + length
                 for low in range(first - first % 4, end, _TASK):
                     begin, stop = max(low, first), min(low + _TASK, end)
-                    yield at, Run(begin, 1, stop - begin, 0)
+                    yield at, (begin, 1, stop - begin, 0)
                     at += stop - begin
         else:
-            step = _TASK // run.length
-            for r in range(0, run.rows, step):
-                rows = min(step, run.rows - r)
-                yield at, Run(run.start + r * run.stride, rows, run.length, run.stride)
-                at += rows * run.length
+            step = _TASK // length
+            for r in range(0, rows, step):
+                count = min(step, rows - r)
+                yield at, (start + r * stride, count, length, stride)
+                at += count * length
 
 
 def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
-    """Fill a contiguous CPU tensor with the elements that `runs` lists, on torch.get_num_threads() threads."""
+    """Fill a contiguous CPU tensor on torch.get_num_threads() threads.
+
+    Args:
+        tensor: float32, bfloat16, float16 or float64, contiguous.
+        m: the law's map for this dtype.
+        key: 64 bits.
+        runs: the tensor's elements in the order of its memory, see sampling.Run.
+
+    Raises:
+        NotImplementedError: for a tensor without memory of its own.
+    """
     tag = _TAGS[tensor.dtype]
     address, size = tensor.data_ptr(), tensor.element_size()
     if address == 0:  # a functorch wrapper, say: writing there would end the process
@@ -368,7 +379,7 @@ def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
         at = 0
         for run in runs:
             _kernel(address + at * size, tag, *run, key, m)
-            at += run.rows * run.length
+            at += run[1] * run[2]
         return
 
     tasks = _tasks(runs)
@@ -380,7 +391,8 @@ def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
                 task = next(tasks, None)
             if task is None:
                 return
-            _kernel(address + task[0] * size, tag, *task[1], key, m)
+            at, run = task
+            _kernel(address + at * size, tag, *run, key, m)
 
     helpers: list[Future[None]] = []
     try:

@@ -40,11 +40,17 @@ _SLOW = 1 << 24  # elements
 # Laws
 
 
-def _number(value: float, name: str, error: type[Exception]) -> float:
-    value = float(value)
-    if not math.isfinite(value):
-        raise error(f"{name} is {value}; it must be finite")
-    return value
+def _float(value: float, name: str) -> float:
+    if isinstance(value, str):  # float() would read it
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    return float(value)
+
+
+def _finite(value: float, name: str, error: type[Exception]) -> float:
+    number = _float(value, name)
+    if not math.isfinite(number):
+        raise error(f"{name} is {number}; it must be finite")
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ class Uniform:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        low, high = _number(self.low, "low", RuntimeError), _number(self.high, "high", RuntimeError)
+        low, high = _finite(self.low, "low", RuntimeError), _finite(self.high, "high", RuntimeError)
         if low > high:
             raise RuntimeError(f"uniform on [{low}, {high}): low must not exceed high; swap them")
         object.__setattr__(self, "low", low)
@@ -79,11 +85,11 @@ class Normal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        std = float(self.std)
+        std = _float(self.std, "std")
         if not std >= 0.0:
             raise RuntimeError(f"normal expects std >= 0.0, but found std {std}")
-        object.__setattr__(self, "mean", _number(self.mean, "mean", ValueError))
-        object.__setattr__(self, "std", _number(std, "std", ValueError))
+        object.__setattr__(self, "mean", _finite(self.mean, "mean", ValueError))
+        object.__setattr__(self, "std", _finite(std, "std", ValueError))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +110,8 @@ class TruncatedNormal:
     high: float = 2.0
 
     def __post_init__(self) -> None:
-        mean, std = _number(self.mean, "mean", ValueError), _number(self.std, "std", ValueError)
-        low, high = float(self.low), float(self.high)
+        mean, std = _finite(self.mean, "mean", ValueError), _finite(self.std, "std", ValueError)
+        low, high = _float(self.low, "low"), _float(self.high, "high")
         if std <= 0.0:
             raise ValueError(f"std is {std}; a truncated normal needs std > 0; use constant_ for a single value")
         if math.isnan(low) or math.isnan(high) or low == math.inf or high == -math.inf:
@@ -241,8 +247,8 @@ def fill_(draws: Iterable[Draw]) -> None:
 
     Args:
         draws: every one is checked before the first tensor is written. Dtypes: float32, bfloat16, float16 and
-            float64; complex ones for Normal (each part with std / sqrt 2); any for Constant. Tensors on the meta
-            device are checked and left alone.
+            float64; complex ones for Uniform and Normal, part by part, with std / sqrt 2; any for Constant.
+            Tensors on the meta device are checked and left alone.
 
     Raises:
         NotImplementedError: for a dtype, layout or kind of tensor that its law cannot fill.
@@ -294,9 +300,10 @@ def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | N
 
 def _map(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> stream.Map | Constant:
     real = dtype
-    if dtype in _COMPLEX and isinstance(law, Normal):
+    if dtype in _COMPLEX and not isinstance(law, TruncatedNormal):  # as torch, which orders no complex numbers
         real = _COMPLEX[dtype]
-        law = Normal(law.mean, law.std / 1.4142135623730951)
+        if isinstance(law, Normal):
+            law = Normal(law.mean, law.std / 1.4142135623730951)
     if real not in _REAL:
         name = {Uniform: "uniform", Normal: "normal", TruncatedNormal: "truncated normal"}[type(law)]
         raise NotImplementedError(
@@ -418,8 +425,8 @@ def _fill_torch(tensor: Tensor, mapped: stream.Map, key: int, runs: Iterable[Run
             columns = torch.arange(run.length, device=flat.device)
             for r in range(0, run.rows, rows):
                 n = min(rows, run.rows - r)
-                first = torch.arange(r, r + n, device=flat.device)[:, None] * run.stride + run.start
-                index = (first + columns).flatten()
+                starts = torch.arange(r, r + n, device=flat.device) * run.stride + run.start
+                index = (starts[:, None] + columns).flatten()
                 values = stream.block_values(mapped, key, index >> 2, tensor.dtype)
                 flat[at : at + len(index)] = values.gather(1, (index & 3)[:, None])[:, 0]
                 at += len(index)

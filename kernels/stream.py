@@ -13,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -490,5 +491,9 @@ def _narrow_series(middle: float, half: float) -> tuple[float, ...]:
 @functools.lru_cache(maxsize=1024)
 def map_of(law: str, parameters: tuple[float, ...], dtype: torch.dtype) -> Map:
     """The map of a law ("uniform", "normal", "truncated_normal") for one dtype, worked out once."""
-    build = {"uniform": uniform_map, "normal": normal_map, "truncated_normal": truncated_normal_map}
+    build: dict[str, Callable[..., Map]] = {
+        "uniform": uniform_map,
+        "normal": normal_map,
+        "truncated_normal": truncated_normal_map,
+    }
     return build[law](*parameters, dtype)

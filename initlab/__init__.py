@@ -1,0 +1,20 @@
+"""Numeric kernels for the fragile moments of a training run; one random stream on every device.
+
+Example:
+    >>> import torch, initlab
+    >>> seed = torch.manual_seed(0)
+    >>> whole = initlab.init.normal_(torch.empty(3, 5))
+    >>> seed = torch.manual_seed(0)
+    >>> half = initlab.init.normal_(torch.empty(3, 5, dtype=torch.bfloat16))
+    >>> torch.equal(half, whole.bfloat16())  # every dtype holds the rounding of the same draw
+    True
+"""
+
+from . import _checkout
+
+_checkout.link_kernels()  # before anything imports initlab.kernels
+
+from . import init  # noqa: E402
+
+__all__ = ["init"]
+__version__ = "0.1.0"
