@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ _SLOW = 1 << 24  # elements
 # Laws
 
 
-def _float(value: float, name: str) -> float:
+def _float(value: Any, name: str) -> float:
     if isinstance(value, str):  # float() would read it
         raise TypeError(f"{name} is {value!r}; it must be a number")
     return float(value)
@@ -278,7 +278,7 @@ def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | N
         raise ValueError(f"key is {draw.key}; a key is 64 bits: 0 <= key < 2**64")
     if region is not None and region.sizes != tensor.shape:
         raise ValueError(f"the tensor's shape is {tuple(tensor.shape)}, its region's sizes are {region.sizes}")
-    if type(tensor) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor):
+    if type(tensor) not in (Tensor, torch.nn.Parameter) and bool(is_traceable_wrapper_subclass(tensor)):
         raise NotImplementedError(f"cannot fill a {type(tensor).__name__}, which wraps other tensors; fill those")
     if tensor.layout != torch.strided:
         raise NotImplementedError(f"cannot fill a tensor of layout {tensor.layout}; fill its dense values")

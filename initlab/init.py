@@ -1,0 +1,598 @@
+"""Drop-in for torch.nn.init: its names, signatures, errors and warnings; the values come from initlab's stream.
+
+A call takes one 64-bit key from the generator in force, and the key fixes every value: the same on every device, with
+any number of threads, for any strides, and in every dtype the rounding of the same draw. What draws nothing is
+torch's own function. docs/init.md lists where a call behaves differently from torch's.
+"""
+
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses import FakeTensor
+from torch.nn import Parameter
+from torch.nn.init import (
+    _calculate_correct_fan,
+    _calculate_fan_in_and_fan_out,
+    calculate_gain,
+    constant_,
+    dirac_,
+    eye_,
+    ones_,
+    zeros_,
+)
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from initlab.kernels import Draw, Law, Normal, Region, TruncatedNormal, Uniform, fill_, generator_key
+
+__all__ = [
+    "calculate_gain",
+    "constant",
+    "constant_",
+    "dirac",
+    "dirac_",
+    "eye",
+    "eye_",
+    "kaiming_normal",
+    "kaiming_normal_",
+    "kaiming_uniform",
+    "kaiming_uniform_",
+    "normal",
+    "normal_",
+    "ones_",
+    "orthogonal",
+    "orthogonal_",
+    "sparse",
+    "sparse_",
+    "trunc_normal_",
+    "uniform",
+    "uniform_",
+    "xavier_normal",
+    "xavier_normal_",
+    "xavier_uniform",
+    "xavier_uniform_",
+    "zeros_",
+]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_FanMode = Literal["fan_in", "fan_out"]
+_NonlinearityType = Literal[
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "sigmoid",
+    "tanh",
+    "relu",
+    "leaky_relu",
+    "selu",
+]
+
+_PLAIN = (Tensor, Parameter)
+_QR_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}  # LAPACK and cuSOLVER have neither
+
+
+def uniform_(
+    tensor: Tensor,
+    a: float = 0.0,
+    b: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a tensor with values uniform on [a, b).
+
+    Args:
+        tensor: any shape and strides; float64, float32, bfloat16, float16, or complex, where the real and the
+            imaginary part are drawn each on its own.
+        a: lower bound, included.
+        b: upper bound, left out; with a == b every element is a.
+        generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
+
+    Returns:
+        The tensor itself, filled in place outside autograd.
+
+    Raises:
+        RuntimeError: if a > b, a bound or b - a is not finite in the dtype, or the tensor overlaps itself.
+        NotImplementedError: for an integer, bool or float8 dtype, a DTensor or another wrapper.
+
+    Source:
+        docs/stream.md, "uniform".
+
+    Example:
+        >>> import torch, initlab
+        >>> w = initlab.init.uniform_(torch.empty(3, 5), -0.1, 0.1)
+        >>> w.abs().max().item() <= 0.1
+        True
+    """
+    if has_torch_function_variadic(tensor):
+        return handle_torch_function(uniform_, (tensor,), tensor=tensor, a=a, b=b, generator=generator)
+    return _eagerly(_sample, tensor, generator, Uniform, a, b)
+
+
+def normal_(
+    tensor: Tensor,
+    mean: float = 0.0,
+    std: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a tensor with normal deviates.
+
+    Args:
+        tensor: any shape and strides; float64, float32, bfloat16, float16, or complex, where the variance is
+            shared equally by the real and the imaginary part.
+        mean: mean of the law.
+        std: standard deviation, >= 0; with 0 every element is the mean.
+        generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
+
+    Returns:
+        The tensor itself, filled in place outside autograd.
+
+    Raises:
+        RuntimeError: if std is negative or NaN, or the tensor overlaps itself.
+        NotImplementedError: for an integer, bool or float8 dtype, a DTensor or another wrapper.
+
+    Source:
+        G. E. P. Box and M. E. Muller, "A note on the generation of random normal deviates", 1958; docs/stream.md.
+
+    Example:
+        >>> import torch, initlab
+        >>> seed = torch.manual_seed(0)
+        >>> w = initlab.init.normal_(torch.empty(3, 5), std=0.02)
+        >>> again = initlab.init.normal_(torch.empty(3, 5), std=0.02, generator=torch.Generator().manual_seed(0))
+        >>> torch.equal(w, again)
+        True
+    """
+    if has_torch_function_variadic(tensor):
+        return handle_torch_function(normal_, (tensor,), tensor=tensor, mean=mean, std=std, generator=generator)
+    return _eagerly(_sample, tensor, generator, Normal, mean, std)
+
+
+def trunc_normal_(
+    tensor: Tensor,
+    mean: float = 0.0,
+    std: float = 1.0,
+    a: float = -2.0,
+    b: float = 2.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a tensor with normal deviates conditioned on [a, b], in one pass, without rejection.
+
+    Args:
+        tensor: any shape and strides; float64, float32, bfloat16 or float16.
+        mean: mean of the normal law before it is cut.
+        std: standard deviation of the normal law before it is cut, > 0.
+        a: smallest value, in the units of the tensor; -inf is allowed.
+        b: largest value, in the units of the tensor; inf is allowed.
+        generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
+
+    Returns:
+        The tensor itself, filled in place outside autograd.
+
+    Raises:
+        ValueError: if std is not positive, a parameter is NaN, or the nearer bound lies beyond 12 std.
+        RuntimeError: if a > b, or the tensor overlaps itself.
+        NotImplementedError: for any other dtype, a DTensor or another wrapper.
+
+    Source:
+        L. Devroye, "Non-Uniform Random Variate Generation", 1986, II.2 (inversion); docs/stream.md.
+
+    Example:
+        >>> import torch, initlab
+        >>> w = initlab.init.trunc_normal_(torch.empty(3, 5), std=0.02, a=-0.04, b=0.04)
+        >>> w.abs().max().item() <= 0.04
+        True
+    """
+    if not tensor.is_meta and (mean < a - 2 * std or mean > b + 2 * std):
+        warnings.warn(
+            "mean is more than 2 std from [a, b] in nn.init.trunc_normal_. "
+            "The values follow the truncated law, which crowds at the nearer bound.",
+            stacklevel=2,
+        )
+    return _eagerly(_sample, tensor, generator, TruncatedNormal, mean, std, a, b)
+
+
+def xavier_uniform_(
+    tensor: Tensor,
+    gain: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a weight with values uniform on [-x, x), x = gain * sqrt(6 / (fan_in + fan_out)).
+
+    Args:
+        tensor: shape (out, in, *kernel), two dimensions or more; dtypes as in uniform_.
+        gain: factor on the standard deviation, >= 0; see calculate_gain.
+        generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
+
+    Returns:
+        The tensor itself, filled in place outside autograd.
+
+    Raises:
+        ValueError: if the tensor has fewer than two dimensions.
+        ZeroDivisionError: if both fans are 0.
+        RuntimeError: if the gain is negative or not finite.
+
+    Source:
+        X. Glorot and Y. Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010.
+
+    Example:
+        >>> import torch, initlab
+        >>> w = initlab.init.xavier_uniform_(torch.empty(2, 4), gain=5 / 3)
+        >>> w.abs().max().item() <= 5 / 3
+        True
+    """
+    x = math.sqrt(3.0) * _xavier_std(tensor, gain)
+    return _eagerly(_sample, tensor, generator, Uniform, -x, x)
+
+
+def xavier_normal_(
+    tensor: Tensor,
+    gain: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a weight with normal deviates, std = gain * sqrt(2 / (fan_in + fan_out)).
+
+    Args:
+        tensor: shape (out, in, *kernel), two dimensions or more; dtypes as in normal_.
+        gain: factor on the standard deviation, >= 0; see calculate_gain.
+        generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
+
+    Returns:
+        The tensor itself, filled in place outside autograd.
+
+    Raises:
+        ValueError: if the tensor has fewer than two dimensions.
+        ZeroDivisionError: if both fans are 0.
+        RuntimeError: if the gain is negative or NaN.
+
+    Source:
+        X. Glorot and Y. Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010.
+
+    Example:
+        >>> import torch, initlab
+        >>> w = initlab.init.xavier_normal_(torch.empty(300, 200))
+        >>> round(w.std().item(), 2)  # sqrt(2 / 500) is 0.063
+        0.06
+    """
+    return _eagerly(_sample, tensor, generator, Normal, 0.0, _xavier_std(tensor, gain))
+
+
+def kaiming_uniform_(
+    tensor: Tensor,
+    a: float = 0,
+    mode: _FanMode = "fan_in",
+    nonlinearity: _NonlinearityType = "leaky_relu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a weight with values uniform on [-x, x), x = gain * sqrt(3 / fan).
+
+    Args:
+        tensor: shape (out, in, *kernel), two dimensions or more; dtypes as in uniform_.
+        a: negative slope of the leaky_relu that follows; unused for other nonlinearities.
+        mode: "fan_in" keeps the variance of activations, "fan_out" that of gradients.
+        nonlinearity: what follows the layer; sets the gain, see calculate_gain.
+        generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
+
+    Returns:
+        The tensor itself, filled in place outside autograd. Without elements: untouched, with a UserWarning.
+
+    Raises:
+        ValueError: if the tensor has fewer than two dimensions, or mode, nonlinearity or a is not valid.
+
+    Source:
+        K. He, X. Zhang, S. Ren and J. Sun, "Delving deep into rectifiers", 2015.
+
+    Example:
+        >>> import torch, initlab
+        >>> w = initlab.init.kaiming_uniform_(torch.empty(8, 6), nonlinearity="relu")
+        >>> w.abs().max().item() <= 1.0  # sqrt(2) * sqrt(3 / 6)
+        True
+    """
+    if has_torch_function_variadic(tensor):
+        return handle_torch_function(
+            kaiming_uniform_,
+            (tensor,),
+            tensor=tensor,
+            a=a,
+            mode=mode,
+            nonlinearity=nonlinearity,
+            generator=generator,
+        )
+    if 0 in tensor.shape:
+        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
+        return tensor
+    x = math.sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
+    return _eagerly(_sample, tensor, generator, Uniform, -x, x)
+
+
+def kaiming_normal_(
+    tensor: Tensor,
+    a: float = 0,
+    mode: _FanMode = "fan_in",
+    nonlinearity: _NonlinearityType = "leaky_relu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a weight with normal deviates, std = gain / sqrt(fan).
+
+    Args:
+        tensor: shape (out, in, *kernel), two dimensions or more; dtypes as in normal_.
+        a: negative slope of the leaky_relu that follows; unused for other nonlinearities.
+        mode: "fan_in" keeps the variance of activations, "fan_out" that of gradients.
+        nonlinearity: what follows the layer; sets the gain, see calculate_gain.
+        generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
+
+    Returns:
+        The tensor itself, filled in place outside autograd. Without elements: untouched, with a UserWarning.
+
+    Raises:
+        ValueError: if the tensor has fewer than two dimensions, or mode, nonlinearity or a is not valid.
+
+    Source:
+        K. He, X. Zhang, S. Ren and J. Sun, "Delving deep into rectifiers", 2015.
+
+    Example:
+        >>> import torch, initlab
+        >>> w = initlab.init.kaiming_normal_(torch.empty(256, 200), nonlinearity="relu")
+        >>> round(w.std().item(), 1)  # sqrt(2 / 200) is 0.1
+        0.1
+    """
+    if 0 in tensor.shape:
+        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
+        return tensor
+    return _eagerly(_sample, tensor, generator, Normal, 0.0, _kaiming_std(tensor, a, mode, nonlinearity))
+
+
+def orthogonal_(
+    tensor: Tensor,
+    gain: float = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a weight with a random (semi-)orthogonal matrix, uniform over all such matrices.
+
+    The Gaussian matrix comes from the stream; its QR factorisation is torch's, so the last bits depend on the
+    linear algebra library. bfloat16 and float16 weights hold the rounding of the float32 result.
+
+    Args:
+        tensor: shape (rows, *columns), two dimensions or more, any strides; columns count as flattened.
+        gain: factor on the orthogonal matrix.
+        generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
+
+    Returns:
+        The tensor itself, filled in place outside autograd: gain * Q with orthonormal rows, or columns where
+        there are more rows than columns.
+
+    Raises:
+        ValueError: if the tensor has fewer than two dimensions.
+        NotImplementedError: for an integer, bool or float8 dtype, a DTensor or another wrapper.
+
+    Source:
+        A. Saxe, J. McClelland and S. Ganguli, "Exact solutions to the nonlinear dynamics of learning in deep
+        linear neural networks", 2013; F. Mezzadri, "How to generate random matrices from the classical compact
+        groups", 2007, for the signs.
+
+    Example:
+        >>> import torch, initlab
+        >>> w = initlab.init.orthogonal_(torch.empty(3, 5))
+        >>> torch.allclose(w @ w.T, torch.eye(3), atol=1e-5)
+        True
+    """
+    if tensor.ndimension() < 2:
+        raise ValueError("Only tensors with 2 or more dimensions are supported")
+    return _eagerly(_orthogonal, tensor, gain, generator)
+
+
+def sparse_(
+    tensor: Tensor,
+    sparsity: float,
+    std: float = 0.01,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a matrix with normal deviates and set ceil(sparsity * rows) of each column to zero.
+
+    Values and places both come from the one key of the call. The places are those of the smallest of `rows`
+    uniform draws, ranked by torch's sort.
+
+    Args:
+        tensor: shape (rows, columns), any strides; dtypes as in normal_.
+        sparsity: fraction of each column to set to zero, in [0, 1].
+        std: standard deviation of the other values, >= 0.
+        generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
+
+    Returns:
+        The tensor itself, filled in place outside autograd.
+
+    Raises:
+        ValueError: if the tensor is not two-dimensional, or sparsity is NaN.
+        RuntimeError: if std is negative or NaN, or the tensor overlaps itself.
+        NotImplementedError: for an integer, bool or float8 dtype, a DTensor or another wrapper.
+
+    Source:
+        J. Martens, "Deep learning via Hessian-free optimization", 2010.
+
+    Example:
+        >>> import torch, initlab
+        >>> w = initlab.init.sparse_(torch.empty(10, 4), sparsity=0.25)
+        >>> (w == 0).sum(dim=0).tolist()
+        [3, 3, 3, 3]
+    """
+    if tensor.ndimension() != 2:
+        raise ValueError("Only tensors with 2 dimensions are supported")
+    return _eagerly(_sparse, tensor, sparsity, std, generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From a law to a filled tensor
+
+
+def _eagerly(work: Callable[..., Tensor], *args: Any) -> Tensor:
+    """work(*args), as a graph break where torch.compile is tracing: the stream forbids fused arithmetic."""
+    if not torch.compiler.is_dynamo_compiling():
+        return work(*args)
+    global _uncompiled
+    if _uncompiled is None:  # made on first use, since torch.compiler.disable imports all of dynamo
+        _uncompiled = torch.compiler.disable(_call)
+    return _uncompiled(work, *args)
+
+
+def _call(work: Callable[..., Tensor], *args: Any) -> Tensor:
+    return work(*args)
+
+
+_uncompiled: Callable[..., Tensor] | None = None
+
+
+def _sample(tensor: Tensor, generator: torch.Generator | None, law: Callable[..., Law], *parameters: float) -> Tensor:
+    drawn = law(*parameters)
+    if type(tensor) in _PLAIN or not tensor.is_meta:
+        fill_((Draw(tensor, drawn, _key(tensor, generator)),))  # of a meta or fake tensor it checks the dtype only
+    return tensor
+
+
+def _orthogonal(tensor: Tensor, gain: float, generator: torch.Generator | None) -> Tensor:
+    if tensor.numel() == 0 or not _holds_values(tensor):
+        return tensor
+    rows = tensor.size(0)
+    with torch.no_grad():
+        flat = torch.empty(
+            (rows, tensor.numel() // rows), dtype=_QR_DTYPE.get(tensor.dtype, tensor.dtype), device=tensor.device
+        )
+        _sample(flat, generator, Normal, 0.0, 1.0)
+        wide = flat.size(0) < flat.size(1)
+        q, r = torch.linalg.qr(flat.t() if wide else flat)
+        q *= r.diagonal().sgn()  # without it Q is not uniform: LAPACK fixes the signs of R
+        q *= gain
+        tensor.copy_((q.t() if wide else q).reshape(tensor.shape))
+    return tensor
+
+
+def _sparse(tensor: Tensor, sparsity: float, std: float, generator: torch.Generator | None) -> Tensor:
+    law = Normal(0.0, std)
+    if not _holds_values(tensor):
+        return tensor
+    rows, cols = tensor.shape
+    zeros = math.ceil(sparsity * rows)
+    key = _key(tensor, generator)
+    # The places come from the same stream, from rows below those whose words the values take: rows of them, or twice
+    # as many in a complex matrix. Four divides their number, so that no block of four words serves both.
+    below = -(-rows // 2) * 4
+    ranks = torch.empty((rows, cols), dtype=torch.float32, device=tensor.device)
+    region = Region((below + rows, cols), (below, 0), (rows, cols))
+    fill_((Draw(tensor, law, key), Draw(ranks, Uniform(0.0, 1.0), key, region)))
+    with torch.no_grad():
+        tensor.scatter_(0, ranks.argsort(dim=0, stable=True)[:zeros], 0)
+    return tensor
+
+
+def _xavier_std(tensor: Tensor, gain: float) -> float:
+    fan_in, fan_out = _calculate_fan_in_and_fan_out(tensor)
+    return gain * math.sqrt(2.0 / float(fan_in + fan_out))
+
+
+def _kaiming_std(tensor: Tensor, a: float, mode: _FanMode, nonlinearity: _NonlinearityType) -> float:
+    return calculate_gain(nonlinearity, a) / math.sqrt(_calculate_correct_fan(tensor, mode))
+
+
+def _key(tensor: Tensor, generator: torch.Generator | None) -> int:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, not {type(generator).__name__}")
+    if not _holds_values(tensor) or tensor.numel() == 0:
+        return 0  # nothing to draw: the generator stays where it is
+    if generator is None and tensor.device.type == "cuda":
+        _check_rank_seeds(tensor.device)
+    return generator_key(generator)
+
+
+def _holds_values(tensor: Tensor) -> bool:
+    """False on meta and for fakes; raises for a wrapper, whose memory is not the tensor's, and in a traced graph."""
+    if tensor.is_meta:
+        return False
+    if torch._C._len_torch_dispatch_stack() and _is_traced():
+        raise NotImplementedError(
+            "initlab.init cannot be recorded by torch.export or make_fx: the graph would lack the draw. "
+            "Fill the tensor outside what is traced"
+        )
+    kind = type(tensor)
+    if kind not in _PLAIN:
+        if isinstance(tensor, FakeTensor):
+            return False
+        distributed = sys.modules.get("torch.distributed.tensor")  # not imported here: no DTensor exists without it
+        if distributed is not None and isinstance(tensor, distributed.DTensor):
+            raise NotImplementedError(
+                "initlab.init does not fill a DTensor: a shard would need its own region of the stream. Fill the "
+                "whole tensor before distribute_tensor, fully_shard or parallelize_module shards it, or use "
+                "torch.nn.init for it"
+            )
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise NotImplementedError(
+                f"initlab.init does not fill a {kind.__name__}, a wrapper around other tensors. Fill the plain tensor "
+                "before it is wrapped, or use torch.nn.init for it"
+            )
+    if is_functorch_wrapped_tensor(tensor):
+        raise NotImplementedError(
+            "initlab.init does not fill a tensor that a torch.func transform (vmap, grad, functionalize, ...) has "
+            "wrapped. Fill it before the transform"
+        )
+    return True
+
+
+def _is_traced() -> bool:
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracer is not None and tracer.get_proxy_mode() is not None
+
+
+def _check_rank_seeds(device: torch.device) -> None:
+    """Refuse to give ranks equal values where their CUDA seeds ask for different ones, as in Megatron's code."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    if not torch.cuda.is_initialized():
+        return
+    seed, cuda_seed = torch.initial_seed(), torch.cuda.default_generators[device.index].initial_seed()
+    if seed != cuda_seed:
+        raise RuntimeError(
+            f"the CUDA seed of {device} is {cuda_seed}, the CPU seed {seed}, and there are "
+            f"{distributed.get_world_size()} ranks. Without generator= the CPU generator gives the key, so ranks "
+            "that differ by their CUDA seeds alone, as tensor-parallel ranks do, would get identical values. Pass "
+            f"generator=torch.cuda.default_generators[{device.index}] for the rank's own values, or "
+            "generator=torch.default_generator for the values that every rank shares"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Deprecated aliases
+
+
+def _deprecated(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    new_name = function.__name__
+    old_name = new_name[:-1]
+
+    def alias(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        warnings.warn(
+            f"`nn.init.{old_name}` is now deprecated in favor of `nn.init.{new_name}`.", FutureWarning, stacklevel=2
+        )
+        return function(*args, **kwargs)
+
+    alias.__doc__ = f"Deprecated name of {new_name}; warns, then calls it."
+    alias.__name__ = alias.__qualname__ = old_name
+    return alias
+
+
+uniform = _deprecated(uniform_)
+normal = _deprecated(normal_)
+constant = _deprecated(constant_)
+eye = _deprecated(eye_)
+dirac = _deprecated(dirac_)
+xavier_uniform = _deprecated(xavier_uniform_)
+xavier_normal = _deprecated(xavier_normal_)
+kaiming_uniform = _deprecated(kaiming_uniform_)
+kaiming_normal = _deprecated(kaiming_normal_)
+orthogonal = _deprecated(orthogonal_)
+sparse = _deprecated(sparse_)
