@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from initlab.kernels import Draw, Normal, Region, TruncatedNormal, Uniform, fill_, named_key
-from scipy import integrate, special
+from scipy import integrate, special, stats
 
 LAWS = {
     "uniform": Uniform(0.0, 1.0),
@@ -67,6 +67,12 @@ def anderson_darling(counts):
     return float(-n - (below.sum() + above.sum()) / n)
 
 
+def poisson_score(count, expected):
+    """The normal score of a count's tail probability: a standard error where the expectation is large."""
+    low, high = stats.poisson.cdf(count, expected), stats.poisson.sf(count - 1, expected)
+    return float(stats.norm.isf(high)) if high < low else float(-stats.norm.isf(low))
+
+
 def measure(law, n):
     """Scores of n draws: how far each statistic is from its closed form, in standard errors or as its own statistic."""
     key = named_key(0, "statistics")
@@ -109,8 +115,8 @@ def measure(law, n):
         result[f"against {name}"] = value / variance / math.sqrt(n)
     for t, count in tails.items():
         expected = n * 2 * special.ndtr(-t)
-        if not isinstance(law, Uniform) and not (isinstance(law, TruncatedNormal) and law.high < t) and expected > 10:
-            result[f"beyond {t:g} sigma"] = (count - expected) / math.sqrt(expected)
+        if not isinstance(law, Uniform) and not (isinstance(law, TruncatedNormal) and law.high < t) and expected > 1:
+            result[f"beyond {t:g} sigma"] = poisson_score(count, expected)
     return result, counts
 
 
