@@ -20,7 +20,7 @@ if __name__ == "kernels":
         _sys.modules["kernels"] = _module = _module_from_spec(_elsewhere)
         _elsewhere.loader.exec_module(_module)
 else:
-    from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, fill_
+    from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
 
     __all__ = [
@@ -32,6 +32,7 @@ else:
         "Region",
         "TruncatedNormal",
         "Uniform",
+        "engine_of",
         "fill_",
         "generator_key",
         "named_key",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,10 +31,20 @@ from . import engines, stream
 _OFFERED = ("torch", "numba")
 _REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
+_SLOW = 1 << 24  # elements
 _SLAB = 1 << 20  # elements of scratch: what a tensor that is not contiguous is filled through
 _CHUNK = {"cpu": 1 << 18}  # elements the torch engine works on at once; intermediates take about 40 times as much
 _CHUNK_ELSEWHERE = 1 << 23
-_SLOW = 1 << 24  # elements
+
+
+def _after_fork() -> None:
+    """In a forked child torch's own operations hang where they are large enough for its thread pool (2^15 elements)."""
+    global _SLAB
+    _SLAB = _CHUNK["cpu"] = 1 << 14
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -132,7 +143,7 @@ class TruncatedNormal:
 class Constant:
     """Every element is `value`; takes nothing from the stream and serves every dtype."""
 
-    value: float = 0.0
+    value: complex = 0.0
 
 
 Law: TypeAlias = Uniform | Normal | TruncatedNormal | Constant
@@ -271,18 +282,43 @@ def fill_(draws: Iterable[Draw]) -> None:
             _fill_one(*job)
 
 
+def engine_of(device: torch.device) -> str:
+    """The engine that fills tensors on `device`: "torch" or "numba".
+
+    Raises:
+        RuntimeError: if INITLAB_BACKEND names an engine that cannot serve this device, or is not installed.
+        ValueError: if INITLAB_BACKEND is not a known name.
+
+    Example:
+        >>> import torch
+        >>> from initlab.kernels import engine_of
+        >>> engine_of(torch.device("cpu")) in ("torch", "numba")
+        True
+    """
+    return engines.choose(device, _OFFERED)
+
+
 def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | None] | None:
     """The tensor, its map, key and region; None where there is nothing to write."""
     tensor, law, region = draw.tensor, draw.law, draw.region
     if not 0 <= draw.key < 2**64:
         raise ValueError(f"key is {draw.key}; a key is 64 bits: 0 <= key < 2**64")
-    if region is not None and region.sizes != tensor.shape:
-        raise ValueError(f"the tensor's shape is {tuple(tensor.shape)}, its region's sizes are {region.sizes}")
+    if region is not None:
+        if region.sizes != tensor.shape:
+            raise ValueError(f"the tensor's shape is {tuple(tensor.shape)}, its region's sizes are {region.sizes}")
+        if math.prod(region.shape) * (2 if tensor.is_complex() else 1) >= 2**63:
+            raise ValueError(f"{region}: a logical tensor has fewer than 2**63 elements, or half as many complex ones")
     if type(tensor) not in (Tensor, torch.nn.Parameter) and bool(is_traceable_wrapper_subclass(tensor)):
         raise NotImplementedError(f"cannot fill a {type(tensor).__name__}, which wraps other tensors; fill those")
     if tensor.layout != torch.strided:
         raise NotImplementedError(f"cannot fill a tensor of layout {tensor.layout}; fill its dense values")
-    mapped = law if isinstance(law, Constant) else _map(law, tensor.dtype)
+    if isinstance(law, Constant):
+        torch.empty((), dtype=tensor.dtype, device="cpu").fill_(law.value)  # torch's own error, before the first write
+        mapped: stream.Map | Constant = law
+    else:
+        mapped = _map(law, tensor.dtype)
+        if not tensor.is_meta:
+            engine_of(tensor.device)  # raises where the request cannot be honoured
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed; "
@@ -312,7 +348,7 @@ def _map(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> stream.
     if isinstance(law, Uniform):
         _check_uniform_range(law, real)
         if law.low == law.high:
-            return Constant(law.low)
+            return Constant(complex(law.low, law.low) if dtype in _COMPLEX else law.low)
         return stream.map_of("uniform", (law.low, law.high), real)
     if real != torch.float64 and math.isinf(stream.fl32(law.mean) + stream.fl32(law.std)):
         raise RuntimeError(f"{law} overflows float32, in which {dtype} is drawn; use float64, or smaller parameters")
@@ -343,9 +379,9 @@ def _overlaps(tensor: Tensor) -> bool:
         return False
     if dims[0][0] == 0 or reach + 1 < tensor.numel():
         return True
-    seen = torch.zeros(1, dtype=torch.int64)
+    seen = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in dims:  # strides that interleave without meeting, such as (2, 3) by (3, 2): count them out
-        seen = (seen[:, None] + torch.arange(size) * stride).flatten()
+        seen = (seen[:, None] + torch.arange(size, device="cpu") * stride).flatten()
     return seen.unique().numel() < tensor.numel()
 
 
@@ -384,7 +420,7 @@ def _fill_contiguous(tensor: Tensor, mapped: stream.Map, key: int, region: Regio
             region = Region((*region.shape, 2), (*region.offsets, 0), (*region.sizes, 2))
         tensor = torch.view_as_real(tensor.detach())
     runs = [Run(0, 1, tensor.numel(), 0)] if region is None else region.runs()
-    fill = _engine(engines.choose(tensor.device, _OFFERED))
+    fill = _engine(engine_of(tensor.device))
     if fill is _fill_torch and tensor.device.type == "cpu" and tensor.numel() > _SLOW:
         _say_that_it_is_slow()
     fill(tensor, mapped, key, runs)

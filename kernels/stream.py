@@ -13,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import math
+import struct
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -323,7 +324,7 @@ def _tail_z(m: TailMap, w: Tensor) -> Tensor:
     w = w ^ m.flip
     below = w < m.split
     p = torch.where(below, w, w ^ _MASK32).to(torch.float32) * m.scale
-    p = p + torch.where(below, m.below, m.above).to(torch.float32)
+    p = p + torch.full_like(p, m.above).masked_fill(below, m.below)  # torch.where would take the default dtype
     t = 1.0 - p
     size = _scaled_log(p * (2.0 - p), below_one=-(t * t))
     z = _horner(TAIL, size) * _roots(size)[0]
@@ -378,9 +379,34 @@ def uniform_map(low: float, high: float, dtype: torch.dtype) -> UniformMap:
     scale = (high - low) * 2.0**-24
     if dtype == torch.float64:
         return UniformMap(scale, low, max(low, math.nextafter(high, -math.inf)))
-    bottom, end = (torch.tensor(fl32(x), dtype=dtype) for x in (low, high))
-    below = torch.nextafter(end, torch.full_like(end, -math.inf))
-    return UniformMap(fl32(scale), fl32(low), float(below if end > bottom else bottom))
+    bottom, end = _rounded_bits(low, dtype), _rounded_bits(high, dtype)
+    top = _value(_bits_below(end, dtype), dtype)
+    return UniformMap(fl32(scale), fl32(low), max(top, _value(bottom, dtype)))
+
+
+# Python's own arithmetic on bit patterns: tensors would follow torch's default device, or be fake.
+
+
+def _rounded_bits(x: float, dtype: torch.dtype) -> int:
+    """The bits of x rounded to float32 and then to the dtype; a zero's sign is dropped."""
+    if dtype == torch.float16:
+        return int.from_bytes(struct.pack("<e", fl32(x) + 0.0), "little")
+    bits = int.from_bytes(struct.pack("<f", fl32(x) + 0.0), "little")
+    return bits if dtype == torch.float32 else (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def _bits_below(bits: int, dtype: torch.dtype) -> int:
+    """The bits of the next number towards minus infinity."""
+    sign = 1 << (31 if dtype == torch.float32 else 15)
+    if bits == 0:
+        return sign | 1
+    return bits + 1 if bits & sign else bits - 1
+
+
+def _value(bits: int, dtype: torch.dtype) -> float:
+    if dtype == torch.float16:
+        return float(struct.unpack("<e", bits.to_bytes(2, "little"))[0])
+    return float(struct.unpack("<f", (bits if dtype == torch.float32 else bits << 16).to_bytes(4, "little"))[0])
 
 
 def normal_map(mean: float, std: float, dtype: torch.dtype) -> NormalMap:

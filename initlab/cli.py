@@ -1,0 +1,129 @@
+"""The `initlab` command: demo | env.
+
+Exit status: 0, 1 if the demo's evidence does not hold, 64 if the command was used wrongly (EX_USAGE of sysexits.h).
+"""
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn
+
+EX_FAILED, EX_USAGE = 1, 64
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse's own status is 2
+        self.print_usage(sys.stderr)
+        self.exit(EX_USAGE, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments after the command's name; None takes them from sys.argv.
+
+    Returns:
+        The exit status: 0, 1 if the demo could not run or its evidence does not hold, 64 if INITLAB_BACKEND asks
+        for what the demo cannot have.
+
+    Raises:
+        SystemExit: with 64 for arguments that make no sense, with 0 after --help.
+
+    Example:
+        >>> from initlab.cli import main
+        >>> main(["env"])
+        initlab          ..., stream 1
+        ...
+        0
+    """
+    parser = _Parser(prog="initlab", description="Numeric kernels for the fragile moments of a training run.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    demo = commands.add_parser("demo", help="bad starts, a good one and equal bits, on real data")
+    demo.add_argument("--seed", type=_seed, default=0, help="of every draw in the demo (default: 0)")
+    commands.add_parser("env", help="versions, devices and engines, for a bug report")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "env":
+        return _env()
+    return _demo(arguments.seed)
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+    if not -(2**63) <= seed < 2**64:
+        raise argparse.ArgumentTypeError(f"{seed} does not fit into 64 bits")
+    return seed
+
+
+def _demo(seed: int) -> int:
+    import torch
+
+    from initlab.kernels import engine_of
+
+    from . import demo
+
+    try:
+        engine = engine_of(torch.device("cpu"))
+    except (RuntimeError, ValueError) as error:
+        print(f"initlab demo: error: {error}", file=sys.stderr)
+        return EX_USAGE
+    try:
+        return 0 if demo.run(demo.Settings(seed=seed), engine) else EX_FAILED
+    except demo.DataMissingError as error:
+        print(f"initlab demo: error: {error}", file=sys.stderr)
+        return EX_FAILED
+
+
+def _env() -> int:
+    import torch
+
+    from initlab.kernels import STREAM_VERSION, engine_of
+
+    from . import __version__
+
+    def engine(device: torch.device) -> str:
+        try:
+            return engine_of(device)
+        except (RuntimeError, ValueError) as error:
+            return f"none: {error}"  # what a fill would raise
+
+    facts = [("initlab", f"{__version__}, stream {STREAM_VERSION}"), ("python", platform.python_version())]
+    facts += [("torch", torch.__version__)]
+    facts += [(package, _version(package)) for package in ("numba", "triton", "numpy")]
+    facts += [("INITLAB_BACKEND", os.environ.get("INITLAB_BACKEND", "not set"))]
+    facts += [
+        ("cpu", f"{_cpu_model()}, {torch.get_num_threads()} threads"),
+        ("cpu engine", engine(torch.device("cpu"))),
+    ]
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if not gpus:
+        facts += [("cuda", "no device")]
+    for gpu in gpus:
+        facts += [(str(gpu), torch.cuda.get_device_name(gpu)), (f"{gpu} engine", engine(gpu))]
+    for name, fact in facts:
+        print(f"{name:<17}{fact}")
+    return 0
+
+
+def _version(package: str) -> str:
+    # Read from its metadata: importing numba takes a third of a second.
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())

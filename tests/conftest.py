@@ -1,0 +1,85 @@
+"""What several test files share."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from initlab.kernels import engines, sampling
+
+import initlab
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """`with serving("torch"):` lets one engine serve every fill inside it, whatever the environment says."""
+
+    @contextlib.contextmanager
+    def serving(name):
+        if name == "numba":
+            pytest.importorskip("numba")
+        threads = torch.get_num_threads()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engines, "requested", lambda: name)
+            if name == "torch":
+                torch.set_num_threads(1)  # on a busy machine its threads spin: 10 microseconds an element
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+
+    return serving
+
+
+@pytest.fixture(params=["torch", "numba"])
+def engine(request, serving):
+    """Runs the test once for each engine of the CPU."""
+    with serving(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def bits():
+    """A tensor's elements as bytes, one row each: equal only where the bit patterns are, NaNs and zeros included."""
+
+    def bits(tensor):
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        flat.view(tensor.shape).copy_(tensor.detach())
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).view(-1)
+        return flat.view(torch.uint8).view(tensor.numel(), tensor.element_size())
+
+    return bits
+
+
+@pytest.fixture
+def forget():
+    """Engine choices are made once in a process: forgets them before and after the test."""
+    caches = (engines.requested, engines._installed, sampling._engine, sampling._say_that_it_is_slow)
+
+    def forget():
+        for cache in caches:
+            cache.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs a script in a process of its own, on the initlab that this one imported; returns what it prints."""
+
+    def python(script, *, root=Path(initlab.__file__).parent.parent, timeout=120, **environment):
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("INITLAB_", "NUMBA_"))}
+        path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environ |= {"PYTHONPATH": os.pathsep.join(path)} | {k: str(v) for k, v in environment.items()}
+        command = [sys.executable, "-W", "error", "-c", script]
+        done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return python

@@ -1,0 +1,403 @@
+"""The command: its exit status, what `env` says, and the demo's parts on small settings.
+
+The demo is evidence only if it can fail, so most tests here make a claim fail that holds in the full run.
+"""
+
+import importlib.metadata
+import math
+import platform
+import runpy
+import sys
+
+import pytest
+import torch
+from initlab.kernels import Draw, Normal, TruncatedNormal, Uniform, fill_, named_key
+
+import initlab
+from initlab import cli, demo
+
+SHAPES = {"wide": (5, 1025), "tall": (63, 37)}
+LAWS = [Normal(0.0, 0.02), Uniform(-0.02, 0.02), TruncatedNormal(0.0, 0.02, -0.04, 0.04)]
+DEEP = demo.Settings(epochs=1, bad_epochs=1)
+
+
+@pytest.fixture
+def torch_engine(serving):
+    """These tests are about the demo; the engine that needs no compiler serves them."""
+    with serving("torch"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def few():
+    """An eighth of the digits to train on."""
+    data = demo.load_digits()
+    return data._replace(train=data.train[:180], train_labels=data.train_labels[:180])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.mark.parametrize(
+    ("argv", "about"),
+    [
+        ([], "command"),
+        (["nonsense"], "nonsense"),
+        (["env", "--nonsense"], "--nonsense"),
+        (["demo", "--seed", "x"], "'x' is not an integer"),
+        (["demo", "--seed", str(2**64)], "does not fit into 64 bits"),
+    ],
+)
+def test_wrong_usage_is_64(argv, about, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv)
+    said = capsys.readouterr()
+    assert exit.value.code == 64
+    assert said.err.startswith("usage: initlab")
+    assert about in said.err
+    assert not said.out
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--help"])
+    assert exit.value.code == 0
+    assert {"demo", "env"} <= set(capsys.readouterr().out.split())
+
+
+def test_python_m_initlab(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["initlab", "env"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("initlab", run_name="__main__")
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.startswith("initlab ")
+
+
+def test_the_command_loads_only_what_it_needs(python):
+    loaded = python("import sys, initlab.cli; print(*sys.modules)").split()
+    assert not {"numba", "triton", "sklearn", "initlab.demo"} & set(loaded)
+
+
+@pytest.mark.parametrize(("held", "status"), [(True, 0), (False, 1)])
+def test_demo_status(held, status, monkeypatch):
+    seen = []
+    monkeypatch.setattr(demo, "run", lambda settings, engine: seen.append(settings) or held)
+    assert cli.main(["demo", "--seed", "7"]) == status
+    assert seen == [demo.Settings(seed=7)]
+
+
+def test_demo_without_scikit_learn(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert cli.main(["demo"]) == 1
+    said = capsys.readouterr()
+    assert "pip install 'initlab[demo]'" in said.err
+    assert not said.out
+
+
+def test_backend_that_cannot_be_had(monkeypatch, forget, capsys):
+    monkeypatch.setenv("INITLAB_BACKEND", "abacus")
+    forget()
+    assert cli.main(["demo"]) == 64
+    said = capsys.readouterr()
+    assert "INITLAB_BACKEND is 'abacus'" in said.err
+    assert not said.out
+
+    assert cli.main(["env"]) == 0
+    facts = _facts(capsys)
+    assert facts["INITLAB_BACKEND"] == "abacus"
+    assert facts["cpu engine"].startswith("none: INITLAB_BACKEND is 'abacus'")
+
+
+def _facts(capsys):
+    """What `env` printed, by name; a name and its fact are two columns."""
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:17].strip(): line[17:] for line in lines}
+
+
+@pytest.mark.parametrize("engine", ["torch", "numba"])
+def test_env(engine, monkeypatch, forget, capsys):
+    if engine == "numba":
+        pytest.importorskip("numba")
+    monkeypatch.setenv("INITLAB_BACKEND", engine)
+    forget()
+    assert cli.main(["env"]) == 0
+    facts = _facts(capsys)
+    assert facts["initlab"] == f"{initlab.__version__}, stream 1"
+    assert facts["python"] == platform.python_version()
+    assert facts["torch"] == torch.__version__
+    assert facts["numpy"] == importlib.metadata.version("numpy")
+    assert facts["cpu"].endswith(f"{torch.get_num_threads()} threads")
+    assert facts["INITLAB_BACKEND"] == facts["cpu engine"] == engine
+    assert {"numba", "triton"} <= set(facts)
+
+
+def test_env_on_another_machine(monkeypatch, capsys):
+    """No numba, two GPUs, no /proc."""
+
+    def version(package):
+        if package == "numba":
+            raise importlib.metadata.PackageNotFoundError
+        return "1.2"
+
+    monkeypatch.setattr(cli, "version", version)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU number {device.index}")
+    monkeypatch.setattr(cli.Path, "read_text", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+    monkeypatch.setattr(platform, "processor", lambda: "a processor")
+    assert cli.main(["env"]) == 0
+    facts = _facts(capsys)
+    assert facts["numba"] == "not installed"
+    assert facts["cpu"].startswith("a processor, ")
+    assert facts["cuda:0"] == "GPU number 0"
+    assert facts["cuda:1"] == "GPU number 1"
+    assert facts["cuda:1 engine"] == "torch"
+    assert "cuda" not in facts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The demo's parts
+
+
+def test_verdict(capsys):
+    evidence = demo.Evidence()
+    assert not evidence.verdict()  # no claims are no evidence
+    evidence.claim("one", True)
+    assert evidence.verdict()
+    evidence.claim("two", False)
+    assert not evidence.verdict()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["  [ok] one", "Verdict: all 1 claims hold."]
+    assert lines[3:] == ["  [FAILED] two", "Verdict: 1 of 2 claims FAILED."]
+
+
+def test_digits():
+    data = demo.load_digits()
+    assert data.train.shape == (1437, 64)
+    assert data.test.shape == (360, 64)
+    assert torch.allclose(data.train.mean(), torch.tensor(0.0), atol=1e-6)
+    assert torch.allclose(data.train.std(), torch.tensor(1.0))
+    assert data.test_labels.bincount().min() > 30  # each digit is tested
+    assert not {tuple(row) for row in data.train.tolist()} & {tuple(row) for row in data.test.tolist()}
+
+
+@pytest.mark.usefixtures("torch_engine")
+def test_starts_of_the_full_network(few, capsys):
+    evidence = demo.Evidence()
+    demo.show_starts(few, DEEP, evidence)
+    assert evidence.held == [True] * 4, capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("torch_engine")
+def test_a_shallow_network_survives_any_start(few, capsys):
+    evidence = demo.Evidence()
+    demo.show_starts(few, demo.Settings(depth=5), evidence)
+    assert evidence.held == [True, False, False, True], capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("torch_engine")
+def test_the_starts_are_compared_bit_by_bit(few, monkeypatch):
+    def other_draws(weight, generator):
+        torch.nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
+
+    monkeypatch.setitem(demo.STARTS, "He", other_draws)
+    evidence = demo.Evidence()
+    demo.show_starts(few, DEEP, evidence)
+    assert evidence.held == [False, True, True, True]
+
+
+def test_signal_names_the_layer_that_overflows():
+    layers = [torch.nn.Linear(1, 1, bias=False) for _ in range(4)]
+    for layer in layers:
+        torch.nn.init.constant_(layer.weight, 1e13)
+    model = torch.nn.Sequential(*(module for layer in layers[:3] for module in (layer, torch.nn.ReLU())), layers[3])
+    images = torch.tensor([[1.0], [2.0]])
+    stds, overflow, loss = demo.signal(model, images, torch.zeros(2, dtype=torch.int64))
+    assert stds[:2] == pytest.approx([math.sqrt(0.5) * 1e13, math.sqrt(0.5) * 1e26])
+    assert overflow == 3
+    assert math.isnan(stds[2])
+    assert math.isnan(loss)
+
+
+@pytest.mark.usefixtures("torch_engine")
+def test_training_claims(few, capsys):
+    """The bad starts fail at once; He's needs longer than an epoch on an eighth of the images."""
+    evidence = demo.Evidence()
+    with demo._threads(1):
+        demo.show_training(few, DEEP, evidence)
+    assert evidence.held == [True, True, False], capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("torch_engine")
+def test_training_a_shallow_network(capsys):
+    """It learns from every start: only the claims of failure fail."""
+    settings = demo.Settings(depth=2, width=64, epochs=25, bad_epochs=25)
+    evidence = demo.Evidence()
+    with demo._threads(1):
+        demo.show_training(demo.load_digits(), settings, evidence)
+    assert evidence.held == [False, False, True], capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("torch_engine")
+def test_training_repeats_itself(few):
+    settings = demo.Settings(depth=2, width=16)
+    with demo._threads(1):
+        once, again = (list(demo.train(demo.build("He", settings), few, settings, epochs=2)) for _ in range(2))
+    assert once == again
+    assert [epoch.number for epoch in once] == [1, 2]
+    other = demo.Settings(seed=1, depth=2, width=16)
+    assert list(demo.train(demo.build("He", other), few, other, epochs=2)) != once
+
+
+def test_gpt2():
+    shapes = demo.gpt2_shapes()
+    assert len(shapes) == 148
+    assert sum(math.prod(shape) for shape in shapes.values()) == 124_439_808
+
+
+def test_gpt2_is_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=63, n_positions=10)
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert demo.gpt2_shapes(layers=2, width=8, vocabulary=63, positions=10) == expected
+
+
+def test_race_takes_turns(monkeypatch):
+    clock = iter([0, 1, 10, 30, 100, 105, 200, 206, 300, 302, 400, 499])  # torch: 1, 5, 2; initlab: 20, 6, 99
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
+    order = []
+    tensors = [torch.empty(1), torch.empty(2)]
+    medians = demo.race(lambda module, tensor: order.append((module, len(tensor))), tensors, rounds=3)
+    assert medians == (2, 20)
+    assert order == [(module, size) for _ in range(4) for module in (torch.nn.init, initlab.init) for size in (1, 2)]
+
+
+@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.parametrize("law", LAWS)
+def test_same_bits(law):
+    same = demo.same_bits(SHAPES, law, seed=0)
+    assert len(same) == 6
+    assert all(same.values())
+
+
+def _ignoring_regions(draw):
+    fill_([Draw(draw.tensor, draw.law, draw.key)])
+
+
+def _ignoring_keys(draw):
+    fill_([Draw(draw.tensor, draw.law, 0, draw.region)])
+
+
+def _by_threads(draw):
+    fill_([Draw(draw.tensor, draw.law, draw.key ^ (torch.get_num_threads() == 1), draw.region)])
+
+
+def _doing_nothing(draw):
+    pass
+
+
+def _missing_the_last(draw):
+    last = draw.tensor.view(-1)[-1]
+    before = last.clone()
+    fill_([draw])
+    last.copy_(before)
+
+
+def _cutting_bfloat16(draw):
+    if draw.tensor.dtype == torch.bfloat16:
+        whole = torch.empty(draw.tensor.shape)
+        fill_([Draw(whole, draw.law, draw.key, draw.region)])
+        draw.tensor.copy_((whole.view(torch.int32) & -65536).view(torch.float32))
+    else:
+        fill_([draw])
+
+
+class _InOrder:
+    """A generator's way: what a parameter gets depends on how many came before it."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, draw):
+        self.calls += 1
+        fill_([Draw(draw.tensor, draw.law, draw.key ^ self.calls, draw.region)])
+
+
+@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.parametrize(
+    ("broken", "fails"),
+    [
+        (_ignoring_regions, "rows columns"),
+        (_ignoring_keys, "seed"),
+        (_by_threads, "thread"),
+        (_doing_nothing, "thread order rows columns bfloat16"),
+        (_missing_the_last, "thread order rows columns bfloat16"),
+        (_cutting_bfloat16, "bfloat16"),
+        (_InOrder(), "thread order rows columns bfloat16"),
+    ],
+)
+def test_same_bits_sees_what_is_broken(broken, fails, monkeypatch):
+    monkeypatch.setattr(demo, "fill_", lambda draws: [broken(draw) for draw in draws])
+    same = demo.same_bits(SHAPES, Normal(), seed=0)
+    failed = [way for way, held in same.items() if not held]
+    assert len(failed) == len(fails.split()), same
+    assert all(any(word in way for way in failed) for word in fails.split()), same
+
+
+@pytest.mark.usefixtures("torch_engine")
+def test_bits_tell_the_zeros_apart():
+    zero = torch.tensor([0.0])
+    assert demo._equal_bits(zero, zero.clone())
+    assert not demo._equal_bits(zero, -zero)
+    assert not demo._equal_bits(zero.bfloat16(), -zero.bfloat16())
+
+
+@pytest.mark.usefixtures("torch_engine")
+def test_a_bfloat16_uniform_keeps_below_its_bound():
+    """Plain rounding would not do as what to expect of it: of this many draws, some round up to the bound."""
+    law = Uniform(-0.02, 0.02)
+    key = named_key(0, "weight")
+    whole, half = torch.empty(100_000), torch.empty(100_000, dtype=torch.bfloat16)
+    fill_([Draw(whole, law, key), Draw(half, law, key)])
+    assert torch.equal(half, demo._as_bfloat16(whole, law))
+    assert not torch.equal(half, whole.bfloat16())
+
+
+@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.parametrize(
+    ("engine", "seconds", "held"),
+    [("numba", (2.0, 1.0), [True] * 3), ("numba", (1.0, 2.0), [False, True, True]), ("torch", (1.0, 2.0), [True] * 2)],
+)
+def test_gpt2_claims(engine, seconds, held, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "race", lambda fill, tensors, rounds: seconds)
+    evidence = demo.Evidence()
+    shapes = demo.gpt2_shapes(layers=1, width=8, vocabulary=63, positions=10)
+    demo.show_gpt2(shapes, demo.Settings(), engine, evidence)
+    assert evidence.held == held
+    assert "15 of 15" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("torch_engine")
+def test_gpt2_claims_fail_on_unequal_bits(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "fill_", lambda draws: [_ignoring_regions(draw) for draw in draws])
+    evidence = demo.Evidence()
+    shapes = demo.gpt2_shapes(layers=1, width=8, vocabulary=63, positions=10)
+    demo.show_gpt2(shapes, demo.Settings(rounds=1), "torch", evidence)
+    assert evidence.held == [False, True]
+    out = capsys.readouterr().out
+    assert "9 of 15" in out
+    assert out.count("NO") == 6
+
+
+@pytest.mark.slow
+def test_the_whole_demo(capsys):
+    threads = torch.get_num_threads()
+    assert cli.main(["demo"]) == 0
+    assert torch.get_num_threads() == threads
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "Verdict: all 10 claims hold."
+    assert max(map(len, lines)) <= 88
