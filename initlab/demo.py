@@ -489,8 +489,9 @@ def show_gpt2(shapes: Shapes, settings: Settings, engine: str, evidence: Evidenc
         ratios.append(theirs / ours)
         print(f"    {function:<15}{theirs:7.2f}{ours:10.2f}{ratios[-1]:7.1f}x", flush=True)
     del tensors
-    print(f"    * at 2 sigma, block 0 only: {sum(math.prod(shapes[name]) for name in block):,} parameters\n")
+    print(f"    * at 2 sigma, block 0 only: {sum(math.prod(shapes[name]) for name in block):,} parameters")
     if engine == "numba":  # the torch engine is a reference, and slow
+        print()
         evidence.claim("initlab.init is faster, with the same call", min(ratios) > 1)
 
     laws: dict[str, Law] = {

@@ -295,7 +295,8 @@ def engine_of(device: torch.device) -> str:
         >>> engine_of(torch.device("cpu")) in ("torch", "numba")
         True
     """
-    return engines.choose(device, _OFFERED)
+    name = engines.choose(device, _OFFERED)
+    return "torch" if _engine(name) is _fill_torch else name
 
 
 def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | None] | None:

@@ -14,7 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from initlab.kernels import Constant, Draw, Normal, Region, TruncatedNormal, Uniform, engines, fill_, sampling
+from initlab.kernels import (
+    Constant,
+    Draw,
+    Normal,
+    Region,
+    TruncatedNormal,
+    Uniform,
+    engine_of,
+    engines,
+    fill_,
+    sampling,
+)
 from torch.utils.data import DataLoader, Dataset
 
 import initlab
@@ -114,6 +125,8 @@ def test_choice(backend, value, device, offered, chosen):
     pytest.importorskip("numba")
     backend(value)
     assert engines.choose(device, offered) == chosen
+    if offered == WITH_NUMBA:
+        assert engine_of(device) == chosen
 
 
 @pytest.mark.parametrize(
@@ -316,6 +329,15 @@ def test_after_a_fork_with_the_pools_alive(numba, threads, function):
     expected = function()
     assert [*forked(function)] == [expected]
     assert function() == expected  # the parent's pool still works
+
+
+@needs_fork
+@may_fork_with_threads
+def test_the_torch_engine_after_a_fork(serving, threads):
+    with serving("torch"):
+        threads(3)
+        torch.ones(2**20).exp()
+        assert [*forked(transposed)] == [transposed()]
 
 
 @needs_fork

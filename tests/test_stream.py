@@ -1,6 +1,7 @@
 """The stream against what others published: Random123's vectors, float64 closed forms, hashlib, torch's generators."""
 
 import hashlib
+import itertools
 import math
 import re
 from pathlib import Path
@@ -134,6 +135,16 @@ def test_uniform_is_fl32_of_product_and_sum(monkeypatch):
         m = stream.uniform_map(low, high, torch.float64)
         expected = np.minimum(k * ((high - low) * 2.0**-24) + low, np.nextafter(high, -INF))
         assert np.array_equal(stream.block_values(m, 0, None, torch.float64).numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_top_of_a_uniform_is_torchs_next_number_below_high(dtype):
+    bounds = [0.0, 1.0, 1.0 + 2.0**-8, 0.1, 65504.0, 6e-8, 2.9e-8, 1e-10, 2.0**-14, 1e-40, 3.3e4, 1.0 + 2.0**-30]
+    bounds += torch.randn(60, generator=torch.Generator().manual_seed(2), dtype=torch.float64).exp().tolist()
+    for low, high in itertools.combinations(sorted([*bounds, *(-x for x in bounds)]), 2):
+        first, end = torch.tensor([low, high]).float().to(dtype)
+        top = torch.nextafter(end, torch.full_like(end, -INF)) if end > first else first
+        assert stream.uniform_map(low, high, dtype).top == float(top), (low, high)
 
 
 def test_box_muller():
