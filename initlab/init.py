@@ -9,7 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch.nn.init import (
 )
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from initlab.kernels import Draw, Law, Normal, Region, TruncatedNormal, Uniform, fill_, generator_key
+from initlab.kernels import Draw, Law, Normal, Region, TruncatedNormal, Uniform, eagerly, fill_, generator_key
 
 __all__ = [
     "calculate_gain",
@@ -115,7 +115,7 @@ def uniform_(
     """
     if has_torch_function_variadic(tensor):
         return handle_torch_function(uniform_, (tensor,), tensor=tensor, a=a, b=b, generator=generator)
-    return _eagerly(_sample, tensor, generator, Uniform, a, b)
+    return eagerly(_sample, tensor, generator, Uniform, a, b)
 
 
 def normal_(
@@ -153,7 +153,7 @@ def normal_(
     """
     if has_torch_function_variadic(tensor):
         return handle_torch_function(normal_, (tensor,), tensor=tensor, mean=mean, std=std, generator=generator)
-    return _eagerly(_sample, tensor, generator, Normal, mean, std)
+    return eagerly(_sample, tensor, generator, Normal, mean, std)
 
 
 def trunc_normal_(
@@ -197,7 +197,7 @@ def trunc_normal_(
             "The values follow the truncated law, which crowds at the nearer bound.",
             stacklevel=2,
         )
-    return _eagerly(_sample, tensor, generator, TruncatedNormal, mean, std, a, b)
+    return eagerly(_sample, tensor, generator, TruncatedNormal, mean, std, a, b)
 
 
 def xavier_uniform_(
@@ -230,7 +230,7 @@ def xavier_uniform_(
         True
     """
     x = math.sqrt(3.0) * _xavier_std(tensor, gain)
-    return _eagerly(_sample, tensor, generator, Uniform, -x, x)
+    return eagerly(_sample, tensor, generator, Uniform, -x, x)
 
 
 def xavier_normal_(
@@ -262,7 +262,7 @@ def xavier_normal_(
         >>> round(w.std().item(), 2)  # sqrt(2 / 500) is 0.063
         0.06
     """
-    return _eagerly(_sample, tensor, generator, Normal, 0.0, _xavier_std(tensor, gain))
+    return eagerly(_sample, tensor, generator, Normal, 0.0, _xavier_std(tensor, gain))
 
 
 def kaiming_uniform_(
@@ -310,7 +310,7 @@ def kaiming_uniform_(
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
     x = math.sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
-    return _eagerly(_sample, tensor, generator, Uniform, -x, x)
+    return eagerly(_sample, tensor, generator, Uniform, -x, x)
 
 
 def kaiming_normal_(
@@ -347,7 +347,7 @@ def kaiming_normal_(
     if 0 in tensor.shape:
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
-    return _eagerly(_sample, tensor, generator, Normal, 0.0, _kaiming_std(tensor, a, mode, nonlinearity))
+    return eagerly(_sample, tensor, generator, Normal, 0.0, _kaiming_std(tensor, a, mode, nonlinearity))
 
 
 def orthogonal_(
@@ -386,7 +386,7 @@ def orthogonal_(
     """
     if tensor.ndimension() < 2:
         raise ValueError("Only tensors with 2 or more dimensions are supported")
-    return _eagerly(_orthogonal, tensor, gain, generator)
+    return eagerly(_orthogonal, tensor, gain, generator)
 
 
 def sparse_(
@@ -425,28 +425,11 @@ def sparse_(
     """
     if tensor.ndimension() != 2:
         raise ValueError("Only tensors with 2 dimensions are supported")
-    return _eagerly(_sparse, tensor, sparsity, std, generator)
+    return eagerly(_sparse, tensor, sparsity, std, generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # From a law to a filled tensor
-
-
-def _eagerly(work: Callable[..., Tensor], *args: Any) -> Tensor:
-    """work(*args), as a graph break where torch.compile is tracing: the stream forbids fused arithmetic."""
-    if not torch.compiler.is_dynamo_compiling():
-        return work(*args)
-    global _uncompiled
-    if _uncompiled is None:  # made on first use, since torch.compiler.disable imports all of dynamo
-        _uncompiled = torch.compiler.disable(_call)
-    return _uncompiled(work, *args)
-
-
-def _call(work: Callable[..., Tensor], *args: Any) -> Tensor:
-    return work(*args)
-
-
-_uncompiled: Callable[..., Tensor] | None = None
 
 
 def _sample(tensor: Tensor, generator: torch.Generator | None, law: Callable[..., Law], *parameters: float) -> Tensor:

@@ -20,6 +20,7 @@ if __name__ == "kernels":
         _sys.modules["kernels"] = _module = _module_from_spec(_elsewhere)
         _elsewhere.loader.exec_module(_module)
 else:
+    from .engines import eagerly
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
 
@@ -32,6 +33,7 @@ else:
         "Region",
         "TruncatedNormal",
         "Uniform",
+        "eagerly",
         "engine_of",
         "fill_",
         "generator_key",

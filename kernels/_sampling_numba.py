@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -327,6 +328,12 @@ def _forget_pool() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)  # a fork copies the pool but not its threads
+    # Nor the thread that may be compiling: a fork waits for it, or the child could never compile anything.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 def _shared_pool() -> ThreadPoolExecutor:
@@ -372,7 +379,9 @@ def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
     tag = _TAGS[tensor.dtype]
     address, size = tensor.data_ptr(), tensor.element_size()
     if address == 0:  # a functorch wrapper, say: writing there would end the process
-        raise NotImplementedError("cannot fill a tensor that has no memory of its own, as under torch.vmap")
+        raise NotImplementedError(
+            "cannot fill a tensor that has no memory of its own, as torch.func.functionalize makes them"
+        )
     key = key - (1 << 64) if key >> 63 else key  # the same bits, as the kernel's int64
     threads = torch.get_num_threads() if tensor.numel() > _TASK else 1
     if threads == 1:

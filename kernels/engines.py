@@ -1,12 +1,16 @@
-"""Which engine serves a tensor: the only place that decides."""
+"""Which engine serves a tensor: the only place that decides. And what keeps every engine out of torch.compile."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+_R = TypeVar("_R")
 
 ENGINES = ("torch", "numba", "triton")
 
@@ -14,7 +18,7 @@ ENGINES = ("torch", "numba", "triton")
 @functools.cache
 def requested() -> str:
     """INITLAB_BACKEND, read once: auto (the default), torch, numba or triton."""
-    value = os.environ.get("INITLAB_BACKEND", "auto")
+    value = os.environ.get("INITLAB_BACKEND") or "auto"
     if value not in ("auto", *ENGINES):
         raise ValueError(f"INITLAB_BACKEND is {value!r}; it must be one of auto, {', '.join(ENGINES)}")
     return value
@@ -58,3 +62,26 @@ def choose(device: torch.device, offered: tuple[str, ...]) -> str:
     if not _installed(wanted):
         raise RuntimeError(f"INITLAB_BACKEND={wanted}, but {wanted} is not installed; install it, or {way_out}")
     return wanted
+
+
+def eagerly(function: Callable[..., _R], *args: Any) -> _R:
+    """function(*args), as a graph break where torch.compile is tracing: the stream forbids fused arithmetic.
+
+    Example:
+        >>> from initlab.kernels import eagerly
+        >>> eagerly(max, 2, 3)
+        3
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return function(*args)
+    global _uncompiled
+    if _uncompiled is None:  # made on first use, since torch.compiler.disable imports all of dynamo
+        _uncompiled = torch.compiler.disable(_call)
+    return _uncompiled(function, *args)  # type: ignore[no-any-return]
+
+
+def _call(function: Callable[..., _R], *args: Any) -> _R:
+    return function(*args)
+
+
+_uncompiled: Callable[..., Any] | None = None

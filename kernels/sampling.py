@@ -277,6 +277,10 @@ def fill_(draws: Iterable[Draw]) -> None:
         >>> bool((weight.abs() <= 1).all())
         True
     """
+    engines.eagerly(_fill_all, draws)
+
+
+def _fill_all(draws: Iterable[Draw]) -> None:
     for job in [_checked(draw) for draw in draws]:
         if job is not None:
             _fill_one(*job)
@@ -318,8 +322,6 @@ def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | N
         mapped: stream.Map | Constant = law
     else:
         mapped = _map(law, tensor.dtype)
-        if not tensor.is_meta:
-            engine_of(tensor.device)  # raises where the request cannot be honoured
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed; "
@@ -332,6 +334,8 @@ def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | N
         )
     if tensor.numel() == 0 or tensor.is_meta or isinstance(tensor, FakeTensor):
         return None
+    if mapped is not law:
+        engine_of(tensor.device)  # raises where the request cannot be honoured
     return tensor, mapped, draw.key, region
 
 
@@ -391,6 +395,8 @@ def _fill_one(tensor: Tensor, mapped: stream.Map | Constant, key: int, region: R
         with torch.no_grad():
             tensor.fill_(mapped.value)
         return
+    if tensor.numel() > _SLOW and tensor.device.type == "cpu" and engine_of(tensor.device) == "torch":
+        _say_that_it_is_slow()
     if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
         _fill_contiguous(tensor, mapped, key, region)
         if not tensor.is_inference():
@@ -421,10 +427,7 @@ def _fill_contiguous(tensor: Tensor, mapped: stream.Map, key: int, region: Regio
             region = Region((*region.shape, 2), (*region.offsets, 0), (*region.sizes, 2))
         tensor = torch.view_as_real(tensor.detach())
     runs = [Run(0, 1, tensor.numel(), 0)] if region is None else region.runs()
-    fill = _engine(engine_of(tensor.device))
-    if fill is _fill_torch and tensor.device.type == "cpu" and tensor.numel() > _SLOW:
-        _say_that_it_is_slow()
-    fill(tensor, mapped, key, runs)
+    _engine(engine_of(tensor.device))(tensor, mapped, key, runs)
 
 
 @functools.cache

@@ -360,6 +360,41 @@ def test_after_a_fork_in_the_middle_of_a_fill(numba, threads):
         worker.join()
 
 
+@needs_fork
+@may_fork_with_threads
+def test_a_fork_waits_for_a_thread_that_compiles(numba):
+    filled(Normal(), 8)  # imports the engine, which watches forks
+    lock = pytest.importorskip("numba.core.compiler_lock").global_compiler_lock
+    holds, done = threading.Event(), threading.Event()
+
+    def compile_something():
+        with lock:
+            holds.set()
+            done.wait(0.5)
+
+    worker = threading.Thread(target=compile_something)
+    worker.start()
+    holds.wait()
+    assert [*forked(lambda: lock._lock.acquire(timeout=5))] == [True]  # held for good by nobody in the child
+    worker.join()
+
+
+def test_a_compiled_caller_gets_the_same_bits(engine):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.extend(node for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph
+
+    @torch.compile(backend=backend)
+    def fill_and_add(x):
+        fill_([Draw(x, Normal(0.5, 2.0), KEY)])
+        return x + 1
+
+    assert torch.equal(fill_and_add(torch.zeros(1000)), filled(Normal(0.5, 2.0), 1000) + 1)
+    assert len(compiled) == 1  # the addition: a compiler that saw the stream's arithmetic could fuse it
+
+
 class Filled(Dataset):
     def __len__(self):
         return 4

@@ -41,6 +41,12 @@ LAWS = {
     "far, upper": TruncatedNormal(0.0, 0.7, 3.5, INF),
     "far, lower": TruncatedNormal(1.0, 0.3, -2.6, -2.3),
     "narrow": TruncatedNormal(0.0, 1.1, 2.2, 2.3),
+    "uniform, a span that rounds": Uniform(-0.1, 0.3),
+    "uniform, narrower than float32": Uniform(1.0, 1.00000001),
+    "centre, at its edge": TruncatedNormal(0.0, 1.0, -3.1, 3.125),
+    "far, at its edge": TruncatedNormal(0.0, 1.0, 3.0, 4.0),
+    "tail, half a line": TruncatedNormal(0.0, 1.0, 0.5, INF),
+    "tail, the whole line": TruncatedNormal(0.0, 1.0, -INF, INF),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 COMPLEX = {"complex64": torch.complex64, "complex128": torch.complex128}
@@ -103,7 +109,8 @@ def measured(law, dtype):
 def document():
     return {
         "version": STREAM_VERSION,
-        "about": "first: bit patterns of elements 0 to 7; the others: SHA-256 of a region's little-endian bytes",
+        "about": "first: bit patterns of the first 8 real numbers; the others: SHA-256 of a region's little-endian bytes. "
+        "Keys are hexadecimal numbers. Regions count a tensor's own elements, row-major, so a complex number is one",
         "keys: seed, name, key": [[seed, name, f"{named_key(seed, name):016x}"] for seed, name in NAMES],
         "regions: shape, offsets, sizes": {name: [*map(list, astuple(region))] for name, region in REGIONS.items()},
         "laws": {
