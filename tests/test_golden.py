@@ -1,4 +1,4 @@
-"""Version 1 of the stream, frozen: every engine is held to tests/golden/stream_v1.json.
+"""Version 1 of the stream: every engine is held to tests/golden/stream_v1.json.
 
 `PYTHONPATH=. python tests/test_golden.py --write` writes that file anew, with the reference in plain torch. Once the
 version is frozen, a file that differs is another version: see docs/stream.md.
@@ -109,8 +109,8 @@ def measured(law, dtype):
 def document():
     return {
         "version": STREAM_VERSION,
-        "about": "first: bit patterns of the first 8 real numbers; the others: SHA-256 of a region's little-endian bytes. "
-        "Keys are hexadecimal numbers. Regions count a tensor's own elements, row-major, so a complex number is one",
+        "about": "first: bit patterns of the first 8 real numbers; the others: SHA-256 of a region's little-endian "
+        "bytes. Keys are hexadecimal. Regions count a tensor's own elements, row-major: a complex number is one",
         "keys: seed, name, key": [[seed, name, f"{named_key(seed, name):016x}"] for seed, name in NAMES],
         "regions: shape, offsets, sizes": {name: [*map(list, astuple(region))] for name, region in REGIONS.items()},
         "laws": {
