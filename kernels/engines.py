@@ -77,7 +77,7 @@ def eagerly(function: Callable[..., _R], *args: Any) -> _R:
     global _uncompiled
     if _uncompiled is None:  # made on first use, since torch.compiler.disable imports all of dynamo
         _uncompiled = torch.compiler.disable(_call)
-    return _uncompiled(function, *args)  # type: ignore[no-any-return]
+    return _uncompiled(function, *args)
 
 
 def _call(function: Callable[..., _R], *args: Any) -> _R:
