@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from initlab.kernels import Draw, Normal, TruncatedNormal, Uniform, fill_, stream
+from initlab.kernels import Draw, Normal, TruncatedNormal, Uniform, fill_, sampling, stream
 
 from initlab import init
 
@@ -29,10 +29,7 @@ def gate(law, dtype):
         return
     x = torch.full((10_007,), float("nan"), dtype=dtype)
     fill_([Draw(x, law, 42)])
-    name = {Uniform: "uniform", Normal: "normal", TruncatedNormal: "truncated_normal"}[type(law)]
-    parameters = tuple(getattr(law, field) for field in law.__dataclass_fields__)
-    mapped = stream.map_of(name, parameters, dtype)
-    reference = stream.block_values(mapped, 42, torch.arange(10_008 // 4), dtype).view(-1)
+    reference = stream.block_values(sampling.map_of(law, dtype), 42, torch.arange(10_008 // 4), dtype).view(-1)
     assert torch.equal(x, reference[: len(x)])
 
 

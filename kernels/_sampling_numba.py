@@ -96,17 +96,23 @@ def _word_real(w):
 
 
 @njit(forceinline=True)
-def _log_poly(f):
-    return (((((f + _LOG[4]) * f + _LOG[3]) * f + _LOG[2]) * f + _LOG[1]) * f + _LOG[0]) * f
+def _parts(x, unit):
+    offset = np.int32(unit << 23)
+    b = _bits(x)
+    k = np.int32(np.int32(b - np.int32(_LOW_BITS + offset)) & _EXPONENT)
+    return k, _real(np.int32(b - k) - offset) - _ONE
+
+
+@njit(forceinline=True)
+def _log(k, f):
+    y = (((((f + _LOG[4]) * f + _LOG[3]) * f + _LOG[2]) * f + _LOG[1]) * f + _LOG[0]) * f
+    return y + np.float32(k) * _LOG_STEP
 
 
 @njit(forceinline=True)
 def _scaled_log(x, unit):
-    offset = np.int32(unit << 23)
-    b = _bits(x)
-    k = np.int32(np.int32(b - np.int32(_LOW_BITS + offset)) & _EXPONENT)
-    f = _real(np.int32(b - k) - offset) - _ONE
-    return _log_poly(f) + np.float32(k) * _LOG_STEP
+    k, f = _parts(x, unit)
+    return _log(k, f)
 
 
 @njit(forceinline=True)
@@ -134,12 +140,15 @@ def _box_muller(a, b):
 
 
 @njit(forceinline=True)
+def _eight_terms(c, x):
+    y = (((c[7] * x + c[6]) * x + c[5]) * x + c[4]) * x + c[3]
+    return ((y * x + c[2]) * x + c[1]) * x + c[0]
+
+
+@njit(forceinline=True)
 def _centre(w, m):
     t = _word_real(w) * np.float32(m.scale) + np.float32(m.offset)
-    x = _scaled_log(_ONE - t * t, 0)
-    c = _CENTRE
-    y = (((c[7] * x + c[6]) * x + c[5]) * x + c[4]) * x + c[3]
-    return (((y * x + c[2]) * x + c[1]) * x + c[0]) * t
+    return _eight_terms(_CENTRE, _scaled_log(_ONE - t * t, 0)) * t
 
 
 @njit(forceinline=True)
@@ -149,11 +158,8 @@ def _tail(w, m):
     p = _word_real(w if below else w ^ _MASK) * np.float32(m.scale)
     p = p + (np.float32(m.below) if below else np.float32(m.above))
     t = _ONE - p
-    b = _bits(p * (_TWO - p))
-    k = np.int32(np.int32(b - np.int32(_LOW_BITS)) & _EXPONENT)
-    f = _real(np.int32(b - k)) - _ONE
-    f = -(t * t) if k == 0 else f  # near 1 the product has lost the low bits of p
-    x = _log_poly(f) + np.float32(k) * _LOG_STEP
+    k, f = _parts(p * (_TWO - p), 0)
+    x = _log(k, -(t * t) if k == 0 else f)  # near 1 the product has lost the low bits of p
     c = _TAIL
     y = ((((c[10] * x + c[9]) * x + c[8]) * x + c[7]) * x + c[6]) * x + c[5]
     y = ((((y * x + c[4]) * x + c[3]) * x + c[2]) * x + c[1]) * x + c[0]
@@ -165,9 +171,7 @@ def _tail(w, m):
 def _far(w, m):
     q = _word_real(w ^ _U(m.flip) ^ _MASK) * np.float32(m.scale) + np.float32(m.offset)
     root, x = _roots(_scaled_log(q, 0) + np.float32(m.log_scale))
-    c = _FAR
-    y = (((c[7] * x + c[6]) * x + c[5]) * x + c[4]) * x + c[3]
-    z = (((y * x + c[2]) * x + c[1]) * x + c[0]) * root
+    z = _eight_terms(_FAR, x) * root
     return -z if m.flip != 0 else z
 
 

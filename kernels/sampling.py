@@ -54,7 +54,7 @@ if hasattr(os, "register_at_fork"):
 def _float(value: Any, name: str) -> float:
     if isinstance(value, str):  # float() would read it
         raise TypeError(f"{name} is {value!r}; it must be a number")
-    return float(value)
+    return float(value) + 0.0  # -0 becomes 0: the two are one law, also to a cache
 
 
 def _finite(value: float, name: str, error: type[Exception]) -> float:
@@ -223,10 +223,10 @@ class Region:
             dims.insert(0, (1, 1))
         length = dims[0][0]
         rows, step = dims[1] if len(dims) > 1 else (1, length)
-        outer = dims[2:][::-1]
+        outer = dims[2:]
         for index in range(math.prod(size for size, _ in outer)):
             place = start
-            for size, along in reversed(outer):
+            for size, along in outer:
                 index, here = divmod(index, size)
                 place += here * along
             yield Run(place, rows, length, step)
@@ -282,8 +282,12 @@ def fill_(draws: Iterable[Draw]) -> None:
 
 def _fill_all(draws: Iterable[Draw]) -> None:
     for job in [_checked(draw) for draw in draws]:
-        if job is not None:
-            _fill_one(*job)
+        if isinstance(job, _Job):
+            _fill_one(job)
+        elif job is not None:
+            tensor, constant = job
+            with torch.no_grad():
+                tensor.fill_(constant.value)
 
 
 def engine_of(device: torch.device) -> str:
@@ -303,8 +307,18 @@ def engine_of(device: torch.device) -> str:
     return "torch" if _engine(name) is _fill_torch else name
 
 
-def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | None] | None:
-    """The tensor, its map, key and region; None where there is nothing to write."""
+class _Job(NamedTuple):
+    """A checked draw: the engine is chosen, and the law mapped for it."""
+
+    tensor: Tensor
+    fill: Callable[[Tensor, stream.Map, int, Iterable[Run]], None]
+    map: stream.Map
+    key: int
+    region: Region | None
+
+
+def _checked(draw: Draw) -> _Job | tuple[Tensor, Constant] | None:
+    """What is left to do for a draw; None where there is nothing to write."""
     tensor, law, region = draw.tensor, draw.law, draw.region
     if not 0 <= draw.key < 2**64:
         raise ValueError(f"key is {draw.key}; a key is 64 bits: 0 <= key < 2**64")
@@ -321,7 +335,7 @@ def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | N
         torch.empty((), dtype=tensor.dtype, device="cpu").fill_(law.value)  # torch's own error, before the first write
         mapped: stream.Map | Constant = law
     else:
-        mapped = _map(law, tensor.dtype)
+        mapped = map_of(law, tensor.dtype)
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed; "
@@ -334,12 +348,13 @@ def _checked(draw: Draw) -> tuple[Tensor, stream.Map | Constant, int, Region | N
         )
     if tensor.numel() == 0 or tensor.is_meta or isinstance(tensor, FakeTensor):
         return None
-    if mapped is not law:
-        engine_of(tensor.device)  # raises where the request cannot be honoured
-    return tensor, mapped, draw.key, region
+    if isinstance(mapped, Constant):
+        return tensor, mapped
+    return _Job(tensor, _engine(engines.choose(tensor.device, _OFFERED)), mapped, draw.key, region)
 
 
-def _map(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> stream.Map | Constant:
+def map_of(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> stream.Map | Constant:
+    """What the host works out for a law and a dtype; a Constant where all its values are one."""
     real = dtype
     if dtype in _COMPLEX and not isinstance(law, TruncatedNormal):  # as torch, which orders no complex numbers
         real = _COMPLEX[dtype]
@@ -354,14 +369,14 @@ def _map(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> stream.
         _check_uniform_range(law, real)
         if law.low == law.high:
             return Constant(complex(law.low, law.low) if dtype in _COMPLEX else law.low)
-        return stream.map_of("uniform", (law.low, law.high), real)
+        return stream.uniform_map(law.low, law.high, real)
     if real != torch.float64 and math.isinf(stream.fl32(law.mean) + stream.fl32(law.std)):
         raise RuntimeError(f"{law} overflows float32, in which {dtype} is drawn; use float64, or smaller parameters")
     if isinstance(law, Normal):
-        return stream.map_of("normal", (law.mean, law.std), real)
+        return stream.normal_map(law.mean, law.std, real)
     if law.low == law.high:
         return Constant(law.low)
-    return stream.map_of("truncated_normal", (law.mean, law.std, law.low, law.high), real)
+    return stream.truncated_normal_map(law.mean, law.std, law.low, law.high, real)
 
 
 def _check_uniform_range(law: Uniform, dtype: torch.dtype) -> None:
@@ -390,44 +405,42 @@ def _overlaps(tensor: Tensor) -> bool:
     return seen.unique().numel() < tensor.numel()
 
 
-def _fill_one(tensor: Tensor, mapped: stream.Map | Constant, key: int, region: Region | None) -> None:
-    if isinstance(mapped, Constant):
-        with torch.no_grad():
-            tensor.fill_(mapped.value)
-        return
-    if tensor.numel() > _SLOW and tensor.device.type == "cpu" and engine_of(tensor.device) == "torch":
+def _fill_one(job: _Job) -> None:
+    tensor = job.tensor
+    if job.fill is _fill_torch and tensor.device.type == "cpu" and tensor.numel() > _SLOW:
         _say_that_it_is_slow()
     if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-        _fill_contiguous(tensor, mapped, key, region)
+        _fill_contiguous(job)
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
         return
     with torch.no_grad():
         shape = tuple(tensor.shape)
-        _fill_strided(tensor, mapped, key, region or Region(shape, (0,) * len(shape), shape))
+        _fill_strided(job, tensor, job.region or Region(shape, (0,) * len(shape), shape))
 
 
-def _fill_strided(tensor: Tensor, mapped: stream.Map, key: int, region: Region) -> None:
+def _fill_strided(job: _Job, part: Tensor, region: Region) -> None:
     """Through contiguous scratch, slab by slab: torch's copy knows every stride."""
-    if tensor.numel() <= _SLAB:
-        scratch = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        _fill_contiguous(scratch, mapped, key, region)
-        tensor.copy_(scratch)
+    if part.numel() <= _SLAB:
+        scratch = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+        _fill_contiguous(job._replace(tensor=scratch, region=region))
+        part.copy_(scratch)
         return
-    dim = next(d for d, size in enumerate(tensor.shape) if size > 1)
-    step = max(1, _SLAB * tensor.shape[dim] // tensor.numel())
-    for at in range(0, tensor.shape[dim], step):
-        size = min(step, tensor.shape[dim] - at)
-        _fill_strided(tensor.narrow(dim, at, size), mapped, key, region.narrow(dim, at, size))
+    dim = next(d for d, size in enumerate(part.shape) if size > 1)
+    step = max(1, _SLAB * part.shape[dim] // part.numel())
+    for at in range(0, part.shape[dim], step):
+        size = min(step, part.shape[dim] - at)
+        _fill_strided(job, part.narrow(dim, at, size), region.narrow(dim, at, size))
 
 
-def _fill_contiguous(tensor: Tensor, mapped: stream.Map, key: int, region: Region | None) -> None:
+def _fill_contiguous(job: _Job) -> None:
+    tensor, region = job.tensor, job.region
     if tensor.is_complex():  # numbered as the real tensor of its parts
         if region is not None:
             region = Region((*region.shape, 2), (*region.offsets, 0), (*region.sizes, 2))
         tensor = torch.view_as_real(tensor.detach())
     runs = [Run(0, 1, tensor.numel(), 0)] if region is None else region.runs()
-    _engine(engine_of(tensor.device))(tensor, mapped, key, runs)
+    job.fill(tensor, job.map, job.key, runs)
 
 
 @functools.cache

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import math
 import struct
-from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -371,9 +370,10 @@ def block_values(m: Map, key: int, blocks: Tensor, dtype: torch.dtype) -> Tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What the host works out: float64 + - x / only, so that every host gives the same parameters.
+# What the host works out, once per law and dtype: float64 + - x / only, so that every host gives the same parameters.
 
 
+@functools.lru_cache(maxsize=1024)
 def uniform_map(low: float, high: float, dtype: torch.dtype) -> UniformMap:
     """Uniform on [low, high)."""
     scale = (high - low) * 2.0**-24
@@ -409,12 +409,14 @@ def _value(bits: int, dtype: torch.dtype) -> float:
     return float(struct.unpack("<f", (bits if dtype == torch.float32 else bits << 16).to_bytes(4, "little"))[0])
 
 
+@functools.lru_cache(maxsize=1024)
 def normal_map(mean: float, std: float, dtype: torch.dtype) -> NormalMap:
     """Normal with this mean and standard deviation."""
     rounded = (lambda x: x) if dtype == torch.float64 else fl32
     return NormalMap(rounded(std), rounded(mean))
 
 
+@functools.lru_cache(maxsize=1024)
 def truncated_normal_map(mean: float, std: float, low: float, high: float, dtype: torch.dtype) -> Map:
     """Normal conditioned on [low, high], low < high, whose nearer bound is within LIMIT_SIGMA."""
     rounded = (lambda x: x) if dtype == torch.float64 else fl32
@@ -512,14 +514,3 @@ def _narrow_series(middle: float, half: float) -> tuple[float, ...]:
         factor = [a + 2.0 * b * c[0]] + [2.0 * b * c[i] for i in range(1, n + 1)]
         c.append(sum(factor[i] * square[n - i] for i in range(n + 1)) / ((n + 2) * (n + 1)))
     return (fl32(step), fl32(ends[0] + step * 0.5), *(fl32(x) for x in c[2:]))
-
-
-@functools.lru_cache(maxsize=1024)
-def map_of(law: str, parameters: tuple[float, ...], dtype: torch.dtype) -> Map:
-    """The map of a law ("uniform", "normal", "truncated_normal") for one dtype, worked out once."""
-    build: dict[str, Callable[..., Map]] = {
-        "uniform": uniform_map,
-        "normal": normal_map,
-        "truncated_normal": truncated_normal_map,
-    }
-    return build[law](*parameters, dtype)

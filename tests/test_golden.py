@@ -24,6 +24,7 @@ from initlab.kernels import (
     engines,
     fill_,
     named_key,
+    sampling,
     stream,
 )
 
@@ -130,15 +131,10 @@ def golden():
 
 
 def test_laws_meet_every_map():
-    maps = [m for law in LAWS.values() if (m := map_of(law))]
+    maps = [sampling.map_of(law, torch.float32) for law in LAWS.values()]
     assert {type(m) for m in maps} == set(stream.Map.__args__)
     flips = {type(m).__name__: {n.flip for n in maps if type(n) is type(m)} for m in maps if hasattr(m, "flip")}
     assert flips == {"TailMap": {0, 2**32 - 1}, "FarMap": {0, 2**32 - 1}}
-
-
-def map_of(law):
-    name = {Uniform: "uniform", Normal: "normal", TruncatedNormal: "truncated_normal"}[type(law)]
-    return stream.map_of(name, tuple(getattr(law, slot) for slot in law.__slots__), torch.float32)
 
 
 def test_the_file_tells_what_it_holds():

@@ -65,7 +65,7 @@ def values(law, dtype, region, key=KEY):
     number = elements(region)
     if dtype.is_complex:
         return torch.view_as_complex(values(law_of_a_part(law), dtype.to_real(), doubled(region), key))
-    blocks = stream.block_values(sampling._map(law, dtype), key, number.flatten() >> 2, dtype)
+    blocks = stream.block_values(sampling.map_of(law, dtype), key, number.flatten() >> 2, dtype)
     return blocks.gather(1, (number.flatten() & 3)[:, None]).view(region.sizes)
 
 
@@ -78,7 +78,7 @@ def doubled(region):
 
 
 def test_the_laws_above_meet_every_map():
-    maps = [sampling._map(law, torch.float32) for law in LAWS.values()]
+    maps = [sampling.map_of(law, torch.float32) for law in LAWS.values()]
     assert [type(m).__name__.removesuffix("Map") for m in maps] == (
         ["Uniform", "Normal", "Normal", "Centre", "Tail", "Tail", "Far", "Far", "Narrow"]
     )
@@ -325,7 +325,8 @@ def test_a_key_of_more_than_64_bits(key):
 @every_law
 def test_torchs_default_dtype_does_not_matter(engine, law, dtype):
     expected = filled((100,), law)
-    stream.map_of.cache_clear()
+    for build in (stream.uniform_map, stream.normal_map, stream.truncated_normal_map):
+        build.cache_clear()
     torch.set_default_dtype(dtype)
     try:
         assert torch.equal(filled((100,), law), expected)
@@ -336,7 +337,8 @@ def test_torchs_default_dtype_does_not_matter(engine, law, dtype):
 @every_law
 def test_torchs_default_device_does_not_matter(engine, law):
     expected = filled((6,), law)
-    stream.map_of.cache_clear()
+    for build in (stream.uniform_map, stream.normal_map, stream.truncated_normal_map):
+        build.cache_clear()
     x = poisoned(6)
     with torch.device("meta"):
         fill_([Draw(x, law, KEY)])
