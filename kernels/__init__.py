@@ -20,6 +20,7 @@ if __name__ == "kernels":
         _sys.modules["kernels"] = _module = _module_from_spec(_elsewhere)
         _elsewhere.loader.exec_module(_module)
 else:
+    from .digest import content_sum
     from .engines import eagerly
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
@@ -33,6 +34,7 @@ else:
         "Region",
         "TruncatedNormal",
         "Uniform",
+        "content_sum",
         "eagerly",
         "engine_of",
         "fill_",

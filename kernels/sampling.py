@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import engines, stream
 
 _OFFERED = ("torch", "numba")
-_REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
 _SLOW = 1 << 24  # elements
 _SLAB = 1 << 20  # elements of scratch: what a tensor that is not contiguous is filled through
@@ -253,13 +253,14 @@ class Draw:
 # fill_
 
 
-def fill_(draws: Iterable[Draw]) -> None:
+def fill_(draws: Iterable[Draw], progress: Callable[[int], object] | None = None) -> None:
     """Fill tensors in place from the stream. Autograd does not record it; version counters move on.
 
     Args:
         draws: every one is checked before the first tensor is written. Dtypes: float32, bfloat16, float16 and
             float64; complex ones for Uniform and Normal, part by part, with std / sqrt 2; any for Constant.
             Tensors on the meta device are checked and left alone.
+        progress: called with a number of elements each time that many more have been filled.
 
     Raises:
         NotImplementedError: for a dtype, layout or kind of tensor that its law cannot fill.
@@ -277,17 +278,21 @@ def fill_(draws: Iterable[Draw]) -> None:
         >>> bool((weight.abs() <= 1).all())
         True
     """
-    engines.eagerly(_fill_all, draws)
+    engines.eagerly(_fill_all, draws, progress)
 
 
-def _fill_all(draws: Iterable[Draw]) -> None:
+def _fill_all(draws: Iterable[Draw], progress: Callable[[int], object] | None) -> None:
     for job in [_checked(draw) for draw in draws]:
+        if job is None:
+            continue
         if isinstance(job, _Job):
             _fill_one(job)
-        elif job is not None:
+        else:
             tensor, constant = job
             with torch.no_grad():
                 tensor.fill_(constant.value)
+        if progress is not None:
+            progress(job[0].numel())
 
 
 def engine_of(device: torch.device) -> str:
@@ -360,7 +365,7 @@ def map_of(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> strea
         real = _COMPLEX[dtype]
         if isinstance(law, Normal):
             law = Normal(law.mean, law.std / 1.4142135623730951)
-    if real not in _REAL:
+    if real not in _LARGEST:
         name = {Uniform: "uniform", Normal: "normal", TruncatedNormal: "truncated normal"}[type(law)]
         raise NotImplementedError(
             f"a {name} is not defined for {dtype}; fill a float32, bfloat16, float16 or float64 tensor and convert it"
@@ -380,7 +385,7 @@ def map_of(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> strea
 
 
 def _check_uniform_range(law: Uniform, dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
+    largest = _LARGEST[dtype]
     for name, value in (("low", law.low), ("high", law.high), ("high - low", law.high - law.low)):
         if abs(value) > largest:
             raise RuntimeError(f"uniform on [{law.low}, {law.high}): {name} is out of bounds for {dtype}")

@@ -1,0 +1,547 @@
+"""init_model_: a whole model filled by name. Plan, materialise, fill, report."""
+
+import difflib
+import functools
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.parameter import is_lazy
+
+from initlab.kernels import Constant, Draw, Region, eagerly, fill_, named_key
+
+from .layers import Block, Rule, reset_function
+from .naming import Names, Slot, matches, shared_memory, slots
+from .recipes import RecipeLike, View, keep_padding, resolve
+from .recording import owners_of_init_weights, stand_ins
+from .report import InitReport, Row, law_std, report_of
+from .swap import swap
+
+Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
+Buffers: TypeAlias = Callable[[str, Tensor], Tensor | float | None]
+
+_LONG = 1 << 28  # elements: a second or more on a CPU, long enough for a progress bar to be welcome
+_LISTED = 20  # names in an error
+
+
+def init_model_(
+    model: nn.Module,
+    seed: int,
+    recipe: RecipeLike = "torch",
+    *,
+    device: torch.device | str | int | None = None,
+    only: Only | None = None,
+    names: Names | None = None,
+    buffers: Buffers | None = None,
+    progress: bool | None = None,
+) -> InitReport:
+    """Fill a model's parameters from the stream, each keyed by its name: the same bits however the model came about.
+
+    Neither the order of construction, nor the device, the number of threads, wrappers (DDP, FSDP, torch.compile,
+    activation checkpointing) nor what else is filled changes a parameter's values. No generator is touched.
+
+    Args:
+        model: filled in place, outside autograd. Parameters on the meta device become new parameters on `device`, with
+            the old ones' attributes; they never lie anywhere else. A tied weight is filled once, keyed by the byte-wise
+            smallest of its names, with the law of its first owner.
+        seed: -2**63 <= seed < 2**64.
+        recipe: which law each parameter gets: "torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto",
+            a recipe made by initlab.recipes, a law, a function from Slot to law, or a mapping from name patterns to
+            any of these, the first match counting and "torch" serving the rest. The padding row of an embedding stays
+            0 under all of them. Buffers with a law in reset_parameters, such as running statistics, are set too.
+        device: where the model is to lie afterwards; needed for parameters on the meta device. What is not filled is
+            moved there with its values, unless it is on the meta device and not selected. None leaves all where it is.
+        only: what to fill: a name pattern (a glob, or the name of a module, which selects all within it), several of
+            them, or a function of name and tensor; `initlab.not_loaded`, for example. It applies to buffers too.
+        names: maps a name within `model`, a pipeline stage say, to the name in the whole model: a prefix or a function.
+            Patterns, laws and keys go by the mapped names.
+        buffers: called with the name and the tensor of each selected buffer on the meta device, in the context of
+            `device`; returns its value, or None. A buffer for which it has none is set by its owner's
+            `_init_buffers()`, its reset_parameters, or the `_init_weights(owner)` of a module above it, with
+            parameters out of reach and random numbers fixed by `seed`.
+        progress: whether to show a progress bar (tqdm); None shows one for 2**28 elements and more in a terminal.
+
+    Returns:
+        A report, which prints as a table.
+
+    Raises:
+        ValueError: before anything is written, listing names: if the recipe has no law for a selected parameter, a
+            buffer on the meta device is set by nobody, two tensors have one name, two parameters share memory, a
+            pattern matches nothing, or a parameter on the meta device has no `device` to go to.
+        NotImplementedError: for DTensors and other wrappers, and dtypes that a law cannot fill.
+        RuntimeError: for a parameter that overlaps itself, or whose dtype cannot hold its law.
+
+    Source:
+        docs/stream.md, "Keys"; docs/models.md.
+
+    Example:
+        >>> import torch, initlab
+        >>> with torch.device("meta"):
+        ...     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> report = initlab.init_model_(model, seed=0, recipe={"2": "xavier", "*": "he"}, device="cpu")
+        >>> [(row.name, round(row.std, 3)) for row in report.rows]
+        [('0.weight', 0.707), ('0.bias', 0.0), ('2.weight', 0.447), ('2.bias', 0.0)]
+    """
+    return eagerly(
+        functools.partial(_init_model, device=device, only=only, names=names, buffers=buffers, progress=progress),
+        model,
+        seed,
+        recipe,
+    )
+
+
+def _init_model(
+    model: nn.Module,
+    seed: int,
+    recipe: RecipeLike,
+    *,
+    device: Any,
+    only: Only | None,
+    names: Names | None,
+    buffers: Buffers | None,
+    progress: bool | None,
+) -> InitReport:
+    plan = _plan(model, seed, recipe, only, names)
+    target = None if device is None else _resolved(device)
+    plan.refuse_meta(target)
+    with _bar(progress, sum(task.slot.tensor.numel() for task in plan.tasks)) as advance:
+        new = plan.materialised(target)
+        ready = _own_code(plan, new, target, buffers)
+        new |= ready
+        _fill(plan, new, ready.keys(), advance)
+    _attach(plan, new, target)
+    return plan.report()
+
+
+def plan_model(
+    model: nn.Module,
+    seed: int = 0,
+    recipe: RecipeLike = "torch",
+    *,
+    only: Only | None = None,
+    names: Names | None = None,
+) -> InitReport:
+    """The report that init_model_ would return, without touching the model. See init_model_ for arguments and errors.
+
+    Example:
+        >>> import torch, initlab
+        >>> print(initlab.plan_model(torch.nn.Linear(4, 2)))
+        name    shape  dtype    law                 fan  std     key               why
+        ------  -----  -------  ------------------  ---  ------  ----------------  ------
+        weight  2 x 4  float32  uniform[-0.5, 0.5)  4    0.2887  9d1a1ee7ad6e9a2e  Linear
+        bias    2      float32  uniform[-0.5, 0.5)  4    0.2887  b4af8ccb5b1b6ad6  Linear
+        2 tensors, 10 elements: recipe torch, seed 0, stream 1
+    """
+    return _plan(model, seed, recipe, only, names).report()
+
+
+def not_loaded(name: str, tensor: Tensor) -> bool:
+    """For `only=`: what transformers has not loaded from a checkpoint, going by its `_is_hf_initialized` marks.
+
+    Example:
+        >>> import torch, initlab
+        >>> model = torch.nn.Linear(2, 2)
+        >>> model.weight._is_hf_initialized = True
+        >>> [row.name for row in initlab.init_model_(model, seed=0, only=initlab.not_loaded).rows]
+        ['bias']
+    """
+    return not getattr(tensor, "_is_hf_initialized", False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plan
+
+
+class _Task(NamedTuple):
+    """One tensor to fill: `rule` is None for a buffer on the meta device that only its owner's code can set."""
+
+    slot: Slot
+    rule: Rule | None
+    key: int
+
+    def row(self) -> Row:
+        slot, rule = self.slot, self.rule
+        aliases = tuple(name for name in slot.names if name != slot.name) if len(slot.names) > 1 else ()
+        shape, dtype = tuple(slot.tensor.shape), slot.tensor.dtype
+        if rule is None:
+            return Row(slot.name, aliases, shape, dtype, law=None, why=slot.owner)
+        blocks = tuple((block, law) for block, law in rule.fills if block is not None)
+        drawn = any(not isinstance(law, Constant) for _, law in rule.fills)
+        key = self.key if drawn else None
+        std = law_std(rule.law)
+        return Row(slot.name, aliases, shape, dtype, rule.law, blocks, rule.fan, std, key, rule.why, rule.guess)
+
+
+@dataclass
+class _Plan:
+    model: nn.Module
+    seed: int
+    recipe: str
+    names: Names | None
+    tasks: list[_Task]
+    others: list[Slot] = field(default_factory=list)  # parameters and buffers that are not filled
+
+    def refuse_meta(self, target: torch.device | None) -> None:
+        on_meta = [task.slot.name for task in self.tasks if task.slot.tensor.is_meta]
+        if on_meta and target is None:
+            raise ValueError(
+                f"{_listing(on_meta)} on the meta device: say where the model is to lie, device='cpu' or 'cuda'"
+            )
+
+    def materialised(self, target: torch.device | None) -> dict[int, Tensor]:
+        """By the id of the old: new tensors for what is filled and does not lie on the target yet."""
+        if target is None:
+            return {}
+        with torch.inference_mode(False):
+            return {
+                id(task.slot.tensor): _like(task.slot.tensor, target)
+                for task in self.tasks
+                if task.slot.tensor.device != target
+            }
+
+    def report(self) -> InitReport:
+        return report_of(self.model, self.names, self.seed, self.recipe, [task.row() for task in self.tasks])
+
+
+def _plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None, names: Names | None) -> _Plan:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    seed = operator.index(seed)
+    chosen = resolve(recipe)
+    parameters, buffers = slots(model, names)
+    selected = _selection(only, [*parameters, *buffers])
+    _refuse(parameters, selected)
+    view = View(model, parameters, stage=names is not None)
+    rule_of = chosen(view)
+    tasks, missing = [], []
+    checked: dict[tuple[Any, torch.dtype], str] = {}
+    others = []
+    for slot in parameters:
+        if slot not in selected:
+            others.append(slot)
+            continue
+        rule = rule_of(slot)
+        if rule is None:
+            missing.append(f"{slot.name} (in {slot.owner}): {view.unread(slot)}")
+            continue
+        rule = keep_padding(slot, rule)
+        for _, law in rule.fills:
+            fault = checked.get((law, slot.tensor.dtype))
+            if fault is None:
+                fault = checked[law, slot.tensor.dtype] = _fault(law, slot.tensor.dtype)
+            if fault:
+                missing.append(f"{slot.name} (in {slot.owner}): {fault}")
+                break
+        tasks.append(_Task(slot, rule, named_key(seed, slot.name)))
+    if missing:
+        way_out = missing[0].split(" ")[0]
+        raise ValueError(
+            f"recipe {chosen.name!r} has no law for {len(missing)} of {len(parameters)} parameters, and fills all that "
+            f"are selected or none:\n  {_lines(missing)}\n"
+            f'Give them a law by name, recipe={{"{way_out}": Normal(0.0, 0.02), "*": "{chosen.name}"}}, '
+            "or leave them out with only="
+        )
+    for slot in buffers:
+        found = view.resets.complete(slot.tensor) if slot in selected else None
+        if found is not None or (slot in selected and slot.tensor.is_meta):
+            tasks.append(_Task(slot, found, named_key(seed, slot.name)))
+        else:
+            others.append(slot)
+    return _Plan(model, seed, chosen.name, names, tasks, others)
+
+
+def _fault(law: Any, dtype: torch.dtype) -> str:
+    """Why a dtype cannot be filled from a law; empty if it can."""
+    try:
+        fill_([Draw(torch.empty(0, dtype=dtype, device="meta"), law)])
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        return str(error)
+    return ""
+
+
+def _selection(only: Only | None, every: list[Slot]) -> set[Slot]:
+    if only is None:
+        return set(every)
+    if callable(only):
+        return {slot for slot in every if any(only(name, slot.tensor) for name in slot.names)}
+    patterns = [only] if isinstance(only, str) else list(only)
+    chosen: set[Slot] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"only holds a {type(pattern).__name__}; it must be a name pattern, several, or a function")
+        found = {slot for slot in every if any(matches(name, pattern) for name in slot.names)}
+        if not found:
+            near = difflib.get_close_matches(pattern, [name for slot in every for name in slot.names], cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"only: nothing in the model is called {pattern!r}{hint}")
+        chosen |= found
+    return chosen
+
+
+def _refuse(parameters: list[Slot], selected: set[Slot]) -> None:
+    """What cannot be filled at all."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    for slot in parameters:
+        if slot not in selected:
+            continue
+        tensor = slot.tensor
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{slot.name} has no shape yet, as a lazy module's parameters do; run a batch through the model first"
+            )
+        if distributed is not None and isinstance(tensor, distributed.DTensor):
+            raise NotImplementedError(
+                f"{slot.name} is a DTensor, and init_model_ does not fill those yet; fill the model before "
+                "distribute_tensor, fully_shard or parallelize_module shards it"
+            )
+        kind = type(tensor)
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not isinstance(tensor, FakeTensor):
+            raise NotImplementedError(
+                f"{slot.name} is a {kind.__name__}, a wrapper around other tensors; fill the model before it is wrapped"
+            )
+    shared = shared_memory([slot for slot in parameters if slot in selected])
+    if shared:
+        pairs = [f"{a} and {b}" for a, b in shared]
+        raise ValueError(
+            f"different parameters share memory, and would be filled twice:\n  {_lines(pairs)}\n"
+            "Tie them by making them one Parameter, or leave one out with only="
+        )
+
+
+def _lines(entries: list[str]) -> str:
+    shown = entries[:_LISTED]
+    return "\n  ".join([*shown, f"... and {len(entries) - _LISTED} more"] if len(entries) > _LISTED else shown)
+
+
+def _listing(names: list[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Materialise
+
+
+def _resolved(device: torch.device | str | int) -> torch.device:
+    target = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+    if target.type == "meta":
+        raise ValueError("device is meta, where nothing can be filled; plan_model shows what would be")
+    return target
+
+
+def _like(tensor: Tensor, device: torch.device) -> Tensor:
+    """An empty twin on another device: class, requires_grad and attributes are kept."""
+    empty = torch.empty_like(tensor, device=device, requires_grad=False)
+    if isinstance(tensor, nn.Parameter):
+        empty = Tensor._make_subclass(type(tensor), empty.detach().as_subclass(Tensor), tensor.requires_grad)
+    vars(empty).update(vars(tensor))
+    return empty
+
+
+def _own_code(
+    plan: _Plan, new: dict[int, Tensor], target: torch.device | None, buffers: Buffers | None
+) -> dict[int, Tensor]:
+    """The buffers on the meta device that have no law, by the id of the old: from the caller or their owners' code."""
+    found: dict[int, Tensor] = {}
+    pending: list[Slot] = []
+    for task in plan.tasks:
+        slot = task.slot
+        if target is None or slot.is_parameter or not slot.tensor.is_meta:
+            continue
+        if buffers is not None:
+            with target:
+                value = buffers(slot.name, slot.tensor)
+            if value is not None:
+                found[id(slot.tensor)] = _given(slot, value, new[id(slot.tensor)])
+                continue
+        if task.rule is None:
+            pending.append(slot)
+    if not pending or target is None:
+        return found
+    reasons: dict[int, list[str]] = {id(slot.tensor): [] for slot in pending}
+    above = dict(owners_of_init_weights(plan.model))
+    for module in dict.fromkeys(slot.module for slot in pending):
+        mine = [slot for slot in pending if slot.module is module]
+        for where, code in _setters(module, above.get(module)):
+            mine = [slot for slot in mine if id(slot.tensor) not in found]
+            if mine:
+                found |= _run(plan, module, mine, where, code, target, reasons)
+    missing = [
+        f"{slot.name} (in {slot.owner}): {'; '.join(reasons[id(slot.tensor)]) or 'its owner has no code to set it'}"
+        for slot in pending
+        if id(slot.tensor) not in found
+    ]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} buffers on the meta device are set by nobody:\n  {_lines(missing)}\n"
+            "Give their values with buffers=, a function of name and tensor, or build the model off the meta device"
+        )
+    return found
+
+
+def _given(slot: Slot, value: Any, buffer: Tensor) -> Tensor:
+    with torch.no_grad():
+        value = torch.as_tensor(value, device=buffer.device)
+        if torch.broadcast_shapes(value.shape, buffer.shape) != buffer.shape:
+            raise ValueError(
+                f"buffers: {slot.name} has shape {tuple(buffer.shape)}, and the value given has {tuple(value.shape)}"
+            )
+        buffer.copy_(value)
+    return buffer
+
+
+def _setters(module: nn.Module, above: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Code that may set a module's buffers."""
+    if callable(getattr(type(module), "_init_buffers", None)):
+        yield f"{type(module).__name__}._init_buffers", lambda: type(module)._init_buffers(module)  # type: ignore[attr-defined]
+    function = reset_function(module)
+    if function is not None:
+        yield f"{type(module).__name__}.{function.__name__}", lambda: function(module)
+    if above is not None:
+        yield f"{type(above).__name__}._init_weights", lambda: above._init_weights(module)
+
+
+def _run(
+    plan: _Plan,
+    module: nn.Module,
+    mine: list[Slot],
+    where: str,
+    code: Callable[[], Any],
+    target: torch.device,
+    reasons: dict[int, list[str]],
+) -> dict[int, Tensor]:
+    """Run code that sets buffers of a module, with nothing but these within its reach."""
+    with torch.inference_mode(False):
+        fresh = {id(slot.tensor): _poisoned(slot.tensor, target) for slot in mine}
+    versions = {key: tensor._version for key, tensor in fresh.items()}
+    with ExitStack() as stack:
+        stack.enter_context(stand_ins(module, fresh))
+        stack.enter_context(torch.random.fork_rng())
+        torch.manual_seed(named_key(plan.seed, mine[0].path))
+        for context in (torch.inference_mode(False), torch.no_grad(), swap(), target):
+            stack.enter_context(context)
+        try:
+            code()
+        except Exception as error:
+            for slot in mine:
+                reasons[id(slot.tensor)].append(f"{where} raised {type(error).__name__}: {error}".splitlines()[0])
+            return {}
+        after = {id(slot.tensor): module._buffers.get(slot.leaf) for slot in mine}
+    found = {}
+    for key, tensor in after.items():
+        same = tensor is fresh[key]
+        if tensor is None or tensor.is_meta or (same and tensor._version == versions[key] and _is_poisoned(tensor)):
+            reasons[key].append(f"{where} does not set it")
+        else:
+            found[key] = tensor.to(target)
+    return found
+
+
+def _poisoned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A buffer whose contents show that nobody has written to it."""
+    empty = torch.empty_like(tensor, device=device)
+    vars(empty).update({name: value for name, value in vars(tensor).items() if name != "_is_hf_initialized"})
+    return empty.fill_(_poison(tensor.dtype))
+
+
+def _poison(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point or dtype.is_complex:
+        return math.nan
+    return 0 if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+def _is_poisoned(tensor: Tensor) -> bool:
+    poison = _poison(tensor.dtype)
+    return bool((tensor.isnan() if math.isnan(poison) else tensor == poison).all())
+
+
+def _attach(plan: _Plan, new: dict[int, Tensor], target: torch.device | None) -> None:
+    """Put new tensors in the place of the old ones, and move what else there is to the target."""
+    recurrent = set()
+    for slot in (*(task.slot for task in plan.tasks), *plan.others):
+        old = slot.tensor
+        moved = new.get(id(old))
+        if moved is None:
+            if target is None or old.is_meta or old.device == target or is_lazy(old):
+                continue
+            moved = old.detach().to(target)
+        if slot.is_parameter and not old.is_meta:
+            old.data = moved.detach()  # the same Parameter, as Module.to keeps it for an optimizer
+            if old.grad is not None:
+                old.grad.data = old.grad.to(moved.device)
+            continue
+        for owner, leaf in slot.places:
+            (owner._parameters if slot.is_parameter else owner._buffers)[leaf] = moved  # type: ignore[assignment]
+            if isinstance(owner, nn.RNNBase):
+                recurrent.add(owner)
+    for module in recurrent:
+        module._init_flat_weights()  # it keeps a list of its parameters
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fill
+
+
+def _fill(plan: _Plan, new: dict[int, Tensor], ready: Set[int], advance: Callable[[int], object] | None) -> None:
+    """Fill what is planned, but for the tensors that are ready."""
+    current = ""
+
+    def draws() -> Iterator[Draw]:
+        nonlocal current
+        for task in plan.tasks:
+            if task.rule is None or id(task.slot.tensor) in ready:
+                continue
+            current = task.slot.name
+            tensor = new.get(id(task.slot.tensor), task.slot.tensor).detach()
+            for block, law in task.rule.fills:
+                yield Draw(tensor, law, task.key) if block is None else _part(tensor, block, law, task.key)
+        current = ""
+
+    try:
+        fill_(draws(), advance)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        if not current:
+            raise
+        raise type(error)(f"{current}: {error}") from error
+
+
+def _part(tensor: Tensor, block: Block, law: Any, key: int) -> Draw:
+    shape = tuple(tensor.shape)
+    region = Region(shape, (0,) * len(shape), shape).narrow(*block)
+    return Draw(tensor.narrow(*block), law, key, region)
+
+
+class _bar:
+    """A progress bar over elements, or nothing: `with _bar(...) as advance`, advance(elements) or None."""
+
+    def __init__(self, wanted: bool | None, elements: int) -> None:
+        self.bar: Any = None
+        if wanted is None:
+            wanted = elements >= _LONG and sys.stderr is not None and sys.stderr.isatty()
+            required = False
+        else:
+            required = wanted
+        if not wanted:
+            return
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError as error:
+            if required:
+                raise ModuleNotFoundError(
+                    "progress=True needs tqdm, which is not installed; pip install 'initlab[report]'"
+                ) from error
+            return
+        self.bar = tqdm(total=elements, unit="elements", unit_scale=True, desc="initlab", leave=False)
+
+    def __enter__(self) -> Callable[[int], object] | None:
+        return None if self.bar is None else self.bar.update
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,401 @@
+"""Reads laws off a model's own code: runs it on stand-ins that hold nothing, and notes what it would have written.
+
+The code runs on the meta device, so it takes no time, draws nothing and writes nothing. What is noted are sampling
+calls, constants, and what scales or shifts them; whatever else is written has no law, and is remembered as such.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.init import _calculate_correct_fan
+from torch.utils._pytree import tree_leaves
+
+from initlab.kernels import Constant, Law, Normal, TruncatedNormal, Uniform
+
+from .init import _kaiming_std
+from .layers import Block, Book, Rule, reader, reset_function
+from .swap import Redirect
+
+
+class _Refused(Exception):
+    """The code wrote to a tensor that is not a stand-in."""
+
+
+def children_first(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model in the order in which torch's Module.apply visits them, each once."""
+    seen: set[int] = set()
+    stack: list[tuple[nn.Module, bool]] = [(model, False)]
+    while stack:
+        module, done = stack.pop()
+        if done:
+            yield module
+        elif id(module) not in seen:
+            seen.add(id(module))
+            stack.append((module, True))
+            stack += [(child, False) for child in reversed(module._modules.values()) if child is not None]
+
+
+def read_resets(model: nn.Module, book: Book) -> None:
+    """Enter into a book what calling every module's reset_parameters, children first, would write.
+
+    Those of torch.nn are known; any other is recorded.
+    """
+    modules = [(module, function) for module in children_first(model) if (function := reset_function(module))]
+    if all(reader(function) for _, function in modules):
+        _read(modules, book, None)
+        return
+    with stand_ins(model) as recorder:
+        _read(modules, book, recorder)
+
+
+def _read(modules: list[tuple[nn.Module, Callable[..., Any]]], book: Book, recorder: "_Recorder | None") -> None:
+    for module, function in modules:
+        why = type(module).__name__
+        known = reader(function)
+        if known is None:
+            assert recorder is not None
+            recorder.run(lambda: function(module), module, f"{why}.{function.__name__}", book)  # noqa: B023
+        elif recorder is None:
+            known(module, book, why)
+        else:  # it reads the stand-ins of the module's tensors
+            found = Book()
+            known(module, found, why)
+            recorder.transfer(found, book)
+
+
+def read_init_weights(model: nn.Module, book: Book) -> bool:
+    """Enter into a book what `_init_weights(module)`, as transformers and timm have it, would write.
+
+    Each module, children first, goes to the nearest `_init_weights` above it, itself included.
+
+    Returns:
+        Whether the model has such a method anywhere.
+    """
+    above = list(owners_of_init_weights(model))
+    if not above:
+        return False
+    with stand_ins(model) as recorder:
+        for module, owner in above:
+            where = f"{type(owner).__name__}._init_weights"
+            recorder.run(lambda: owner._init_weights(module), module, where, book)  # noqa: B023
+    return True
+
+
+def owners_of_init_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """(module, the nearest module above it, itself included, that has an `_init_weights(module)`), children first."""
+    nearest: dict[int, Any] = {}
+    stack: list[tuple[nn.Module, Any]] = [(model, None)]
+    while stack:
+        module, owner = stack.pop()
+        if id(module) in nearest:
+            continue
+        owner = module if _takes_a_module(module) else owner
+        nearest[id(module)] = owner
+        stack += [(child, owner) for child in module._modules.values() if child is not None]
+    for module in children_first(model):
+        if nearest[id(module)] is not None:
+            yield module, nearest[id(module)]
+
+
+def _takes_a_module(module: nn.Module) -> bool:
+    method = getattr(type(module), "_init_weights", None)
+    if not callable(method):
+        return False
+    try:
+        inspect.signature(method).bind(module, module)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def stand_ins(model: nn.Module, given: dict[int, Tensor] | None = None) -> Iterator["_Recorder"]:
+    """Every parameter and buffer of a model replaced by a stand-in on the meta device, and all put back afterwards.
+
+    Args:
+        model: the model.
+        given: replacements, by the id of what they replace. With it, attributes that code sets meanwhile are kept;
+            without, everything that lies in the modules' dictionaries is put back.
+    """
+    modules = list(model.modules())
+    saved = [(vars(module).copy(), [group.copy() for group in _registered(module)]) for module in modules]
+    recorder = _Recorder()
+    replacements = given or {}
+    try:
+        for module in modules:
+            for tensors in _registered(module)[:2]:
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        replacement = replacements.get(id(tensor))
+                        tensors[name] = recorder.stand_in(tensor) if replacement is None else replacement
+        yield recorder
+    finally:
+        for module, (everything, registered) in zip(modules, saved, strict=True):
+            if given is None:
+                vars(module).clear()
+                vars(module).update(everything)
+            for now, before in zip(_registered(module), registered, strict=True):
+                now.clear()
+                now.update(before)
+
+
+def _registered(module: nn.Module) -> list[Any]:
+    """What a module keeps of its tensors and children, tensors first."""
+    return [module._parameters, module._buffers, module._modules, module._non_persistent_buffers_set]
+
+
+class _Recorder(Redirect):
+    """Notes what is written to the stand-ins."""
+
+    def __init__(self) -> None:
+        super().__init__(_Notes(self))
+        self.real: dict[int, Tensor] = {}  # id of a stand-in: the tensor it stands for
+        self.standing: dict[int, Tensor] = {}  # id of that tensor: its stand-in
+        self.by_storage: dict[int, Tensor] = {}  # storage of a stand-in: the stand-in
+        self.real_storages: set[int] = set()
+        self.temporaries: dict[int, tuple[Tensor, Law]] = {}  # storage of another tensor: the law it was filled with
+        self.book = Book()
+        self.where = ""
+
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.standing:
+            if tensor.layout != torch.strided or nn.parameter.is_lazy(tensor):
+                return tensor
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            stand_in = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            # Labels that the code may go by; transformers' own would make it skip what it takes for loaded.
+            labels = {name: value for name, value in vars(tensor).items() if name != "_is_hf_initialized"}
+            vars(stand_in).update(labels)
+            self.standing[id(tensor)] = stand_in
+            self.real[id(stand_in)] = tensor
+            self.by_storage[_storage(stand_in)] = stand_in
+            self.real_storages.add(_storage(tensor))
+        return self.standing[id(tensor)]
+
+    def transfer(self, found: Book, book: Book) -> None:
+        """Enter what was found for stand-ins into a book, for the tensors they stand for."""
+        for key, rule in found.rules.items():
+            for block, law in rule.fills:
+                book.write(self.real[key], law, rule.why, block, rule.fan)
+
+    def run(self, code: Callable[[], Any], module: nn.Module, where: str, book: Book) -> None:
+        """Run code of a module, which may reach everything below it; its writes go into the book."""
+        self.book, self.where = book, where
+        places = [
+            (tensors, name, tensor, _storage(tensor))
+            for owner in module.modules()
+            for tensors in _registered(owner)[:2]
+            for name, tensor in tensors.items()
+            if tensor is not None and id(tensor) in self.real
+        ]
+        try:
+            with warnings.catch_warnings(), torch.no_grad(), torch.device("meta"), self:
+                warnings.simplefilter("ignore")
+                code()
+        except Exception as error:
+            reason = f"{where} cannot be read: {type(error).__name__}: {error}".splitlines()[0]
+            for _, _, tensor, _ in places:
+                book.give_up(self.real[id(tensor)], reason)
+        for tensors, name, tensor, storage in places:
+            if tensors.get(name) is not tensor or _storage(tensor) != storage:
+                book.give_up(self.real[id(tensor)], f"{where} replaces it instead of filling it")
+                tensors[name] = tensor
+        self.temporaries.clear()
+
+    # -----------------------------------------------------------------------------------------------------------
+    # What the code does, call by call
+
+    def sampled(self, tensor: Tensor, law: Law, fan: float | None = None) -> Tensor:
+        """A sampling call, or a constant."""
+        storage = _storage(tensor)
+        stand_in = self.by_storage.get(storage)
+        if stand_in is None:
+            self._refuse_real(tensor)
+            self.temporaries[storage] = tensor, law
+            return tensor
+        block = _block(tensor, stand_in)
+        if block is False:
+            self.book.give_up(self.real[id(stand_in)], f"{self.where} fills a part of it that is no block of rows")
+        else:
+            self.book.write(self.real[id(stand_in)], law, self.where, block, fan)
+        return tensor
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", "")
+        target = args[0] if args and isinstance(args[0], Tensor) else None
+        if target is not None and name.endswith("_") and not (name.startswith("__") and name not in _INPLACE):
+            self._refuse_real(target)
+            if (law := self._law_after(name, target, args[1:], kwargs)) is not None:
+                return self.sampled(target, law, self._fan(target))
+        if name == "__setitem__" and target is not None and _is_basic(args[1]) and isinstance(args[2], int | float):
+            self._refuse_real(target)
+            return self.sampled(target[args[1]], Constant(args[2]))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        before = [x._version for x in tensors]
+        result = func(*args, **kwargs)
+        for tensor, version in zip(tensors, before, strict=True):
+            if tensor._version != version:
+                self._refuse_real(tensor)
+                self.temporaries.pop(_storage(tensor), None)
+                if (stand_in := self.by_storage.get(_storage(tensor))) is not None:
+                    self.book.give_up(self.real[id(stand_in)], f"{self.where} writes it by {name}, which is no law")
+        return result
+
+    def _law_after(self, name: str, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Law | None:
+        """The law of a tensor after an in-place call, where the call is one of the few that have any."""
+        operand = args[0] if args else kwargs.get("value", kwargs.get("src", kwargs.get("other")))
+        if name == "zero_":
+            return Constant(0.0)
+        if name == "fill_" and isinstance(operand, int | float | complex):
+            return Constant(operand)
+        if name == "copy_" and isinstance(operand, Tensor):
+            source, law = self.temporaries.get(_storage(operand), (None, None))
+            return law if source is not None and source.shape == operand.shape == target.shape else None
+        number = operand if isinstance(operand, int | float) and not kwargs and len(args) == 1 else None
+        law = self._law(target)
+        if number is None or law is None:
+            return None
+        if name in ("mul_", "__imul__"):
+            return _affine(law, float(number), 0.0)
+        if name in ("div_", "__itruediv__") and number != 0:
+            return _affine(law, 1.0 / number, 0.0)
+        if name in ("add_", "__iadd__"):
+            return _affine(law, 1.0, float(number))
+        if name in ("sub_", "__isub__"):
+            return _affine(law, 1.0, -float(number))
+        return None
+
+    def _law(self, tensor: Tensor) -> Law | None:
+        """The one law that all of a tensor has been filled with, if there is one."""
+        found = self._whole_rule(tensor)
+        if found is not None:
+            return found.law
+        source, law = self.temporaries.get(_storage(tensor), (None, None))
+        return law if source is not None and source.shape == tensor.shape else None
+
+    def _fan(self, tensor: Tensor) -> float | None:
+        found = self._whole_rule(tensor)
+        return found.fan if found is not None else None
+
+    def _whole_rule(self, tensor: Tensor) -> Rule | None:
+        stand_in = self.by_storage.get(_storage(tensor))
+        if stand_in is None or stand_in.shape != tensor.shape:
+            return None
+        found = self.book.rules.get(id(self.real[id(stand_in)]))
+        return found if found is not None and len(found.fills) == 1 and found.fills[0][0] is None else None
+
+    def _refuse_real(self, tensor: Tensor) -> None:
+        if not tensor.is_meta and _storage(tensor) in self.real_storages:
+            raise _Refused(f"{self.where} writes to a tensor that it keeps outside the model's parameters and buffers")
+
+
+class _Notes:
+    """The sink of a recorder: the functions of torch.nn.init, which note the law of what they would have drawn."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.recorder = recorder
+
+    def uniform_(self, tensor: Tensor, a: float = 0.0, b: float = 1.0, generator: Any = None) -> Tensor:
+        return self.recorder.sampled(tensor, Uniform(a, b))
+
+    def normal_(self, tensor: Tensor, mean: float = 0.0, std: float = 1.0, generator: Any = None) -> Tensor:
+        return self.recorder.sampled(tensor, Normal(mean, std))
+
+    def constant_(self, tensor: Tensor, val: float) -> Tensor:
+        return self.recorder.sampled(tensor, Constant(val))
+
+    def kaiming_uniform_(
+        self,
+        tensor: Tensor,
+        a: float = 0,
+        mode: Any = "fan_in",
+        nonlinearity: Any = "leaky_relu",
+        generator: Any = None,
+    ) -> Tensor:
+        if 0 in tensor.shape:
+            return self.recorder.sampled(tensor, Constant(0.0))
+        bound = 3.0**0.5 * _kaiming_std(tensor, a, mode, nonlinearity)
+        return self.recorder.sampled(tensor, Uniform(-bound, bound), _calculate_correct_fan(tensor, mode))
+
+    def trunc_normal_(
+        self,
+        tensor: Tensor,
+        mean: float = 0.0,
+        std: float = 1.0,
+        a: float = -2.0,
+        b: float = 2.0,
+        generator: Any = None,
+    ) -> Tensor:
+        return self.recorder.sampled(tensor, TruncatedNormal(mean, std, a, b))
+
+    def orthogonal_(self, tensor: Tensor, gain: float = 1, generator: Any = None) -> Tensor:
+        return self._no_law(tensor, "orthogonal_")
+
+    def sparse_(self, tensor: Tensor, sparsity: float, std: float = 0.01, generator: Any = None) -> Tensor:
+        return self._no_law(tensor, "sparse_")
+
+    def _no_law(self, tensor: Tensor, name: str) -> Tensor:
+        stand_in = self.recorder.by_storage.get(_storage(tensor))
+        if stand_in is not None:
+            why = f"{self.recorder.where} fills it by {name}, which is no law of single elements"
+            self.recorder.book.give_up(self.recorder.real[id(stand_in)], why)
+        return tensor
+
+
+_INPLACE = ("__imul__", "__itruediv__", "__iadd__", "__isub__")
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether an index makes a view."""
+    return all((isinstance(i, int | slice) and not isinstance(i, bool)) or i is ... for i in _as_tuple(index))
+
+
+def _as_tuple(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # a wrapper around other tensors
+        return -id(tensor)
+
+
+def _block(view: Tensor, whole: Tensor) -> Block | Literal[False] | None:
+    """Which block of a stand-in a view of it is: None if all of it, False if it is none."""
+    if (
+        view.storage_offset() == whole.storage_offset()
+        and view.shape == whole.shape
+        and view.stride() == whole.stride()
+    ):
+        return None
+    offset = view.storage_offset() - whole.storage_offset()
+    for dim, (size, stride) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
+        if stride == 0 or offset % stride or not 0 <= offset // stride < max(size, 1):
+            continue
+        start = offset // stride
+        rest = [pair for d, pair in enumerate(zip(whole.shape, whole.stride(), strict=True)) if d != dim]
+        seen = list(zip(view.shape, view.stride(), strict=True))
+        if seen == rest:
+            return Block(dim, start, 1)
+        longer = view.dim() == whole.dim() and view.stride(dim) == stride and start + view.shape[dim] <= size
+        if longer and seen[:dim] + seen[dim + 1 :] == rest:
+            return Block(dim, start, view.shape[dim])
+    return False
+
+
+def _affine(law: Law, factor: float, shift: float) -> Law:
+    """The law of x * factor + shift."""
+    if isinstance(law, Constant):
+        return Constant(law.value * factor + shift)
+    if isinstance(law, Normal):
+        return Normal(law.mean * factor + shift, law.std * abs(factor))
+    low, high = sorted((law.low * factor + shift, law.high * factor + shift))
+    if isinstance(law, Uniform) or factor == 0:
+        return Uniform(low, high) if factor else Constant(shift)
+    return TruncatedNormal(law.mean * factor + shift, law.std * abs(factor), low, high)

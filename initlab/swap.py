@@ -1,0 +1,246 @@
+"""swap(): inside it, torch's own init calls take their values from initlab's stream.
+
+A TorchFunctionMode sees `Tensor.normal_`, `Tensor.uniform_` and the functions of torch.nn.init that ask for it,
+however they were imported. `trunc_normal_` does not ask, but calls a helper that it looks up in torch.nn.init;
+`orthogonal_` and `sparse_` are looked up there by their callers. Those three names are replaced while any thread is
+inside a swap().
+"""
+
+import functools
+import inspect
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import init
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Sink(Protocol):
+    """Where redirected calls go: initlab.init, or whatever has these functions with the arguments of torch.nn.init."""
+
+    def uniform_(self, tensor: Tensor, a: float = ..., b: float = ..., generator: Any = ...) -> Tensor: ...
+    def normal_(self, tensor: Tensor, mean: float = ..., std: float = ..., generator: Any = ...) -> Tensor: ...
+    def constant_(self, tensor: Tensor, val: float) -> Tensor: ...
+    def kaiming_uniform_(
+        self, tensor: Tensor, a: float = ..., mode: Any = ..., nonlinearity: Any = ..., generator: Any = ...
+    ) -> Tensor: ...
+    def trunc_normal_(
+        self, tensor: Tensor, mean: float = ..., std: float = ..., a: float = ..., b: float = ..., generator: Any = ...
+    ) -> Tensor: ...
+    def orthogonal_(self, tensor: Tensor, gain: float = ..., generator: Any = ...) -> Tensor: ...
+    def sparse_(self, tensor: Tensor, sparsity: float, std: float = ..., generator: Any = ...) -> Tensor: ...
+
+
+class Redirect(TorchFunctionMode):
+    """While entered, this thread's sampling calls go to `sink`."""
+
+    def __init__(self, sink: Sink) -> None:
+        super().__init__()
+        self.sink = sink
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.normal_ or func is Tensor.uniform_:
+            tensor = args[0] if args else kwargs["self"]
+            if tensor.is_floating_point() or (func is Tensor.normal_ and tensor.is_complex()):
+                return (_normal_ if func is Tensor.normal_ else _uniform_)(self.sink, *args, **kwargs)
+        elif (name := getattr(func, "__name__", None)) in _ASKING and func is vars(torch.nn.init).get(name):
+            # Not compared with torch's own functions: torch.nn.init looks the name up before it asks, and finds
+            # transformers' guard there while a model of transformers is being initialised.
+            return getattr(self.sink, name)(*args, **kwargs)
+        return self.other(func, args, kwargs)
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What becomes of every other call to torch."""
+        return func(*args, **kwargs)
+
+    def __enter__(self) -> "Redirect":
+        _patches.add()
+        try:
+            super().__enter__()
+        except BaseException:
+            _patches.remove()
+            raise
+        _sinks().append(self.sink)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _sinks().pop()
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            _patches.remove()
+
+
+_ASKING = ("uniform_", "normal_", "kaiming_uniform_", "constant_")  # they call handle_torch_function
+
+
+def _normal_(sink: Sink, self: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
+    _as_autograd_demands(self)
+    return sink.normal_(self, mean, std, generator=generator)
+
+
+def _uniform_(sink: Sink, self: Tensor, *bounds: float, generator: Any = None, **named: float) -> Tensor:
+    low, high = (*bounds, *(named.get(name, default) for name, default in (("from", 0.0), ("to", 1.0))[len(bounds) :]))
+    _as_autograd_demands(self)
+    return sink.uniform_(self, low, high, generator=generator)
+
+
+def _as_autograd_demands(tensor: Tensor) -> None:
+    """The methods, unlike nn.init's functions, are recorded: a leaf raises, and nothing flows back to old values."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        tensor.zero_()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the mode cannot see
+
+# Modes are per thread, patches are not: the patches ask which sink their own thread has. Not a contextvar, which other
+# threads can inherit, while modes stay where they were entered.
+_here = threading.local()
+
+
+def _sinks() -> list[Sink]:
+    try:
+        sinks: list[Sink] = _here.sinks
+    except AttributeError:
+        sinks = _here.sinks = []
+    return sinks
+
+
+_TARGETS = {"_no_grad_trunc_normal_": "trunc_normal_", "orthogonal_": "orthogonal_", "sparse_": "sparse_"}
+
+
+class _Patches:
+    """torch.nn.init's functions that must be replaced by name, replaced while at least one Redirect is entered."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.entered = 0
+        self.replaced: dict[str, tuple[Any, Any]] = {}  # name: (what was there, what is there now)
+
+    def add(self) -> None:
+        with self.lock:
+            if self.entered == 0:
+                module = vars(torch.nn.init)
+                missing = [name for name in _TARGETS if name not in module]
+                if missing:
+                    raise RuntimeError(
+                        f"torch {torch.__version__} has no torch.nn.init.{missing[0]}, so its init calls cannot be "
+                        "redirected; call initlab.init's functions, or initlab.init_model_, instead"
+                    )
+                for name, target in _TARGETS.items():
+                    self.replaced[name] = module[name], _ask_first(module[name], target)
+                    setattr(torch.nn.init, name, self.replaced[name][1])
+            self.entered += 1
+
+    def remove(self) -> None:
+        with self.lock:
+            self.entered -= 1
+            if self.entered == 0:
+                for name, (original, ours) in self.replaced.items():
+                    if vars(torch.nn.init)[name] is ours:  # else somebody has patched on top of it, and will restore it
+                        setattr(torch.nn.init, name, original)
+                self.replaced.clear()
+
+    def forget_lock(self) -> None:
+        self.lock = threading.Lock()
+
+
+def _ask_first(original: _F, target: str) -> _F:
+    @functools.wraps(original)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        sinks = _sinks()
+        return (getattr(sinks[-1], target) if sinks else original)(*args, **kwargs)
+
+    return redirected  # type: ignore[return-value]
+
+
+_patches = _Patches()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_patches.forget_lock)  # another thread may have held it
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# swap()
+
+
+class _Swap(ContextDecorator):
+    def __init__(self) -> None:
+        self.entered: list[Redirect | None] = []
+
+    def __enter__(self) -> None:
+        # Once is enough: inside another swap() of this thread there is nothing left to redirect.
+        redirect = None if any(sink is init for sink in _sinks()[-1:]) else Redirect(init)
+        if redirect is not None:
+            redirect.__enter__()
+        self.entered.append(redirect)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        redirect = self.entered.pop()
+        if redirect is not None:
+            redirect.__exit__(kind, error, trace)
+
+    def __call__(self, func: _F) -> _F:
+        for kind in (
+            inspect.isclass,
+            inspect.isgeneratorfunction,
+            inspect.iscoroutinefunction,
+            inspect.isasyncgenfunction,
+        ):
+            if kind(func):
+                raise TypeError(
+                    f"swap() decorates plain functions, and {func!r} would run, or go on running, outside it; "
+                    "write `with initlab.swap():` inside it"
+                )
+        return super().__call__(func)
+
+    def _recreate_cm(self) -> "_Swap":
+        return _Swap()  # one for each call of the decorated function: it may be running in several threads
+
+
+def swap() -> _Swap:
+    """Inside it, torch's init functions and in-place sampling of floating tensors take their values from the stream.
+
+    A context manager, `with initlab.swap():`, and a decorator of plain functions, `@initlab.swap()`. It redirects, in
+    the thread that entered it,
+
+    - every function of torch.nn.init, also where a library has imported it by name. Of `orthogonal_` and `sparse_`
+      imported by name, the random numbers come from the stream and the rest is torch's;
+    - `Tensor.normal_` and `Tensor.uniform_` of floating tensors, `Tensor.normal_` of complex ones, also on `.data`.
+
+    What makes new tensors, such as `torch.randn`, `torch.normal` or `nn.Parameter(torch.rand(n))`, is not swapped.
+    Each call takes one key from its generator, as in initlab.init, so the values depend on the order of the calls;
+    `initlab.init_model_` goes by names. Nothing stays changed afterwards, also where an exception ends it.
+
+    Raises:
+        RuntimeError: on entry, if this torch.nn.init lacks a function that has to be replaced.
+        TypeError: as a decorator, for classes, generators and coroutines, whose code would run outside it.
+
+    Example:
+        >>> import torch, initlab
+        >>> with initlab.swap():
+        ...     seed = torch.manual_seed(0)
+        ...     layer = torch.nn.Linear(3, 5)
+        >>> seed = torch.manual_seed(0)
+        >>> same = initlab.init.kaiming_uniform_(torch.empty(5, 3), a=5**0.5)
+        >>> torch.equal(layer.weight, same)
+        True
+    """
+    return _Swap()
