@@ -1,16 +1,21 @@
-"""The `initlab` command: demo | env.
+"""The `initlab` command: demo | plan | env.
 
-Exit status: 0, 1 if the demo's evidence does not hold, 64 if the command was used wrongly (EX_USAGE of sysexits.h).
+Exit status: 0, 1 if the demo's evidence does not hold or a model cannot be planned, 64 if the command was used wrongly
+(EX_USAGE of sysexits.h).
 """
 
 import argparse
+import importlib
+import importlib.util
+import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EX_FAILED, EX_USAGE = 1, 64
 
@@ -28,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; None takes them from sys.argv.
 
     Returns:
-        The exit status: 0, 1 if the demo could not run or its evidence does not hold, 64 if INITLAB_BACKEND asks
-        for what the demo cannot have.
+        The exit status: 0, 1 if the demo could not run or its evidence does not hold, or if no plan could be made,
+        64 if INITLAB_BACKEND asks for what the demo cannot have, or there is no such function to plan.
 
     Raises:
         SystemExit: with 64 for arguments that make no sense, with 0 after --help.
@@ -45,10 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser("demo", help="bad starts, a good one and equal bits, on real data")
     demo.add_argument("--seed", type=_seed, default=0, help="of every draw in the demo (default: 0)")
+    plan = commands.add_parser("plan", help="which law each parameter of a model gets, without touching it")
+    plan.add_argument(
+        "function",
+        metavar="PATH:FUNCTION",
+        help="a file or module, and its function that returns the model, alone or first in a tuple",
+    )
+    plan.add_argument("--recipe", default="torch", help="torch, own, he, xavier, lecun, gpt2, trunc_normal, auto")
+    plan.add_argument("--seed", type=_seed, default=0, help="of the keys (default: 0)")
+    plan.add_argument("--only", action="append", metavar="PATTERN", help="name pattern; may be given several times")
+    plan.add_argument("--meta", action="store_true", help="build the model on the meta device: no memory, no time")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     commands.add_parser("env", help="versions, devices and engines, for a bug report")
     arguments = parser.parse_args(argv)
     if arguments.command == "env":
         return _env()
+    if arguments.command == "plan":
+        return _plan(arguments)
     return _demo(arguments.seed)
 
 
@@ -79,6 +97,60 @@ def _demo(seed: int) -> int:
     except demo.DataMissingError as error:
         print(f"initlab demo: error: {error}", file=sys.stderr)
         return EX_FAILED
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .model import plan_model
+    from .recipes import resolve
+
+    try:
+        build = _function(arguments.function)
+        recipe = resolve(arguments.recipe)
+    except (LookupError, ValueError) as error:
+        print(f"initlab plan: error: {error.args[0]}", file=sys.stderr)
+        return EX_USAGE
+    with torch.device("meta") if arguments.meta else nullcontext():
+        model = build()
+    model = model[0] if isinstance(model, tuple) and model else model
+    try:
+        report = plan_model(model, arguments.seed, recipe, only=arguments.only)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        print(f"initlab plan: error: {error}", file=sys.stderr)
+        return EX_FAILED
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
+    return 0
+
+
+def _function(place: str) -> Callable[[], Any]:
+    """What PATH:FUNCTION names; a LookupError says why if it names nothing."""
+    path, _, name = place.rpartition(":")
+    if not path or not name.isidentifier():
+        raise LookupError(f"{place!r} is not of the form PATH:FUNCTION, as model.py:build or package.module:build")
+    if path.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        if not Path(path).is_file() or spec is None or spec.loader is None:
+            raise LookupError(f"there is no file {path}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # as an import would: dataclasses and pickle look their module up
+        sys.path.insert(
+            0, str(Path(path).resolve().parent)
+        )  # as `python model.py` would: its neighbours can be imported
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, os.getcwd())
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (path == error.name or path.startswith(f"{error.name}.")):
+                raise  # something that the module itself imports
+            raise LookupError(f"there is no module {path}; a file's name ends in .py") from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise LookupError(f"{path} has no function {name}")
+    build: Callable[[], Any] = found
+    return build
 
 
 def _env() -> int:

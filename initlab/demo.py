@@ -1,7 +1,7 @@
 """What `initlab demo` shows: starts that fail, one that trains, and equal bits, with the evidence for each claim.
 
-Parts 1 and 2 start and train a deep network on scikit-learn's digits; part 3 fills the parameters of GPT-2. Nothing
-is downloaded.
+Parts 1 and 2 start and train a deep network on scikit-learn's digits; part 3 fills the parameters of GPT-2, part 4
+builds GPT-2 with transformers. Nothing is downloaded.
 """
 
 import math
@@ -31,6 +31,9 @@ from initlab.kernels import (
 )
 
 from . import init
+from .model import init_model_
+from .report import ModelDigest, model_digest
+from .swap import swap
 
 
 class DataMissingError(RuntimeError):
@@ -48,7 +51,7 @@ class Settings:
         width: units of a hidden layer.
         epochs: of the good start.
         bad_epochs: of the bad starts, which have nothing to show for more.
-        rounds: how often part 3 repeats each timing.
+        rounds: how often parts 3 and 4 repeat each timing.
     """
 
     seed: int = 0
@@ -98,6 +101,7 @@ def run(settings: Settings, engine: str) -> bool:
         show_starts(data, settings, evidence)
         show_training(data, settings, evidence)
     show_gpt2(gpt2_shapes(), settings, engine, evidence)
+    show_models(gpt2_model, settings, engine, evidence)
     print()
     return evidence.verdict()
 
@@ -511,3 +515,100 @@ def show_gpt2(shapes: Shapes, settings: Settings, engine: str, evidence: Evidenc
     equal = [held for ways in same.values() for held in ways.values()]
     evidence.claim(f"equal bits in {sum(equal)} of {len(equal)} comparisons", all(equal))
     evidence.claim("another seed gives other values", all(controls))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Part 4: whole models
+
+
+def gpt2_model(**sizes: int) -> nn.Module:
+    """transformers' GPT-2 with a language modelling head; without sizes the 124M model. Weights at random.
+
+    Args:
+        sizes: of transformers.GPT2Config: n_layer, n_embd, n_head, vocab_size, ...
+
+    Raises:
+        DataMissingError: if transformers is not installed.
+    """
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ModuleNotFoundError as error:
+        raise DataMissingError("transformers is not installed; pip install 'initlab[demo]'") from error
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes))
+    return model
+
+
+def register_backwards(model: nn.Module) -> nn.Module:
+    """The same model, as if its modules and parameters had been made in the opposite order."""
+    for module in model.modules():
+        for registered in (module._modules, module._parameters):
+            for name in list(reversed(registered)):
+                registered[name] = registered.pop(name)
+    return model
+
+
+def largest_deviation(model: nn.Module, reference: nn.Module) -> float:
+    """The largest difference between two models' standard deviations, parameter by parameter, in standard errors."""
+    worst = 0.0
+    others = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        ours, theirs = (p.detach().double().std(correction=0).item() for p in (parameter, others[name]))
+        if max(ours, theirs) > 0:
+            # of the difference of two sample deviations of n normal numbers each: sigma / sqrt(n)
+            worst = max(worst, abs(ours - theirs) * math.sqrt(parameter.numel()) / max(ours, theirs))
+    return worst
+
+
+def show_models(build: Callable[[], nn.Module], settings: Settings, engine: str, evidence: Evidence) -> None:
+    """Part 4: print what swap() and init_model_ make of a model that another library builds."""
+    print("""
+4. Whole models
+  transformers' GPT-2, built plainly and under swap(), in turns, and filled by name with
+  init_model_ from the meta device.
+""")
+    try:
+        reference = build()
+    except DataMissingError as error:
+        print(f"  Left out: {error}")
+        return
+
+    def swapped() -> nn.Module:
+        with swap():
+            return build()
+
+    def named() -> nn.Module:
+        with torch.device("meta"):
+            model = build()
+        init_model_(model, settings.seed, "own", device="cpu")
+        return model
+
+    seconds: dict[str, list[float]] = {"plainly": [], "under swap()": [], "init_model_": []}
+    model = swapped()  # untimed: the first use compiles
+    for _ in range(settings.rounds):
+        for way, make in zip(seconds, (build, swapped, named), strict=True):
+            began = time.perf_counter()
+            make()
+            seconds[way].append(time.perf_counter() - began)
+    plain, *ours = (statistics.median(taken) for taken in seconds.values())
+    print(f"    {'plainly':<14}{plain:7.2f} s")
+    for way, taken in zip(list(seconds)[1:], ours, strict=True):
+        print(f"    {way:<14}{taken:7.2f} s{plain / taken:7.1f}x")
+    print()
+    if engine == "numba":
+        evidence.claim("under swap() the same code builds its model faster", ours[0] < plain)
+    deviation = largest_deviation(model, reference)
+    finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    evidence.claim(
+        f"the same laws: standard deviations differ by {deviation:.1f} standard errors at most, less than 5",
+        finite and deviation < 5,
+    )
+    torch.manual_seed(settings.seed)
+    del model, reference
+    there, back = named(), register_backwards(build())
+    init_model_(back, settings.seed, "own")
+    digests: tuple[ModelDigest, ModelDigest] = (model_digest(there), model_digest(back))
+    evidence.claim(
+        f"by name, made on meta or made backwards: digests {digests[0]} and {digests[1]}", digests[0] == digests[1]
+    )
+    init_model_(back, settings.seed ^ 1, "own")
+    evidence.claim("another seed gives another digest", model_digest(back).total != digests[0].total)

@@ -58,9 +58,12 @@ class Book:
     def __init__(self) -> None:
         self.rules: dict[int, Rule] = {}
         self.unread: dict[int, str] = {}  # id of a tensor: why no law is known for what is written to it
+        self.muted: frozenset[int] = frozenset()  # ids of tensors whose writes are not entered for now
 
     def write(self, tensor: Tensor, law: Law, why: str, block: Block | None = None, fan: float | None = None) -> None:
         """`tensor`, or a block of it, is filled with `law`."""
+        if id(tensor) in self.muted:
+            return
         if block is None:
             self.unread.pop(id(tensor), None)
             self.rules[id(tensor)] = rule(law, why, fan)
@@ -71,6 +74,8 @@ class Book:
 
     def give_up(self, tensor: Tensor, why: str) -> None:
         """`tensor` is written in a way that no law describes."""
+        if id(tensor) in self.muted:
+            return
         self.rules.pop(id(tensor), None)
         self.unread[id(tensor)] = why
 

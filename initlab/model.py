@@ -241,12 +241,12 @@ def _plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None, na
                 break
         tasks.append(_Task(slot, rule, named_key(seed, slot.name)))
     if missing:
-        way_out = missing[0].split(" ")[0]
+        example = missing[0].split(" ")[0]
         raise ValueError(
-            f"recipe {chosen.name!r} has no law for {len(missing)} of {len(parameters)} parameters, and fills all that "
-            f"are selected or none:\n  {_lines(missing)}\n"
-            f'Give them a law by name, recipe={{"{way_out}": Normal(0.0, 0.02), "*": "{chosen.name}"}}, '
-            "or leave them out with only="
+            f"recipe {chosen.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
+            f"written unless all that are selected can be filled:\n  {_lines(missing)}\n"
+            f'Give them a law by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them out with '
+            "only="
         )
     for slot in buffers:
         found = view.resets.complete(slot.tensor) if slot in selected else None
@@ -388,12 +388,12 @@ def _own_code(
 def _given(slot: Slot, value: Any, buffer: Tensor) -> Tensor:
     with torch.no_grad():
         value = torch.as_tensor(value, device=buffer.device)
-        if torch.broadcast_shapes(value.shape, buffer.shape) != buffer.shape:
+        try:
+            return buffer.copy_(value.expand(buffer.shape))
+        except RuntimeError:
             raise ValueError(
                 f"buffers: {slot.name} has shape {tuple(buffer.shape)}, and the value given has {tuple(value.shape)}"
-            )
-        buffer.copy_(value)
-    return buffer
+            ) from None
 
 
 def _setters(module: nn.Module, above: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -471,11 +471,13 @@ def _attach(plan: _Plan, new: dict[int, Tensor], target: torch.device | None) ->
             if target is None or old.is_meta or old.device == target or is_lazy(old):
                 continue
             moved = old.detach().to(target)
-        if slot.is_parameter and not old.is_meta:
+        if slot.is_parameter and torch._has_compatible_shallow_copy_type(old, moved):
             old.data = moved.detach()  # the same Parameter, as Module.to keeps it for an optimizer
             if old.grad is not None:
-                old.grad.data = old.grad.to(moved.device)
+                old.grad.data = old.grad.to(target)
             continue
+        if slot.is_parameter and not isinstance(moved, nn.Parameter):
+            moved = nn.Parameter(moved, old.requires_grad)
         for owner, leaf in slot.places:
             (owner._parameters if slot.is_parameter else owner._buffers)[leaf] = moved  # type: ignore[assignment]
             if isinstance(owner, nn.RNNBase):

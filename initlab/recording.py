@@ -46,15 +46,22 @@ def read_resets(model: nn.Module, book: Book) -> None:
     Those of torch.nn are known; any other is recorded.
     """
     modules = [(module, function) for module in children_first(model) if (function := reset_function(module))]
+    tied = _owned_by_another(model)
     if all(reader(function) for _, function in modules):
-        _read(modules, book, None)
+        _read(modules, tied, book, None)
         return
     with stand_ins(model) as recorder:
-        _read(modules, book, recorder)
+        _read(modules, tied, book, recorder)
 
 
-def _read(modules: list[tuple[nn.Module, Callable[..., Any]]], book: Book, recorder: "_Recorder | None") -> None:
+def _read(
+    modules: list[tuple[nn.Module, Callable[..., Any]]],
+    tied: dict[int, frozenset[int]],
+    book: Book,
+    recorder: "_Recorder | None",
+) -> None:
     for module, function in modules:
+        book.muted = tied.get(id(module), frozenset())
         why = type(module).__name__
         known = reader(function)
         if known is None:
@@ -68,6 +75,21 @@ def _read(modules: list[tuple[nn.Module, Callable[..., Any]]], book: Book, recor
             recorder.transfer(found, book)
 
 
+def _owned_by_another(model: nn.Module) -> dict[int, frozenset[int]]:
+    """By the id of a module: the ids of its tensors that another module, registered before it, has already.
+
+    A tied weight has the law of its first owner; what the other owners would do to it does not count.
+    """
+    first: dict[int, nn.Module] = {}
+    found: dict[int, frozenset[int]] = {}
+    for module in model.modules():
+        mine = [t for tensors in _registered(module)[:2] for t in tensors.values() if t is not None]
+        others = [id(t) for t in mine if first.setdefault(id(t), module) is not module]
+        if others:
+            found[id(module)] = frozenset(others)
+    return found
+
+
 def read_init_weights(model: nn.Module, book: Book) -> bool:
     """Enter into a book what `_init_weights(module)`, as transformers and timm have it, would write.
 
@@ -79,8 +101,10 @@ def read_init_weights(model: nn.Module, book: Book) -> bool:
     above = list(owners_of_init_weights(model))
     if not above:
         return False
+    tied = _owned_by_another(model)
     with stand_ins(model) as recorder:
         for module, owner in above:
+            book.muted = tied.get(id(module), frozenset())
             where = f"{type(owner).__name__}._init_weights"
             recorder.run(lambda: owner._init_weights(module), module, where, book)  # noqa: B023
     return True

@@ -297,4 +297,6 @@ def law_std(law: Law) -> float:
 
 def _law_to_dict(law: Law) -> dict[str, Any]:
     fields = {name: getattr(law, name) for name in law.__dataclass_fields__}
-    return {"kind": type(law).__name__} | {k: str(v) if isinstance(v, complex) else v for k, v in fields.items()}
+    # JSON has neither complex numbers nor infinities.
+    strange = {name: str(v) for name, v in fields.items() if isinstance(v, complex) or not math.isfinite(v)}
+    return {"kind": type(law).__name__} | fields | strange

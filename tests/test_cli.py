@@ -4,6 +4,7 @@ The demo is evidence only if it can fail, so most tests here make a claim fail t
 """
 
 import importlib.metadata
+import json
 import math
 import platform
 import runpy
@@ -47,6 +48,8 @@ def few():
         (["env", "--nonsense"], "--nonsense"),
         (["demo", "--seed", "x"], "'x' is not an integer"),
         (["demo", "--seed", str(2**64)], "does not fit into 64 bits"),
+        (["plan"], "PATH:FUNCTION"),
+        (["plan", "model.py:build", "--seed", "x"], "'x' is not an integer"),
     ],
 )
 def test_wrong_usage_is_64(argv, about, capsys):
@@ -63,7 +66,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["--help"])
     assert exit.value.code == 0
-    assert {"demo", "env"} <= set(capsys.readouterr().out.split())
+    assert {"demo", "plan", "env"} <= set(capsys.readouterr().out.split())
 
 
 def test_python_m_initlab(monkeypatch, capsys):
@@ -155,6 +158,93 @@ def test_env_on_another_machine(monkeypatch, capsys):
     assert facts["cuda:1"] == "GPU number 1"
     assert facts["cuda:1 engine"] == "torch"
     assert "cuda" not in facts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# plan
+
+SOURCE = """
+import torch
+import neighbour
+
+def build():
+    return torch.nn.Sequential(torch.nn.Linear(3, neighbour.WIDTH), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+
+def with_batch():
+    return build(), torch.ones(1, 3)
+
+def on_meta():
+    assert torch.empty(0).is_meta
+    return build()
+
+def odd():
+    model = build()
+    model.scale = torch.nn.Parameter(torch.ones(2, 2, 2))
+    return model
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A folder with SOURCE as models.py, the current one; imports leave no trace."""
+    (tmp_path / "models.py").write_text(SOURCE)
+    (tmp_path / "neighbour.py").write_text("WIDTH = 4")
+    (tmp_path / "broken.py").write_text("import no_such_package")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name in ("models", "neighbour", "broken"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("place", ["models.py:build", "models:build", "models:with_batch", "{0}/models.py:build"])
+def test_plan(place, sources, capsys):
+    assert cli.main(["plan", place.format(sources), "--recipe", "auto", "--seed", "7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["name", "shape", "dtype", "law", "fan", "std", "key", "why"]
+    assert lines[2].split()[:2] == ["0.weight", "4"]
+    assert f"{named_key(7, '0.weight'):016x}" in lines[2]
+    assert lines[2].endswith("He, before ReLU")
+    assert lines[-1] == "4 tensors, 26 elements: recipe auto, seed 7, stream 1"
+
+
+def test_plan_as_json(sources, capsys):
+    assert cli.main(["plan", "models:on_meta", "--meta", "--json", "--only", "2", "--only", "0.bias"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in plan["rows"]] == ["0.bias", "2.weight", "2.bias"]
+    assert plan["rows"][1]["law"] == {"kind": "Uniform", "low": pytest.approx(-0.5), "high": pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["models"], 64, "'models' is not of the form PATH:FUNCTION"),
+        (["models:a b"], 64, "not of the form"),
+        (["models.py:nothing"], 64, "models.py has no function nothing"),
+        (["models:NUMBER"], 64, "models has no function NUMBER"),
+        (["absent.py:build"], 64, "there is no file absent.py"),
+        (["absent.deeper:build"], 64, "there is no module absent.deeper; a file's name ends in .py"),
+        (["models:build", "--recipe", "kaiming"], 64, "recipe is 'kaiming'"),
+        (["models:build", "--only", "3"], 1, "nothing in the model is called '3'"),
+        (["models:odd"], 1, "scale (in Sequential)"),
+        (["os:getcwd"], 1, "model is a str"),
+    ],
+)
+def test_plan_refuses(arguments, status, said, sources, capsys):
+    assert cli.main(["plan", *arguments]) == status
+    told = capsys.readouterr()
+    assert told.err.startswith("initlab plan: error: ")
+    assert said in told.err
+    assert not told.out
+
+
+def test_what_a_model_file_fails_to_import_is_its_own_error(sources):
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        cli.main(["plan", "broken:build"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -393,11 +483,73 @@ def test_gpt2_claims_fail_on_unequal_bits(monkeypatch, capsys):
     assert out.count("NO") == 6
 
 
+def small_gpt2():
+    return demo.gpt2_model(n_layer=2, n_embd=64, n_head=2, vocab_size=300, bos_token_id=0, eos_token_id=0)
+
+
+@pytest.mark.parametrize("engine", ["torch", "numba"])
+def test_whole_models(engine, capsys):
+    evidence = demo.Evidence()
+    demo.show_models(small_gpt2, demo.Settings(rounds=1), engine, evidence)
+    claims = [line.split("]", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  [")]
+    assert len(claims) == (4 if engine == "numba" else 3)
+    assert evidence.held[-3:] == [True] * 3  # whether so small a model is faster says nothing
+
+
+def test_whole_models_sees_what_is_broken(monkeypatch, capsys):
+    """Other laws under swap(), and a fill that takes its seed from the order of the parameters."""
+
+    def by_order(model, seed, recipe, **arguments):
+        first = next(iter(dict(model.named_parameters())))
+        return initlab.init_model_(model, seed + len(first), recipe, **arguments)
+
+    class Build:
+        made = 0
+
+        def __call__(self):
+            Build.made += 1
+            model = small_gpt2()
+            if Build.made == 2:  # the one under swap()
+                torch.nn.init.normal_(model.transformer.wpe.weight, std=0.03)
+            return model
+
+    monkeypatch.setattr(demo, "init_model_", by_order)
+    evidence = demo.Evidence()
+    demo.show_models(Build(), demo.Settings(rounds=1), "torch", evidence)
+    assert evidence.held == [False, False, True]
+
+
+def test_deviations_are_in_standard_errors():
+    a, b = torch.nn.Linear(100, 100), torch.nn.Linear(100, 100)
+    with torch.no_grad():
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            q.copy_(p)
+    assert demo.largest_deviation(a, b) == 0
+    with torch.no_grad():
+        b.weight *= 1.05
+    assert demo.largest_deviation(a, b) == pytest.approx((1 - 1 / 1.05) * 100, rel=1e-3)
+
+
+def test_backwards_is_the_same_model():
+    model = demo.register_backwards(small_gpt2())
+    names, plain = ([name for name, _ in m.named_parameters(remove_duplicate=False)] for m in (model, small_gpt2()))
+    assert names[0] == "lm_head.weight"
+    assert names == plain[::-1]
+
+
+def test_whole_models_without_transformers(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    evidence = demo.Evidence()
+    demo.show_models(demo.gpt2_model, demo.Settings(), "numba", evidence)
+    assert evidence.held == []
+    assert "Left out: transformers is not installed; pip install 'initlab[demo]'" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_whole_demo(capsys):
     threads = torch.get_num_threads()
     assert cli.main(["demo"]) == 0
     assert torch.get_num_threads() == threads
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "Verdict: all 10 claims hold."
+    assert lines[-1] == "Verdict: all 14 claims hold."
     assert max(map(len, lines)) <= 88
