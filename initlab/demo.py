@@ -541,7 +541,7 @@ def gpt2_model(**sizes: int) -> nn.Module:
 def register_backwards(model: nn.Module) -> nn.Module:
     """The same model, as if its modules and parameters had been made in the opposite order."""
     for module in model.modules():
-        for registered in (module._modules, module._parameters):
+        for registered in (vars(module)["_modules"], vars(module)["_parameters"]):
             for name in list(reversed(registered)):
                 registered[name] = registered.pop(name)
     return model

@@ -511,12 +511,12 @@ def _holds_values(tensor: Tensor) -> bool:
             raise NotImplementedError(
                 "initlab.init does not fill a DTensor: a shard would need its own region of the stream. Fill the "
                 "whole tensor before distribute_tensor, fully_shard or parallelize_module shards it, or use "
-                "torch.nn.init for it"
+                "torch.nn.init for it, outside swap()"
             )
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise NotImplementedError(
                 f"initlab.init does not fill a {kind.__name__}, a wrapper around other tensors. Fill the plain tensor "
-                "before it is wrapped, or use torch.nn.init for it"
+                "before it is wrapped, or use torch.nn.init for it, outside swap()"
             )
     if is_functorch_wrapped_tensor(tensor):
         raise NotImplementedError(

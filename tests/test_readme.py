@@ -7,5 +7,6 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 def test_code_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    exec(compile(code, README.name, "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    exec(compile("\n".join(blocks), README.name, "exec"), {})
