@@ -55,10 +55,13 @@ class Redirect(TorchFunctionMode):
             tensor = args[0] if args else kwargs["self"]
             if tensor.is_floating_point() or (func is Tensor.normal_ and tensor.is_complex()):
                 return (_normal_ if func is Tensor.normal_ else _uniform_)(self.sink, *args, **kwargs)
-        elif (name := getattr(func, "__name__", None)) in _ASKING and func is vars(torch.nn.init).get(name):
-            # Not compared with torch's own functions: torch.nn.init looks the name up before it asks, and finds
-            # transformers' guard there while a model of transformers is being initialised.
-            return getattr(self.sink, name)(*args, **kwargs)
+            return self.other(func, args, kwargs)
+        # Not compared with torch's own functions: torch.nn.init looks the name up before it asks, and finds what is
+        # there, transformers' guard for instance while a model of transformers is being initialised.
+        init_functions = vars(torch.nn.init)
+        for name in _ASKING:
+            if func is init_functions.get(name):
+                return getattr(self.sink, name)(*args, **kwargs)
         return self.other(func, args, kwargs)
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -89,20 +92,20 @@ _ASKING = ("uniform_", "normal_", "kaiming_uniform_", "constant_")  # they call 
 
 
 def _normal_(sink: Sink, self: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Tensor:
-    _as_autograd_demands(self)
-    return sink.normal_(self, mean, std, generator=generator)
+    return _as_a_method(sink.normal_, self, mean, std, generator)
 
 
 def _uniform_(sink: Sink, self: Tensor, *bounds: float, generator: Any = None, **named: float) -> Tensor:
     low, high = (*bounds, *(named.get(name, default) for name, default in (("from", 0.0), ("to", 1.0))[len(bounds) :]))
-    _as_autograd_demands(self)
-    return sink.uniform_(self, low, high, generator=generator)
+    return _as_a_method(sink.uniform_, self, low, high, generator)
 
 
-def _as_autograd_demands(tensor: Tensor) -> None:
-    """The methods, unlike nn.init's functions, are recorded: a leaf raises, and nothing flows back to old values."""
+def _as_a_method(fill: Callable[..., Tensor], tensor: Tensor, a: float, b: float, generator: Any) -> Tensor:
+    """Fill a tensor as autograd demands of a method: a leaf raises, and nothing flows back to the old values."""
     if tensor.requires_grad and torch.is_grad_enabled():
+        fill(torch.empty(0, dtype=tensor.dtype, device="meta"), a, b, generator=generator)  # its errors, first
         tensor.zero_()
+    return fill(tensor, a, b, generator=generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -143,6 +146,10 @@ class _Patches:
                         "redirected; call initlab.init's functions, or initlab.init_model_, instead"
                     )
                 for name, target in _TARGETS.items():
+                    # A function that somebody else has put there, as transformers' guard does, stays: it knows which
+                    # tensors to leave alone, and reaches torch's own in the end.
+                    if name == target and not _is_torchs(module[name]):
+                        continue
                     self.replaced[name] = module[name], _ask_first(module[name], target)
                     setattr(torch.nn.init, name, self.replaced[name][1])
             self.entered += 1
@@ -151,13 +158,25 @@ class _Patches:
         with self.lock:
             self.entered -= 1
             if self.entered == 0:
-                for name, (original, ours) in self.replaced.items():
-                    if vars(torch.nn.init)[name] is ours:  # else somebody has patched on top of it, and will restore it
-                        setattr(torch.nn.init, name, original)
-                self.replaced.clear()
+                self.restore()
 
-    def forget_lock(self) -> None:
+    def restore(self) -> None:
+        for name, (original, ours) in self.replaced.items():
+            if vars(torch.nn.init).get(name) is ours:  # else somebody has patched on top of it, and will restore it
+                setattr(torch.nn.init, name, original)
+        self.replaced.clear()
+
+    def after_fork(self) -> None:
+        """In a forked child the other threads are gone, and with them the swaps that they were inside."""
         self.lock = threading.Lock()
+        self.entered = len(_sinks())
+        if self.entered == 0:
+            self.restore()
+
+
+def _is_torchs(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == torch.nn.init.__file__
 
 
 def _ask_first(original: _F, target: str) -> _F:
@@ -172,7 +191,7 @@ def _ask_first(original: _F, target: str) -> _F:
 _patches = _Patches()
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_patches.forget_lock)  # another thread may have held it
+    os.register_at_fork(after_in_child=_patches.after_fork)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -181,21 +200,17 @@ if hasattr(os, "register_at_fork"):
 
 class _Swap(ContextDecorator):
     def __init__(self) -> None:
-        self.entered: list[Redirect | None] = []
+        self.entered: list[Redirect] = []
 
     def __enter__(self) -> None:
-        # Once is enough: inside another swap() of this thread there is nothing left to redirect.
-        redirect = None if any(sink is init for sink in _sinks()[-1:]) else Redirect(init)
-        if redirect is not None:
-            redirect.__enter__()
+        redirect = Redirect(init)
+        redirect.__enter__()
         self.entered.append(redirect)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        redirect = self.entered.pop()
-        if redirect is not None:
-            redirect.__exit__(kind, error, trace)
+        self.entered.pop().__exit__(kind, error, trace)
 
     def __call__(self, func: _F) -> _F:
         for kind in (

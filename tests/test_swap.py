@@ -251,7 +251,7 @@ def test_errors_of_initlab_come_through() -> None:
             THEIRS.orthogonal_(E(3))
 
 
-def test_truncation_warning_names_the_callers_line() -> None:
+def test_truncation_warning_is_initlabs() -> None:
     with swap(), pytest.warns(UserWarning, match="crowds at the nearer bound"):
         THEIRS.trunc_normal_(E(3), a=5.0, b=6.0)
 
@@ -926,7 +926,7 @@ def in_another_thread(hold):
         with hold:
             inside.set()
             leave.wait(60)
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     inside.wait(60)
     return lambda: (leave.set(), thread.join())
