@@ -3,7 +3,7 @@
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -114,20 +114,37 @@ def _symmetric(bound: float) -> Law:
     return Uniform(-bound, bound) if bound > 0 else ZEROS
 
 
-def _weight_and_bias(module: Any, book: Book, why: str) -> None:  # Linear and convolutions
-    weight, bias = module.weight, module.bias
-    fan_in = weight.shape[1:].numel()  # as torch counts it, also for transposed convolutions
+# Tensors are looked up where parameters are registered: as attributes, parametrised ones are computed, and a spectral
+# norm takes a step each time.
+
+
+def _given(module: nn.Module, *names: str) -> Iterator[Tensor]:
+    for name in names:
+        if (tensor := module._parameters.get(name)) is not None:
+            yield tensor
+
+
+def _linear(module: nn.Linear, book: Book, why: str) -> None:
+    _weight_and_bias(module, module.in_features, book, why)
+
+
+def _convolution(module: Any, book: Book, why: str) -> None:
+    channels = module.out_channels if module.transposed else module.in_channels
+    _weight_and_bias(module, channels // module.groups * math.prod(module.kernel_size), book, why)
+
+
+def _weight_and_bias(module: nn.Module, fan_in: int, book: Book, why: str) -> None:
     of_weight, of_bias = _kaiming_of_torch(fan_in)
-    book.write(weight, of_weight, why, fan=fan_in)
-    if bias is not None:
-        book.write(bias, of_bias, why, fan=fan_in)
+    for tensor in _given(module, "weight"):
+        book.write(tensor, of_weight, why, fan=fan_in)
+    for tensor in _given(module, "bias"):
+        book.write(tensor, of_bias, why, fan=fan_in)
 
 
 def _bilinear(module: nn.Bilinear, book: Book, why: str) -> None:
-    fan = module.weight.shape[1]
-    for tensor in (module.weight, module.bias):
-        if tensor is not None:
-            book.write(tensor, _symmetric(1 / math.sqrt(fan)), why, fan=fan)
+    fan = module.in1_features
+    for tensor in _given(module, "weight", "bias"):
+        book.write(tensor, _symmetric(1 / math.sqrt(fan)), why, fan=fan)
 
 
 def _running_stats(module: Any, book: Book, why: str) -> None:
@@ -139,19 +156,20 @@ def _running_stats(module: Any, book: Book, why: str) -> None:
 def _ones_and_zeros(module: Any, book: Book, why: str) -> None:
     _running_stats(module, book, why)
     for name, law in (("weight", ONES), ("bias", ZEROS)):
-        if (tensor := module._parameters.get(name)) is not None:
+        for tensor in _given(module, name):
             book.write(tensor, law, why)
 
 
 def _embedding(module: Any, book: Book, why: str) -> None:
-    book.write(module.weight, Normal(0.0, 1.0), why)
-    if module.padding_idx is not None:
-        book.write(module.weight, ZEROS, why, padding(module))
+    for weight in _given(module, "weight"):
+        book.write(weight, Normal(0.0, 1.0), why)
+        if module.padding_idx is not None:
+            book.write(weight, ZEROS, why, padding(module))
 
 
 def padding(module: Any) -> Block:
     """The row of an embedding that stays zero."""
-    return Block(0, module.padding_idx % max(1, module.weight.shape[0]), 1)
+    return Block(0, module.padding_idx % max(1, module.num_embeddings), 1)
 
 
 def _recurrent(module: Any, book: Book, why: str) -> None:
@@ -161,16 +179,15 @@ def _recurrent(module: Any, book: Book, why: str) -> None:
 
 
 def _attention(module: nn.MultiheadAttention, book: Book, why: str) -> None:
-    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        if (weight := module._parameters.get(name)) is not None:
-            book.write(weight, *_glorot(weight, why))
-    if module.in_proj_bias is not None:
-        book.write(module.in_proj_bias, ZEROS, why)
-        book.write(module.out_proj.bias, ZEROS, why)
-    for tensor in (module.bias_k, module.bias_v):
-        if tensor is not None:
-            fan = sum(tensor.shape[:2]) * math.prod(tensor.shape[2:])
-            book.write(tensor, Normal(0.0, math.sqrt(2.0 / fan)) if fan else ZEROS, f"{why}, xavier_normal_")
+    for weight in _given(module, "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        book.write(weight, *_glorot(weight, why))
+    for bias in _given(module, "in_proj_bias"):
+        book.write(bias, ZEROS, why)
+        for other in _given(module.out_proj, "bias"):
+            book.write(other, ZEROS, why)
+    for tensor in _given(module, "bias_k", "bias_v"):
+        fan = sum(tensor.shape[:2]) * math.prod(tensor.shape[2:])
+        book.write(tensor, Normal(0.0, math.sqrt(2.0 / fan)) if fan else ZEROS, f"{why}, xavier_normal_")
 
 
 def _glorot(weight: Tensor, why: str) -> tuple[Law, str]:
@@ -186,7 +203,8 @@ def _transformer(module: nn.Transformer, book: Book, why: str) -> None:
 
 
 def _prelu(module: nn.PReLU, book: Book, why: str) -> None:
-    book.write(module.weight, Constant(module.init), why)
+    for weight in _given(module, "weight"):
+        book.write(weight, Constant(module.init), why)
 
 
 def _nothing(module: nn.Module, book: Book, why: str) -> None:
@@ -194,8 +212,8 @@ def _nothing(module: nn.Module, book: Book, why: str) -> None:
 
 
 _READERS: dict[Any, Callable[[Any, Book, str], None]] = {
-    nn.Linear.reset_parameters: _weight_and_bias,
-    _ConvNd.reset_parameters: _weight_and_bias,
+    nn.Linear.reset_parameters: _linear,
+    _ConvNd.reset_parameters: _convolution,
     nn.Bilinear.reset_parameters: _bilinear,
     _NormBase.reset_parameters: _ones_and_zeros,
     nn.LayerNorm.reset_parameters: _ones_and_zeros,
@@ -237,7 +255,6 @@ class Fans(NamedTuple):
     fan_out: float
 
 
-_GATES = {"LSTM": 4, "GRU": 3, "LSTMCell": 4, "GRUCell": 3}
 _FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv", "query_key_value", "in_proj")  # three projections in one weight
 
 
@@ -285,8 +302,8 @@ def fans(module: nn.Module, leaf: str, weight: Tensor, path: str = "") -> Fans |
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         if not leaf.startswith("weight"):
             return None
-        gates = 1 if leaf.startswith("weight_hr") else _GATES.get(getattr(module, "mode", type(module).__name__), 1)
-        return Fans(shape[1], shape[0] // gates)
+        gates = 1 if leaf.startswith("weight_hr") else shape[0] // max(1, module.hidden_size)
+        return Fans(shape[1], shape[0] // max(1, gates))
     if isinstance(module, nn.MultiheadAttention):
         if leaf not in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             return None

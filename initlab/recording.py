@@ -6,8 +6,8 @@ calls, constants, and what scales or shifts them; whatever else is written has n
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -127,11 +127,10 @@ def owners_of_init_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
 
 
 def _takes_a_module(module: nn.Module) -> bool:
-    method = getattr(type(module), "_init_weights", None)
-    if not callable(method):
+    if not callable(getattr(type(module), "_init_weights", None)):
         return False
     try:
-        inspect.signature(method).bind(module, module)
+        inspect.signature(module._init_weights).bind(module)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return False
     return True
@@ -147,7 +146,9 @@ def stand_ins(model: nn.Module, given: dict[int, Tensor] | None = None) -> Itera
             without, everything that lies in the modules' dictionaries is put back.
     """
     modules = list(model.modules())
-    saved = [(vars(module).copy(), [group.copy() for group in _registered(module)]) for module in modules]
+    saved = [
+        (vars(module).copy(), [(group, group.copy()) for group in _groups(module, given is None)]) for module in modules
+    ]
     recorder = _Recorder()
     replacements = given or {}
     try:
@@ -159,18 +160,31 @@ def stand_ins(model: nn.Module, given: dict[int, Tensor] | None = None) -> Itera
                         tensors[name] = recorder.stand_in(tensor) if replacement is None else replacement
         yield recorder
     finally:
-        for module, (everything, registered) in zip(modules, saved, strict=True):
+        for module, (everything, groups) in zip(modules, saved, strict=True):
             if given is None:
                 vars(module).clear()
                 vars(module).update(everything)
-            for now, before in zip(_registered(module), registered, strict=True):
-                now.clear()
-                now.update(before)
+            for group, before in groups:
+                group.clear()
+                group.extend(before) if isinstance(group, list) else group.update(before)
+
+
+def _groups(module: nn.Module, attributes: bool) -> list[Any]:
+    """What a module keeps in containers: its tensors and children, and with `attributes` all else."""
+    if not attributes:
+        return _registered(module)
+    return [group for group in vars(module).values() if isinstance(group, dict | list | set)]
 
 
 def _registered(module: nn.Module) -> list[Any]:
     """What a module keeps of its tensors and children, tensors first."""
     return [module._parameters, module._buffers, module._modules, module._non_persistent_buffers_set]
+
+
+def kept_generators() -> AbstractContextManager[None]:
+    """Torch's default generators are afterwards where they were before."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.random.fork_rng(devices)
 
 
 class _Recorder(Redirect):
@@ -204,7 +218,7 @@ class _Recorder(Redirect):
     def transfer(self, found: Book, book: Book) -> None:
         """Enter what was found for stand-ins into a book, for the tensors they stand for."""
         for key, rule in found.rules.items():
-            for block, law in rule.fills:
+            for block, law in rule.fills if key in self.real else ():
                 book.write(self.real[key], law, rule.why, block, rule.fan)
 
     def run(self, code: Callable[[], Any], module: nn.Module, where: str, book: Book) -> None:
@@ -218,18 +232,25 @@ class _Recorder(Redirect):
             if tensor is not None and id(tensor) in self.real
         ]
         try:
-            with warnings.catch_warnings(), torch.no_grad(), torch.device("meta"), self:
+            with warnings.catch_warnings(), kept_generators(), torch.no_grad(), torch.device("meta"), self:
                 warnings.simplefilter("ignore")
                 code()
+        except _Refused as error:
+            self._give_up((place[2] for place in places), f"{where} cannot be read: {error}")
         except Exception as error:
-            reason = f"{where} cannot be read: {type(error).__name__}: {error}".splitlines()[0]
-            for _, _, tensor, _ in places:
-                book.give_up(self.real[id(tensor)], reason)
+            self._give_up(
+                (place[2] for place in places),
+                f"{where} cannot be read: {type(error).__name__}: {error}".splitlines()[0],
+            )
         for tensors, name, tensor, storage in places:
             if tensors.get(name) is not tensor or _storage(tensor) != storage:
-                book.give_up(self.real[id(tensor)], f"{where} replaces it instead of filling it")
+                self._give_up([tensor], f"{where} replaces it instead of filling it")
                 tensors[name] = tensor
         self.temporaries.clear()
+
+    def _give_up(self, stand_ins: Iterable[Tensor], why: str) -> None:
+        for stand_in in stand_ins:
+            self.book.give_up(self.real[id(stand_in)], why)
 
     # -----------------------------------------------------------------------------------------------------------
     # What the code does, call by call
@@ -239,35 +260,48 @@ class _Recorder(Redirect):
         storage = _storage(tensor)
         stand_in = self.by_storage.get(storage)
         if stand_in is None:
-            self._refuse_real(tensor)
-            self.temporaries[storage] = tensor, law
+            if not tensor.is_meta:
+                raise _Refused(f"it draws into a tensor on {tensor.device} that is no part of the model")
+            whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+            self.temporaries.pop(storage, None)
+            if whole:
+                self.temporaries[storage] = tensor, law
             return tensor
         block = _block(tensor, stand_in)
         if block is False:
-            self.book.give_up(self.real[id(stand_in)], f"{self.where} fills a part of it that is no block of rows")
+            self._give_up([stand_in], f"{self.where} fills a part of it that is no block of rows")
         else:
+            fan = None if isinstance(law, Constant) else fan
             self.book.write(self.real[id(stand_in)], law, self.where, block, fan)
         return tensor
 
+    def no_law(self, tensor: Tensor, how: str) -> None:
+        """A tensor is written in a way that no law describes."""
+        self.temporaries.pop(_storage(tensor), None)
+        if (stand_in := self.by_storage.get(_storage(tensor))) is not None:
+            self._give_up([stand_in], f"{self.where} writes it by {how}, which is no law")
+
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
-        target = args[0] if args and isinstance(args[0], Tensor) else None
-        if target is not None and name.endswith("_") and not (name.startswith("__") and name not in _INPLACE):
-            self._refuse_real(target)
-            if (law := self._law_after(name, target, args[1:], kwargs)) is not None:
-                return self.sampled(target, law, self._fan(target))
-        if name == "__setitem__" and target is not None and _is_basic(args[1]) and isinstance(args[2], int | float):
-            self._refuse_real(target)
-            return self.sampled(target[args[1]], Constant(args[2]))
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if name not in _HARMLESS:
+            for tensor in tensors:
+                if not tensor.is_meta and _storage(tensor) in self.real_storages:
+                    raise _Refused("it uses a parameter or buffer that it keeps elsewhere as well")
+        target = args[0] if args and isinstance(args[0], Tensor) else None
+        if target is not None:
+            law = self._law_after(name, target, args[1:], kwargs)
+            if law is not None:
+                return self.sampled(target, law, self._fan(target))
+            if name == "__setitem__" and _is_basic(args[1]) and isinstance(args[2], int | float):
+                return self.sampled(target[args[1]], Constant(args[2]))
+            if not target.is_meta and (name in _IN_PLACE or (name.endswith("_") and not name.startswith("_"))):
+                raise _Refused(f"it writes to a tensor on {target.device} that is no parameter or buffer, by {name}")
         before = [x._version for x in tensors]
         result = func(*args, **kwargs)
         for tensor, version in zip(tensors, before, strict=True):
             if tensor._version != version:
-                self._refuse_real(tensor)
-                self.temporaries.pop(_storage(tensor), None)
-                if (stand_in := self.by_storage.get(_storage(tensor))) is not None:
-                    self.book.give_up(self.real[id(stand_in)], f"{self.where} writes it by {name}, which is no law")
+                self.no_law(tensor, name)
         return result
 
     def _law_after(self, name: str, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Law | None:
@@ -313,10 +347,6 @@ class _Recorder(Redirect):
         found = self.book.rules.get(id(self.real[id(stand_in)]))
         return found if found is not None and len(found.fills) == 1 and found.fills[0][0] is None else None
 
-    def _refuse_real(self, tensor: Tensor) -> None:
-        if not tensor.is_meta and _storage(tensor) in self.real_storages:
-            raise _Refused(f"{self.where} writes to a tensor that it keeps outside the model's parameters and buffers")
-
 
 class _Notes:
     """The sink of a recorder: the functions of torch.nn.init, which note the law of what they would have drawn."""
@@ -358,20 +388,24 @@ class _Notes:
         return self.recorder.sampled(tensor, TruncatedNormal(mean, std, a, b))
 
     def orthogonal_(self, tensor: Tensor, gain: float = 1, generator: Any = None) -> Tensor:
-        return self._no_law(tensor, "orthogonal_")
+        self.recorder.no_law(tensor, "orthogonal_")
+        return tensor
 
     def sparse_(self, tensor: Tensor, sparsity: float, std: float = 0.01, generator: Any = None) -> Tensor:
-        return self._no_law(tensor, "sparse_")
-
-    def _no_law(self, tensor: Tensor, name: str) -> Tensor:
-        stand_in = self.recorder.by_storage.get(_storage(tensor))
-        if stand_in is not None:
-            why = f"{self.recorder.where} fills it by {name}, which is no law of single elements"
-            self.recorder.book.give_up(self.recorder.real[id(stand_in)], why)
+        self.recorder.no_law(tensor, "sparse_")
         return tensor
 
 
-_INPLACE = ("__imul__", "__itruediv__", "__iadd__", "__isub__")
+_IN_PLACE = ("__setitem__", "__set__", "__imul__", "__itruediv__", "__iadd__", "__isub__")
+
+# What only looks at a tensor: at its shape, its device, a property.
+_HARMLESS = frozenset(
+    {
+        *("__get__", "__hash__", "__len__", "__repr__", "data_ptr", "untyped_storage"),
+        *("dim", "element_size", "ndimension", "nelement", "numel", "size", "storage_offset", "stride"),
+        *("is_complex", "is_contiguous", "is_floating_point"),
+    }
+)
 
 
 def _is_basic(index: Any) -> bool:
@@ -386,7 +420,7 @@ def _as_tuple(index: Any) -> tuple[Any, ...]:
 def _storage(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage()._cdata
-    except NotImplementedError:  # a wrapper around other tensors
+    except (NotImplementedError, RuntimeError):  # sparse, or a wrapper around other tensors
         return -id(tensor)
 
 
