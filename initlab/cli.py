@@ -5,10 +5,10 @@ Exit status: 0, 1 if the demo's evidence does not hold or a model cannot be plan
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -138,15 +138,17 @@ def _function(place: str) -> Callable[[], Any]:
             0, str(Path(path).resolve().parent)
         )  # as `python model.py` would: its neighbours can be imported
         spec.loader.exec_module(module)
+        found = getattr(module, name, None)
     else:
         sys.path.insert(0, os.getcwd())
         try:
-            module = importlib.import_module(path)
+            found = pkgutil.resolve_name(f"{path}:{name}")
         except ModuleNotFoundError as error:
             if error.name is None or not (path == error.name or path.startswith(f"{error.name}.")):
                 raise  # something that the module itself imports
             raise LookupError(f"there is no module {path}; a file's name ends in .py") from None
-    found = getattr(module, name, None)
+        except AttributeError:
+            found = None
     if not callable(found):
         raise LookupError(f"{path} has no function {name}")
     build: Callable[[], Any] = found

@@ -9,11 +9,12 @@ Every + - x is rounded on its own, as the stream demands: compiled with enable_f
 
 from __future__ import annotations
 
-import math
+import contextlib
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -109,8 +110,9 @@ def _scaled_log(x, UNIT: tl.constexpr):
 
 @triton.jit
 def _roots(x):
-    y = _real(_ROOT_MAGIC - (_bits(x) >> 1))
-    y = y * (_ROOT_A - (x * y) * y)
+    # Not ROOT_MAGIC - ...: in the interpreter a constexpr on the left makes a constexpr of the difference.
+    y = _real(-(_bits(x) >> 1) + _ROOT_MAGIC)
+    y = y * (-((x * y) * y) + _ROOT_A)
     t = x * y
     g = t * y - _ROOT_B
     return t * g, y * g
@@ -219,10 +221,11 @@ def _four(low, high, k0, k1, m, MAP: tl.constexpr, SHIFTED: tl.constexpr, KIND: 
 @triton.jit
 def _rounded(x, ELEMENT: tl.constexpr, INTERPRETED: tl.constexpr):
     """x rounded once to the element type, to nearest even."""
-    if INTERPRETED and ELEMENT == tl.bfloat16:  # the interpreter would cut the low bits off
+    if INTERPRETED and ELEMENT == tl.bfloat16:  # noqa: SIM300 - the interpreter would cut the low bits off
         b = x.to(tl.uint32, bitcast=True)
         return ((b + 0x7FFF + ((b >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(ELEMENT)
+    else:
+        return x.to(ELEMENT)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -249,9 +252,10 @@ def _find(table, columns, unit):
 @triton.jit
 def _number(numbers, columns, i: tl.constexpr, KIND: tl.constexpr):
     bits = tl.load(numbers + i * columns)
-    if KIND == tl.float64:
+    if KIND == tl.float64:  # noqa: SIM300
         return bits.to(tl.float64, bitcast=True)
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+    else:  # without it both returns are compiled, and their types differ
+        return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -261,7 +265,15 @@ def _word(numbers, columns, i: tl.constexpr):
 
 @triton.jit
 def _numbers(numbers, columns, MAP: tl.constexpr, KIND: tl.constexpr):
-    """A map's numbers, as a tuple in the order of its fields."""
+    """A map's numbers, as a tuple in the order of its fields; a constant is its bits."""
+    if MAP == "constant":
+        return (tl.load(numbers), tl.load(numbers))
+    else:
+        return _map_numbers(numbers, columns, MAP, KIND)
+
+
+@triton.jit
+def _map_numbers(numbers, columns, MAP: tl.constexpr, KIND: tl.constexpr):
     a = _number(numbers, columns, 0, KIND)
     b = _number(numbers, columns, 1, KIND)
     if MAP == "normal":
@@ -294,16 +306,37 @@ def _numbers(numbers, columns, MAP: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
+def _packed(
+    low, high, k0, k1, m,
+    MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The elements of blocks, four in a row, rounded."""
+    x0, x1, x2, x3 = _four(low, high, k0, k1, m, MAP, SHIFTED, KIND)
+    x = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+    return _rounded(x, ELEMENT, INTERPRETED).reshape(low.shape[0], 4)
+
+
+@triton.jit
 def full_chunk(
     address, low, high, k0, k1, m,
     MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr,
     BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Whole blocks into memory at a multiple of 16 bytes: 128-bit stores, nothing masked, 32-bit block numbers."""
-    x0, x1, x2, x3 = _four(low + tl.arange(0, BLOCKS).to(tl.uint32), high, k0, k1, m, MAP, SHIFTED, KIND)
-    x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCKS * 4)
+    if MAP == "constant":
+        x = tl.full([BLOCKS * 4], 0, ELEMENT) + m[0].to(ELEMENT)
+    elif ELEMENT.primitive_bitwidth == 16:
+        # Two blocks side by side in a thread are 16 bytes; one each would be exchanged through shared memory.
+        even = low + 2 * tl.arange(0, BLOCKS // 2).to(tl.uint32)
+        a = _packed(even, high, k0, k1, m, MAP, SHIFTED, ELEMENT, KIND, INTERPRETED)
+        b = _packed(even + 1, high, k0, k1, m, MAP, SHIFTED, ELEMENT, KIND, INTERPRETED)
+        x = tl.join(a, b).permute(0, 2, 1).reshape(BLOCKS * 4)
+    else:
+        x = _packed(
+            low + tl.arange(0, BLOCKS).to(tl.uint32), high, k0, k1, m, MAP, SHIFTED, ELEMENT, KIND, INTERPRETED
+        ).reshape(BLOCKS * 4)  # fmt: skip
     out = tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), 16)
-    tl.store(out + tl.arange(0, BLOCKS * 4), _rounded(x, ELEMENT, INTERPRETED))
+    tl.store(out + tl.arange(0, BLOCKS * 4), x)
 
 
 @triton.jit
@@ -312,13 +345,17 @@ def part_chunk(
     MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr,
     BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Blocks from number `block` on into the row at address `row`, from its element `at` on, as far as they lie in it."""
-    blocks = block + tl.arange(0, BLOCKS).to(tl.int64)
-    x0, x1, x2, x3 = _four(blocks.to(tl.uint32), (blocks >> 32).to(tl.uint32), k0, k1, m, MAP, SHIFTED, KIND)
-    x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCKS * 4)
+    """Blocks from number `block` on into the row at address `row`, from its place `at` on, as far as they lie in it."""
+    if MAP == "constant":
+        x = tl.full([BLOCKS * 4], 0, ELEMENT) + m[0].to(ELEMENT)
+    else:
+        blocks = block + tl.arange(0, BLOCKS).to(tl.int64)
+        x = _packed(
+            blocks.to(tl.uint32), (blocks >> 32).to(tl.uint32), k0, k1, m, MAP, SHIFTED, ELEMENT, KIND, INTERPRETED
+        ).reshape(BLOCKS * 4)  # fmt: skip
     place = at + tl.arange(0, BLOCKS * 4)
     out = row.to(tl.pointer_type(ELEMENT))
-    tl.store(out + place, _rounded(x, ELEMENT, INTERPRETED), mask=(place >= 0) & (place < length))
+    tl.store(out + place, x, mask=(place >= 0) & (place < length))
 
 
 @triton.jit
@@ -353,9 +390,11 @@ def fill_units(
                     MAP, SHIFTED, ELEMENT, KIND, BLOCKS, INTERPRETED,
                 )  # fmt: skip
             else:
-                part_chunk(
-                    row, at, length, block, k0, k1, m, MAP, SHIFTED, ELEMENT, KIND, BLOCKS, INTERPRETED
-                )  # fmt: skip
+                for i in range(4):  # in quarters: the masks and wide counters take registers from the other path
+                    part_chunk(
+                        row, at + i * BLOCKS, length, block + i * (BLOCKS // 4), k0, k1, m,
+                        MAP, SHIFTED, ELEMENT, KIND, BLOCKS // 4, INTERPRETED,
+                    )  # fmt: skip
         at += BLOCKS * 4
 
 
@@ -386,3 +425,177 @@ def fill_short_rows(
     x = tl.where(which < 2, tl.where(which == 0, x0, x1), tl.where(which == 2, x2, x3))
     out = tl.load(entry + columns).to(tl.pointer_type(ELEMENT))
     tl.store(out + place, _rounded(x, ELEMENT, INTERPRETED), mask=place < tl.load(entry + 5 * columns))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The host's side
+
+_KINDS = {
+    UniformMap: "uniform",
+    NormalMap: "normal",
+    CentreMap: "centre",
+    TailMap: "tail",
+    FarMap: "far",
+    NarrowMap: "narrow",
+}
+_ELEMENTS = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+_INTEGERS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+_INTEGER_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Group(NamedTuple):
+    """What the tensors of one launch have in common."""
+
+    kind: str
+    shifted: bool
+    dtype: torch.dtype
+
+
+class Prepared(NamedTuple):
+    """A law for a dtype, as a launch needs it; the numbers are reals' bits, or words."""
+
+    group: str  # the group's name: a key that is quick to look up
+    of: Group
+    dtype: torch.dtype
+    numbers: tuple[int, ...]
+
+
+def _prepared(kind: str, shifted: bool, dtype: torch.dtype, numbers: Iterable[int]) -> Prepared:
+    return Prepared(f"{kind} {shifted} {dtype}", Group(kind, shifted, dtype), dtype, tuple(map(_signed, numbers)))
+
+
+def prepare(m: Map, dtype: torch.dtype) -> Prepared:
+    """What a launch needs of a map."""
+    shifted = not isinstance(m, UniformMap | NarrowMap) and m.mean != 0.0
+    form = "<d" if dtype == torch.float64 else "<f"
+    numbers = (int.from_bytes(struct.pack(form, x), "little") if isinstance(x, float) else x for x in m)
+    return _prepared(_KINDS[type(m)], shifted, dtype, numbers)
+
+
+def prepare_constant(value: complex, dtype: torch.dtype) -> Prepared | None:
+    """What a launch needs of a constant; None where elements have another size than integers."""
+    scalar = torch.full((), value, dtype=dtype, device="cpu")
+    integer = _INTEGER_DTYPES.get(scalar.element_size())
+    return None if integer is None else _prepared("constant", False, integer, [int(scalar.view(integer).item())])
+
+
+def _signed(word: int) -> int:
+    """64 bits as a two's complement integer."""
+    return word - (1 << 64) if word >> 63 == 1 else word
+
+
+# A contiguous tensor to fill: the address and number of its elements (real ones), its law, its key, and where its runs
+# lie in the stream; None if it is all of the logical tensor.
+Entry: TypeAlias = tuple[int, int, Prepared, int, Iterable[Run] | None]
+
+
+class _Columns:
+    """The table of one launch, column by column."""
+
+    def __init__(self, group: Group, short: bool) -> None:
+        self.group = group
+        self.short = short
+        self.address: list[int] = []
+        self.start: list[int] = []
+        self.rows: list[int] = []
+        self.length: list[int] = []
+        self.stride: list[int] = []
+        self.key: list[int] = []
+        self.numbers: list[tuple[int, ...]] = []
+
+    def add(self, address: int, run: Run, key: int, numbers: tuple[int, ...]) -> None:
+        start, rows, length, stride = run
+        self.address.append(address)
+        self.start.append(start)
+        self.rows.append(rows)
+        self.length.append(length)
+        self.stride.append(stride)
+        self.key.append(key)
+        self.numbers.append(numbers)
+
+    def table(self) -> tuple[np.ndarray[Any, Any], int, int]:
+        """(the table, its units, chunks a unit)."""
+        columns = np.array([self.address, self.start, self.length, self.stride, self.rows], dtype=np.int64)
+        address, start, length, stride, rows = columns
+        key = np.array(self.key, dtype=np.uint64).view(np.int64)
+        numbers = np.array(self.numbers, dtype=np.int64).T
+        chunks = 1
+        if self.short:
+            size = rows * length
+            per_row, units = size, (size + BLOCKS - 1) // BLOCKS
+        else:
+            total = int((rows * length).sum())
+            chunks = min(CHUNKS, max(1, total // (_BUSY * BLOCKS * 4)))
+            unit = chunks * BLOCKS * 4
+            # A row that does not begin with a block begins with part of one.
+            spill = np.where((start | stride) & 3, 3, 0)
+            per_row = (length + spill + unit - 1) // unit
+            units = per_row * rows
+        ends = units.cumsum()
+        table = np.concatenate([np.stack([ends - units, address, start, length, stride, per_row, key]), numbers])
+        return table, int(ends[-1]), chunks
+
+
+def fill(entries: Iterable[Entry], device: torch.device) -> None:
+    """Fill contiguous tensors on one device: one table, one copy, and one launch per kind of map and dtype.
+
+    Args:
+        entries: tensors whose memory does not meet.
+        device: where they lie; for the interpreter, the CPU.
+    """
+    groups: dict[str, _Columns] = {}
+    short: dict[str, _Columns] = {}
+    for address, numel, prepared, key, runs in entries:
+        if runs is None:
+            columns = groups.get(prepared.group)
+            if columns is None:
+                columns = groups[prepared.group] = _Columns(prepared.of, False)
+            columns.add(address, (0, 1, numel, 0), key, prepared.numbers)
+            continue
+        for run in runs:
+            rows_are_short = run[1] > 1 and run[2] < SHORT
+            into = short if rows_are_short else groups
+            if prepared.group not in into:
+                into[prepared.group] = _Columns(prepared.of, rows_are_short)
+            into[prepared.group].add(address, run, key, prepared.numbers)
+            address += run[1] * run[2] * prepared.dtype.itemsize
+    launches = [(columns, *columns.table()) for columns in (*groups.values(), *short.values())]
+    whole = _on_device([table for _, table, *_ in launches], device)
+    at = 0
+    for columns, table, units, chunks in launches:
+        _launch(columns, whole[at : at + table.size], units, chunks, device)
+        at += table.size
+
+
+def _on_device(tables: list[np.ndarray[Any, Any]], device: torch.device) -> Tensor:
+    """All tables in one tensor on the device, by one asynchronous copy."""
+    size = sum(table.size for table in tables)
+    with torch.inference_mode(False):
+        host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=device.type != "cpu")
+        np.concatenate([table.ravel() for table in tables], out=host.numpy())
+        return host if device.type == "cpu" else host.to(device, non_blocking=True)
+
+
+def _launch(columns: _Columns, table: Tensor, units: int, chunks: int, device: torch.device) -> None:
+    kind, shifted, dtype = columns.group
+    kernel = fill_short_rows if columns.short else fill_units
+    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+        kernel[(units,)](
+            table,
+            len(columns.key),
+            chunks,
+            MAP=kind,
+            SHIFTED=shifted,
+            ELEMENT=_INTEGERS[dtype.itemsize] if kind == "constant" else _ELEMENTS[dtype],
+            KIND=tl.float64 if dtype == torch.float64 else tl.float32,
+            SIZE=dtype.itemsize,
+            BLOCKS=BLOCKS,
+            INTERPRETED=INTERPRETED,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )

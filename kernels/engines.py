@@ -29,12 +29,20 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter (TRITON_INTERPRET=1), where they serve CPU tensors, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
 def choose(device: torch.device, offered: tuple[str, ...]) -> str:
     """The engine that serves tensors on `device`, out of those that an op offers.
 
     Args:
         device: where the tensor lies.
-        offered: the op's engines. "torch" is always among them and runs anywhere; "numba" serves CPUs.
+        offered: the op's engines. "torch" is always among them and runs anywhere; "numba" serves CPUs, "triton" GPUs
+            of NVIDIA (compute capability 8.0 or later) and AMD. "triton" serves CPU tensors where it is asked for and
+            TRITON_INTERPRET=1.
 
     Returns:
         The name of an engine.
@@ -53,7 +61,9 @@ def choose(device: torch.device, offered: tuple[str, ...]) -> str:
     if wanted == "torch":
         return wanted
     if wanted == "auto":
-        return "numba" if device.type == "cpu" and "numba" in offered and _installed("numba") else "torch"
+        best = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")  # AMD's GPUs are "cuda" too
+        fits = best in offered and _installed(best) and (best != "triton" or _unfit(device) is None)
+        return best if fits else "torch"
     way_out = "unset INITLAB_BACKEND, or set it to auto or torch"
     if wanted not in offered:
         raise RuntimeError(f"INITLAB_BACKEND={wanted}, but this op has no {wanted} engine; {way_out}")
@@ -61,7 +71,28 @@ def choose(device: torch.device, offered: tuple[str, ...]) -> str:
         raise RuntimeError(f"INITLAB_BACKEND=numba serves CPU tensors only, and this one is on {device}; {way_out}")
     if not _installed(wanted):
         raise RuntimeError(f"INITLAB_BACKEND={wanted}, but {wanted} is not installed; install it, or {way_out}")
+    if wanted == "triton" and (why := _unfit(device)) is not None:
+        raise RuntimeError(f"INITLAB_BACKEND=triton, but {why}; {way_out}")
     return wanted
+
+
+def _unfit(device: torch.device) -> str | None:
+    """Why Triton cannot serve a device; None if it can."""
+    if device.type == "cpu":
+        return None if interpreted() else f"a tensor on {device} needs its interpreter: set TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return f"it serves CUDA and ROCm devices only, and this tensor is on {device}"
+    return _too_old(device.index or 0)
+
+
+@functools.cache
+def _too_old(index: int) -> str | None:
+    if not torch.cuda.is_available():
+        return "this torch sees no GPU"
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"cuda:{index} has compute capability {major}.{minor}, and it needs 8.0"
 
 
 def eagerly(function: Callable[..., _R], *args: Any) -> _R:

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import engines, stream
 
-_OFFERED = ("torch", "numba")
+_OFFERED = ("torch", "numba", "triton")
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
 _SLOW = 1 << 24  # elements
@@ -282,21 +282,25 @@ def fill_(draws: Iterable[Draw], progress: Callable[[int], object] | None = None
 
 
 def _fill_all(draws: Iterable[Draw], progress: Callable[[int], object] | None) -> None:
-    for job in [_checked(draw) for draw in draws]:
-        if job is None:
-            continue
-        if isinstance(job, _Job):
-            _fill_one(job)
+    chosen: dict[torch.device, str] = {}
+    jobs = [job for draw in draws if (job := _checked(draw, chosen)) is not None]
+    launched: dict[torch.device, list[_Job]] = {}
+    for job in jobs:
+        if job.engine == "triton":
+            launched.setdefault(job.tensor.device, []).append(job)
         else:
-            tensor, constant = job
-            with torch.no_grad():
-                tensor.fill_(constant.value)
-        if progress is not None:
-            progress(job[0].numel())
+            _fill_one(job)
+            if progress is not None:
+                progress(job.tensor.numel())
+    for device, group in launched.items():
+        for wave in _waves(group):
+            _fill_together(wave, device)
+            for job in wave if progress is not None else ():
+                progress(job.tensor.numel())  # type: ignore[misc]
 
 
 def engine_of(device: torch.device) -> str:
-    """The engine that fills tensors on `device`: "torch" or "numba".
+    """The engine that fills tensors on `device`: "torch", "numba" or "triton".
 
     Raises:
         RuntimeError: if INITLAB_BACKEND names an engine that cannot serve this device, or is not installed.
@@ -308,54 +312,83 @@ def engine_of(device: torch.device) -> str:
         >>> engine_of(torch.device("cpu")) in ("torch", "numba")
         True
     """
-    name = engines.choose(device, _OFFERED)
-    return "torch" if _engine(name) is _fill_torch else name
+    return _usable(engines.choose(device, _OFFERED))
+
+
+class _Mapped:
+    """A law for a dtype: its map, or the constant that it comes to, and what a launch needs of it."""
+
+    __slots__ = ("dtype", "launch", "map")
+
+    def __init__(self, mapped: stream.Map | Constant, dtype: torch.dtype) -> None:
+        self.map, self.dtype = mapped, dtype
+        self.launch: Any = None  # worked out when the first launch asks
+
+
+@functools.lru_cache(maxsize=4096)
+def _mapped(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> _Mapped:
+    return _Mapped(map_of(law, dtype), dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _mapped_constant(text: str, law: Constant, dtype: torch.dtype) -> _Mapped:
+    """`text` tells -0.0 from 0.0, which are one key to a cache."""
+    torch.empty((), dtype=dtype, device="cpu").fill_(law.value)  # torch's own error, before the first write
+    return _Mapped(law, dtype)
 
 
 class _Job(NamedTuple):
     """A checked draw: the engine is chosen, and the law mapped for it."""
 
     tensor: Tensor
-    fill: Callable[[Tensor, stream.Map, int, Iterable[Run]], None]
-    map: stream.Map
+    engine: str
+    mapped: _Mapped
     key: int
     region: Region | None
+    plain: bool  # whether memory holds the elements as they are, one after the other
 
 
-def _checked(draw: Draw) -> _Job | tuple[Tensor, Constant] | None:
-    """What is left to do for a draw; None where there is nothing to write."""
-    tensor, law, region = draw.tensor, draw.law, draw.region
-    if not 0 <= draw.key < 2**64:
-        raise ValueError(f"key is {draw.key}; a key is 64 bits: 0 <= key < 2**64")
+def _checked(draw: Draw, chosen: dict[torch.device, str]) -> _Job | None:
+    """What is left to do for a draw; None where there is nothing to write. `chosen` remembers engines by device."""
+    tensor, law, key, region = draw.tensor, draw.law, draw.key, draw.region
+    if not 0 <= key < 2**64:
+        raise ValueError(f"key is {key}; a key is 64 bits: 0 <= key < 2**64")
     if region is not None:
         if region.sizes != tensor.shape:
             raise ValueError(f"the tensor's shape is {tuple(tensor.shape)}, its region's sizes are {region.sizes}")
         if math.prod(region.shape) * (2 if tensor.is_complex() else 1) >= 2**63:
             raise ValueError(f"{region}: a logical tensor has fewer than 2**63 elements, or half as many complex ones")
-    if type(tensor) not in (Tensor, torch.nn.Parameter) and bool(is_traceable_wrapper_subclass(tensor)):
+    known = type(tensor) in _PLAIN
+    if not known and bool(is_traceable_wrapper_subclass(tensor)):
         raise NotImplementedError(f"cannot fill a {type(tensor).__name__}, which wraps other tensors; fill those")
     if tensor.layout != torch.strided:
         raise NotImplementedError(f"cannot fill a tensor of layout {tensor.layout}; fill its dense values")
     if isinstance(law, Constant):
-        torch.empty((), dtype=tensor.dtype, device="cpu").fill_(law.value)  # torch's own error, before the first write
-        mapped: stream.Map | Constant = law
+        mapped = _mapped_constant(repr(law.value), law, tensor.dtype)
     else:
-        mapped = map_of(law, tensor.dtype)
+        mapped = _mapped(law, tensor.dtype)
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed; "
             "fill it inside torch.inference_mode(), or fill a clone"
         )
-    if not tensor.is_contiguous() and _overlaps(tensor):
+    contiguous = tensor.is_contiguous()
+    if not contiguous and _overlaps(tensor):
         raise RuntimeError(
             f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} overlaps itself: more than one "
             "element refers to a single memory location; clone() it before filling it"
         )
-    if tensor.numel() == 0 or tensor.is_meta or isinstance(tensor, FakeTensor):
+    device = tensor.device
+    if tensor.numel() == 0 or device.type == "meta" or (not known and isinstance(tensor, FakeTensor)):
         return None
-    if isinstance(mapped, Constant):
-        return tensor, mapped
-    return _Job(tensor, _engine(engines.choose(tensor.device, _OFFERED)), mapped, draw.key, region)
+    engine = chosen.get(device)
+    if engine is None:
+        engine = chosen[device] = _usable(engines.choose(device, _OFFERED))
+    plain = contiguous and not tensor.is_conj() and not tensor.is_neg()
+    return _Job(tensor, engine, mapped, key, region, plain)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def map_of(law: Uniform | Normal | TruncatedNormal, dtype: torch.dtype) -> stream.Map | Constant:
@@ -411,10 +444,14 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _fill_one(job: _Job) -> None:
-    tensor = job.tensor
-    if job.fill is _fill_torch and tensor.device.type == "cpu" and tensor.numel() > _SLOW:
+    tensor, mapped = job.tensor, job.mapped.map
+    if isinstance(mapped, Constant):
+        with torch.no_grad():
+            tensor.fill_(mapped.value)
+        return
+    if job.engine == "torch" and tensor.device.type == "cpu" and tensor.numel() > _SLOW:
         _say_that_it_is_slow()
-    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+    if job.plain:
         _fill_contiguous(job)
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
@@ -439,27 +476,139 @@ def _fill_strided(job: _Job, part: Tensor, region: Region) -> None:
 
 
 def _fill_contiguous(job: _Job) -> None:
+    if job.engine == "triton":
+        _triton().fill([_entry(job)], job.tensor.device)
+        return
+    tensor, runs = _as_real(job)
+    runs = [Run(0, 1, tensor.numel(), 0)] if runs is None else runs
+    mapped = job.mapped.map
+    assert not isinstance(mapped, Constant)
+    (_numba_fill() if job.engine == "numba" else _fill_torch)(tensor, mapped, job.key, runs)
+
+
+def _as_real(job: _Job) -> tuple[Tensor, Iterable[Run] | None]:
+    """A job's tensor, with complex elements as two real ones, and its region's runs; None for the whole tensor."""
     tensor, region = job.tensor, job.region
     if tensor.is_complex():  # numbered as the real tensor of its parts
         if region is not None:
             region = Region((*region.shape, 2), (*region.offsets, 0), (*region.sizes, 2))
         tensor = torch.view_as_real(tensor.detach())
-    runs = [Run(0, 1, tensor.numel(), 0)] if region is None else region.runs()
-    job.fill(tensor, job.map, job.key, runs)
+    return tensor, None if region is None else region.runs()
 
 
 @functools.cache
-def _engine(name: str) -> Callable[[Tensor, stream.Map, int, Iterable[Run]], None]:
-    if name == "numba":
-        try:
-            from ._sampling_numba import fill
+def _usable(name: str) -> str:
+    """An engine that was chosen, or "torch" where it is installed but cannot be imported."""
+    load = {"numba": _numba_fill, "triton": _triton}.get(name)
+    if load is None:
+        return name
+    try:
+        load()
+    except ImportError as error:  # it does not fit the numpy or Python at hand, say
+        if engines.requested() == name:
+            raise RuntimeError(f"INITLAB_BACKEND={name}, but {name} cannot be imported: {error}") from error
+        warnings.warn(f"{name} cannot be imported, so the plain torch engine fills: {error}", stacklevel=2)
+        return "torch"
+    return name
 
-            return fill
-        except ImportError as error:  # installed, but it does not fit the numpy or Python at hand
-            if engines.requested() == "numba":
-                raise RuntimeError(f"INITLAB_BACKEND=numba, but numba cannot be imported: {error}") from error
-            warnings.warn(f"numba cannot be imported, so the plain torch engine fills: {error}", stacklevel=2)
-    return _fill_torch
+
+@functools.cache
+def _numba_fill() -> Callable[[Tensor, stream.Map, int, Iterable[Run]], None]:
+    from ._sampling_numba import fill
+
+    return fill
+
+
+@functools.cache
+def _triton() -> Any:
+    from . import _sampling_triton
+
+    return _sampling_triton
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many tensors on a GPU: one launch for each kind of law and dtype
+
+
+def _fill_together(jobs: list[_Job], device: torch.device) -> None:
+    """Fill tensors whose memory does not meet."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a fill cannot be captured in a CUDA graph: its table would be read again from memory that is gone. "
+            "Fill before the capture"
+        )
+    entries, filled = [], []
+    for job in jobs:
+        entry = _entry(job) if job.plain else None
+        if entry is None:
+            _fill_one(job)
+            continue
+        entries.append(entry)
+        if not job.tensor.is_inference():
+            filled.append(job.tensor)
+    if entries:
+        _triton().fill(entries, device)
+    if filled:
+        torch.autograd.graph.increment_version(filled)
+
+
+def _entry(job: _Job) -> Any:
+    """What the engine needs of a job; None where it leaves a constant to torch."""
+    tensor, region, mapped = job.tensor, job.region, job.mapped
+    launch = mapped.launch
+    if launch is None:
+        triton, m = _triton(), mapped.map
+        if isinstance(m, Constant):
+            launch = triton.prepare_constant(m.value, mapped.dtype)
+        else:
+            launch = triton.prepare(m, _COMPLEX.get(mapped.dtype, mapped.dtype))
+        if launch is None:
+            return None
+        mapped.launch = launch
+    if region is None or isinstance(mapped.map, Constant):
+        elements = (
+            2 * tensor.numel() if tensor.is_complex() and launch.dtype.itemsize < tensor.itemsize else tensor.numel()
+        )
+        return tensor.data_ptr(), elements, launch, job.key, None
+    real, runs = _as_real(job)
+    return real.data_ptr(), real.numel(), launch, job.key, runs
+
+
+def _waves(jobs: list[_Job]) -> list[list[_Job]]:
+    """Jobs in groups to be filled one after the other: in each, no two tensors' memory meets. Nearly always one.
+
+    The row of zeros in an embedding comes after the embedding.
+    """
+    if len(jobs) < 2:
+        return [jobs]
+    spans = [_span(job.tensor) for job in jobs]
+    order = sorted(range(len(jobs)), key=spans.__getitem__)
+    wave = [0] * len(jobs)
+    cluster: list[int] = []  # jobs whose spans touch each other
+    reach = -1
+    for i in order:
+        start, end = spans[i]
+        if start >= reach:
+            cluster = []
+        cluster.append(i)
+        reach = max(reach, end) if len(cluster) > 1 else end
+        if len(cluster) > 1:
+            ready: list[int] = []
+            for j in sorted(cluster):  # in the order of the draws
+                met = [wave[k] for k in ready if spans[k][0] < spans[j][1] and spans[j][0] < spans[k][1]]
+                wave[j] = max(met, default=-1) + 1
+                ready.append(j)
+    count = max(wave) + 1
+    return [jobs] if count == 1 else [[job for job, w in zip(jobs, wave, strict=True) if w == n] for n in range(count)]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor's memory and the one after its last."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.numel() * tensor.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
 
 
 @functools.cache  # once in a process

@@ -58,7 +58,10 @@ def bits():
 @pytest.fixture
 def forget():
     """Engine choices are made once in a process: forgets them before and after the test."""
-    caches = (engines.requested, engines._installed, sampling._engine, sampling._say_that_it_is_slow)
+    caches = (
+        *(engines.requested, engines._installed, engines.interpreted, engines._too_old),
+        *(sampling._usable, sampling._numba_fill, sampling._triton, sampling._say_that_it_is_slow),
+    )
 
     def forget():
         for cache in caches:

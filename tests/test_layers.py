@@ -590,6 +590,12 @@ def part_of_a_temporary(module):
     module.weight.data.copy_(both[1])
 
 
+def copied_twice(module):
+    drawn = init.normal_(torch.empty_like(module.weight[:32]))
+    module.weight.data[:32].copy_(drawn)
+    module.weight.data[32:].copy_(drawn)  # each half has a law, both together are not independent
+
+
 def orthogonal_temporary(module):
     drawn = init.normal_(torch.empty_like(module.weight))
     module.weight.data.copy_(init.orthogonal_(drawn))
@@ -613,12 +619,13 @@ READ = {
     "trunc_normal_": lambda m: init.trunc_normal_(m.weight, std=0.5, a=-0.5, b=1.0),
     "xavier_uniform_": lambda m: init.xavier_uniform_(m.weight, gain=3.0),
     "kaiming_normal_": lambda m: init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu"),
-    "kaiming_uniform_": lambda m: init.kaiming_uniform_(m.weight, a=0.5),
+    "kaiming_uniform_": lambda m: init.kaiming_uniform_(m.weight, a=0.5, mode="fan_out"),
     "zeros_": lambda m: init.zeros_(m.weight),
     "constant_": lambda m: init.constant_(m.weight, 0.125),
     "fill_, of data": lambda m: m.weight.data.fill_(3),
     "super": lambda m: (nn.Linear.reset_parameters(m), init.ones_(m.bias)),
     "scaled": lambda m: m.weight.data.normal_().mul_(0.5),
+    "scaled, off zero": lambda m: m.weight.data.normal_(2.0, 1.0).mul_(-0.5).add_(3),
     "shifted and mirrored": lambda m: m.weight.data.uniform_(0, 1).sub_(0.25).div_(-0.1).add_(1),
     "truncated, scaled": lambda m: init.trunc_normal_(m.weight, a=-0.5, b=1.0).data.mul_(-0.5),
     "operators": operators,
@@ -646,6 +653,9 @@ UNREAD = {
     "clamp_": (lambda m: m.weight.data.normal_().clamp_(-1, 1), "by clamp_"),
     "mul_ by a tensor": (lambda m: m.weight.data.normal_().mul_(torch.ones(48)), "by mul_"),
     "part scaled": (lambda m: m.weight.data.normal_()[:3].mul_(2), "by mul_"),
+    "apply_": (lambda m: m.weight.data.normal_().apply_(lambda x: max(x, 0.0)), "by apply_"),  # silent on meta
+    "map_": (lambda m: m.weight.data.normal_().map_(m.weight.data, lambda x, y: 0.0), "by map_"),
+    "copied twice": (copied_twice, "by copy_"),
     "exponential_": (lambda m: m.weight.data.exponential_(), "by exponential_"),
     "relu, in place": (lambda m: F.relu(m.weight.data.normal_(), inplace=True), "by relu"),
     "out=": (lambda m: torch.normal(0.0, 1.0, (64, 48), out=m.weight.data), "by normal"),

@@ -1,0 +1,311 @@
+"""What every Triton kernel of the package costs on a GPU, read off its compiled code: no GPU is needed.
+
+``python benchmarks/static_cost.py [--target sm_90] [--json FILE] [KERNEL ...]`` compiles each kernel ahead of time for
+sm_80, sm_90, sm_100 and gfx942, disassembles it (with the cuobjdump that Triton ships, or from Triton's own listing for
+AMD), and prints registers, local and shared memory, widths of loads and stores, and instructions per element by class.
+For sm_90 it adds the throughput of an H100 that the instructions and that the bytes allow, and which of them binds.
+
+A kernel's parts have rows of their own: the path of full blocks is what large tensors take, the table lookup happens
+once for up to 8 of its chunks, the tail at the ends of tensors. `tl.randn4x` is there to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # from the bare checkout too; before triton is imported
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
+
+import initlab  # noqa: F401, I001 - in a checkout it makes initlab.kernels importable
+import triton
+import triton.language as tl
+from initlab.kernels import _sampling_triton as sampling
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# An H100 SXM: 132 processors with 4 schedulers, each issuing for 32 threads a cycle, at 1.755 GHz; 3.35 TB/s, of which
+# writes reach about nine tenths.
+ISSUE = 132 * 4 * 32 * 1.755e9
+BANDWIDTH = 0.9 * 3.35e12
+
+ELEMENTS = {"fp32": (tl.float32, 4), "bf16": (tl.bfloat16, 2), "fp16": (tl.float16, 2), "fp64": (tl.float64, 8)}
+CONSTANT_ELEMENTS = {"fp32": (tl.int32, 4), "bf16": (tl.int16, 2)}
+MAPS = ("uniform", "normal", "centre", "tail", "far", "narrow")
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts of kernels, as kernels
+
+
+@triton.jit
+def full_blocks(
+    address, block, key, numbers,
+    MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The path that large tensors take, one chunk of it."""
+    chunk = tl.program_id(0).to(tl.int64)
+    m = sampling._numbers(numbers, 1, MAP, KIND)
+    block += chunk * BLOCKS
+    sampling.full_chunk(
+        address + chunk * (BLOCKS * 4 * SIZE), block.to(tl.uint32), (block >> 32).to(tl.uint32), key.to(tl.uint32),
+        (key >> 32).to(tl.uint32), m, MAP, SHIFTED, ELEMENT, KIND, BLOCKS, INTERPRETED,
+    )  # fmt: skip
+
+
+@triton.jit
+def tail(
+    row, at, length, block, key, numbers,
+    MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A chunk at an end of a tensor, masked, with 64-bit block numbers."""
+    m = sampling._numbers(numbers, 1, MAP, KIND)
+    sampling.part_chunk(
+        row, at, length, block, key.to(tl.uint32), (key >> 32).to(tl.uint32), m,
+        MAP, SHIFTED, ELEMENT, KIND, BLOCKS, INTERPRETED,
+    )  # fmt: skip
+
+
+@triton.jit
+def lookup(table, columns, out):
+    """Finding a unit's column in the table, and reading it."""
+    unit = tl.program_id(0).to(tl.int64)
+    entry = table + sampling._find(table, columns, unit)
+    total = tl.load(entry)
+    for i in tl.static_range(1, 8):
+        total += tl.load(entry + i * columns)
+    tl.store(out + unit, total)
+
+
+@triton.jit
+def randn4x(address, seed, BLOCKS: tl.constexpr, ELEMENT: tl.constexpr):
+    """Triton's own generator, packed and stored as ours is."""
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    x0, x1, x2, x3 = tl.randn4x(seed, block)
+    x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCKS * 4)
+    place = tl.program_id(0).to(tl.int64) * (BLOCKS * 4) + tl.arange(0, BLOCKS * 4)
+    tl.store(address + place, x.to(ELEMENT))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is compiled
+
+
+@dataclass
+class Case:
+    """One kernel for one element type: what to compile, and what its numbers are to be divided by."""
+
+    name: str
+    element: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    elements: int  # that one program fills; 0 where instructions are not to be divided
+    bytes_per_element: int
+    aligned: tuple[str, ...] = ()
+    warps: int = sampling.WARPS
+    options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": False})
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel of the package. Other ops add theirs."""
+    per_chunk = sampling.BLOCKS * 4
+    for name in (*MAPS, "constant"):
+        for element, (kind, size) in (CONSTANT_ELEMENTS if name == "constant" else ELEMENTS).items():
+            constants = {
+                "MAP": name,
+                "SHIFTED": False,
+                "ELEMENT": kind,
+                "KIND": tl.float64 if element == "fp64" else tl.float32,
+                "SIZE": size,
+                "BLOCKS": sampling.BLOCKS,
+                "INTERPRETED": False,
+            }
+            scalars = {"address": "i64", "block": "i64", "key": "i64", "numbers": "*i64"}
+            yield Case(f"{name}: full blocks", element, full_blocks, scalars, constants, per_chunk, size)
+            table = {"table": "*i64", "columns": "i32", "chunks": "i32"}
+            yield Case(f"{name}: kernel", element, sampling.fill_units, table, constants, 0, size, ("table",))
+            if element in ("fp32", "bf16"):
+                ends = {"row": "i64", "at": "i64", "length": "i64", "block": "i64", "key": "i64", "numbers": "*i64"}
+                yield Case(f"{name}: tail", element, tail, ends, constants, per_chunk, size)
+            if name != "constant":
+                short = sampling.fill_short_rows
+                yield Case(f"{name}: short rows", element, short, table, constants, sampling.BLOCKS, size, ("table",))
+    yield Case("table lookup", "", lookup, {"table": "*i64", "columns": "i32", "out": "*i64"}, {}, 0, 0)
+    for element in ("fp32", "bf16"):
+        kind, size = ELEMENTS[element]
+        types = {"address": f"*{element}", "seed": "u64"}
+        constants = {"BLOCKS": sampling.BLOCKS, "ELEMENT": kind}
+        yield Case("tl.randn4x", element, randn4x, types, constants, per_chunk, size, ("address",), options={})
+
+
+@dataclass
+class Cost:
+    """What the compiled code of a case says."""
+
+    kernel: str
+    element: str
+    target: str
+    instructions: int
+    per_element: float | None
+    classes: dict[str, float]  # per element, or in all where per_element is None
+    registers: int
+    local_bytes: int  # stack and spills, per thread
+    shared_bytes: int
+    loads: dict[str, int]
+    stores: dict[str, int]
+    bytes_per_element: int
+    issue_bound: float | None = None  # elements per second on an H100
+    bandwidth_bound: float | None = None
+
+    @property
+    def bound(self) -> str:
+        """What binds the kernel on an H100."""
+        if self.issue_bound is None or self.bandwidth_bound is None:
+            return ""
+        return "issue" if self.issue_bound < self.bandwidth_bound else "bandwidth"
+
+
+def measure(case: Case, target: str) -> Cost:
+    """Compile a case and read its listing."""
+    names = list(case.signature) + list(case.constants)
+    source = ASTSource(
+        fn=case.function,
+        signature={**case.signature, **dict.fromkeys(case.constants, "constexpr")},
+        constexprs={(names.index(name),): value for name, value in case.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
+    )
+    gpu = TARGETS[target]
+    compiled = triton.compile(source, target=gpu, options={"num_warps": case.warps, **case.options})
+    read: Callable[[Any], _Listing] = _read_amd if gpu.backend == "hip" else _read_nvidia
+    listing = read(compiled)
+    threads = case.warps * gpu.warp_size
+    each = case.elements / threads if case.elements else None
+    total = len(listing.code)
+    cost = Cost(
+        case.name,
+        case.element,
+        target,
+        total,
+        total / each if each else None,
+        {kind: n / (each or 1) for kind, n in Counter(map(_class, listing.code)).most_common()},
+        listing.registers,
+        listing.local,
+        listing.shared,
+        dict(Counter(op for op in listing.code if op.startswith(("LDG", "global_load", "buffer_load")))),
+        dict(Counter(op for op in listing.code if op.startswith(("STG", "global_store", "buffer_store")))),
+        case.bytes_per_element,
+    )
+    if target == "sm_90" and cost.per_element:
+        cost.issue_bound = ISSUE / cost.per_element
+        cost.bandwidth_bound = BANDWIDTH / case.bytes_per_element
+    return cost
+
+
+@dataclass
+class _Listing:
+    code: list[str]  # opcodes
+    registers: int
+    local: int
+    shared: int
+
+
+def _read_nvidia(compiled: Any) -> _Listing:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    code = [m.group(1) for m in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", sass)]
+    end = max(i for i, op in enumerate(code) if op == "EXIT") + 1  # behind it only a trap loop and padding
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return _Listing(code[:end], found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+
+
+def _read_amd(compiled: Any) -> _Listing:
+    listing = compiled.asm["amdgcn"]
+    body = listing[listing.index(":\n") : listing.index("s_endpgm")]
+    code = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", body, re.MULTILINE)
+    registers = int(re.search(r"\.vgpr_count:\s*(\d+)", listing).group(1))  # type: ignore[union-attr]
+    local = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", listing).group(1))  # type: ignore[union-attr]
+    return _Listing(code, registers, local, compiled.metadata.shared)
+
+
+_CLASSES = {
+    "multiply-add, integer": ("IMAD", "IMUL", "UIMAD", "v_mad_u", "v_mul_lo", "v_mul_hi", "v_mad_i"),
+    "float": ("FADD", "FMUL", "FFMA", "FMNMX", "DADD", "DMUL", "DFMA", "HADD", "HMUL", "HFMA"),
+    "conversion": ("I2F", "F2I", "F2F", "I2I", "F2FP", "v_cvt"),
+    "logic and shifts": ("LOP3", "SHF", "PRMT", "ULOP3", "USHF", "v_xor", "v_and", "v_or", "v_lsh", "v_bfe", "v_perm"),
+    "integer": ("IADD", "UIADD", "LEA", "ULEA", "IMNMX", "VIADD", "v_add_u", "v_add_co", "v_sub_u", "v_add3"),
+    "select and compare": ("SEL", "FSEL", "ISETP", "FSETP", "DSETP", "USEL", "UISETP", "v_cndmask", "v_cmp", "PLOP3"),
+    "memory": ("LD", "ST", "UTMA", "global_", "buffer_", "s_load", "ds_", "LDC", "ULDC", "LDS", "STS"),
+    "special": ("MUFU",),
+    "move": ("MOV", "UMOV", "S2R", "S2UR", "CS2R", "R2UR", "v_mov", "s_mov", "R2P"),
+    "control": ("BRA", "EXIT", "BSSY", "BSYNC", "BAR", "WARPSYNC", "s_", "NOP"),
+}
+
+
+def _class(op: str) -> str:
+    for kind, prefixes in _CLASSES.items():
+        if op.startswith(prefixes):
+            return kind
+    return "float" if op.startswith("v_") else "other"
+
+
+def report(costs: list[Cost]) -> str:
+    """A table of costs."""
+    lines = [
+        f"{'kernel':24s} {'type':5s} {'target':7s} {'instr':>6s} {'/elem':>6s} {'regs':>5s} {'local':>5s} {'shared':>6s} "
+        f"{'G elem/s on an H100':>22s}  widest store, most of its instructions"
+    ]
+    for c in costs:
+        per = f"{c.per_element:6.1f}" if c.per_element else f"{'':6s}"
+        speed = ""
+        if c.issue_bound is not None and c.bandwidth_bound is not None:
+            least = min(c.issue_bound, c.bandwidth_bound)
+            speed = f"{least / 1e9:6.0f} ({c.bound})"
+        store = ", ".join(f"{n} {op}" for op, n in c.stores.items())
+        classes = ", ".join(f"{kind} {n:.1f}" for kind, n in list(c.classes.items())[:4])
+        lines.append(
+            f"{c.kernel:24s} {c.element:5s} {c.target:7s} {c.instructions:6d} {per} {c.registers:5d} {c.local_bytes:5d} "
+            f"{c.shared_bytes:6d} {speed:>22s}  {store}; {classes}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Static cost of the Triton kernels.")
+    parser.add_argument("kernels", nargs="*", help="only kernels whose name begins with one of these")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all four")
+    parser.add_argument("--json", metavar="FILE", help="save the costs too")
+    arguments = parser.parse_args()
+    wanted = [c for c in cases() if not arguments.kernels or c.name.startswith(tuple(arguments.kernels))]
+    costs = [measure(case, target) for target in arguments.target or TARGETS for case in wanted]
+    print(report(costs))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps([asdict(c) for c in costs], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
