@@ -44,6 +44,7 @@ _ROOT_A, _ROOT_B = tl.constexpr(stream.ROOT_A), tl.constexpr(stream.ROOT_B)
 _ANGLE = tl.constexpr(stream.ANGLE)
 _SIN, _COS = tl.constexpr(stream.SIN), tl.constexpr(stream.COS)
 _CENTRE, _TAIL, _FAR = tl.constexpr(stream.CENTRE), tl.constexpr(stream.TAIL), tl.constexpr(stream.FAR)
+_PARTS = tl.constexpr(1 if INTERPRETED else 8)  # of a chunk that is not full
 _EXPONENT = tl.constexpr(-(1 << 23))
 _SIGN = tl.constexpr(1 << 31)
 _ALL = tl.constexpr((1 << 32) - 1)
@@ -390,10 +391,10 @@ def fill_units(
                     MAP, SHIFTED, ELEMENT, KIND, BLOCKS, INTERPRETED,
                 )  # fmt: skip
             else:
-                for i in range(4):  # in quarters: the masks and wide counters take registers from the other path
+                for i in range(_PARTS):  # piece by piece: masks and wide counters would cost the other path registers
                     part_chunk(
-                        row, at + i * BLOCKS, length, block + i * (BLOCKS // 4), k0, k1, m,
-                        MAP, SHIFTED, ELEMENT, KIND, BLOCKS // 4, INTERPRETED,
+                        row, at + i * (BLOCKS * 4 // _PARTS), length, block + i * (BLOCKS // _PARTS), k0, k1, m,
+                        MAP, SHIFTED, ELEMENT, KIND, BLOCKS // _PARTS, INTERPRETED,
                     )  # fmt: skip
         at += BLOCKS * 4
 
