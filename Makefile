@@ -9,7 +9,7 @@ PYTEST := cd $(VENV) && $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CU
 # Folders too: a deleted module must leave the wheel.
 SOURCES := setup.py pyproject.toml $(wildcard README.md) $(shell find initlab kernels -not -path '*/__pycache__*')
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench gpu clean
 
 demo: $(VENV)/wheel.stamp
 	$(BIN)/initlab demo
@@ -22,6 +22,10 @@ test: $(VENV)/wheel.stamp
 
 bench: $(VENV)/wheel.stamp
 	$(PYTEST) --benchmark-only $(CURDIR)/benchmarks
+
+# From the bare checkout, with the python at hand: installs nothing. OUT names a folder for the results.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -53,7 +53,7 @@ class Redirect(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.normal_ or func is Tensor.uniform_:
             tensor = args[0] if args else kwargs["self"]
-            if tensor.is_floating_point() or (func is Tensor.normal_ and tensor.is_complex()):
+            if tensor.is_floating_point() or tensor.is_complex():
                 return (_normal_ if func is Tensor.normal_ else _uniform_)(self.sink, *args, **kwargs)
             return self.other(func, args, kwargs)
         # Not compared with torch's own functions: torch.nn.init looks the name up before it asks, and finds what is
@@ -237,8 +237,9 @@ def swap() -> _Swap:
     the thread that entered it,
 
     - every function of torch.nn.init, also where a library has imported it by name. Of `orthogonal_` and `sparse_`
-      imported by name, the random numbers come from the stream and the rest is torch's;
-    - `Tensor.normal_` and `Tensor.uniform_` of floating tensors, `Tensor.normal_` of complex ones, also on `.data`.
+      imported by name, or called by their deprecated names, the random numbers come from the stream and the rest is
+      torch's;
+    - `Tensor.normal_` and `Tensor.uniform_` of floating and complex tensors, also on `.data`.
 
     What makes new tensors, such as `torch.randn`, `torch.normal` or `nn.Parameter(torch.rand(n))`, is not swapped.
     Each call takes one key from its generator, as in initlab.init, so the values depend on the order of the calls;

@@ -1,0 +1,432 @@
+"""Checks and times the GPU kernels: `make gpu`, or `python benchmarks/gpu.py [--dry] [OUT]`, from the bare checkout.
+
+No network, nothing installed, under 8 minutes. It prints and, where a folder is given, saves ``gpu.json`` and
+``gpu.md``: the machine; whether the GPU gives the stream's golden values and the CPU's bits; then timings by CUDA
+events, contestants in turns, each on memory that was not written last, median with 10th and 90th percentile, and how
+much of the write bandwidth that ``fill_`` reaches they use. Nothing is timed unless every check has passed.
+
+``--dry`` runs all of it on a machine without a GPU: Triton's interpreter, tiny sizes, the clock of the host. Its
+figures mean nothing and are marked so; it is there so that the script cannot fail on its first contact with a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DRY = "--dry" in sys.argv
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    os.environ["INITLAB_BACKEND"] = "triton"
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402, I001
+
+import initlab  # noqa: E402 - in a checkout it makes initlab.kernels importable
+from initlab.kernels import Draw, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_, named_key  # noqa: E402
+
+DEVICE = torch.device("cpu" if DRY else "cuda")
+GOLDEN = ROOT / "tests" / "golden" / "stream_v1.json"
+ELEMENTS = 1 << (12 if DRY else 28)
+ROUNDS = 2 if DRY else 15
+
+
+@dataclass
+class Session:
+    """What a run found."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+    checks: dict[str, bool] = field(default_factory=dict)
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def check(self, name: str, holds: bool) -> None:
+        """Record a check and print it."""
+        self.checks[name] = bool(holds)
+        print(f"[{'ok' if holds else 'FAILED'}] {name}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on."""
+
+    def git(*arguments: str) -> str:
+        try:
+            command = ["git", "-C", str(ROOT), *arguments]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    facts = {
+        "date": date.today().isoformat(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("" if not git("status", "--porcelain") else " and changes"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numba": _version("numba"),
+    }
+    if DRY:
+        return facts | {"device": "none: a dry run in Triton's interpreter; its figures mean nothing"}
+    properties = torch.cuda.get_device_properties(DEVICE)
+    major, minor = torch.cuda.get_device_capability(DEVICE)
+    return facts | {
+        "device": torch.cuda.get_device_name(DEVICE),
+        "capability": f"{major}.{minor}, {properties.multi_processor_count} processors",
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "engine": engine_of(DEVICE),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError:
+        return "not installed"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_golden(session: Session) -> None:
+    """The stream's golden values, on the device."""
+    import hashlib
+
+    golden = json.loads(GOLDEN.read_text())
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    regions = {name: Region(*map(tuple, sizes)) for name, sizes in next(_values(golden, "regions")).items()}
+    names = {"Uniform": Uniform, "Normal": Normal, "TruncatedNormal": TruncatedNormal, "inf": float("inf")}
+    wrong, total = [], 0
+    for name, entry in golden["laws"].items():
+        law = eval(entry["law"], {"__builtins__": {}}, names)
+        for dtype_name, values in entry["values"].items():
+            if dtype_name not in dtypes or (DRY and dtype_name not in ("float32", "bfloat16")):
+                continue
+            for region_name, region in regions.items():
+                if DRY and region_name == "whole":
+                    continue
+                x = torch.empty(region.sizes, dtype=dtypes[dtype_name], device=DEVICE)
+                fill_([Draw(x, law, int(entry["key"], 16), None if region_name == "whole" else region)])
+                raw = x.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                total += 1
+                if hashlib.sha256(raw).hexdigest() != values[region_name]:
+                    wrong.append(f"{name}, {dtype_name}, {region_name}")
+    session.check(f"golden values: {total - len(wrong)} of {total}", not wrong)
+    session.notes += [f"differs from the golden value: {place}" for place in wrong[:20]]
+
+
+def _values(document: dict[str, Any], prefix: str) -> Iterator[Any]:
+    return (value for name, value in document.items() if name.startswith(prefix))
+
+
+def check_bits(session: Session) -> None:
+    """Large tensors, unaligned ones and a whole model, against the CPU."""
+    sizes = (1000,) if DRY else (1 << 24, (1 << 24) + 5, 12_345_677)
+    laws = (Uniform(-1.0, 1.0), Normal(0.0, 0.02), TruncatedNormal(), TruncatedNormal(0.0, 0.02, -2.0, 2.0))
+    same = True
+    for place, law in enumerate(laws):
+        for size in sizes:
+            for dtype in (torch.float32, torch.bfloat16):
+                x, y = torch.empty(size + 3, dtype=dtype, device=DEVICE), torch.empty(size, dtype=dtype)
+                fill_([Draw(x[3:], law, named_key(place, "check"))])
+                _on_cpu([Draw(y, law, named_key(place, "check"))])
+                same &= torch.equal(x[3:].cpu(), y)
+    session.check("large and unaligned tensors have the CPU's bits", same)
+    ours, theirs = model(), model("cpu")
+    for seed in (0, 1):
+        report = initlab.init_model_(ours, seed, "gpt2")
+        _with_backend("auto" if not DRY else "torch", lambda seed=seed: initlab.init_model_(theirs, seed, "gpt2"))
+        there, here = initlab.model_digest(ours), initlab.model_digest(theirs)
+        session.check(f"a model of {len(report.rows)} tensors, seed {seed}: digests {there} and {here}", there == here)
+
+
+def check_tests(session: Session) -> None:
+    """The suite's GPU part, where pytest is at hand."""
+    if DRY:
+        session.notes.append("tests/test_triton.py is left out of a dry run: the test command runs it")
+        return
+    try:
+        importlib.import_module("pytest")
+    except ImportError:
+        session.notes.append("pytest is not installed: tests/test_triton.py did not run")
+        return
+    # Options of pyproject.toml that an older pytest does not know are left out.
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib"]
+    command += ["-p", "no:cacheprovider", "-k", "not hopper and not target", str(ROOT / "tests" / "test_triton.py")]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    print(done.stdout[-2000:], flush=True)
+    session.check(f"tests: {(done.stdout.strip().splitlines() or ['nothing'])[-1]}", done.returncode == 0)
+
+
+def _on_cpu(draws: list[Draw]) -> None:
+    _with_backend("torch" if DRY else "auto", lambda: fill_(draws))
+
+
+def _with_backend(name: str, call: Callable[[], Any]) -> None:
+    from initlab.kernels import engines
+
+    before = engines.requested
+    engines.requested = lambda: name  # type: ignore[assignment]
+    try:
+        call()
+    finally:
+        engines.requested = before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Timings
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """How long a call keeps the device busy."""
+    if DRY:
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(200_000)  # so that the host is ahead, and its own time is not measured
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def host_seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes from the host's first instruction to the device's last."""
+    if not DRY:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if not DRY:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def race(
+    session: Session, name: str, contestants: dict[str, Callable[[], Any]], nbytes: int, clock: Callable[..., float]
+) -> None:
+    """Time contestants in turns; the first is ours, and ratios are to it."""
+    taken: dict[str, list[float]] = {contestant: [] for contestant in contestants}
+    for call in contestants.values():
+        for _ in range(2):
+            call()
+    for _ in range(ROUNDS):
+        for contestant, call in contestants.items():
+            taken[contestant].append(clock(call))
+    ours = statistics.median(taken[next(iter(taken))])
+    for contestant, times in taken.items():
+        ordered = sorted(times)
+        median = statistics.median(ordered)
+        row = {
+            "what": name,
+            "contestant": contestant,
+            "ms": median * 1e3,
+            "p10_ms": ordered[len(ordered) // 10] * 1e3,
+            "p90_ms": ordered[-1 - len(ordered) // 10] * 1e3,
+            "GB/s": nbytes / median / 1e9,
+            "ratio": median / ours,
+        }
+        session.timings.append(row)
+        print(
+            f"  {name:36s} {contestant:28s} {row['ms']:9.3f} ms ({row['p10_ms']:.3f} to {row['p90_ms']:.3f}) "
+            f"{row['GB/s']:8.0f} GB/s {row['ratio']:7.2f}x",
+            flush=True,
+        )
+
+
+class Rotation:
+    """Tensors used in turns, so that none is the one that the cache still holds."""
+
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        self.tensors = [torch.empty(elements, dtype=dtype, device=DEVICE) for _ in range(3)]
+        self.at = 0
+
+    def next(self) -> torch.Tensor:
+        self.at = (self.at + 1) % len(self.tensors)
+        return self.tensors[self.at]
+
+
+def time_tensors(session: Session) -> None:
+    """One large tensor: initlab, torch, and what else is at hand; fill_ and copy_ are the ceilings."""
+    init = torch.nn.init
+    for dtype in (torch.float32, torch.bfloat16):
+        turn, short = Rotation(ELEMENTS, dtype), str(dtype)[6:]
+        nbytes = ELEMENTS * turn.tensors[0].element_size()
+        race(
+            session,
+            f"ceilings, {short}",
+            {
+                "fill_": lambda turn=turn: turn.next().fill_(1.0),
+                "copy_ (reads and writes)": lambda turn=turn: turn.next().copy_(turn.tensors[turn.at - 1]),
+            },
+            nbytes,
+            seconds,
+        )
+        calls: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+            "uniform_": lambda module, x: module.uniform_(x, -0.1, 0.1),
+            "normal_": lambda module, x: module.normal_(x, std=0.02),
+            "trunc_normal_ at 2 sigma": lambda module, x: module.trunc_normal_(x, std=0.02, a=-0.04, b=0.04),
+            "trunc_normal_ at 100 sigma": lambda module, x: module.trunc_normal_(x, std=0.02),
+        }
+        for name, call in calls.items():
+            contestants: dict[str, Callable[[], Any]] = {
+                "initlab": lambda call=call, turn=turn: call(initlab.init, turn.next()),
+                "torch.nn.init": lambda call=call, turn=turn: call(init, turn.next()),
+            }
+            for peer, function in peers(name, dtype):
+                contestants[peer] = lambda function=function, turn=turn: function(turn.next())
+            race(session, f"{name}, {short}", contestants, nbytes, seconds)
+
+
+def peers(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[torch.Tensor], Any]]]:
+    """Other generators, where they are installed."""
+    if name not in ("uniform_", "normal_") or DRY:
+        return
+    try:
+        random = importlib.import_module("torch.func._random")
+        function = getattr(random, name.rstrip("_"))
+        key = random.key(0, device=DEVICE) if hasattr(random, "key") else None
+        function(key, (4,), dtype=dtype)
+        yield "torch.func._random", lambda x: function(key, x.shape, dtype=dtype)
+    except Exception as error:  # a private module: whatever goes wrong, it is no peer here
+        print(f"  torch.func._random.{name}: {type(error).__name__}: {error}"[:160])
+    try:
+        gems = importlib.import_module("flag_gems")
+        function = getattr(gems, name)
+        yield "FlagGems", lambda x: function(x)
+    except Exception as error:
+        print(f"  FlagGems {name}: {type(error).__name__}: {error}"[:160])
+
+
+def model(device: torch.device | str = DEVICE) -> torch.nn.Module:
+    """A transformer of some 300 tensors; tiny in a dry run."""
+    layers, width = (2, 16) if DRY else (24, 1024)
+    block = torch.nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True, device=device)
+    body = torch.nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
+    return torch.nn.ModuleDict({"embed": torch.nn.Embedding(32 * width, width, device=device), "body": body})
+
+
+def time_model(session: Session) -> None:
+    """A whole model: one fill of everything against a loop of torch.nn.init over its parameters."""
+    net = model()
+    parameters = list(net.parameters())
+    nbytes = sum(p.numel() * p.element_size() for p in parameters)
+
+    def loop() -> None:
+        for p in parameters:
+            torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.zeros_(p)
+
+    law = Normal(0.0, 0.02)
+    draws = [Draw(p, law, named_key(0, str(i))) for i, p in enumerate(parameters)]
+    race(
+        session,
+        f"a model of {len(parameters)} tensors",
+        {
+            "fill_ of all": lambda: fill_(draws),
+            "init_model_": lambda: initlab.init_model_(net, 0, "gpt2"),
+            "torch.nn.init, one by one": loop,
+        },
+        nbytes,
+        host_seconds,
+    )
+    small = [torch.empty(64, device=DEVICE) for _ in range(20 if DRY else 2000)]
+    draws = [Draw(x, law, named_key(0, str(i))) for i, x in enumerate(small)]
+    race(
+        session,
+        f"{len(small)} tensors of 64 elements",
+        {
+            "fill_ of all": lambda: fill_(draws),
+            "torch.nn.init, one by one": lambda: [torch.nn.init.normal_(x, std=0.02) for x in small],
+        },
+        256 * len(small),
+        host_seconds,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def markdown(session: Session) -> str:
+    """The run as a page."""
+    lines = ["# GPU session", ""]
+    if DRY:
+        lines += ["**A dry run: no GPU, Triton's interpreter, tiny sizes. The figures mean nothing.**", ""]
+    lines += [*(f"- {name}: {value}" for name, value in session.environment.items()), "", "## Checks", ""]
+    lines += [f"- {'ok' if holds else '**FAILED**'}: {name}" for name, holds in session.checks.items()]
+    lines += [f"- note: {note}" for note in session.notes]
+    if session.timings:
+        ceilings = {row["what"].split(", ")[1]: row["GB/s"] for row in session.timings if row["contestant"] == "fill_"}
+        lines += ["", "## Timings", "", "Medians; ratio to the first of each group; % of the bandwidth of `fill_`.", ""]
+        lines += [
+            "| what | contestant | ms | p10 | p90 | GB/s | % of fill_ | ratio |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in session.timings:
+            ceiling = ceilings.get(row["what"].split(", ")[-1])
+            share = f"{100 * row['GB/s'] / ceiling:.0f}" if ceiling else ""
+            lines.append(
+                f"| {row['what']} | {row['contestant']} | {row['ms']:.3f} | {row['p10_ms']:.3f} | {row['p90_ms']:.3f} "
+                f"| {row['GB/s']:.0f} | {share} | {row['ratio']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run everything; 0 if all checks hold."""
+    parser = argparse.ArgumentParser(description="Check and time the GPU kernels.")
+    parser.add_argument("out", nargs="?", default=os.environ.get("OUT"), help="folder for gpu.json and gpu.md")
+    parser.add_argument("--dry", action="store_true", help="without a GPU: interpreter, tiny sizes")
+    arguments = parser.parse_args()
+    if not DRY and not torch.cuda.is_available():
+        print("no GPU: torch.cuda.is_available() is False; --dry runs this script without one", file=sys.stderr)
+        return 64
+    session = Session(environment=environment())
+    for name, value in session.environment.items():
+        print(f"{name:12s} {value}")
+    began = time.perf_counter()
+    for step in (check_golden, check_bits, check_tests):
+        step(session)
+    green = all(session.checks.values())
+    for step in (time_tensors, time_model) if green else ():
+        step(session)
+    if not green:
+        session.notes.append("nothing was timed, because a check failed")
+    session.environment["seconds"] = f"{time.perf_counter() - began:.0f}"
+    if arguments.out:
+        folder = Path(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gpu.json").write_text(json.dumps(asdict(session), indent=1) + "\n")
+        (folder / "gpu.md").write_text(markdown(session))
+    print(f"{session.environment['seconds']} s, {'all checks hold' if green else 'a check FAILED'}")
+    return 0 if green else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
