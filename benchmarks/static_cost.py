@@ -149,8 +149,9 @@ def cases() -> Iterator[Case]:
                 ends = {"row": "i64", "at": "i64", "length": "i64", "block": "i64", "key": "i64", "numbers": "*i64"}
                 yield Case(f"{name}: tail", element, tail, ends, constants, per_chunk, size)
             if name != "constant":
-                short = sampling.fill_short_rows
-                yield Case(f"{name}: short rows", element, short, table, constants, sampling.BLOCKS, size, ("table",))
+                short, block = sampling.fill_short_rows, sampling.BLOCKS // sampling._SHORT_PARTS
+                constants = constants | {"BLOCKS": block}
+                yield Case(f"{name}: short rows", element, short, table, constants, block, size, ("table",))
     yield Case("table lookup", "", lookup, {"table": "*i64", "columns": "i32", "out": "*i64"}, {}, 0, 0)
     for element in ("fp32", "bf16"):
         kind, size = ELEMENTS[element]

@@ -29,6 +29,7 @@ BLOCKS = 1024  # of four elements: what a program of WARPS warps fills at once, 
 WARPS = 4
 CHUNKS = 8  # that a program fills one after the other where there is work for all: the table is read once for all
 SHORT = 1024  # elements: rows shorter than this are filled element by element, each for a block of its own
+_SHORT_PARTS = 4  # of a chunk: there an element takes as many registers as a block does elsewhere
 _BUSY = 2048  # units from which on a GPU has work for all its processors
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -232,9 +233,9 @@ def _rounded(x, ELEMENT: tl.constexpr, INTERPRETED: tl.constexpr):
 # ---------------------------------------------------------------------------------------------------------------
 # The kernel
 
-# Rows of the table: one column for each run. The numbers of the map follow.
-_FIRST_UNIT, _ADDRESS, _START, _LENGTH, _STRIDE, _UNITS, _KEY = range(7)
-_HEAD = 7
+# The table has a column for each run, and these rows: 0 the run's first unit, 1 its address, 2 its first element in the
+# stream, 3 the length of its rows, 4 the elements from one row's beginning to the next one's, 5 the units of a row,
+# 6 the key, and from 7 on the map's numbers.
 
 
 @triton.jit
@@ -324,20 +325,20 @@ def full_chunk(
     BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Whole blocks into memory at a multiple of 16 bytes: 128-bit stores, nothing masked, 32-bit block numbers."""
+    out = tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), 16)
     if MAP == "constant":
-        x = tl.full([BLOCKS * 4], 0, ELEMENT) + m[0].to(ELEMENT)
+        tl.store(out + tl.arange(0, BLOCKS * 4), tl.full([BLOCKS * 4], 0, ELEMENT) + m[0].to(ELEMENT))
     elif ELEMENT.primitive_bitwidth == 16:
         # Two blocks side by side in a thread are 16 bytes; one each would be exchanged through shared memory.
         even = low + 2 * tl.arange(0, BLOCKS // 2).to(tl.uint32)
         a = _packed(even, high, k0, k1, m, MAP, SHIFTED, ELEMENT, KIND, INTERPRETED)
         b = _packed(even + 1, high, k0, k1, m, MAP, SHIFTED, ELEMENT, KIND, INTERPRETED)
-        x = tl.join(a, b).permute(0, 2, 1).reshape(BLOCKS * 4)
+        tl.store(out + tl.arange(0, BLOCKS * 4), tl.join(a, b).permute(0, 2, 1).reshape(BLOCKS * 4))
     else:
-        x = _packed(
-            low + tl.arange(0, BLOCKS).to(tl.uint32), high, k0, k1, m, MAP, SHIFTED, ELEMENT, KIND, INTERPRETED
-        ).reshape(BLOCKS * 4)  # fmt: skip
-    out = tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), 16)
-    tl.store(out + tl.arange(0, BLOCKS * 4), x)
+        for half in tl.static_range(2):  # one after the other: fewer registers, and fewer moves between them
+            blocks = low + half * (BLOCKS // 2) + tl.arange(0, BLOCKS // 2).to(tl.uint32)
+            x = _packed(blocks, high, k0, k1, m, MAP, SHIFTED, ELEMENT, KIND, INTERPRETED).reshape(BLOCKS * 2)
+            tl.store(out + half * (BLOCKS * 2) + tl.arange(0, BLOCKS * 2), x)
 
 
 @triton.jit
@@ -405,9 +406,9 @@ def fill_short_rows(
     MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr,
     BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One unit of BLOCKS elements of one run whose rows are short: each element makes its block and takes its word.
+    """One unit of a run whose rows are short: BLOCKS elements, each of which makes its block and takes its word.
 
-    Here the table's _UNITS are the run's elements, and a unit covers BLOCKS of them, row after row.
+    In place of a row's units the table holds the run's elements.
     """
     unit = tl.program_id(0).to(tl.int64)
     column = _find(table, columns, unit)
@@ -527,8 +528,8 @@ class _Columns:
         numbers = np.array(self.numbers, dtype=np.int64).T
         chunks = 1
         if self.short:
-            size = rows * length
-            per_row, units = size, (size + BLOCKS - 1) // BLOCKS
+            size, unit = rows * length, BLOCKS // _SHORT_PARTS
+            per_row, units = size, (size + unit - 1) // unit
         else:
             total = int((rows * length).sum())
             chunks = min(CHUNKS, max(1, total // (_BUSY * BLOCKS * 4)))
@@ -595,7 +596,7 @@ def _launch(columns: _Columns, table: Tensor, units: int, chunks: int, device: t
             ELEMENT=_INTEGERS[dtype.itemsize] if kind == "constant" else _ELEMENTS[dtype],
             KIND=tl.float64 if dtype == torch.float64 else tl.float32,
             SIZE=dtype.itemsize,
-            BLOCKS=BLOCKS,
+            BLOCKS=BLOCKS // _SHORT_PARTS if columns.short else BLOCKS,
             INTERPRETED=INTERPRETED,
             num_warps=WARPS,
             enable_fp_fusion=False,

@@ -784,6 +784,15 @@ def test_a_weight_kept_elsewhere_is_out_of_reach(code):
     assert before.changes() == []
 
 
+@pytest.mark.parametrize("write", [init.normal_, lambda w: w.data.mul_(2), lambda w: w.data.clamp_(0, 1)])
+def test_what_is_no_part_of_the_model_is_out_of_reach(write):
+    other = nn.Linear(3, 3)
+    before = Photograph(other)
+    with pytest.raises(ValueError, match=r"\n  weight \(in Own\): .*cannot be read"):
+        initlab.init_model_(own_linear(lambda module: write(other.weight)), 0)
+    assert before.changes() == []
+
+
 def test_the_flat_weights_of_an_rnn_stay_what_they_are():
     class Own(nn.GRU):
         def reset_parameters(self):

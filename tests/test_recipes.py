@@ -272,6 +272,16 @@ def test_own_is_what_transformers_does(name):
     assert rows(theirs, "own") == {row.name: row for row in report.rows if row.law is not None}
 
 
+def test_what_was_loaded_is_read_as_well():
+    """Transformers marks loaded weights, and its init functions pass over them."""
+    model = configured("LlamaForCausalLM")
+    fresh = rows(model, "own")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    assert rows(model, "own") == fresh
+    assert all(parameter._is_hf_initialized for parameter in model.parameters())
+
+
 def test_the_norms_of_gemma_start_at_zero():
     model = configured("GemmaForCausalLM")
     initlab.init_model_(model, 0, "own")
