@@ -93,8 +93,9 @@ def torch() -> NamedRecipe:
     Example:
         >>> import torch, initlab
         >>> model = torch.nn.Linear(4, 2)
-        >>> print(initlab.init_model_(model, seed=0, recipe=initlab.recipes.torch()).rows[0].law)
-        Uniform(low=-0.5, high=0.5)
+        >>> row = initlab.init_model_(model, seed=0, recipe=initlab.recipes.torch()).rows[0]
+        >>> print(row.name, row.fan, round(row.law.high, 6))
+        weight 4 0.5
     """
     return NamedRecipe("torch", lambda view: lambda slot: _by_default(view, slot))
 

@@ -295,8 +295,12 @@ class _Recorder(Redirect):
                 return self.sampled(target, law, self._fan(target))
             if name == "__setitem__" and _is_basic(args[1]) and isinstance(args[2], int | float):
                 return self.sampled(target[args[1]], Constant(args[2]))
-            if not target.is_meta and (name in _IN_PLACE or (name.endswith("_") and not name.startswith("_"))):
-                raise _Refused(f"it writes to a tensor on {target.device} that is no parameter or buffer, by {name}")
+            if name in _IN_PLACE or (name.endswith("_") and not name.startswith("_") and name not in _KEEPING):
+                if not target.is_meta:
+                    raise _Refused(
+                        f"it writes to a tensor on {target.device} that is no parameter or buffer, by {name}"
+                    )
+                self.no_law(target, name)  # also where that shows in no version counter, as with apply_
         before = [x._version for x in tensors]
         result = func(*args, **kwargs)
         for tensor, version in zip(tensors, before, strict=True):
@@ -312,7 +316,8 @@ class _Recorder(Redirect):
         if name == "fill_" and isinstance(operand, int | float | complex):
             return Constant(operand)
         if name == "copy_" and isinstance(operand, Tensor):
-            source, law = self.temporaries.get(_storage(operand), (None, None))
+            # Copied once: two copies of one draw would be equal, and two draws are not.
+            source, law = self.temporaries.pop(_storage(operand), (None, None))
             return law if source is not None and source.shape == operand.shape == target.shape else None
         number = operand if isinstance(operand, int | float) and not kwargs and len(args) == 1 else None
         law = self._law(target)
@@ -397,6 +402,8 @@ class _Notes:
 
 
 _IN_PLACE = ("__setitem__", "__set__", "__imul__", "__itruediv__", "__iadd__", "__isub__")
+
+_KEEPING = ("detach_", "requires_grad_", "share_memory_")  # in place, but not the values
 
 # What only looks at a tensor: at its shape, its device, a property.
 _HARMLESS = frozenset(

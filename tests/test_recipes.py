@@ -331,6 +331,12 @@ def test_gpt2_counts_blocks_wherever_they_are():
     """The first number in a name need not be a block's."""
     assert residual_std(nn.Sequential(nn.Embedding(9, 16), encoder(3))) == pytest.approx(0.02 / math.sqrt(2 * 3))
     assert residual_std(nn.ModuleDict({"stack": encoder(4)})) == pytest.approx(0.02 / math.sqrt(2 * 4))
+    assert residual_std(nn.ModuleDict({"stack": nn.Sequential(*encoder(5).layers)})) == pytest.approx(
+        0.02 / math.sqrt(10)
+    )
+    experts = lambda: nn.ModuleList(nn.ModuleDict({"linear2": nn.Linear(4, 4)}) for _ in range(8))  # noqa: E731
+    mixture = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"experts": experts()}) for _ in range(2))})
+    assert residual_std(mixture) == pytest.approx(0.02 / math.sqrt(2 * 2))
 
 
 def test_gpt2_does_not_count_the_blocks_of_a_stage():
@@ -464,6 +470,21 @@ def test_init_weights_that_cannot_be_read():
     with pytest.raises(ValueError, match=r"0\.weight \(in Linear\): Model\._init_weights .*orthogonal_"):
         initlab.plan_model(model, 0, "own")
     initlab.plan_model(model, 0, {"0.weight": "xavier", "*": "own"})
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_nothing_is_guessed_against_code_that_cannot_be_read(recipe):
+    class SomeNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+
+        def reset_parameters(self):
+            self.weight.data.exponential_()
+            init.zeros_(self.bias)
+
+    with pytest.raises(ValueError, match=r"1 of 2 (?s:.*)weight \(in SomeNorm\): .*by exponential_"):
+        initlab.plan_model(SomeNorm(), 0, recipe)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -752,7 +773,8 @@ def test_recipes_and_mappings_within_mappings():
 def test_patterns_go_by_every_name_and_by_mapped_names():
     tied = nn.ModuleDict({"emb": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
     tied["head"].weight = tied["emb"].weight
-    assert rows(tied, {"head": Constant(1.0)})["emb.weight"].law == Constant(1.0)
+    for name in ("emb", "head", "*d*"):
+        assert rows(tied, {name: Constant(1.0)})["emb.weight"].law == Constant(1.0)
     assert rows(net(), {"stage.2.body": Constant(1.0)}, names="stage.2")["stage.2.body.0.bias"].law == Constant(1.0)
     with pytest.raises(ValueError, match="no parameter is called 'body'"):
         rows(net(), {"body": Constant(1.0)}, names="stage.2")
@@ -818,3 +840,9 @@ def test_std_of_a_law_is_scipys(law, accuracy):
     expected = frozen(law).std() if not (isinstance(law, Uniform) and law.low == law.high) else 0.0
     assert law_std(law) == pytest.approx(expected, rel=accuracy, abs=0.0)
     assert law_std(Constant(3.0)) == 0.0
+
+
+def test_std_of_a_narrow_law_is_a_uniforms():
+    """Where scipy's own cancels."""
+    for low in (-12.0, 0.3, 5.0):
+        assert law_std(TruncatedNormal(0.0, 1.0, low, low + 1e-6)) == pytest.approx(1e-6 / math.sqrt(12), rel=1e-5)
