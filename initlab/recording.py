@@ -5,9 +5,11 @@ calls, constants, and what scales or shifts them; whatever else is written has n
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -321,7 +323,20 @@ class _Recorder(Redirect):
             return law if source is not None and source.shape == operand.shape == target.shape else None
         number = operand if isinstance(operand, int | float) and not kwargs and len(args) == 1 else None
         law = self._law(target)
-        if number is None or law is None:
+        if law is None:
+            return None
+        if name == "erfinv_":
+            return _inverse_error(law)
+        if name == "clamp_":
+            bounds = dict(zip(("min", "max"), args, strict=False)) | kwargs
+            low, high = bounds.get("min"), bounds.get("max")
+            numbers = isinstance(low, int | float | None) and isinstance(high, int | float | None)
+            return (
+                _clamped(law, -math.inf if low is None else low, math.inf if high is None else high)
+                if numbers
+                else None
+            )
+        if number is None:
             return None
         if name in ("mul_", "__imul__"):
             return _affine(law, float(number), 0.0)
@@ -433,12 +448,11 @@ def _storage(tensor: Tensor) -> int:
 
 def _block(view: Tensor, whole: Tensor) -> Block | Literal[False] | None:
     """Which block of a stand-in a view of it is: None if all of it, False if it is none."""
-    if (
-        view.storage_offset() == whole.storage_offset()
-        and view.shape == whole.shape
-        and view.stride() == whole.stride()
-    ):
-        return None
+    if view.storage_offset() == whole.storage_offset() and view.numel() == whole.numel():
+        # All of it in another shape, or its dimensions in another order: independent draws do not mind.
+        dense = view.is_contiguous() and whole.is_contiguous()
+        if dense or _dimensions(view) == _dimensions(whole):
+            return None
     offset = view.storage_offset() - whole.storage_offset()
     for dim, (size, stride) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
         if stride == 0 or offset % stride or not 0 <= offset // stride < max(size, 1):
@@ -452,6 +466,34 @@ def _block(view: Tensor, whole: Tensor) -> Block | Literal[False] | None:
         if longer and seen[:dim] + seen[dim + 1 :] == rest:
             return Block(dim, start, view.shape[dim])
     return False
+
+
+def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the dimensions that are more than one element long, in no order of theirs."""
+    return sorted((n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+
+
+def _inverse_error(law: Law) -> Law | None:
+    """The law of erfinv(x): a normal cut by the uniform's bounds, as timm's trunc_normal_ makes it."""
+    if not isinstance(law, Uniform) or not -1.0 <= law.low < law.high <= 1.0:
+        return None
+    normal = NormalDist(0.0, 0.5**0.5)
+    low, high = (
+        math.copysign(math.inf, x) if abs(x) == 1.0 else normal.inv_cdf((x + 1.0) / 2.0) for x in (law.low, law.high)
+    )
+    return TruncatedNormal(0.0, normal.stdev, low, high)
+
+
+def _clamped(law: Law, low: float, high: float) -> Law | None:
+    """The law of a truncated normal after a clamp that moves next to none of it."""
+    if not isinstance(law, TruncatedNormal) or not low < high:
+        return None
+    normal = NormalDist(law.mean, law.std)
+    outside = max(0.0, normal.cdf(low) - normal.cdf(law.low)) + max(0.0, normal.cdf(law.high) - normal.cdf(high))
+    inside = normal.cdf(min(high, law.high)) - normal.cdf(max(low, law.low))
+    if not outside <= 1e-6 * inside:
+        return None
+    return TruncatedNormal(law.mean, law.std, max(low, law.low), min(high, law.high))
 
 
 def _affine(law: Law, factor: float, shift: float) -> Law:

@@ -612,7 +612,22 @@ def change_of_mind(module):
     init.xavier_normal_(module.weight, gain=2.0)
 
 
+def as_timm(weight, mean=0.0, std=0.02, a=-2.0, b=2.0):
+    """The steps of timm.layers.trunc_normal_."""
+    lower, upper = (torch.special.ndtr(torch.tensor((x - mean) / std, device="cpu")).item() for x in (a, b))
+    with torch.no_grad():
+        weight.uniform_(2 * lower - 1, 2 * upper - 1)
+        weight.erfinv_()
+        weight.mul_(std * math.sqrt(2.0))
+        weight.add_(mean)
+        weight.clamp_(min=a, max=b)
+
+
 READ = {
+    "timm's trunc_normal_": lambda m: as_timm(m.weight),
+    "timm's trunc_normal_, cut": lambda m: as_timm(m.weight, 0.3, 1.0, -0.5, 1.5),
+    "another shape": lambda m: init.normal_(m.weight.view(-1), 0.5, 0.3),
+    "another order": lambda m: init.xavier_uniform_(m.weight.t()),
     "normal_": lambda m: init.normal_(m.weight, 0.5, 0.3),
     "uniform_, method": lambda m: m.weight.data.uniform_(to=0.5),
     "uniform_, every parameter": lambda m: each(lambda p: init.uniform_(p, -0.1, 0.1), m.parameters()),
