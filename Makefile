@@ -23,9 +23,10 @@ test: $(VENV)/wheel.stamp
 bench: $(VENV)/wheel.stamp
 	$(PYTEST) --benchmark-only $(CURDIR)/benchmarks
 
-# From the bare checkout, with the python at hand: installs nothing. OUT names a folder for the results.
+# From the bare checkout, with the python at hand: installs nothing. OUT names a folder for the results; DRY=1 runs it
+# without a GPU, at sizes that say nothing.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(OUT)
+	$(PYTHON) benchmarks/gpu.py $(if $(DRY),--dry) $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

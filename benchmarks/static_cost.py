@@ -144,14 +144,14 @@ def cases() -> Iterator[Case]:
             scalars = {"address": "i64", "block": "i64", "key": "i64", "numbers": "*i64"}
             yield Case(f"{name}: full blocks", element, full_blocks, scalars, constants, per_chunk, size)
             table = {"table": "*i64", "columns": "i32", "chunks": "i32"}
-            yield Case(f"{name}: kernel", element, sampling.fill_units, table, constants, 0, size, ("table",))
+            yield Case(f"{name}: kernel", element, sampling.fill_units, table, constants, 0, size)
             if element in ("fp32", "bf16"):
                 ends = {"row": "i64", "at": "i64", "length": "i64", "block": "i64", "key": "i64", "numbers": "*i64"}
                 yield Case(f"{name}: tail", element, tail, ends, constants, per_chunk, size)
             if name != "constant":
                 short, block = sampling.fill_short_rows, sampling.BLOCKS // sampling._SHORT_PARTS
                 constants = constants | {"BLOCKS": block}
-                yield Case(f"{name}: short rows", element, short, table, constants, block, size, ("table",))
+                yield Case(f"{name}: short rows", element, short, table, constants, block, size)
     yield Case("table lookup", "", lookup, {"table": "*i64", "columns": "i32", "out": "*i64"}, {}, 0, 0)
     for element in ("fp32", "bf16"):
         kind, size = ELEMENTS[element]

@@ -20,7 +20,7 @@ from initlab.kernels import Constant, Draw, Region, eagerly, fill_, named_key
 from .layers import Block, Rule, reset_function
 from .naming import Names, Slot, matches, shared_memory, slots
 from .recipes import RecipeLike, View, keep_padding, resolve
-from .recording import owners_of_init_weights, stand_ins
+from .recording import kept_generators, owners_of_init_weights, stand_ins
 from .report import InitReport, Row, law_std, report_of
 from .swap import swap
 
@@ -422,8 +422,8 @@ def _run(
     versions = {key: tensor._version for key, tensor in fresh.items()}
     with ExitStack() as stack:
         stack.enter_context(stand_ins(module, fresh))
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(named_key(plan.seed, mine[0].path))
+        stack.enter_context(kept_generators())
+        torch.manual_seed(named_key(plan.seed, mine[0].name.rpartition(".")[0]))  # the owner's name
         for context in (torch.inference_mode(False), torch.no_grad(), swap(), target):
             stack.enter_context(context)
         try:

@@ -360,7 +360,11 @@ def part_chunk(
     tl.store(out + place, x, mask=(place >= 0) & (place < length))
 
 
-@triton.jit
+# One compilation, whatever the table's size and address: Triton would make variants for a size of 1, or 16 divides it.
+_jit = triton.jit(do_not_specialize=["columns", "chunks"], do_not_specialize_on_alignment=["table"])
+
+
+@_jit
 def fill_units(
     table, columns, chunks,
     MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr,
@@ -400,7 +404,7 @@ def fill_units(
         at += BLOCKS * 4
 
 
-@triton.jit
+@_jit
 def fill_short_rows(
     table, columns, chunks,
     MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr,
