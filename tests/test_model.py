@@ -182,6 +182,7 @@ def test_a_tied_weight_has_the_law_of_its_first_owner():
             (row,) = report.rows
             assert isinstance(row.law, Normal if order[0] == "emb" else Uniform)
             assert row.name == "emb.weight"
+            assert row.key == named_key(0, "emb.weight")
 
 
 def test_only_what_transformers_has_not_loaded():

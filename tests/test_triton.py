@@ -53,7 +53,8 @@ REGIONS = {  # by what the kernel does with them, at 256 blocks of four a chunk
     "rows that begin anywhere": Region((5, 1001), (1, 3), (3, 998)),
     "rows of whole chunks": Region((4, 4096), (1, 256), (2, 2048)),
     "short rows": Region((9, 7, 11), (2, 1, 3), (5, 6, 7)),
-    "block numbers carry": Region((2**40,), (2**34 - 301,), (900,)),
+    "a chunk that spills over": Region((5000,), (3,), (1024,)),
+    "block numbers carry in a full chunk": Region((2**40,), (2**34 - 512,), (1024,)),
     "wide block numbers": Region((2**20, 2**22), (2**15, 5), (2, 601)),
 }
 CASES = list(itertools.product(LAWS, DTYPES, REGIONS))
@@ -106,7 +107,7 @@ def filling(serving, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("law", LAWS)
 def test_bits_of_the_reference(law, dtype, filling, reference, bits):
-    """One fill of seven regions: short rows go apart, so it takes two launches."""
+    """One fill of eight regions: short rows go apart, so it takes two launches."""
     draws = []
     for place, region in enumerate(REGIONS.values()):
         tensor = nan((3,) if region is None else region.sizes, dtype)
@@ -118,7 +119,7 @@ def test_bits_of_the_reference(law, dtype, filling, reference, bits):
 
 
 def test_there_are_more_than_300_cases():
-    assert len(CASES) == 308
+    assert len(CASES) == 352
 
 
 @pytest.mark.parametrize(
