@@ -202,14 +202,13 @@ def test_rounding_to_bfloat16():
 
 def _round_by_kernel(x):
     y = torch.empty_like(x, dtype=torch.bfloat16)
-    count = 1 << (x.numel() - 1).bit_length()
-    _rounding[(1,)](x, y, x.numel(), COUNT=count)
+    _rounding[(triton.cdiv(x.numel(), 1 << 20),)](x, y, x.numel(), COUNT=1 << 20)
     return y
 
 
 @triton.jit
 def _rounding(x, y, n, COUNT: tl.constexpr):
-    place = tl.arange(0, COUNT)
+    place = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     rounded = kernels._rounded(tl.load(x + place, mask=place < n, other=0.0), tl.bfloat16, True)
     tl.store(y + place, rounded, mask=place < n)
 
