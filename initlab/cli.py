@@ -134,9 +134,7 @@ def _function(place: str) -> Callable[[], Any]:
             raise LookupError(f"there is no file {path}")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # as an import would: dataclasses and pickle look their module up
-        sys.path.insert(
-            0, str(Path(path).resolve().parent)
-        )  # as `python model.py` would: its neighbours can be imported
+        sys.path.insert(0, str(Path(path).resolve().parent))  # its neighbours can be imported, as by `python model.py`
         spec.loader.exec_module(module)
         found = getattr(module, name, None)
     else:
