@@ -45,7 +45,7 @@ ROUNDS = 2 if DRY else 15
 
 
 @dataclass
-class Session:
+class Findings:
     """What a run found."""
 
     environment: dict[str, str] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def _version(package: str) -> str:
 # Checks
 
 
-def check_golden(session: Session) -> None:
+def check_golden(findings: Findings) -> None:
     """The stream's golden values, on the device."""
     import hashlib
 
@@ -128,15 +128,15 @@ def check_golden(session: Session) -> None:
                 total += 1
                 if hashlib.sha256(raw).hexdigest() != values[region_name]:
                     wrong.append(f"{name}, {dtype_name}, {region_name}")
-    session.check(f"golden values: {total - len(wrong)} of {total}", not wrong)
-    session.notes += [f"differs from the golden value: {place}" for place in wrong[:20]]
+    findings.check(f"golden values: {total - len(wrong)} of {total}", not wrong)
+    findings.notes += [f"differs from the golden value: {place}" for place in wrong[:20]]
 
 
 def _values(document: dict[str, Any], prefix: str) -> Iterator[Any]:
     return (value for name, value in document.items() if name.startswith(prefix))
 
 
-def check_bits(session: Session) -> None:
+def check_bits(findings: Findings) -> None:
     """Large tensors, unaligned ones and a whole model, against the CPU."""
     sizes = (1000,) if DRY else (1 << 24, (1 << 24) + 5, 12_345_677)
     laws = (Uniform(-1.0, 1.0), Normal(0.0, 0.02), TruncatedNormal(), TruncatedNormal(0.0, 0.02, -2.0, 2.0))
@@ -148,24 +148,24 @@ def check_bits(session: Session) -> None:
                 fill_([Draw(x[3:], law, named_key(place, "check"))])
                 _on_cpu([Draw(y, law, named_key(place, "check"))])
                 same &= torch.equal(x[3:].cpu(), y)
-    session.check("large and unaligned tensors have the CPU's bits", same)
+    findings.check("large and unaligned tensors have the CPU's bits", same)
     ours, theirs = model(), model("cpu")
     for seed in (0, 1):
         report = initlab.init_model_(ours, seed, "gpt2")
         _with_backend("auto" if not DRY else "torch", lambda seed=seed: initlab.init_model_(theirs, seed, "gpt2"))
         there, here = initlab.model_digest(ours), initlab.model_digest(theirs)
-        session.check(f"a model of {len(report.rows)} tensors, seed {seed}: digests {there} and {here}", there == here)
+        findings.check(f"a model of {len(report.rows)} tensors, seed {seed}: digests {there} and {here}", there == here)
 
 
-def check_tests(session: Session) -> None:
+def check_tests(findings: Findings) -> None:
     """The suite's GPU part, where pytest is at hand."""
     if DRY:
-        session.notes.append("tests/test_triton.py is left out of a dry run: the test command runs it")
+        findings.notes.append("tests/test_triton.py is left out of a dry run: the test command runs it")
         return
     try:
         importlib.import_module("pytest")
     except ImportError:
-        session.notes.append("pytest is not installed: tests/test_triton.py did not run")
+        findings.notes.append("pytest is not installed: tests/test_triton.py did not run")
         return
     # Options of pyproject.toml that an older pytest does not know are left out.
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib"]
@@ -181,7 +181,7 @@ def check_tests(session: Session) -> None:
         check=False,
     )
     print(done.stdout[-2000:], flush=True)
-    session.check(f"tests: {(done.stdout.strip().splitlines() or ['nothing'])[-1]}", done.returncode == 0)
+    findings.check(f"tests: {(done.stdout.strip().splitlines() or ['nothing'])[-1]}", done.returncode == 0)
 
 
 def _on_cpu(draws: list[Draw]) -> None:
@@ -230,7 +230,7 @@ def host_seconds(call: Callable[[], Any]) -> float:
 
 
 def race(
-    session: Session, name: str, contestants: dict[str, Callable[[], Any]], nbytes: int, clock: Callable[..., float]
+    findings: Findings, name: str, contestants: dict[str, Callable[[], Any]], nbytes: int, clock: Callable[..., float]
 ) -> None:
     """Time contestants in turns; the first is ours, and ratios are to it."""
     taken: dict[str, list[float]] = {contestant: [] for contestant in contestants}
@@ -253,7 +253,7 @@ def race(
             "GB/s": nbytes / median / 1e9,
             "ratio": median / ours,
         }
-        session.timings.append(row)
+        findings.timings.append(row)
         print(
             f"  {name:36s} {contestant:28s} {row['ms']:9.3f} ms ({row['p10_ms']:.3f} to {row['p90_ms']:.3f}) "
             f"{row['GB/s']:8.0f} GB/s {row['ratio']:7.2f}x",
@@ -273,14 +273,14 @@ class Rotation:
         return self.tensors[self.at]
 
 
-def time_tensors(session: Session) -> None:
+def time_tensors(findings: Findings) -> None:
     """One large tensor: initlab, torch, and what else is at hand; fill_ and copy_ are the ceilings."""
     init = torch.nn.init
     for dtype in (torch.float32, torch.bfloat16):
         turn, short = Rotation(ELEMENTS, dtype), str(dtype)[6:]
         nbytes = ELEMENTS * turn.tensors[0].element_size()
         race(
-            session,
+            findings,
             f"ceilings, {short}",
             {
                 "fill_": lambda turn=turn: turn.next().fill_(1.0),
@@ -302,7 +302,7 @@ def time_tensors(session: Session) -> None:
             }
             for peer, function in peers(name, dtype):
                 contestants[peer] = lambda function=function, turn=turn: function(turn.next())
-            race(session, f"{name}, {short}", contestants, nbytes, seconds)
+            race(findings, f"{name}, {short}", contestants, nbytes, seconds)
 
 
 def peers(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[torch.Tensor], Any]]]:
@@ -333,7 +333,7 @@ def model(device: torch.device | str = DEVICE) -> torch.nn.Module:
     return torch.nn.ModuleDict({"embed": torch.nn.Embedding(32 * width, width, device=device), "body": body})
 
 
-def time_model(session: Session) -> None:
+def time_model(findings: Findings) -> None:
     """A whole model: one fill of everything against a loop of torch.nn.init over its parameters."""
     net = model()
     parameters = list(net.parameters())
@@ -346,7 +346,7 @@ def time_model(session: Session) -> None:
     law = Normal(0.0, 0.02)
     draws = [Draw(p, law, named_key(0, str(i))) for i, p in enumerate(parameters)]
     race(
-        session,
+        findings,
         f"a model of {len(parameters)} tensors",
         {
             "fill_ of all": lambda: fill_(draws),
@@ -359,7 +359,7 @@ def time_model(session: Session) -> None:
     small = [torch.empty(64, device=DEVICE) for _ in range(20 if DRY else 2000)]
     draws = [Draw(x, law, named_key(0, str(i))) for i, x in enumerate(small)]
     race(
-        session,
+        findings,
         f"{len(small)} tensors of 64 elements",
         {
             "fill_ of all": lambda: fill_(draws),
@@ -373,22 +373,22 @@ def time_model(session: Session) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def markdown(session: Session) -> str:
+def markdown(findings: Findings) -> str:
     """The run as a page."""
-    lines = ["# GPU session", ""]
+    lines = ["# GPU run", ""]
     if DRY:
         lines += ["**A dry run: no GPU, Triton's interpreter, tiny sizes. The figures mean nothing.**", ""]
-    lines += [*(f"- {name}: {value}" for name, value in session.environment.items()), "", "## Checks", ""]
-    lines += [f"- {'ok' if holds else '**FAILED**'}: {name}" for name, holds in session.checks.items()]
-    lines += [f"- note: {note}" for note in session.notes]
-    if session.timings:
-        ceilings = {row["what"].split(", ")[1]: row["GB/s"] for row in session.timings if row["contestant"] == "fill_"}
+    lines += [*(f"- {name}: {value}" for name, value in findings.environment.items()), "", "## Checks", ""]
+    lines += [f"- {'ok' if holds else '**FAILED**'}: {name}" for name, holds in findings.checks.items()]
+    lines += [f"- note: {note}" for note in findings.notes]
+    if findings.timings:
+        ceilings = {row["what"].split(", ")[1]: row["GB/s"] for row in findings.timings if row["contestant"] == "fill_"}
         lines += ["", "## Timings", "", "Medians; ratio to the first of each group; % of the bandwidth of `fill_`.", ""]
         lines += [
             "| what | contestant | ms | p10 | p90 | GB/s | % of fill_ | ratio |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for row in session.timings:
+        for row in findings.timings:
             ceiling = ceilings.get(row["what"].split(", ")[-1])
             share = f"{100 * row['GB/s'] / ceiling:.0f}" if ceiling else ""
             lines.append(
@@ -407,24 +407,24 @@ def main() -> int:
     if not DRY and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; --dry runs this script without one", file=sys.stderr)
         return 64
-    session = Session(environment=environment())
-    for name, value in session.environment.items():
+    findings = Findings(environment=environment())
+    for name, value in findings.environment.items():
         print(f"{name:12s} {value}")
     began = time.perf_counter()
     for step in (check_golden, check_bits, check_tests):
-        step(session)
-    green = all(session.checks.values())
+        step(findings)
+    green = all(findings.checks.values())
     for step in (time_tensors, time_model) if green else ():
-        step(session)
+        step(findings)
     if not green:
-        session.notes.append("nothing was timed, because a check failed")
-    session.environment["seconds"] = f"{time.perf_counter() - began:.0f}"
+        findings.notes.append("nothing was timed, because a check failed")
+    findings.environment["seconds"] = f"{time.perf_counter() - began:.0f}"
     if arguments.out:
         folder = Path(arguments.out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gpu.json").write_text(json.dumps(asdict(session), indent=1) + "\n")
-        (folder / "gpu.md").write_text(markdown(session))
-    print(f"{session.environment['seconds']} s, {'all checks hold' if green else 'a check FAILED'}")
+        (folder / "gpu.json").write_text(json.dumps(asdict(findings), indent=1) + "\n")
+        (folder / "gpu.md").write_text(markdown(findings))
+    print(f"{findings.environment['seconds']} s, {'all checks hold' if green else 'a check FAILED'}")
     return 0 if green else 1
 
 

@@ -92,24 +92,20 @@ def _owned_by_another(model: nn.Module) -> dict[int, frozenset[int]]:
     return found
 
 
-def read_init_weights(model: nn.Module, book: Book) -> bool:
+def read_init_weights(model: nn.Module, book: Book) -> None:
     """Enter into a book what `_init_weights(module)`, as transformers and timm have it, would write.
 
     Each module, children first, goes to the nearest `_init_weights` above it, itself included.
-
-    Returns:
-        Whether the model has such a method anywhere.
     """
     above = list(owners_of_init_weights(model))
     if not above:
-        return False
+        return
     tied = _owned_by_another(model)
     with stand_ins(model) as recorder:
         for module, owner in above:
             book.muted = tied.get(id(module), frozenset())
             where = f"{type(owner).__name__}._init_weights"
             recorder.run(lambda: owner._init_weights(module), module, where, book)  # noqa: B023
-    return True
 
 
 def owners_of_init_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:

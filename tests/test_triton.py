@@ -409,7 +409,7 @@ def test_kernels_compile_for_every_target(target, costs):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="make gpu does the real thing")
-def test_a_dry_run_of_the_gpu_session(tmp_path):
+def test_a_dry_run_of_the_gpu_script(tmp_path):
     """The script reaches its end, says that its figures mean nothing, and saves what it found."""
     script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
     command = [sys.executable, script, "--dry", tmp_path / "out"]
@@ -422,7 +422,7 @@ def test_a_dry_run_of_the_gpu_session(tmp_path):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="there is a GPU")
-def test_a_gpu_session_without_a_gpu():
+def test_the_gpu_script_without_a_gpu():
     script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 64
