@@ -60,6 +60,12 @@ class Book:
         self.unread: dict[int, str] = {}  # id of a tensor: why no law is known for what is written to it
         self.muted: frozenset[int] = frozenset()  # ids of tensors whose writes are not entered for now
 
+    def copy(self) -> "Book":
+        """A book that begins with what this one holds."""
+        book = Book()
+        book.rules, book.unread = dict(self.rules), dict(self.unread)
+        return book
+
     def write(self, tensor: Tensor, law: Law, why: str, block: Block | None = None, fan: float | None = None) -> None:
         """`tensor`, or a block of it, is filled with `law`."""
         if id(tensor) in self.muted:

@@ -117,8 +117,7 @@ def own() -> NamedRecipe:
     """
 
     def prepare(view: View) -> Callable[[Slot], Rule | None]:
-        book = Book()
-        read_resets(view.model, book)
+        book = view.resets.copy()  # the view's own book is asked for buffers, and must not be read twice
         read_init_weights(view.model, book)
         return lambda slot: book.complete(slot.tensor) or _guess(slot) if id(slot.tensor) not in book.unread else None
 

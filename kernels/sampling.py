@@ -591,7 +591,7 @@ def _waves(jobs: list[_Job]) -> list[list[_Job]]:
         if start >= reach:
             cluster = []
         cluster.append(i)
-        reach = max(reach, end) if len(cluster) > 1 else end
+        reach = max(reach, end)
         if len(cluster) > 1:
             ready: list[int] = []
             for j in sorted(cluster):  # in the order of the draws
