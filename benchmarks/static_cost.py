@@ -33,6 +33,7 @@ import initlab  # noqa: F401, I001 - in a checkout it makes initlab.kernels impo
 import triton
 import triton.language as tl
 from initlab.kernels import _sampling_triton as sampling
+from initlab.kernels._shared_triton import find
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -90,7 +91,7 @@ def tail(
 def lookup(table, columns, out):
     """Finding a unit's column in the table, and reading it."""
     unit = tl.program_id(0).to(tl.int64)
-    entry = table + sampling._find(table, columns, unit)
+    entry = table + find(table, columns, unit)
     total = tl.load(entry)
     for i in tl.static_range(1, 8):
         total += tl.load(entry + i * columns)

@@ -22,6 +22,7 @@ if __name__ == "kernels":
 else:
     from .digest import content_sum
     from .engines import eagerly
+    from .nonfinite import describe, flag_of
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
 
@@ -35,9 +36,11 @@ else:
         "TruncatedNormal",
         "Uniform",
         "content_sum",
+        "describe",
         "eagerly",
         "engine_of",
         "fill_",
+        "flag_of",
         "generator_key",
         "named_key",
     ]

@@ -7,36 +7,23 @@ No fast-math: every + - x is rounded on its own, as the stream demands.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray, njit, types
-from numba.core.compiler_lock import global_compiler_lock
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from torch import Tensor
 
 from . import stream
+from ._shared_numba import SOURCE, TAGS, bits, compiled, pointer, real, rounded, share
 from .stream import CentreMap, FarMap, Map, NarrowMap, NormalMap, TailMap, UniformMap
 
 Run: TypeAlias = tuple[int, int, int, int]  # start, rows, length, stride
 
 _TASK = 1 << 19  # elements: below it a second thread costs more than it gives
-
-# The element types, as the kernel sees them: bfloat16 and float16 are written as their bits.
-_TAGS = {
-    torch.float32: np.float32(0),
-    torch.float64: np.float64(0),
-    torch.bfloat16: np.uint16(0),
-    torch.float16: np.int16(0),
-}
 
 _U = np.uint64
 _MASK = _U(0xFFFFFFFF)
@@ -62,14 +49,6 @@ _EXPONENT = np.int32(-(1 << 23))
 _ONE, _TWO, _HALF = _F(1), _F(2), _F(0.5)
 
 
-@intrinsic
-def _pointer(typing_context: Any, address: Any, tag: Any) -> Any:
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(tag)(address, tag), generate
-
-
 @njit(forceinline=True)
 def _philox(block, k0, k1):
     c0, c1, c2, c3 = block & _MASK, block >> _32, _U(0), _U(0)
@@ -81,16 +60,6 @@ def _philox(block, k0, k1):
 
 
 @njit(forceinline=True)
-def _real(bits):
-    return np.int32(bits).view(np.float32)
-
-
-@njit(forceinline=True)
-def _bits(x):
-    return np.float32(x).view(np.int32)
-
-
-@njit(forceinline=True)
 def _word_real(w):
     return np.float32(np.uint32(w))
 
@@ -98,9 +67,9 @@ def _word_real(w):
 @njit(forceinline=True)
 def _parts(x, unit):
     offset = np.int32(unit << 23)
-    b = _bits(x)
+    b = bits(x)
     k = np.int32(np.int32(b - np.int32(_LOW_BITS + offset)) & _EXPONENT)
-    return k, _real(np.int32(b - k) - offset) - _ONE
+    return k, real(np.int32(b - k) - offset) - _ONE
 
 
 @njit(forceinline=True)
@@ -117,7 +86,7 @@ def _scaled_log(x, unit):
 
 @njit(forceinline=True)
 def _roots(x):
-    y = _real(_MAGIC - np.int32(_bits(x) >> np.int32(1)))
+    y = real(_MAGIC - np.int32(bits(x) >> np.int32(1)))
     y = y * (_ROOT_A - (x * y) * y)
     t = x * y
     g = t * y - _ROOT_B
@@ -132,7 +101,7 @@ def _box_muller(a, b):
     x2 = x * x
     sine = ((x2 + _SIN[1]) * x2 + _SIN[0]) * x
     cosine = ((x2 + _COS[2]) * x2 + _COS[1]) * x2 + _COS[0]
-    r = _real(_bits(r) ^ (np.int32(low) & _SIGN))
+    r = real(bits(r) ^ (np.int32(low) & _SIGN))
     odd = (low & np.uint32(1)) != 0
     first = sine if odd else cosine
     second = cosine if odd else sine
@@ -238,45 +207,11 @@ def _values_overload(c0, c1, c2, c3, m, tag):
     return values
 
 
-def _rounded(x: Any, tag: Any) -> Any: ...
-
-
-@overload(_rounded, jit_options={"forceinline": True})
-def _rounded_overload(x, tag):
-    """x rounded once, to nearest even, and as the element type that the kernel stores."""
-    if tag == types.uint16:  # bfloat16
-
-        def rounded(x, tag):
-            b = np.uint32(_bits(x))
-            return np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-    elif tag == types.int16:  # float16, in integers: not every CPU that numba serves can convert
-
-        def rounded(x, tag):
-            b = np.uint32(_bits(x))
-            sign = (b >> np.uint32(16)) & np.uint32(0x8000)
-            b = b & np.uint32(0x7FFFFFFF)
-            odd = (b >> np.uint32(13)) & np.uint32(1)
-            normal = (b - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
-            # Below 2^-14 the spacing is 2^-24, that of float32 in [1/2, 1): adding 1/2 rounds.
-            tiny = np.uint32(_bits(_real(np.int32(b)) + _HALF)) - np.uint32(0x3F000000)
-            half = tiny if b < np.uint32(0x38800000) else normal
-            half = np.uint32(0x7C00) if b >= np.uint32(0x47800000) else half
-            return np.int16(sign | half)
-
-    else:
-
-        def rounded(x, tag):
-            return x
-
-    return rounded
-
-
 @njit(forceinline=True)
 def _block(block, k0, k1, tag, m):
     c0, c1, c2, c3 = _philox(block, k0, k1)
     x0, x1, x2, x3 = _values(c0, c1, c2, c3, m, tag)
-    return _rounded(x0, tag), _rounded(x1, tag), _rounded(x2, tag), _rounded(x3, tag)
+    return rounded(x0, tag), rounded(x1, tag), rounded(x2, tag), rounded(x3, tag)
 
 
 def _make_kernel(fingerprint: int) -> Any:
@@ -290,7 +225,7 @@ def _make_kernel(fingerprint: int) -> Any:
         """Fill rows * length consecutive elements in memory; row r holds the elements from start + r * stride on."""
         _ = fingerprint
         k0, k1 = _U(key) & _MASK, _U(key) >> _32
-        memory = carray(_pointer(address, tag), rows * length)
+        memory = carray(pointer(address, tag), rows * length)
         for r in range(rows):
             first = start + r * stride
             end = first + length
@@ -312,40 +247,11 @@ def _make_kernel(fingerprint: int) -> Any:
                     for i in range(low, high):
                         memory[base + i] = x[i % 4]
 
-    try:
-        return njit(nogil=True, cache=True)(_fill_rows)
-    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
-        return njit(nogil=True)(_fill_rows)
+    return compiled(_fill_rows)
 
 
 _constants = {name: value for name, value in vars(stream).items() if name.isupper()}
-_kernel = _make_kernel(zlib.crc32(repr(_constants).encode()))
-
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
-
-
-def _forget_pool() -> None:
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # a fork copies the pool but not its threads
-    # Nor the thread that may be compiling: a fork waits for it, or the child could never compile anything.
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
-    )
-
-
-def _shared_pool() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:  # it starts threads only as they are needed
-            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="initlab")
-        return _pool
+_kernel = _make_kernel(zlib.crc32(repr(_constants).encode() + SOURCE))
 
 
 def _tasks(runs: Iterable[Run]) -> Iterator[tuple[int, Run]]:
@@ -380,7 +286,7 @@ def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
     Raises:
         NotImplementedError: for a tensor without memory of its own.
     """
-    tag = _TAGS[tensor.dtype]
+    tag = TAGS[tensor.dtype]
     address, size = tensor.data_ptr(), tensor.element_size()
     if address == 0:  # a functorch wrapper, say: writing there would end the process
         raise NotImplementedError(
@@ -395,24 +301,8 @@ def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
             at += run[1] * run[2]
         return
 
-    tasks = _tasks(runs)
-    lock = threading.Lock()
+    def work(task: tuple[int, Run]) -> None:
+        at, run = task
+        _kernel(address + at * size, tag, *run, key, m)
 
-    def work() -> None:
-        while True:
-            with lock:
-                task = next(tasks, None)
-            if task is None:
-                return
-            at, run = task
-            _kernel(address + at * size, tag, *run, key, m)
-
-    helpers: list[Future[None]] = []
-    try:
-        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down: this thread does it all
-            helpers.extend(_shared_pool().submit(work) for _ in range(threads - 1))
-        work()
-    finally:  # also when interrupted: nobody may write into the tensor once it can be freed
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+    share(_tasks(runs), work, threads)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import stream
+from ._shared_triton import INTERPRETED, find, on_device, rounded, table_jit
 from .stream import CentreMap, FarMap, Map, NarrowMap, NormalMap, TailMap, UniformMap
 
 Run: TypeAlias = tuple[int, int, int, int]  # start, rows, length, stride
@@ -31,8 +32,6 @@ CHUNKS = 8  # that a program fills one after the other where there is work for a
 SHORT = 1024  # elements: rows shorter than this are filled element by element, each for a block of its own
 _SHORT_PARTS = 4  # of a chunk: there an element takes as many registers as a block does elsewhere
 _BUSY = 2048  # units from which on a GPU has work for all its processors
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _PHILOX_M0, _PHILOX_M1 = (tl.constexpr(m) for m in stream.PHILOX_M)
 _PHILOX_W0, _PHILOX_W1 = (tl.constexpr(w) for w in stream.PHILOX_W)
@@ -220,35 +219,12 @@ def _four(low, high, k0, k1, m, MAP: tl.constexpr, SHIFTED: tl.constexpr, KIND: 
     return x0, x1, x2, x3
 
 
-@triton.jit
-def _rounded(x, ELEMENT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x rounded once to the element type, to nearest even."""
-    if INTERPRETED and ELEMENT == tl.bfloat16:  # noqa: SIM300 - the interpreter would cut the low bits off
-        b = x.to(tl.uint32, bitcast=True)
-        return ((b + 0x7FFF + ((b >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(ELEMENT)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The kernel
 
 # The table has a column for each run, and these rows: 0 the run's first unit, 1 its address, 2 its first element in the
 # stream, 3 the length of its rows, 4 the elements from one row's beginning to the next one's, 5 the units of a row,
 # 6 the key, and from 7 on the map's numbers.
-
-
-@triton.jit
-def _find(table, columns, unit):
-    """The column whose units include this one: the last whose first unit is not beyond it."""
-    low = 0
-    high = columns
-    while high - low > 1:
-        middle = (low + high) // 2
-        beyond = tl.load(table + middle) > unit
-        high = tl.where(beyond, middle, high)
-        low = tl.where(beyond, low, middle)
-    return low
 
 
 @triton.jit
@@ -315,7 +291,7 @@ def _packed(
     """The elements of blocks, four in a row, rounded."""
     x0, x1, x2, x3 = _four(low, high, k0, k1, m, MAP, SHIFTED, KIND)
     x = tl.join(tl.join(x0, x2), tl.join(x1, x3))
-    return _rounded(x, ELEMENT, INTERPRETED).reshape(low.shape[0], 4)
+    return rounded(x, ELEMENT, INTERPRETED).reshape(low.shape[0], 4)
 
 
 @triton.jit
@@ -360,11 +336,7 @@ def part_chunk(
     tl.store(out + place, x, mask=(place >= 0) & (place < length))
 
 
-# One compilation, whatever the table's size and address: Triton would make variants for a size of 1, or 16 divides it.
-_jit = triton.jit(do_not_specialize=["columns", "chunks"], do_not_specialize_on_alignment=["table"])
-
-
-@_jit
+@table_jit
 def fill_units(
     table, columns, chunks,
     MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr,
@@ -372,7 +344,7 @@ def fill_units(
 ):  # fmt: skip
     """One unit: `chunks` chunks of 4 * BLOCKS elements of one row of one run, cut between blocks of the stream."""
     unit = tl.program_id(0).to(tl.int64)
-    column = _find(table, columns, unit)
+    column = find(table, columns, unit)
     entry = table + column
     units = tl.load(entry + 5 * columns)
     index = unit - tl.load(entry)
@@ -404,7 +376,7 @@ def fill_units(
         at += BLOCKS * 4
 
 
-@_jit
+@table_jit
 def fill_short_rows(
     table, columns, chunks,
     MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr,
@@ -415,7 +387,7 @@ def fill_short_rows(
     In place of a row's units the table holds the run's elements.
     """
     unit = tl.program_id(0).to(tl.int64)
-    column = _find(table, columns, unit)
+    column = find(table, columns, unit)
     entry = table + column
     length = tl.load(entry + 3 * columns)
     place = (unit - tl.load(entry)) * BLOCKS + tl.arange(0, BLOCKS)
@@ -430,7 +402,7 @@ def fill_short_rows(
     which = element & 3
     x = tl.where(which < 2, tl.where(which == 0, x0, x1), tl.where(which == 2, x2, x3))
     out = tl.load(entry + columns).to(tl.pointer_type(ELEMENT))
-    tl.store(out + place, _rounded(x, ELEMENT, INTERPRETED), mask=place < tl.load(entry + 5 * columns))
+    tl.store(out + place, rounded(x, ELEMENT, INTERPRETED), mask=place < tl.load(entry + 5 * columns))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -571,20 +543,11 @@ def fill(entries: Iterable[Entry], device: torch.device) -> None:
             into[prepared.group].add(address, run, key, prepared.numbers)
             address += run[1] * run[2] * prepared.dtype.itemsize
     launches = [(columns, *columns.table()) for columns in (*groups.values(), *short.values())]
-    whole = _on_device([table for _, table, *_ in launches], device)
+    whole = on_device([table for _, table, *_ in launches], device)
     at = 0
     for columns, table, units, chunks in launches:
         _launch(columns, whole[at : at + table.size], units, chunks, device)
         at += table.size
-
-
-def _on_device(tables: list[np.ndarray[Any, Any]], device: torch.device) -> Tensor:
-    """All tables in one tensor on the device, by one asynchronous copy."""
-    size = sum(table.size for table in tables)
-    with torch.inference_mode(False):
-        host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=device.type != "cpu")
-        np.concatenate([table.ravel() for table in tables], out=host.numpy())
-        return host if device.type == "cpu" else host.to(device, non_blocking=True)
 
 
 def _launch(columns: _Columns, table: Tensor, units: int, chunks: int, device: torch.device) -> None:

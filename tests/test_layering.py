@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # llvmlite is numba's own lower half: an intrinsic's body is written in it.
 ENGINES = {"_triton": {"triton", "numpy", "torch"}, "_numba": {"numba", "llvmlite", "numpy", "torch"}}
 SHARED = {"engines", "stream"}  # the rooms of kernels/ that every op may use; nonfinite joins them for ops
+COMMON = {"_shared_triton", "_shared_numba"}  # what the engines of one kind share
 
 
 class Import(NamedTuple):
@@ -104,6 +105,9 @@ def _in_kernels(name: str, found: list[Import]) -> list[tuple[int, str]]:
 
 def _sibling(name: str, engine_kind: str | None, sibling: str, lazy: bool) -> str | None:
     """Why module `name` of kernels/ may not import its neighbour `sibling`; None where it may."""
+    if sibling in COMMON:
+        fits = engine_kind is not None and sibling.endswith(engine_kind)
+        return None if fits else f"1: imports {sibling}, which serves engines of its kind"
     owner = next((sibling.removesuffix(kind)[1:] for kind in ENGINES if sibling.endswith(kind)), None)
     if owner is not None:
         if owner != name:
@@ -154,6 +158,8 @@ def test_imports(path: str) -> None:
         ("kernels/_op_numba.py", "from ._op_triton import x", 1),
         ("kernels/_op_numba.py", "from . import sampling", 2),
         ("kernels/op.py", "from . import _op_numba", 1),
+        ("kernels/op.py", "def f():\n    from ._shared_numba import share", 1),
+        ("kernels/_op_triton.py", "from ._shared_numba import share", 1),
         ("kernels/op.py", "if True:\n    from ._op_triton import fill", 1),
         ("kernels/op.py", "class A:\n    from . import _op_numba", 1),
         ("kernels/op.py", "def f():\n    from . import _other_numba", 1),
@@ -195,6 +201,7 @@ def test_a_broken_rule_is_seen(path: str, source: str, rule: int) -> None:
     [
         ("kernels/_op_triton.py", "import torch, triton\nimport triton.language as tl\nfrom .stream import TABLE"),
         ("kernels/_op_numba.py", "import math\nimport numba, numpy as np, torch\nfrom . import stream"),
+        ("kernels/_op_triton.py", "from ._shared_triton import find"),
         ("kernels/op.py", "import torch\nfrom . import engines, nonfinite\ndef f():\n    from . import _op_triton"),
         (
             "kernels/nonfinite.py",

@@ -203,9 +203,9 @@ def test_float16_subnormals_and_overflow(engine, bits, std):
 def test_numba_rounds_as_torch_does(dtype):
     """Every value of the dtype, the midpoints between two, and their neighbours: all cases of a rounding."""
     numba = pytest.importorskip("numba")
-    from initlab.kernels import _sampling_numba
+    from initlab.kernels import _shared_numba
 
-    rounded, tag = _sampling_numba._rounded, _sampling_numba._TAGS[dtype]
+    rounded, tag = _shared_numba.rounded, _shared_numba.TAGS[dtype]
 
     @numba.njit
     def convert(x, out):

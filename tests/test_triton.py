@@ -82,7 +82,7 @@ def reference(serving):
 def filling(serving, monkeypatch):
     """Lets triton fill, in chunks of 1,024 elements where it is interpreted; counts launches and copies of a table."""
     counts = {"launches": 0, "copies": 0}
-    launch, copy = kernels._launch, kernels._on_device
+    launch, copy = kernels._launch, kernels.on_device
 
     def counted(name, function):
         def call(*arguments):
@@ -95,7 +95,7 @@ def filling(serving, monkeypatch):
         monkeypatch.setattr(kernels, "BLOCKS", 256)
     monkeypatch.setattr(kernels, "SHORT", 40)
     monkeypatch.setattr(kernels, "_launch", counted("launches", launch))
-    monkeypatch.setattr(kernels, "_on_device", counted("copies", copy))
+    monkeypatch.setattr(kernels, "on_device", counted("copies", copy))
     with serving("triton"):
         yield counts
 
@@ -209,7 +209,7 @@ def _round_by_kernel(x):
 @triton.jit
 def _rounding(x, y, n, COUNT: tl.constexpr):
     place = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    rounded = kernels._rounded(tl.load(x + place, mask=place < n, other=0.0), tl.bfloat16, True)
+    rounded = kernels.rounded(tl.load(x + place, mask=place < n, other=0.0), tl.bfloat16, True)
     tl.store(y + place, rounded, mask=place < n)
 
 
