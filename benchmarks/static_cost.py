@@ -32,6 +32,7 @@ if __name__ == "__main__":  # from the bare checkout too; before triton is impor
 import initlab  # noqa: F401, I001 - in a checkout it makes initlab.kernels importable
 import triton
 import triton.language as tl
+from initlab.kernels import _grad_norm_triton as grad_norm
 from initlab.kernels import _sampling_triton as sampling
 from initlab.kernels._shared_triton import find
 from triton.backends.compiler import GPUTarget
@@ -108,6 +109,29 @@ def randn4x(address, seed, BLOCKS: tl.constexpr, ELEMENT: tl.constexpr):
     tl.store(address + place, x.to(ELEMENT))
 
 
+CHUNKS = 8  # that a part reads one after the other: what a program does once counts an eighth
+
+
+@triton.jit
+def norm_chunks(address, sums, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The path that large gradients take to their norm."""
+    at = tl.program_id(0).to(tl.int64) * (CHUNK * CHUNKS)
+    total = tl.zeros([CHUNK // 8], tl.float64)
+    for i in tl.static_range(CHUNKS):
+        total += grad_norm.full_squares(address, at + i * CHUNK, ELEMENT, CHUNK)
+    tl.store(sums + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def scale_chunks(
+    address, a, b, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """The path that large gradients take when they are scaled."""
+    at = tl.program_id(0).to(tl.int64) * (CHUNK * CHUNKS)
+    for i in tl.static_range(CHUNKS):
+        grad_norm.full_scale(address, at + i * CHUNK, a, b, a == 0.0, ELEMENT, CHUNK, INTERPRETED)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What is compiled
 
@@ -129,7 +153,38 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel of the package. Other ops add theirs."""
+    """Every kernel of the package."""
+    yield from sampling_cases()
+    yield from grad_norm_cases()
+
+
+def grad_norm_cases() -> Iterator[Case]:
+    chunk, elements = grad_norm.CHUNK, CHUNKS * grad_norm.CHUNK
+    for element, (kind, size) in ELEMENTS.items():
+        constants = {"ELEMENT": kind, "CHUNK": chunk, "CHUNKS": CHUNKS}
+        signature = {"address": "i64", "sums": "*fp64"}
+        yield Case("norm: full chunks", element, norm_chunks, signature, constants, elements, size, options={})
+        signature = {"address": "i64", "a": "fp64", "b": "fp64"}
+        constants = constants | {"INTERPRETED": False}
+        yield Case("scale: full chunks", element, scale_chunks, signature, constants, elements, 2 * size, options={})
+    table = {"table": "*i64", "columns": "i32", "chunks": "i32"}
+    for wide, element in ((False, ""), (True, "fp64")):
+        signature = {**table, "first_unit": "i32", "sums": "*fp64"}
+        constants = {"WIDE": wide, "CHUNK": chunk}
+        yield Case("norm: kernel", element, grad_norm.norm_units, signature, constants, 0, 0, options={})
+        signature = {**table, "first_unit": "i32", "norm": "*fp64", "high": "fp32", "low": "fp32"}
+        constants = {"POLICY": "zero", "WIDE": wide, "CHUNK": chunk, "INTERPRETED": False}
+        yield Case("scale: kernel", element, grad_norm.scale_units, signature, constants, 0, 0, options={})
+    signature = {"sums": "*fp64", "units": "i32", "sound": "fp32", "results": "*i64"}
+    yield Case("norm: finish", "", grad_norm.finish_norm, signature, {}, 0, 0, options={})
+    signature = {**table, "units": "i32", "results": "*i64", "sums": "*fp64"}
+    constants = {"CHUNK": chunk, "SMALL": grad_norm.SMALL}
+    yield Case("norm: second look", "", grad_norm.look_units, signature, constants, 0, 0, options={})
+    signature = {"sums": "*fp64", "units": "i32", "results": "*i64"}
+    yield Case("norm: second finish", "", grad_norm.finish_look, signature, {}, 0, 0, options={})
+
+
+def sampling_cases() -> Iterator[Case]:
     per_chunk = sampling.BLOCKS * 4
     for name in (*MAPS, "constant"):
         for element, (kind, size) in (CONSTANT_ELEMENTS if name == "constant" else ELEMENTS).items():

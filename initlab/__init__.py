@@ -15,9 +15,32 @@ from . import _checkout
 _checkout.link_kernels()  # before anything imports initlab.kernels
 
 from . import init, recipes  # noqa: E402
+from .clip import (  # noqa: E402
+    ClipReport,
+    GradClipper,
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
 from .model import init_model_, not_loaded, plan_model  # noqa: E402
 from .report import InitReport, model_digest  # noqa: E402
 from .swap import swap  # noqa: E402
 
-__all__ = ["InitReport", "init", "init_model_", "model_digest", "not_loaded", "plan_model", "recipes", "swap"]
+__all__ = [
+    "ClipReport",
+    "GradClipper",
+    "InitReport",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "init",
+    "init_model_",
+    "model_digest",
+    "not_loaded",
+    "plan_model",
+    "recipes",
+    "swap",
+]
 __version__ = "0.1.0"

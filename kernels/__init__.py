@@ -22,6 +22,7 @@ if __name__ == "kernels":
 else:
     from .digest import content_sum
     from .engines import eagerly
+    from .grad_norm import Norm, clip_, clip_coefficient, grad_norm
     from .nonfinite import describe, flag_of
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
@@ -31,10 +32,13 @@ else:
         "Constant",
         "Draw",
         "Law",
+        "Norm",
         "Normal",
         "Region",
         "TruncatedNormal",
         "Uniform",
+        "clip_",
+        "clip_coefficient",
         "content_sum",
         "describe",
         "eagerly",
@@ -42,5 +46,6 @@ else:
         "fill_",
         "flag_of",
         "generator_key",
+        "grad_norm",
         "named_key",
     ]

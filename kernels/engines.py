@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -74,6 +76,38 @@ def choose(device: torch.device, offered: tuple[str, ...]) -> str:
     if wanted == "triton" and (why := _unfit(device)) is not None:
         raise RuntimeError(f"INITLAB_BACKEND=triton, but {why}; {way_out}")
     return wanted
+
+
+def load(device: torch.device, loaders: Mapping[str, Callable[[], ModuleType]]) -> ModuleType | None:
+    """The module of the engine that serves tensors on `device`, or None where plain torch does.
+
+    Args:
+        device: where the tensors lie.
+        loaders: what imports the op's engine of that name.
+
+    Raises:
+        RuntimeError: if INITLAB_BACKEND names an engine that cannot serve this device, or cannot be imported.
+        ValueError: if INITLAB_BACKEND is not a known name.
+
+    Example:
+        >>> import torch
+        >>> from initlab.kernels import engines
+        >>> engines.load(torch.device("meta"), {}) is None
+        True
+    """
+    name = choose(device, ("torch", *loaders))
+    return None if name == "torch" else _imported(name, loaders[name])
+
+
+@functools.cache
+def _imported(name: str, loader: Callable[[], ModuleType]) -> ModuleType | None:
+    try:
+        return loader()
+    except ImportError as error:  # it does not fit the numpy or Python at hand, say
+        if requested() == name:
+            raise RuntimeError(f"INITLAB_BACKEND={name}, but {name} cannot be imported: {error}") from error
+        warnings.warn(f"{name} cannot be imported, so plain torch takes its place: {error}", stacklevel=2)
+        return None
 
 
 def _unfit(device: torch.device) -> str | None:
