@@ -123,13 +123,11 @@ def norm_chunks(address, sums, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, CHUNK
 
 
 @triton.jit
-def scale_chunks(
-    address, a, b, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def scale_chunks(address, a, b, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """The path that large gradients take when they are scaled."""
     at = tl.program_id(0).to(tl.int64) * (CHUNK * CHUNKS)
     for i in tl.static_range(CHUNKS):
-        grad_norm.full_scale(address, at + i * CHUNK, a, b, a == 0.0, ELEMENT, CHUNK, INTERPRETED)
+        grad_norm.full_scale(address, at + i * CHUNK, a, b, a == 0.0, ELEMENT, CHUNK)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -165,7 +163,6 @@ def grad_norm_cases() -> Iterator[Case]:
         signature = {"address": "i64", "sums": "*fp64"}
         yield Case("norm: full chunks", element, norm_chunks, signature, constants, elements, size, options={})
         signature = {"address": "i64", "a": "fp64", "b": "fp64"}
-        constants = constants | {"INTERPRETED": False}
         yield Case("scale: full chunks", element, scale_chunks, signature, constants, elements, 2 * size, options={})
     table = {"table": "*i64", "columns": "i32", "chunks": "i32"}
     for wide, element in ((False, ""), (True, "fp64")):
@@ -173,7 +170,7 @@ def grad_norm_cases() -> Iterator[Case]:
         constants = {"WIDE": wide, "CHUNK": chunk}
         yield Case("norm: kernel", element, grad_norm.norm_units, signature, constants, 0, 0, options={})
         signature = {**table, "first_unit": "i32", "norm": "*fp64", "high": "fp32", "low": "fp32"}
-        constants = {"POLICY": "zero", "WIDE": wide, "CHUNK": chunk, "INTERPRETED": False}
+        constants = {"POLICY": "zero", "WIDE": wide, "CHUNK": chunk}
         yield Case("scale: kernel", element, grad_norm.scale_units, signature, constants, 0, 0, options={})
     signature = {"sums": "*fp64", "units": "i32", "sound": "fp32", "results": "*i64"}
     yield Case("norm: finish", "", grad_norm.finish_norm, signature, {}, 0, 0, options={})

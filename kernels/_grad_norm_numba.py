@@ -74,7 +74,7 @@ def _scaled_overload(x, a, b, tag):
     if tag == types.float64:
 
         def scaled(x, a, b, tag):
-            return x * (a * b)
+            return x * a * b
 
     elif tag == types.float32:
 

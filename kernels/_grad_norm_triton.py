@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._shared_triton import INTERPRETED, find, on_device, rounded, table_jit
+from ._shared_triton import INTERPRETED, find, on_device, rounded, table_jit, widened
 
 ON_DEVICE = True
 
@@ -27,6 +27,7 @@ CHUNK = 4096  # elements that a program of WARPS warps reads at once: 32 a threa
 WARPS = 4
 SMALL = 512  # as CHUNK, in a second look
 UNITS = 1 << 14  # about so many: enough for any GPU, few enough for one program to add up
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _PARTS = tl.constexpr(1 if INTERPRETED else 8)  # of a chunk that is not full, so that it doesn't set the register count
 _SUMMED = tl.constexpr(8)  # squares added in float32 before they go to float64
 _BLOCK = tl.constexpr(1024)  # sums that the last program adds at once
@@ -47,21 +48,17 @@ _NOWHERE = tl.constexpr((1 << 63) - 1)
 
 
 @triton.jit
-def lanes(x):
-    """Squares, in sums of neighbours that one thread holds."""
-    x = x.to(tl.float32)
-    return tl.sum((x * x).reshape(x.shape[0] // _SUMMED, _SUMMED), axis=1)
+def _lanes(x):
+    """Squares, in sums of neighbours that one thread holds: in float32 (float64 for float64), then in float64."""
+    x = widened(x, _INTERPRETED)
+    return tl.sum((x * x).reshape(x.shape[0] // _SUMMED, _SUMMED), axis=1).to(tl.float64)
 
 
 @triton.jit
 def full_squares(address, at, ELEMENT: tl.constexpr, CHUNK: tl.constexpr):
     """A whole chunk at a multiple of 16 bytes."""
     start = tl.multiple_of((address.to(tl.pointer_type(ELEMENT)) + at), 16)
-    x = tl.load(start + tl.arange(0, CHUNK))
-    if tl.float64 == ELEMENT:
-        return tl.sum((x * x).reshape(CHUNK // _SUMMED, _SUMMED), axis=1)
-    else:
-        return lanes(x).to(tl.float64)
+    return _lanes(tl.load(start + tl.arange(0, CHUNK)))
 
 
 @triton.jit
@@ -79,10 +76,7 @@ def _sum_squares(address, at, begin, end, chunks, ELEMENT: tl.constexpr, CHUNK: 
                     x = tl.load(
                         address.to(tl.pointer_type(ELEMENT)) + place, mask=(place >= begin) & (place < end), other=0.0
                     )
-                    if tl.float64 == ELEMENT:
-                        rest += tl.sum((x * x).reshape(CHUNK // _PARTS // _SUMMED, _SUMMED), axis=1)
-                    else:
-                        rest += lanes(x).to(tl.float64)
+                    rest += _lanes(x)
         at += CHUNK
     return tl.sum(total) + tl.sum(rest)
 
@@ -144,7 +138,7 @@ def _look(address, at, begin, end, chunks, ELEMENT: tl.constexpr, CHUNK: tl.cons
         if at < end:
             place = at + tl.arange(0, CHUNK)
             x = tl.load(address.to(tl.pointer_type(ELEMENT)) + place, mask=(place >= begin) & (place < end), other=0.0)
-            x = x.to(tl.float64)
+            x = widened(x, _INTERPRETED).to(tl.float64)
             inf = float("inf")
             flag |= tl.where(x != x, 1, tl.where(x == inf, 2, tl.where(x == -inf, 4, 0)))
             x = tl.abs(tl.where(tl.abs(x) < inf, x, 0.0))
@@ -226,46 +220,45 @@ def finish_look(sums, units, results):
 
 
 @triton.jit
-def _times(x, a, b, zero, ELEMENT: tl.constexpr, INTERPRETED: tl.constexpr):
+def _times(x, a, b, zero, ELEMENT: tl.constexpr):
     """x * a * b, rounded once, or 0."""
-    if tl.float64 == ELEMENT:
-        return tl.where(zero, 0.0, x * (a * b))
-    else:
-        y = x.to(tl.float32) * a.to(tl.float32) * b.to(tl.float32)
-        return rounded(tl.where(zero, 0.0, y), ELEMENT, INTERPRETED)
+    y = widened(x, _INTERPRETED)
+    # In float64 the product of the factors is exact enough, in float32 it might be subnormal.
+    y = tl.where(zero, 0.0, y * a.to(y.dtype) * b.to(y.dtype))
+    return rounded(y, ELEMENT, _INTERPRETED)
 
 
 @triton.jit
-def full_scale(address, at, a, b, zero, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, INTERPRETED: tl.constexpr):
+def full_scale(address, at, a, b, zero, ELEMENT: tl.constexpr, CHUNK: tl.constexpr):
     """A whole chunk at a multiple of 16 bytes."""
     start = tl.multiple_of(address.to(tl.pointer_type(ELEMENT)) + at, 16)
     place = start + tl.arange(0, CHUNK)
-    tl.store(place, _times(tl.load(place), a, b, zero, ELEMENT, INTERPRETED))
+    tl.store(place, _times(tl.load(place), a, b, zero, ELEMENT))
 
 
 @triton.jit
 def _scale(
     address, at, begin, end, chunks, a, b, zero,
-    ELEMENT: tl.constexpr, CHUNK: tl.constexpr, INTERPRETED: tl.constexpr,
+    ELEMENT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     for _ in range(chunks):
         if at < end:
             if (at >= begin) & (at + CHUNK <= end):
-                full_scale(address, at, a, b, zero, ELEMENT, CHUNK, INTERPRETED)
+                full_scale(address, at, a, b, zero, ELEMENT, CHUNK)
             else:
                 for i in range(_PARTS):
                     place = at + i * (CHUNK // _PARTS) + tl.arange(0, CHUNK // _PARTS)
                     inside = (place >= begin) & (place < end)
                     memory = address.to(tl.pointer_type(ELEMENT)) + place
                     x = tl.load(memory, mask=inside, other=0.0)
-                    tl.store(memory, _times(x, a, b, zero, ELEMENT, INTERPRETED), mask=inside)
+                    tl.store(memory, _times(x, a, b, zero, ELEMENT), mask=inside)
         at += CHUNK
 
 
 @table_jit
 def scale_units(
     table, columns, chunks, first_unit, norm, high, low,
-    POLICY: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, INTERPRETED: tl.constexpr,
+    POLICY: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Scales one unit by min(1, (high + low) / (norm + 1e-6)); leaves at once where that is 1."""
     n = tl.load(norm).to(tl.float64)
@@ -290,14 +283,14 @@ def scale_units(
     end = tl.load(entry + 3 * columns)
     code = tl.load(entry + 4 * columns)
     if WIDE:
-        _scale(address, at, begin, end, chunks, a, b, zero, tl.float64, CHUNK, INTERPRETED)
+        _scale(address, at, begin, end, chunks, a, b, zero, tl.float64, CHUNK)
     else:
         if code == _BFLOAT16:
-            _scale(address, at, begin, end, chunks, a, b, zero, tl.bfloat16, CHUNK, INTERPRETED)
+            _scale(address, at, begin, end, chunks, a, b, zero, tl.bfloat16, CHUNK)
         elif code == _FLOAT16:
-            _scale(address, at, begin, end, chunks, a, b, zero, tl.float16, CHUNK, INTERPRETED)
+            _scale(address, at, begin, end, chunks, a, b, zero, tl.float16, CHUNK)
         else:
-            _scale(address, at, begin, end, chunks, a, b, zero, tl.float32, CHUNK, INTERPRETED)
+            _scale(address, at, begin, end, chunks, a, b, zero, tl.float32, CHUNK)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -389,5 +382,5 @@ def scale(entries: Any, device: torch.device, norm: Tensor, max_norm: float, pol
         for wide, first, units in ((False, 0, t.narrow), (True, t.narrow, t.units - t.narrow)):
             _launch(
                 scale_units, units, t.table, t.columns, t.chunks, first, norm, high, low,
-                POLICY=policy, WIDE=wide, CHUNK=CHUNK, INTERPRETED=INTERPRETED,
+                POLICY=policy, WIDE=wide, CHUNK=CHUNK,
             )  # fmt: skip

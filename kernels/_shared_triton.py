@@ -43,6 +43,17 @@ def rounded(x, ELEMENT: tl.constexpr, INTERPRETED: tl.constexpr):
         return x.to(ELEMENT)
 
 
+@triton.jit
+def widened(x, INTERPRETED: tl.constexpr):
+    """x in float32, or as it is in float64."""
+    if INTERPRETED and x.dtype == tl.bfloat16:  # whose subnormals the interpreter gets wrong
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
 def on_device(tables: list[np.ndarray[Any, Any]], device: torch.device) -> Tensor:
     """All tables in one tensor on the device, by one asynchronous copy."""
     size = sum(table.size for table in tables)

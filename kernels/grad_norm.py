@@ -155,6 +155,11 @@ def clip_(tensors: Sequence[Tensor], norm: Tensor, max_norm: float, *, nonfinite
     if nonfinite not in POLICIES:
         raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(POLICIES)}")
     _check(tensors)
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed; "
+            "clip inside torch.inference_mode(), or clip clones"
+        )
     max_norm = float(max_norm)
     with torch.no_grad():
         for device, places in _by_device(tensors):
@@ -395,13 +400,8 @@ def _in_memory(tensors: Sequence[Tensor]) -> tuple[Entries | None, Sequence[Tens
     dense = [t.is_contiguous() or _is_dense(t) for t in tensors]
     written = [t for t, whole in zip(tensors, dense, strict=True) if whole]
     entries = _entries(written, range(len(written)))
-    if entries is None or _meet(entries):
+    if entries is None or not entries.address or _meet(entries):
         return None, tensors  # torch takes one after the other
-    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
-        raise RuntimeError(
-            "Inplace update to inference tensor outside InferenceMode is not allowed; "
-            "clip inside torch.inference_mode(), or clip clones"
-        )
     torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
     return entries, [t for t, whole in zip(tensors, dense, strict=True) if not whole]
 

@@ -1,0 +1,75 @@
+"""initlab's gradient clipping against torch.nn.utils on 2^26 float32 gradients, in 16 and in 2,000 tensors.
+
+``pytest benchmarks/bench_clip.py --benchmark-only``; INITLAB_BENCH_ELEMENTS sets another size. Moved: unclipped one
+read, clipped two reads and a write; torch always does the latter. `fill_` is one write of as many bytes.
+"""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+import initlab
+
+ELEMENTS = int(os.environ.get("INITLAB_BENCH_ELEMENTS", 1 << 26))
+
+
+def parameters(count, elements=ELEMENTS, dtype=torch.float32):
+    """`count` parameters without elements of their own to speak of, whose gradients have `elements` in all."""
+    torch.manual_seed(0)
+    sizes = torch.rand(count) + 0.5
+    sizes = (sizes / sizes.sum() * elements).long().tolist()
+    made = []
+    for n in sizes:
+        p = torch.nn.Parameter(torch.empty(n, dtype=dtype))
+        p.grad = torch.randn(n).to(dtype)
+        made.append(p)
+    return made
+
+
+def gate(params):
+    """The norm is right before anything is timed."""
+    exact = sum(p.grad.double().square().sum() for p in params).sqrt()
+    assert abs(float(initlab.get_total_norm(p.grad for p in params)) / float(exact) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("clipped", [False, True], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("count", [16, 2000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_clip_grad_norm(versus, count, clipped, dtype):
+    params = parameters(count, dtype=dtype)
+    gate(params)
+    n = sum(p.numel() for p in params)
+    norm = float(initlab.get_total_norm(p.grad for p in params))
+    flat = torch.empty(n, dtype=dtype)
+    largest = itertools.accumulate(itertools.repeat(0.999), lambda a, b: a * b, initial=norm)  # so that each call clips
+
+    def max_norm():
+        return next(largest) if clipped else 2.0 * norm
+
+    versus(
+        ours=lambda: initlab.clip_grad_norm_(params, max_norm()),
+        peer=lambda: torch.nn.utils.clip_grad_norm_(params, max_norm()),
+        floor=lambda: flat.fill_(1.0),
+        elements=n,
+        element_size=flat.element_size(),
+        rounds=11,
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "foreach"])
+def test_step_with_clipper(versus, fused):
+    """A step of AdamW with clipping: GradClipper against clip_grad_norm_ before the same step."""
+    n = max(16, ELEMENTS // 4)
+    ours, theirs = parameters(16, n), parameters(16, n)
+    mine = torch.optim.AdamW(ours, fused=fused, foreach=not fused)
+    other = torch.optim.AdamW(theirs, fused=fused, foreach=not fused)
+    initlab.GradClipper(mine, max_norm=1.0)
+    flat = torch.empty(n)
+
+    def step():
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        other.step()
+
+    versus(ours=mine.step, peer=step, floor=lambda: flat.fill_(1.0), elements=n, element_size=4, rounds=11)
