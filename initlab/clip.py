@@ -383,7 +383,9 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     value = float(clip_value)
     if not value >= 0.0:
         raise ValueError(f"clip_value is {value}; it must be 0 or more")
-    utils.clip_grad_value_(_taken(parameters).tensors, value, foreach)
+    given = [p for p in _taken(parameters).tensors if p.grad is not None]
+    if given:  # torch takes an empty list amiss
+        utils.clip_grad_value_(given, value, foreach)
 
 
 def _found(gradients: Sequence[Tensor], places: Sequence[int], given: _Given, p: float, look: bool) -> Norm:
@@ -512,7 +514,7 @@ class GradClipper:
     def stats(self) -> ClipStats:
         """The counts so far, read from the device."""
         clipped, nonfinite, step, place = self._counts.tolist()
-        name = None if place < 0 else self._given().label()(place)
+        name = None if place < 0 else self._label(place)
         return ClipStats(self._steps, clipped, nonfinite, None if step < 0 else step, name)
 
     def state_dict(self) -> dict[str, Any]:
@@ -531,6 +533,9 @@ class GradClipper:
         self._tidy()
         if getattr(self._optimizer, "_initlab_clipper", None) is self:
             del self._optimizer._initlab_clipper
+
+    def _label(self, place: int) -> str:
+        return self._given().label()(place)
 
     def _given(self) -> _Given:
         """The optimizer's parameters, and their names as far as they are known."""
@@ -567,6 +572,8 @@ class GradClipper:
             exact = total.exact / scale.to(total.exact.device)
             total = total._replace(exact=exact, norm=exact.to(total.norm.dtype))
         assert total.flag is not None
+        assert total.first is not None
+        self.report = ClipReport(total.norm, total.flag, total.first, self._label)
         bad = total.flag != 0
         self._count(total, bad)
         policy = "skip" if self.nonfinite == "raise" and scaled else self.nonfinite  # the scaler sees to infs

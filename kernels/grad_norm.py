@@ -155,7 +155,8 @@ def clip_(tensors: Sequence[Tensor], norm: Tensor, max_norm: float, *, nonfinite
     if nonfinite not in POLICIES:
         raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(POLICIES)}")
     _check(tensors)
-    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+    tracing = torch.compiler.is_compiling()  # which knows no inference mode
+    if not tracing and not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed; "
             "clip inside torch.inference_mode(), or clip clones"
