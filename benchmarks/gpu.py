@@ -157,6 +157,67 @@ def check_bits(findings: Findings) -> None:
         findings.check(f"a model of {len(report.rows)} tensors, seed {seed}: digests {there} and {here}", there == here)
 
 
+def check_clipping(findings: Findings) -> None:
+    """Norms, scaling, flags and a GradClipper's training against float64 on the CPU; no wait for the device."""
+    sizes = (3, 4097) if DRY else (1, 7, 4095, 4097, 1 << 20, (1 << 24) + 5)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for exponent in (0, 30, -30) if dtype != torch.float16 else (0,):
+            torch.manual_seed(0)
+            gradients = [(torch.randn(n + 1) * 10.0**exponent).to(dtype).to(DEVICE)[1:] for n in sizes]
+            exact = float(torch.cat([g.double().cpu().div(10.0**exponent) for g in gradients]).norm()) * 10.0**exponent
+            before = [g.clone() for g in gradients]
+            params = _with_gradients(gradients)
+            norm = initlab.clip_grad_norm_(params, 3 * (exact + 1e-6))
+            good = abs(float(norm) / exact - 1) < 1e-6
+            good &= all(torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
+            initlab.clip_grad_norm_(params, (exact + 1e-6) / 3)
+            after = float(initlab.get_total_norm(p.grad for p in params))
+            good &= abs(3 * after / exact - 1) < (2e-3 if dtype.itemsize == 2 else 3e-6)
+            findings.check(f"clipping, {str(dtype)[6:]}, 1e{exponent}: norm and scale", good)
+    for value, word in ((float("nan"), 1), (float("inf"), 2), (float("-inf"), 4)):
+        gradients = [torch.randn(n, device=DEVICE) for n in sizes]
+        gradients[1][-1] = value
+        report = initlab.get_total_norm(gradients, report=True)
+        findings.check(f"a planted {value} is found", (int(report.flag), int(report.first)) == (word, 1))
+    one, two = ([p.clone() for p in _trained(clipper)] for clipper in (True, False))
+    close = all(torch.allclose(p, q, rtol=1e-5, atol=1e-6) for p, q in zip(one, two, strict=True))
+    findings.check("GradClipper with fused AdamW trains as clip_grad_norm_ before it, and never waits", close)
+
+
+def _with_gradients(gradients: list[torch.Tensor]) -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter(torch.empty_like(g)) for g in gradients]
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g
+    return params
+
+
+def _trained(clipper: bool) -> list[torch.Tensor]:
+    """A small network after some steps, one of them with a NaN in a gradient."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 16)).to(DEVICE)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2, fused=True)
+    x = torch.randn(64, 16, device=DEVICE)
+    if clipper:
+        initlab.GradClipper(optimizer, 0.1)
+    for step in range(5 if DRY else 50):
+        optimizer.zero_grad()
+        (net(x) - x.flip(1)).square().mean().backward()
+        if step == 3:
+            if not clipper:
+                continue
+            net[0].weight.grad[3, 3] = float("nan")
+        if not clipper:
+            initlab.clip_grad_norm_(net.parameters(), 0.1)
+        if not DRY and step > 5:  # whatever waits for the device raises
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            if not DRY:
+                torch.cuda.set_sync_debug_mode("default")
+    return [p.detach() for p in net.parameters()]
+
+
 def check_tests(findings: Findings) -> None:
     """The suite's GPU part, where pytest is at hand."""
     if DRY:
@@ -370,6 +431,57 @@ def time_model(findings: Findings) -> None:
     )
 
 
+def time_clipping(findings: Findings) -> None:
+    """Clipping against torch's, unclipped and clipped, and inside a step of a fused optimizer."""
+    total = 1 << 14 if DRY else 1 << 30
+    for dtype in (torch.bfloat16, torch.float32):
+        for count in (16, 20 if DRY else 2000):
+            n = total // dtype.itemsize // count
+            params = _with_gradients([torch.randn(n, device=DEVICE).to(dtype) for _ in range(count)])
+            norm = float(initlab.get_total_norm(p.grad for p in params))
+            for clipped in (False, True):
+                largest = [norm if clipped else 2 * norm]
+
+                def max_norm(largest: list[float] = largest, factor: float = 0.999 if clipped else 1.0) -> float:
+                    largest[0] *= factor
+                    return largest[0]
+
+                contestants: dict[str, Callable[[], Any]] = {
+                    "initlab": lambda ps=params, m=max_norm: initlab.clip_grad_norm_(ps, m()),
+                    "torch, foreach": lambda ps=params, m=max_norm: torch.nn.utils.clip_grad_norm_(ps, m()),
+                }
+                name = f"clip_grad_norm_, {count} tensors, {'clipped' if clipped else 'unclipped'}, {str(dtype)[6:]}"
+                # Bytes: one read; clipped, two reads and a write.
+                race(findings, name, contestants, (3 if clipped else 1) * n * count * dtype.itemsize, seconds)
+            small = _with_gradients([torch.randn(64, device=DEVICE).to(dtype) for _ in range(count)])
+            name = f"clip_grad_norm_ from the host, {count} tensors of 64, {str(dtype)[6:]}"
+            contestants = {
+                "initlab": lambda ps=small: initlab.clip_grad_norm_(ps, 1e30),
+                "torch, foreach": lambda ps=small: torch.nn.utils.clip_grad_norm_(ps, 1e30),
+            }
+            race(findings, name, contestants, 64 * count * dtype.itemsize, host_seconds)
+            del params, small
+    n, count = (1 << 10, 4) if DRY else (1 << 24, 16)
+    steps: dict[str, Callable[[], Any]] = {}
+    for name in ("GradClipper", "clip_grad_norm_, initlab", "clip_grad_norm_, torch", "no clipping"):
+        params = _with_gradients([torch.randn(n, device=DEVICE) for _ in range(count)])
+        optimizer = torch.optim.AdamW(params, fused=True)
+        clip: Callable[[Any, float], Any] | None = None
+        if name == "GradClipper":
+            initlab.GradClipper(optimizer, 1.0)
+        elif name != "no clipping":
+            clip = initlab.clip_grad_norm_ if name.endswith("initlab") else torch.nn.utils.clip_grad_norm_
+
+        def step(params: Any = params, optimizer: Any = optimizer, clip: Any = clip) -> None:
+            if clip is not None:
+                clip(params, 1.0)
+            optimizer.step()
+
+        steps[name] = step
+    # AdamW reads gradient, parameter and two moments, and writes three of them; the norm reads once more.
+    race(findings, "a step of fused AdamW with clipping, float32", steps, 8 * 4 * n * count, seconds)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -411,10 +523,10 @@ def main() -> int:
     for name, value in findings.environment.items():
         print(f"{name:12s} {value}")
     began = time.perf_counter()
-    for step in (check_golden, check_bits, check_tests):
+    for step in (check_golden, check_bits, check_clipping, check_tests):
         step(findings)
     green = all(findings.checks.values())
-    for step in (time_tensors, time_model) if green else ():
+    for step in (time_tensors, time_model, time_clipping) if green else ():
         step(findings)
     if not green:
         findings.notes.append("nothing was timed, because a check failed")

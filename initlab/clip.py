@@ -19,7 +19,7 @@ from torch.nn import utils
 from torch.utils._foreach_utils import _device_has_foreach_support
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from initlab.kernels import Norm, clip_, clip_coefficient, describe, grad_norm
+from initlab.kernels import Gathered, Norm, clip_, clip_coefficient, describe, grad_norm
 
 __all__ = [
     "ClipReport",
@@ -135,15 +135,13 @@ def _taken(given: Tensors) -> _Given:
     return _Given(items, None)
 
 
-def _gradients(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+def _gradients(parameters: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[int]]:
     """The gradients that there are, and the places of their parameters."""
-    gradients, places = [], []
-    for i, p in enumerate(parameters):
-        g = p.grad
-        if g is not None:
-            gradients.append(g)
-            places.append(i)
-    return gradients, places
+    gradients: list[Any] = [p.grad for p in parameters]
+    if type(None) not in set(map(type, gradients)):
+        return gradients, range(len(gradients))
+    places = [i for i, g in enumerate(gradients) if g is not None]
+    return [gradients[i] for i in places], places
 
 
 def _check_policy(nonfinite: str) -> None:
@@ -164,19 +162,22 @@ def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
             raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
 
 
-def _check_strided(tensors: Sequence[Tensor], places: Sequence[int], given: _Given) -> None:
-    if {t.layout for t in tensors} <= {torch.strided}:
-        return
-    i, layout = next((i, t.layout) for i, t in zip(places, tensors, strict=True) if t.layout != torch.strided)
-    raise NotImplementedError(
-        f"{given.label()(i)} has layout {layout}, and torch defines no norm for it; leave it out, or make it dense: "
-        "p.grad = p.grad.to_dense()"
-    )
+def _gathered(tensors: Sequence[Tensor], places: Sequence[int], given: _Given) -> Gathered:
+    try:
+        return Gathered(tensors, places)
+    except NotImplementedError:
+        i, layout = next((i, t.layout) for i, t in zip(places, tensors, strict=True) if t.layout != torch.strided)
+        raise NotImplementedError(
+            f"{given.label()(i)} has layout {layout}, and torch defines no norm for it; leave it out, or make it "
+            "dense: p.grad = p.grad.to_dense()"
+        ) from None
 
 
 def _wrapped(tensors: Iterable[Tensor]) -> bool:
     """Whether some wrap other tensors, as DTensor does: those know what their norm is."""
-    return any(is_traceable_wrapper_subclass(t) for t in tensors if type(t) not in _PLAIN)
+    if set(map(type, tensors)) <= _PLAIN:
+        return False
+    return any(is_traceable_wrapper_subclass(t) for t in tensors)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -238,7 +239,8 @@ def get_total_norm(
     if _wrapped(given.tensors):
         _only_torch(report=report, partial=partial)
         return utils.get_total_norm(given.tensors, p, error_if_nonfinite, foreach)
-    found = _found(given.tensors, range(len(given.tensors)), given, p, report or partial or error_if_nonfinite)
+    gathered = _gathered(given.tensors, range(len(given.tensors)), given)
+    found = grad_norm(gathered, p, look=report or partial or error_if_nonfinite)
     if error_if_nonfinite:
         _raise_if_nonfinite(found.norm, found, given, p)
     if partial:
@@ -304,10 +306,11 @@ def clip_grad_norm_(
         _only_torch(report=report, nonfinite=nonfinite)
         return utils.clip_grad_norm_(given.tensors, largest, p, error_if_nonfinite, foreach)
     raises = error_if_nonfinite or nonfinite == "raise"
-    found = _found(gradients, places, given, p, raises or report)
+    gathered = _gathered(gradients, places, given)
+    found = grad_norm(gathered, p, look=raises or report)
     if raises:
         _raise_if_nonfinite(found.norm if error_if_nonfinite else found.exact, found, given, p)
-    clip_(gradients, found.exact, largest, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
+    clip_(gathered, found.exact, largest, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
     return _report(found, given) if report else found.norm
 
 
@@ -354,10 +357,10 @@ def clip_grads_with_norm_(
         _only_torch(nonfinite=nonfinite)
         utils.clip_grads_with_norm_(given.tensors, largest, norm, foreach)
         return
-    _check_strided(gradients, places, given)
+    gathered = _gathered(gradients, places, given)
     if nonfinite == "raise" and not bool(norm.isfinite()):
         raise RuntimeError(f"total_norm is {float(norm)}, so the gradients cannot be clipped; none was changed")
-    clip_(gradients, norm, largest, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
+    clip_(gathered, norm, largest, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
 
 
 @torch.no_grad()
@@ -386,11 +389,6 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     given = [p for p in _taken(parameters).tensors if p.grad is not None]
     if given:  # torch takes an empty list amiss
         utils.clip_grad_value_(given, value, foreach)
-
-
-def _found(gradients: Sequence[Tensor], places: Sequence[int], given: _Given, p: float, look: bool) -> Norm:
-    _check_strided(gradients, places, given)
-    return grad_norm(gradients, p, look=look, numbers=places)
 
 
 def _report(found: Norm, given: _Given) -> ClipReport:
@@ -563,11 +561,11 @@ class GradClipper:
             return
         if _wrapped(gradients):
             raise NotImplementedError("GradClipper does not take gradients that wrap other tensors, such as DTensor")
-        _check_strided(gradients, places, _Given(parameters, None))
         # A GradScaler leaves its scale here where gradients are still scaled, and always what it has found.
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         scaled = found_inf is not None
-        total = grad_norm(gradients, self.norm_type, numbers=places)
+        gathered = _gathered(gradients, places, self._given())
+        total = grad_norm(gathered, self.norm_type)
         if scale is not None:
             exact = total.exact / scale.to(total.exact.device)
             total = total._replace(exact=exact, norm=exact.to(total.norm.dtype))
@@ -584,10 +582,10 @@ class GradClipper:
             if policy == "skip" and bool(bad):
                 self._hide(parameters)
             else:
-                clip_(gradients, exact, self.max_norm, nonfinite=policy if policy in ("skip", "zero") else "propagate")
+                clip_(gathered, exact, self.max_norm, nonfinite=policy if policy in ("skip", "zero") else "propagate")
             return
         if policy == "zero":
-            clip_(gradients, exact, math.inf, nonfinite="zero")
+            clip_(gathered, exact, math.inf, nonfinite="zero")
         if policy == "skip" or scaled:
             found = bad if found_inf is None else bad | (found_inf.to(bad.device) != 0)
             if not _start_momentum(optimizer) and bool(found):

@@ -22,7 +22,7 @@ if __name__ == "kernels":
 else:
     from .digest import content_sum
     from .engines import eagerly
-    from .grad_norm import Norm, clip_, clip_coefficient, grad_norm
+    from .grad_norm import Gathered, Norm, clip_, clip_coefficient, grad_norm
     from .nonfinite import describe, flag_of
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
@@ -31,6 +31,7 @@ else:
         "STREAM_VERSION",
         "Constant",
         "Draw",
+        "Gathered",
         "Law",
         "Norm",
         "Normal",

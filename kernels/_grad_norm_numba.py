@@ -11,7 +11,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -207,15 +207,29 @@ class _Group:
         return itertools.pairwise(cuts)
 
 
-def _groups(entries: Any) -> list[_Group]:
-    return [_Group(entries, code) for code in sorted(set(entries.code))]
+def _apart(start: np.ndarray[Any, Any], nbytes: np.ndarray[Any, Any]) -> bool:
+    order = start.argsort()
+    return bool(((start + nbytes)[order][:-1] <= start[order][1:]).all())
 
 
-def norm(entries: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class _Plan(NamedTuple):
+    groups: list[_Group]
+    apart: bool  # whether no two tensors share memory
+
+
+def prepare(entries: Any, device: torch.device) -> _Plan:
+    """What `norm` and `scale` work by."""
+    groups = [_Group(entries, code) for code in sorted(set(entries.code))]
+    start = np.concatenate([group.address for group in groups]) if groups else np.empty(0, dtype=np.int64)
+    nbytes = [group.count * _DTYPES[group.code].itemsize for group in groups]
+    return _Plan(groups, _apart(start, np.concatenate(nbytes) if groups else start))
+
+
+def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The 2-norm, its square, the flag word and the number of the first bad tensor; see grad_norm.Norm."""
     power, flag, first = 0.0, 0, -1
     wide: _Group | None = None
-    for group in _groups(entries):
+    for group in plan.groups:
         sums = np.empty(group.units)
         group.run(_sums, sums)
         total = float(sums.sum())
@@ -251,7 +265,7 @@ def norm(entries: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
     )
 
 
-def scale(entries: Any, a: float, b: float) -> None:
-    """Multiply every element by a and then by b, in float32 (float64 ones by a * b), and round once."""
-    for group in _groups(entries):
+def scale(plan: _Plan, a: float, b: float) -> None:
+    """Multiply every element by a and then by b, in float32 (float64 for float64), and round once."""
+    for group in plan.groups:
         group.run(_scale, a, b)

@@ -297,9 +297,11 @@ def scale_units(
 # The host's side
 
 
-class _Table(NamedTuple):
+class _Plan(NamedTuple):
     """Tensors on the device's side, and how the work is cut."""
 
+    device: torch.device
+    apart: bool  # whether no two of them share memory
     table: Tensor
     columns: int
     chunks: int
@@ -309,37 +311,39 @@ class _Table(NamedTuple):
 
 
 # By device, stream and what was asked: gradients lie where they lay in the step before, nearly always.
-_tables: OrderedDict[tuple[torch.device, int, bytes], _Table] = OrderedDict()
+_plans: OrderedDict[tuple[torch.device, int, bytes], _Plan] = OrderedDict()
 _KEPT = 16
 
 
-def _table(entries: Any, device: torch.device) -> _Table:
-    """The table of these tensors; the one of an earlier call where addresses, lengths and dtypes are the same."""
-    given = np.array([entries.address, entries.length, entries.code, entries.number], dtype=np.int64)
+def prepare(entries: Any, device: torch.device) -> _Plan:
+    """The plan of an earlier call where addresses, lengths, dtypes and numbers are the same."""
+    given = np.array(entries, dtype=np.int64)
     stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
     key = (device, stream, given.tobytes())
-    found = _tables.get(key)
+    found = _plans.get(key)
     if found is None:
-        found = _tables[key] = _make_table(given, device)
-        while len(_tables) > _KEPT:
-            _tables.popitem(last=False)
+        found = _plans[key] = _make_plan(given, device)
+        while len(_plans) > _KEPT:
+            _plans.popitem(last=False)
     else:
-        _tables.move_to_end(key)
+        _plans.move_to_end(key)
     return found
 
 
-def _make_table(given: np.ndarray[Any, Any], device: torch.device) -> _Table:
+def _make_plan(given: np.ndarray[Any, Any], device: torch.device) -> _Plan:
     address, length, code, number = given[:, np.argsort(given[2] == _FLOAT64.value, kind="stable")]
     size = _ITEMSIZE[code]
+    order = address.argsort()
+    apart = bool(((address + length * size)[order][:-1] <= address[order][1:]).all())
     begin = address % 16 // size
     end = begin + length
     elements = int(length.sum())
     chunks = max(1, elements // (UNITS * CHUNK))
     units = (end + (chunks * CHUNK - 1)) // (chunks * CHUNK)
     ends = units.cumsum()
-    table = np.stack([ends - units, address - begin * size, begin, end, code, number])
+    table = on_device([np.stack([ends - units, address - begin * size, begin, end, code, number])], device)
     narrow = int(units[code != _FLOAT64.value].sum())
-    return _Table(on_device([table], device), len(length), chunks, narrow, int(ends[-1]), elements)
+    return _Plan(device, apart, table, len(length), chunks, narrow, int(units.sum()), elements)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -351,36 +355,30 @@ def _launch(kernel: Any, units: int, *arguments: Any, **constants: Any) -> None:
         kernel[(units,)](*arguments, **constants, num_warps=WARPS)
 
 
-def norm(entries: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The 2-norm, its square, the flag word and the number of the first bad tensor; see grad_norm.Norm."""
-    with torch.inference_mode(False):
-        results = torch.empty(5, dtype=torch.int64, device=device)
-        if not entries.address:
-            results.copy_(torch.tensor([0, 0, 0, -1, 0]))
-        else:
-            t = _table(entries, device)
-            sums = torch.empty(5 * t.units, dtype=torch.float64, device=device)
-            # Below it, squares that float32 rounds to subnormals could weigh 1e-7 in the total.
-            sound = max(1e-30, t.elements * 1e-38)
-            with _on(device):
-                table = (t.table, t.columns, t.chunks)
-                _launch(norm_units, t.narrow, *table, 0, sums, WIDE=False, CHUNK=CHUNK)
-                _launch(norm_units, t.units - t.narrow, *table, t.narrow, sums, WIDE=True, CHUNK=CHUNK)
-                _launch(finish_norm, 1, sums, t.units, sound, results)
-                _launch(look_units, t.units, *table, t.units, results, sums, CHUNK=CHUNK, SMALL=SMALL)
-                _launch(finish_look, 1, sums, t.units, results)
+    units, table = plan.units, (plan.table, plan.columns, plan.chunks)
+    # Below it, squares that float32 rounds to subnormals could weigh 1e-7 in the total.
+    sound = max(1e-30, plan.elements * 1e-38)
+    with torch.inference_mode(False), _on(plan.device):
+        results = torch.empty(5, dtype=torch.int64, device=plan.device)
+        sums = torch.empty(5 * units, dtype=torch.float64, device=plan.device)
+        _launch(norm_units, plan.narrow, *table, 0, sums, WIDE=False, CHUNK=CHUNK)
+        _launch(norm_units, units - plan.narrow, *table, plan.narrow, sums, WIDE=True, CHUNK=CHUNK)
+        _launch(finish_norm, 1, sums, units, sound, results)
+        _launch(look_units, units, *table, units, results, sums, CHUNK=CHUNK, SMALL=SMALL)
+        _launch(finish_look, 1, sums, units, results)
         reals = results.view(torch.float64)
         return reals[0], reals[1], results[2].to(torch.int32), results[3]
 
 
-def scale(entries: Any, device: torch.device, norm: Tensor, max_norm: float, policy: str) -> None:
+def scale(plan: _Plan, norm: Tensor, max_norm: float, policy: str) -> None:
     """Multiply every element by min(1, max_norm / (norm + 1e-6)); `norm` is 0-d, on the device."""
-    t = _table(entries, device)
-    high = float(torch.tensor(max_norm, dtype=torch.float32))  # a launch takes numbers as float32
+    high = float(np.float32(max_norm))  # a launch takes numbers as float32
     low = max_norm - high if abs(high) < float("inf") else 0.0
-    with _on(device):
-        for wide, first, units in ((False, 0, t.narrow), (True, t.narrow, t.units - t.narrow)):
+    with _on(plan.device):
+        for wide, first, units in ((False, 0, plan.narrow), (True, plan.narrow, plan.units - plan.narrow)):
             _launch(
-                scale_units, units, t.table, t.columns, t.chunks, first, norm, high, low,
+                scale_units, units, plan.table, plan.columns, plan.chunks, first, norm, high, low,
                 POLICY=policy, WIDE=wide, CHUNK=CHUNK,
             )  # fmt: skip

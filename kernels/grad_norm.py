@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ POLICIES = ("propagate", "skip", "zero")
 # What the engines read, and the real dtype of complex elements, which are read as two.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
+_KNOWN = {*_CODES, *_PARTS}
 _PLAIN = {Tensor, torch.nn.Parameter}
 # Below it a coefficient is applied as two factors, the first a power of two: as one it might be subnormal in float32.
 _SMALL, _FIRST = 2.0**-100, 2.0**-64
@@ -76,18 +77,81 @@ class Entries(NamedTuple):
     number: list[int]  # by which the caller knows the tensor
 
 
-def grad_norm(
-    tensors: Sequence[Tensor], norm_type: float = 2.0, *, look: bool = True, numbers: Sequence[int] | None = None
-) -> Norm:
+class _Here:
+    """The tensors on one device."""
+
+    __slots__ = ("device", "engine", "numbers", "plan", "rest", "tensors")
+
+    def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int], device: torch.device) -> None:
+        self.tensors, self.numbers, self.device = tensors, numbers, device
+        self.engine = _engine(tensors, device)
+        # Tensors that fill a stretch of memory are the engine's to read and write as they lie; the rest is not.
+        self.rest: Sequence[Tensor] = ()
+        self.plan: Any = None
+        if self.engine is not None:
+            mine, numbers = tensors, list(numbers)
+            if not all(map(Tensor.is_contiguous, tensors)):
+                dense = [t.is_contiguous() or _is_dense(t) for t in tensors]
+                self.rest = [t for t, whole in zip(tensors, dense, strict=True) if not whole]
+                mine = [t for t, whole in zip(tensors, dense, strict=True) if whole]
+                numbers = [n for n, whole in zip(numbers, dense, strict=True) if whole]
+            self.plan = self.plan_of(mine, numbers)
+
+    def plan_of(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
+        """What the engine works by. None where a tensor has no memory of its own, as in torch.func's transforms."""
+        entries = _entries(tensors, numbers)
+        if entries is None or self.engine is None:
+            self.engine = None
+            return None
+        return self.engine.prepare(entries, self.device)
+
+
+class Gathered:
+    """Tensors, checked and sorted out once, for `grad_norm` and then `clip_`.
+
+    Args:
+        tensors: floating or complex, strided; any shapes, devices and dtypes, also mixed. They must stay as they are,
+            but for their values.
+        numbers: by which `Norm.first` names them, ascending; by default their places in the sequence.
+
+    Raises:
+        RuntimeError: for a tensor that is neither floating nor complex.
+        NotImplementedError: for a tensor that is not strided.
+
+    Example:
+        >>> import torch
+        >>> from initlab.kernels import Gathered, clip_, grad_norm
+        >>> x = torch.tensor([3.0, 4.0])
+        >>> both = Gathered([x])
+        >>> clip_(both, grad_norm(both).exact, max_norm=2.5)
+        >>> x
+        tensor([1.5000, 2.0000])
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int] | None = None) -> None:
+        self.tensors = tensors
+        self.dtypes = {t.dtype for t in tensors}
+        _check(tensors, self.dtypes)
+        numbers = range(len(tensors)) if numbers is None else numbers
+        devices = [t.device for t in tensors]
+        distinct = list(dict.fromkeys(devices))
+        if len(distinct) == 1:
+            self.here = [_Here(tensors, numbers, distinct[0])]
+            return
+        self.here = []
+        for device in distinct:
+            places = [i for i, d in enumerate(devices) if d == device]
+            self.here.append(_Here([tensors[i] for i in places], [numbers[i] for i in places], device))
+
+
+def grad_norm(tensors: Sequence[Tensor] | Gathered, norm_type: float = 2.0, *, look: bool = True) -> Norm:
     """The p-norm of tensors, as if they were one vector.
 
     Args:
-        tensors: floating or complex, strided; any shapes, devices and dtypes, also mixed. The 2-norm has engines of
-            its own; for others plain torch reads, in float64.
+        tensors: as for `Gathered`. The 2-norm has engines of its own; for others plain torch reads, in float64.
         norm_type: p, any number; inf and -inf give the largest and the smallest |x|, 0 what torch gives: how many
             tensors hold a non-zero.
         look: whether the flag word is wanted even where it costs reads, as on devices that plain torch serves.
-        numbers: by which `first` names the tensors, ascending; by default their places in the sequence.
 
     Returns:
         See Norm. The 2-norm is within 1e-6 of the true one wherever it fits its dtype, also where squares overflow
@@ -109,31 +173,27 @@ def grad_norm(
         tensor(5.)
     """
     p = float(norm_type)
-    _check(tensors)
-    if not tensors:
+    gathered = tensors if isinstance(tensors, Gathered) else Gathered(tensors)
+    if not gathered.tensors:
         zero = torch.zeros((), dtype=torch.float64)
         none = torch.full((), -1, dtype=torch.int64)
         return Norm(zero.to(torch.float32), zero, zero, torch.zeros((), dtype=torch.int32), none)
-    home = tensors[0].device
-    parts = []
-    for device, places in _by_device(tensors):
-        here = [tensors[i] for i in places]
-        engine = _engine(here, device) if p == 2.0 else None
-        called = places if numbers is None else [numbers[i] for i in places]
-        part = _norm_by(engine, here, called, device) if engine is not None else None
-        parts.append(_norm_by_torch(here, called, p, look) if part is None else part)
-    total = parts[0] if len(parts) == 1 else _combined([_moved(part, home) for part in parts], p)
-    wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    parts = [_norm_here(here, p, look) for here in gathered.here]
+    total = parts[0]
+    if len(parts) > 1:
+        home = gathered.tensors[0].device
+        total = _combined([_moved(part, home) for part in parts], p)
+    wide = not gathered.dtypes.isdisjoint((torch.float64, torch.complex128))
     norm = total.exact.to(torch.float64 if wide else torch.float32)
     exact = total.exact if wide else torch.where(norm.isfinite(), norm.to(total.exact.dtype), total.exact)
     return Norm(norm, exact, total.power, total.flag, total.first)
 
 
-def clip_(tensors: Sequence[Tensor], norm: Tensor, max_norm: float, *, nonfinite: str = "propagate") -> None:
+def clip_(tensors: Sequence[Tensor] | Gathered, norm: Tensor, max_norm: float, *, nonfinite: str = "propagate") -> None:
     """Multiply tensors in place by min(1, max_norm / (norm + 1e-6)).
 
     Args:
-        tensors: as for `grad_norm`.
+        tensors: as for `Gathered`.
         norm: 0-d, floating, on any device: `Norm.exact` of these tensors, or of more.
         max_norm: the largest norm that is left as it is.
         nonfinite: what a norm that is NaN or infinite does. "propagate": what the formula says, so NaN everywhere or
@@ -154,25 +214,23 @@ def clip_(tensors: Sequence[Tensor], norm: Tensor, max_norm: float, *, nonfinite
     """
     if nonfinite not in POLICIES:
         raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(POLICIES)}")
-    _check(tensors)
+    gathered = tensors if isinstance(tensors, Gathered) else Gathered(tensors)
     tracing = torch.compiler.is_compiling()  # which knows no inference mode
-    if not tracing and not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+    if not tracing and not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, gathered.tensors)):
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed; "
             "clip inside torch.inference_mode(), or clip clones"
         )
     max_norm = float(max_norm)
     with torch.no_grad():
-        for device, places in _by_device(tensors):
-            here = [tensors[i] for i in places]
-            engine = _engine(here, device)
-            there = norm.detach().to(device)
-            if engine is not None and engine.ON_DEVICE:
-                _scale_on_device(engine, here, there, max_norm, nonfinite)
+        for here in gathered.here:
+            there = norm.detach().to(here.device)
+            if here.engine is not None and here.engine.ON_DEVICE:
+                _scale_on_device(here, there, max_norm, nonfinite)
             elif _visible(there):
-                _scale_seen(engine, here, float(there), max_norm, nonfinite)
+                _scale_seen(here, float(there), max_norm, nonfinite)
             else:
-                _scale_unseen(here, there, max_norm, nonfinite)
+                _scale_unseen(here.tensors, there, max_norm, nonfinite)
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -195,8 +253,8 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 # Checks and choices
 
 
-def _check(tensors: Sequence[Tensor]) -> None:
-    if {t.layout for t in tensors} <= {torch.strided} and {t.dtype for t in tensors} <= {*_CODES, *_PARTS}:
+def _check(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> None:
+    if {t.layout for t in tensors} <= {torch.strided} and dtypes <= _KNOWN:
         return
     for i, t in enumerate(tensors):
         what = f"tensor {i} of shape {tuple(t.shape)}"
@@ -206,18 +264,11 @@ def _check(tensors: Sequence[Tensor]) -> None:
             raise RuntimeError(f"{what} has dtype {t.dtype}; norms and clipping need floating or complex tensors")
 
 
-def _by_device(tensors: Sequence[Tensor]) -> list[tuple[torch.device, list[int]]]:
-    places: dict[torch.device, list[int]] = {}
-    for i, t in enumerate(tensors):
-        places.setdefault(t.device, []).append(i)
-    return list(places.items())
-
-
 def _engine(tensors: Sequence[Tensor], device: torch.device) -> ModuleType | None:
     """What serves tensors on one device; None for plain torch, which also traces, captures and takes subclasses."""
-    if torch.compiler.is_compiling() or not {type(t) for t in tensors} <= _PLAIN:
+    if torch.compiler.is_compiling() or not set(map(type, tensors)) <= _PLAIN:
         return None
-    if not {t.dtype for t in tensors} <= {*_CODES, *_PARTS}:
+    if not {t.dtype for t in tensors} <= _KNOWN:
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None  # a graph would read the engine's table again from memory that is gone
@@ -246,12 +297,12 @@ def _visible(tensor: Tensor) -> bool:
 
 def _entries(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Entries | None:
     """None where one of them has no memory of its own, as in torch.func's transforms."""
-    address, count = [t.data_ptr() for t in tensors], [t.numel() for t in tensors]
-    code = [_CODES.get(t.dtype, -1) for t in tensors]
+    address, count = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
+    code: list[Any] = [_CODES.get(t.dtype) for t in tensors]
     number = list(numbers)
-    if -1 in code:
+    if None in code:
         for i, t in enumerate(tensors):
-            if code[i] == -1:
+            if code[i] is None:
                 code[i] = _CODES[_PARTS[t.dtype]]
                 count[i] *= 2
     if 0 in count:
@@ -275,14 +326,16 @@ def _is_dense(tensor: Tensor) -> bool:
 # The norm
 
 
-def _norm_by(
-    engine: ModuleType, tensors: Sequence[Tensor], numbers: Sequence[int], device: torch.device
-) -> _Part | None:
-    gathered = [t if t.is_contiguous() or _is_dense(t) else t.detach().contiguous() for t in tensors]
-    entries = _entries(gathered, numbers)
-    if entries is None:
-        return None
-    return _Part(*engine.norm(entries, device))
+def _norm_here(here: _Here, p: float, look: bool) -> _Part:
+    if here.engine is None or p != 2.0:
+        return _norm_by_torch(here.tensors, here.numbers, p, look)
+    plan, copies = here.plan, here.tensors
+    if here.rest:
+        copies = [t if t.is_contiguous() or _is_dense(t) else t.detach().contiguous() for t in here.tensors]
+        plan = here.plan_of(copies, here.numbers)
+    part = _Part(*here.engine.norm(plan))
+    del copies  # until here: a plan knows addresses only
+    return part
 
 
 def _norm_by_torch(tensors: Sequence[Tensor], numbers: Sequence[int], p: float, look: bool) -> _Part:
@@ -352,36 +405,44 @@ def _combined(parts: Sequence[_Part], p: float) -> _Part:
 # Scaling
 
 
-def _scale_seen(
-    engine: ModuleType | None, tensors: Sequence[Tensor], norm: float, max_norm: float, nonfinite: str
-) -> None:
+def _scale_seen(here: _Here, norm: float, max_norm: float, nonfinite: str) -> None:
     """Where the norm can be looked at."""
     if not math.isfinite(norm) and nonfinite != "propagate":
         if nonfinite == "zero":
-            for t in tensors:
+            for t in here.tensors:
                 t.zero_()
         return
     c = max_norm / (norm + EPSILON)
     if c >= 1.0:
         return
     a, b = (_FIRST, c / _FIRST) if 0.0 < abs(c) < _SMALL else (1.0, c)
-    entries, rest = (None, tensors) if engine is None else _in_memory(tensors)
-    if engine is not None and entries is not None:
-        engine.scale(entries, a, b)
+    rest = here.tensors
+    if here.engine is not None and here.plan.apart:
+        _count_as_written(here)
+        here.engine.scale(here.plan, a, b)
+        rest = here.rest
     for t in rest:
         if a != 1.0:
             t.mul_(a)
         t.mul_(b)
 
 
-def _scale_on_device(
-    engine: ModuleType, tensors: Sequence[Tensor], norm: Tensor, max_norm: float, nonfinite: str
-) -> None:
-    entries, rest = _in_memory(tensors)
-    if entries is not None:
-        engine.scale(entries, norm.device, norm, max_norm, nonfinite)
+def _scale_on_device(here: _Here, norm: Tensor, max_norm: float, nonfinite: str) -> None:
+    rest = here.tensors
+    if here.engine is not None and here.plan.apart:
+        _count_as_written(here)
+        here.engine.scale(here.plan, norm, max_norm, nonfinite)
+        rest = here.rest
     if rest:
         _scale_unseen(rest, norm, max_norm, nonfinite)
+
+
+def _count_as_written(here: _Here) -> None:
+    """Move version counters on, as autograd sees nothing of what an engine writes. Inference tensors have none."""
+    tensors = here.tensors
+    if torch.is_inference_mode_enabled():
+        tensors = [t for t in tensors if not t.is_inference()]
+    torch.autograd.graph.increment_version(tensors)
 
 
 def _scale_unseen(tensors: Sequence[Tensor], norm: Tensor, max_norm: float, nonfinite: str) -> None:
@@ -394,25 +455,3 @@ def _scale_unseen(tensors: Sequence[Tensor], norm: Tensor, max_norm: float, nonf
         t.mul_(c)
         if nonfinite == "zero":
             t.masked_fill_(bad, 0.0)
-
-
-def _in_memory(tensors: Sequence[Tensor]) -> tuple[Entries | None, Sequence[Tensor]]:
-    """What an engine may write, counted as written, and the tensors that are left to torch."""
-    dense = [t.is_contiguous() or _is_dense(t) for t in tensors]
-    written = [t for t, whole in zip(tensors, dense, strict=True) if whole]
-    entries = _entries(written, range(len(written)))
-    if entries is None or not entries.address or _meet(entries):
-        return None, tensors  # torch takes one after the other
-    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
-    return entries, [t for t, whole in zip(tensors, dense, strict=True) if not whole]
-
-
-def _meet(entries: Entries) -> bool:
-    """Whether two of the tensors share memory, as where one is given twice."""
-    if len(entries.address) < 2:
-        return False
-    size = {code: dtype.itemsize for dtype, code in _CODES.items()}
-    start = torch.tensor(entries.address, dtype=torch.int64, device="cpu")
-    length = torch.tensor([n * size[code] for n, code in zip(entries.length, entries.code, strict=True)], device="cpu")
-    start, order = start.sort()
-    return bool((start[1:] < (start + length[order])[:-1]).any())

@@ -1,5 +1,6 @@
 """kernels/grad_norm.py on every engine: norms against float64 (and exact) arithmetic, scaling, flags, odd tensors."""
 
+import importlib
 import math
 from fractions import Fraction
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from initlab.kernels import clip_, clip_coefficient, flag_of, grad_norm
+from initlab.kernels import Gathered, clip_, clip_coefficient, flag_of, grad_norm
 
 ENGINES = pytest.mark.parametrize("engine", ["torch", "numba", "triton"], indirect=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -116,6 +117,8 @@ def test_a_norm_beyond_float32_is_kept_in_exact(engine):
 @pytest.mark.parametrize("p", [1.0, 0.5, 1.5, 3.0, math.inf, -math.inf, 0.0, -1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
 def test_other_norms_are_torchs(engine, p, dtype):
+    if dtype.is_complex and p == 0.0:
+        pytest.skip("torch itself warns that it drops imaginary parts")
     torch.manual_seed(2)
     tensors = [torch.randn(n).to(dtype) for n in (3, 50, 1)]
     wide = [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in tensors]
@@ -162,7 +165,7 @@ def test_planted_values_are_found_wherever_they_are(engine, dtype):
                 assert math.isnan(float(found.norm)) if word == 1 else float(found.norm) == math.inf
     tensors = [torch.randn(m).to(dtype) for m in sizes]
     tensors[1][9], tensors[3][8199], tensors[2][0] = -math.inf, math.nan, math.inf
-    found = grad_norm(tensors, numbers=[10, 20, 30, 40])
+    found = grad_norm(Gathered(tensors, [10, 20, 30, 40]))
     assert (int(found.flag), int(found.first)) == (7, 20)
     assert math.isnan(float(found.norm))
 
@@ -350,11 +353,12 @@ def test_equal_bits_for_any_number_of_threads(serving, threads):
 def test_tasks_cover_every_unit_once(serving):
     pytest.importorskip("numba")
     from initlab.kernels import _grad_norm_numba as engine
-    from initlab.kernels.grad_norm import _entries
+
+    op = importlib.import_module("initlab.kernels.grad_norm")
 
     torch.manual_seed(7)
     tensors = [torch.empty(int(n)) for n in torch.randint(1, 200_000, (300,))] + [torch.empty(5_000_000)]
-    group = engine._Group(_entries(tensors, range(len(tensors))), 0)
+    group = engine._Group(op._entries(tensors, range(len(tensors))), 0)
     tasks = list(group._tasks())
     assert [low for low, _ in tasks[1:]] == [high for _, high in tasks[:-1]]
     assert (tasks[0][0], tasks[-1][1]) == (0, group.units)
@@ -466,9 +470,9 @@ def test_a_table_is_made_once_for_the_same_gradients(serving, monkeypatch):
         from initlab.kernels import _grad_norm_triton as engine
 
         made = []
-        monkeypatch.setattr(engine, "_tables", type(engine._tables)())
-        make = engine._make_table
-        monkeypatch.setattr(engine, "_make_table", lambda *given: made.append(1) or make(*given))
+        monkeypatch.setattr(engine, "_plans", type(engine._plans)())
+        make = engine._make_plan
+        monkeypatch.setattr(engine, "_make_plan", lambda *given: made.append(1) or make(*given))
         tensors = [torch.randn(9), torch.randn(5000)]
         for _ in range(3):
             clip_(tensors, grad_norm(tensors).exact, 1.0)
@@ -480,7 +484,7 @@ def test_a_table_is_made_once_for_the_same_gradients(serving, monkeypatch):
             other = torch.randn(3)
             tensors.append(other)
             grad_norm([other])
-        assert len(engine._tables) == engine._KEPT
+        assert len(engine._plans) == engine._KEPT
 
 
 def test_units_of_several_chunks(serving, monkeypatch):
@@ -489,7 +493,7 @@ def test_units_of_several_chunks(serving, monkeypatch):
         from initlab.kernels import _grad_norm_triton as engine
 
         monkeypatch.setattr(engine, "UNITS", 2)
-        monkeypatch.setattr(engine, "_tables", type(engine._tables)())
+        monkeypatch.setattr(engine, "_plans", type(engine._plans)())
         torch.manual_seed(9)
         tensors = [torch.randn(n) for n in (4096 * 7 + 5, 3, 4096 * 2)] + [torch.randn(30_000).bfloat16()[1:]]
         tensors.append(torch.randn(9001, dtype=torch.float64))

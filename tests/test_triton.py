@@ -4,11 +4,8 @@ On a machine without a GPU the kernels run in Triton's interpreter, on CPU tenso
 """
 
 import itertools
-import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -353,77 +350,3 @@ def test_a_graph_cannot_capture_a_fill(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph.*before the capture"):
         sampling._fill_together([], torch.device("cuda"))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Compiled, without a GPU
-
-
-@pytest.fixture(scope="module")
-def costs(tmp_path_factory):
-    """What static_cost.py finds, in a process where kernels are compiled, not interpreted."""
-    script = Path(__file__).parent.parent / "benchmarks" / "static_cost.py"
-
-    def costs(targets, *kernels):
-        file = tmp_path_factory.mktemp("cost") / "cost.json"
-        command = [sys.executable, script, "--json", file, *(f"--target={target}" for target in targets), *kernels]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(file.read_text())
-
-    return costs
-
-
-BOUNDS = {  # instructions per element of sm_90's path of full blocks: float32, bfloat16
-    "uniform": (19, 20),
-    "normal": (45, 46),
-    "centre": (65, 65),
-    "narrow": (65, 65),
-    "tail": (100, 100),
-    "far": (100, 100),
-    "constant": (3, 3),
-}
-
-
-def test_full_blocks_on_hopper(costs):
-    found = costs(["sm_90"], *(f"{name}: full blocks" for name in BOUNDS))
-    for cost in found:
-        name = cost["kernel"].partition(":")[0]
-        assert cost["local_bytes"] == 0, cost
-        assert not cost["fused"], cost
-        assert set(cost["stores"]) == {"STG.E.128"}, cost
-        if cost["element"] in ("fp32", "bf16"):
-            assert cost["per_element"] <= BOUNDS[name][cost["element"] == "bf16"], cost
-    assert {cost["kernel"].partition(":")[0] for cost in found} == set(BOUNDS)
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_kernels_compile_for_every_target(target, costs):
-    for cost in costs([target], "normal: full blocks"):
-        assert not cost["fused"], cost
-    for cost in costs([target], "uniform: kernel", "normal: kernel", "tail: kernel", "table lookup"):
-        assert cost["local_bytes"] == 0, cost
-        assert not cost["fused"] or target == "gfx942", cost  # whose integer division goes through floats
-        if cost["kernel"] != "table lookup":
-            assert {"buffer_store_dwordx4", "STG.E.128"} & set(cost["stores"]), cost
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="make gpu does the real thing")
-def test_a_dry_run_of_the_gpu_script(tmp_path):
-    """The script reaches its end, says that its figures mean nothing, and saves what it found."""
-    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
-    command = [sys.executable, script, "--dry", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert all(found["checks"].values())
-    assert {row["contestant"] for row in found["timings"]} >= {"initlab", "torch.nn.init", "fill_", "init_model_"}
-    assert "A dry run: no GPU" in (tmp_path / "out" / "gpu.md").read_text()
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="there is a GPU")
-def test_the_gpu_script_without_a_gpu():
-    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 64
-    assert "--dry runs this script without one" in done.stderr
