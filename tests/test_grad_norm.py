@@ -1,6 +1,7 @@
 """kernels/grad_norm.py on every engine: norms against float64 (and exact) arithmetic, scaling, flags, odd tensors."""
 
 import importlib
+import itertools
 import math
 from fractions import Fraction
 
@@ -67,6 +68,22 @@ def test_dtypes_mix(engine):
     assert close(float(found.norm), exact_norm(tensors))
     narrow = [t for t in tensors if t.dtype not in (torch.float64, torch.complex128)]
     assert grad_norm(narrow).norm.dtype == torch.float32
+
+
+@ENGINES
+@pytest.mark.parametrize("small", [1e-200, 1e-300, 0.0, 1e200])
+def test_float64_that_needs_a_second_look_beside_others(engine, small):
+    tensors = [torch.tensor([3.0]), torch.tensor([small], dtype=torch.float64), torch.tensor([4.0]).half()]
+    assert close(float(grad_norm(tensors).norm), exact_norm(tensors), 1e-14)
+
+
+@ENGINES
+def test_the_first_bad_tensor_of_several_dtypes(engine):
+    """Whichever dtype is looked at first."""
+    for first, second in itertools.permutations((torch.float32, torch.bfloat16, torch.float16, torch.float64), 2):
+        tensors = [torch.ones(3, dtype=d) for d in (second, first, second, first)]
+        tensors[1][2], tensors[2][0] = math.inf, math.nan
+        assert (int(grad_norm(tensors).flag), int(grad_norm(tensors).first)) == (3, 1)
 
 
 # Largest and smallest exponents of two at which a norm of a few thousand such elements still fits the dtype.
