@@ -114,7 +114,7 @@ def test_magnitudes_from_the_smallest_subnormal_to_the_largest(engine, dtype):
 @ENGINES
 def test_big_middling_and_tiny_float64_in_one(engine):
     mixtures = ([1e300, 1e-300, 1.0], [1e-170, 2e-160, 3e-155], [1e160, 1e150, 1e140], [1e-320, 1e-310])
-    for values in (*mixtures, [2.0**-511, 2.0**-512]):
+    for values in (*mixtures, [2.0**-511, 2.0**-512], [1.01 * 2.0**486, 0.99 * 2.0**486]):
         tensors = [torch.tensor([x], dtype=torch.float64) for x in values]
         assert close(float(grad_norm(tensors).norm), exact_norm(tensors), 1e-14), values
 
@@ -502,6 +502,21 @@ def test_a_table_is_made_once_for_the_same_gradients(serving, monkeypatch):
             tensors.append(other)
             grad_norm([other])
         assert len(engine._plans) == engine._KEPT
+
+
+def test_chunks_begin_at_multiples_of_16_bytes(serving):
+    """Which the kernels tell the compiler, and the interpreter does not check."""
+    with serving("triton"):
+        from initlab.kernels import _grad_norm_triton as engine
+
+        for dtype in DTYPES:
+            for offset in range(9):
+                x = torch.zeros(20_000, dtype=dtype)[offset:]
+                plan = engine.prepare(([x.data_ptr()], [x.numel()], [DTYPES.index(dtype)], [0]), x.device)
+                first_unit, address, begin, end, code, number = plan.table.view(6, 1)[:, 0].tolist()
+                assert address % 16 == 0
+                assert address + begin * dtype.itemsize == x.data_ptr()
+                assert (first_unit, end - begin, code, number) == (0, x.numel(), DTYPES.index(dtype), 0)
 
 
 def test_units_of_several_chunks(serving, monkeypatch):
