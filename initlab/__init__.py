@@ -18,6 +18,7 @@ from . import init, recipes  # noqa: E402
 from .model import init_model_, not_loaded, plan_model  # noqa: E402
 from .report import InitReport, model_digest  # noqa: E402
 from .swap import swap  # noqa: E402
+from .watch import watch  # noqa: E402
 
-__all__ = ["InitReport", "init", "init_model_", "model_digest", "not_loaded", "plan_model", "recipes", "swap"]
+__all__ = ["InitReport", "init", "init_model_", "model_digest", "not_loaded", "plan_model", "recipes", "swap", "watch"]
 __version__ = "0.1.0"

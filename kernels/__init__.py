@@ -22,19 +22,22 @@ if __name__ == "kernels":
 else:
     from .digest import content_sum
     from .engines import eagerly
-    from .nonfinite import describe, flag_of
+    from .nonfinite import NEGATIVE_INF, FlagBuffer, add_flag_, describe, flag_of, looks_finite, quick_flag
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
 
     __all__ = [
+        "NEGATIVE_INF",
         "STREAM_VERSION",
         "Constant",
         "Draw",
+        "FlagBuffer",
         "Law",
         "Normal",
         "Region",
         "TruncatedNormal",
         "Uniform",
+        "add_flag_",
         "content_sum",
         "describe",
         "eagerly",
@@ -42,5 +45,7 @@ else:
         "fill_",
         "flag_of",
         "generator_key",
+        "looks_finite",
         "named_key",
+        "quick_flag",
     ]
