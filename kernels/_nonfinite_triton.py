@@ -18,13 +18,10 @@ _INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
 def flags_of(x):
     """The flag word of every element."""
+    if x.dtype != tl.float64:  # the interpreter compares the bits of a bfloat16
+        x = x.to(tl.float32)
     infinite = tl.where(x == _INF, _POSITIVE_INF, tl.where(x == -_INF, _NEGATIVE_INF, 0))
     return tl.where(x != x, _NAN, infinite)
 
@@ -42,8 +39,8 @@ def add_flag(flags, x, elements, CHUNK: tl.constexpr):
     if chunk == whole:  # the program whose turn it would be takes the tail
         at = chunk * CHUNK + place
         seen |= flags_of(tl.load(x + at, mask=at < elements, other=0.0))
-    word = tl.reduce(seen, 0, _or)
-    if word != 0:
+    if tl.max(seen, 0) != 0:
+        word = tl.max(seen & _NAN, 0) | tl.max(seen & _POSITIVE_INF, 0) | tl.max(seen & _NEGATIVE_INF, 0)
         tl.atomic_or(flags, word)
 
 
