@@ -75,10 +75,9 @@ class Fault:
         else:
             name = f"module {self.module!r}" if self.module else "the model itself"
             who = f"{name} ({self.kind}{f', call {self.call}' if self.call > 1 else ''})"
-            if self.cause == "held":
-                text = f"{who} held {what} in its {self.tensor}"
-            else:
-                text = f"{who} produced {what} in its {self.tensor}"
+            text = (
+                f"{who} {self.cause} {what} in {'the' if self.tensor.startswith('gradient') else 'its'} {self.tensor}"
+            )
         lines = [f"step {self.step}, {self.phase}: {text}", *self.notes]
         if self.passed_on:
             names = [name or "the model itself" for name in self.passed_on[:5]]
@@ -392,22 +391,20 @@ class _Watcher:
         self.step.calls.append(call)
         self.calls += 1
         role = "input" if call.parent else "data"  # the first tensor of an outermost call; others may be masks
-        device = None
         given: Iterable[tuple[int | str, Any]] = (*enumerate(args), *kwargs.items()) if kwargs else enumerate(args)
         for name, value in given:
             for tensor, path in ((value, ""),) if isinstance(value, Tensor) else _tensors(value):
                 self.take(call.inputs, tensor, call, role, name, path)
                 role = "input"
-                device = device or tensor.device
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            # Where words are read at once there is time enough when an output turns out to be bad.
+            if parameter is not None and (self.backward or parameter.device.type not in _AT_ONCE):
                 self.take(call.held, parameter, call, "parameter", name, "")
-                device = device or parameter.device
-        for name, buffer in module._buffers.items():
+        for name, buffer in module._buffers.items():  # running statistics change in the call, so they cannot wait
             if buffer is not None:
                 self.take(call.held, buffer, call, "buffer", name, "")
         if place.flags_itself:
-            look, device = _Look(call, "output", "output", "", torch.float32), device or torch.device("cpu")
+            look, device = _Look(call, "output", "output", "", torch.float32), _device_of(module, args, kwargs)
             slot = torch.zeros(1, dtype=torch.int32) if device.type in _AT_ONCE else self.step.slot(device, look)
             call.flagged = look, slot
             module.flag_into(slot)  # type: ignore[operator]
@@ -427,10 +424,7 @@ class _Watcher:
             self.leave(output)
 
     def judge(self, call: _Call, module: nn.Module, output: Any) -> None:
-        if module._modules and not call.used_children:  # it used their weights itself, as MultiheadAttention does
-            for child_name, child in module.named_children():
-                for name, parameter in child.named_parameters():
-                    self.take(call.held, parameter, call, "parameter", f"{child_name}.{name}", "")
+        """Look at what a call put out, and then at what it held, if that was not done before it began."""
         if call.flagged is not None:
             look, slot = call.flagged
             self.step.looks.append(look)
@@ -442,6 +436,14 @@ class _Watcher:
             elif tensor.is_floating_point():
                 self.remember(tensor, call.flagged[0])
                 call.outputs.append(call.flagged[0])
+        for name, parameter in module._parameters.items():
+            if parameter is not None and self.step.suspect and not self.backward:
+                self.take(call.held, parameter, call, "parameter", name, "")
+        if module._modules and not call.used_children:  # it used their weights itself, as MultiheadAttention does
+            for child_name, child in module.named_children():
+                for name, parameter in child.named_parameters():
+                    if self.step.suspect or self.backward or parameter.device.type not in _AT_ONCE:
+                        self.take(call.held, parameter, call, "parameter", f"{child_name}.{name}", "")
 
     # One look at a tensor
 
@@ -575,6 +577,13 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[Tensor, str]]:
             yield from _tensors(getattr(value, field.name, None), f"{path}.{field.name}")
 
 
+def _device_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Where a call computes: the device of its first input, or else of its first parameter."""
+    for tensor, _ in _tensors((args, kwargs)):
+        return tensor.device
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
 def _local(tensor: Tensor) -> Tensor | None:
     """What this process holds of a tensor of a subclass: a shard of a DTensor; nothing of fake and lazy tensors."""
     if is_lazy(tensor) or hasattr(tensor, "fake_mode"):
@@ -646,9 +655,10 @@ def watch(
     -inf is no fault where masks have it: in a buffer, or in an argument of the model other than its first tensor. A
     module that puts it out on purpose belongs in `allow`.
 
-    A model compiled by torch.compile is looked into as well: hooks break its graph at each module, so it is compiled
-    anew and runs slower, and `fullgraph=True` raises torch's error. Nothing is looked at under torch.func's transforms,
-    nor inside TorchScript.
+    What torch.compile has compiled calls no hooks that come later, so a compiled model is refused: watch the module
+    that was compiled, `model._orig_mod`, and call the model under `torch.compiler.set_stance("force_eager")`. What is
+    compiled while it is watched gets a graph break at each module, which `fullgraph=True` turns into an error. Nothing
+    is looked at under torch.func's transforms, nor inside TorchScript.
 
     A module that knows its own flag word, as a fused layer does, may have a method `flag_into(slot)`. It is called with
     an int32 tensor of shape (1,) before the module runs, on the device of its first input, to be or-ed with the word
@@ -669,7 +679,7 @@ def watch(
 
     Raises:
         TypeError: if the model is no module, or a selector is neither a name, nor a class of modules, nor a module.
-        ValueError: if a selector selects nothing, or `every` is not positive.
+        ValueError: if a selector selects nothing, `every` is not positive, or the model has compiled parts.
         FloatingPointError: from a call of the model, or at the end of the `with` block, where `every` is given.
 
     Example:
@@ -690,6 +700,13 @@ def watch(
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     if every is not None and (not isinstance(every, int) or every < 1):
         raise ValueError(f"every is {every!r}; it must be a positive number of steps, or None to report only")
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{repr(name) if name else 'the model'} is compiled, and compiled code calls no hooks that come later; "
+                "watch the module that torch.compile was given (model._orig_mod), and call the model under "
+                "torch.compiler.set_stance('force_eager')"
+            )
     names: dict[nn.Module, str] = {}
     for name, module in walk(model):
         names.setdefault(module, name)

@@ -165,7 +165,8 @@ def _launch() -> Callable[[Tensor, Tensor], None]:
 
 def _reals(tensor: Tensor) -> Tensor | None:
     """What there is to look at: a strided, real, floating tensor, outside autograd; None if there is nothing."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_nested:
         if tensor.layout == torch.sparse_coo:
             tensor = tensor._values()  # values() asks for a coalesced tensor, which would be a copy
