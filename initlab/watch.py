@@ -8,6 +8,7 @@ host, from the words and from who got what from whom.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from initlab.kernels import NEGATIVE_INF, FlagBuffer, add_flag_, describe, eagerly, flag_of, looks_finite
@@ -29,6 +31,7 @@ from .naming import matches, walk
 Selector: TypeAlias = str | type[nn.Module] | nn.Module
 
 _PLAIN = (Tensor, nn.Parameter)
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _AT_ONCE = ("cpu",)  # devices whose words the host reads as they are found
 
 
@@ -479,11 +482,14 @@ class _Watcher:
     def find(self, look: _Look, tensor: Tensor) -> None:
         """Find a tensor's flag word, or have the device find it."""
         device = tensor.device
-        if device.type in _AT_ONCE:
-            if not looks_finite(tensor):
-                self.step.note(look, int(flag_of(tensor)))
-        elif device.type != "meta":
-            add_flag_(self.step.slot(device, look), tensor)
+        # Modes that count or cache what the model does, as selective checkpointing does, must not see what we do.
+        modes = torch._C._len_torch_dispatch_stack()
+        with _disable_current_modes() if modes else _NOTHING:
+            if device.type in _AT_ONCE:
+                if not looks_finite(tensor):
+                    self.step.note(look, int(flag_of(tensor)))
+            elif device.type != "meta":
+                add_flag_(self.step.slot(device, look), tensor)
 
     def gradient(self, of: _Look, gradient: Tensor) -> None:
         if self.looking:
@@ -497,6 +503,11 @@ class _Watcher:
 
     def enter(self) -> bool:
         """Begin an outermost call; False if it is not to be looked at."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a watched model cannot be captured in a CUDA graph, whose replays run no hooks; watch steps before "
+                "the capture, and remove the watch for it"
+            )
         with self.lock:
             if self.running == 0:
                 if torch._C._current_graph_task_id() == -1:
@@ -658,7 +669,7 @@ def watch(
     What torch.compile has compiled calls no hooks that come later, so a compiled model is refused: watch the module
     that was compiled, `model._orig_mod`, and call the model under `torch.compiler.set_stance("force_eager")`. What is
     compiled while it is watched gets a graph break at each module, which `fullgraph=True` turns into an error. Nothing
-    is looked at under torch.func's transforms, nor inside TorchScript.
+    is looked at under torch.func's transforms, nor inside TorchScript. The capture of a CUDA graph is refused.
 
     A module that knows its own flag word, as a fused layer does, may have a method `flag_into(slot)`. It is called with
     an int32 tensor of shape (1,) before the module runs, on the device of its first input, to be or-ed with the word
@@ -681,6 +692,7 @@ def watch(
         TypeError: if the model is no module, or a selector is neither a name, nor a class of modules, nor a module.
         ValueError: if a selector selects nothing, `every` is not positive, or the model has compiled parts.
         FloatingPointError: from a call of the model, or at the end of the `with` block, where `every` is given.
+        RuntimeError: from a call of the model in the capture of a CUDA graph.
 
     Example:
         >>> import torch, initlab

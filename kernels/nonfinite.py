@@ -146,20 +146,26 @@ def add_flag_(flags: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _add(flags: Tensor, tensor: Tensor) -> None:
-    if engines.choose(tensor.device, ("torch", "triton")) != "triton":
+    launch = _launch() if engines.choose(tensor.device, ("torch", "triton")) == "triton" else None
+    if launch is None:
         flags.bitwise_or_(flag_of(tensor))
         return
     reals = _reals(tensor)
     if reals is not None:
         if reals.itemsize == 1:
             reals = reals.to(torch.float32)
-        _launch()(flags, reals if _dense(reals) else reals.contiguous())
+        launch(flags, reals if _dense(reals) else reals.contiguous())
 
 
 @functools.cache
-def _launch() -> Callable[[Tensor, Tensor], None]:
-    from ._nonfinite_triton import launch
-
+def _launch() -> Callable[[Tensor, Tensor], None] | None:
+    """The GPU engine; None where Triton is installed, not asked for, and cannot be imported."""
+    try:
+        from ._nonfinite_triton import launch
+    except ImportError:
+        if engines.requested() == "triton":
+            raise
+        return None
     return launch
 
 
@@ -236,7 +242,7 @@ class FlagBuffer:
             host.copy_(block, non_blocking=asynchronous)
         if asynchronous:
             self._event = torch.Event(self.device)
-            self._event.record()
+            self._event.record(torch.accelerator.current_stream(self.device))
 
     def landed(self) -> bool:
         """Whether the copy that `send` started has arrived."""

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 import math
 import sys
@@ -15,6 +16,7 @@ from initlab.kernels import add_flag_
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import initlab
 
@@ -794,6 +796,33 @@ def test_activation_checkpointing(reentrant, backward, how):
     watch.remove()
 
 
+@pytest.mark.parametrize("backward", [True, False])
+def test_selective_checkpointing_does_not_cache_what_watch_computes(backward, how):
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), Apply(lambda x: x * x.sum()), Apply(lambda x: x * x.sum().exp()))
+
+        def forward(self, x):
+            save = functools.partial(
+                create_selective_checkpoint_contexts, lambda *args, **kw: CheckpointPolicy.MUST_SAVE
+            )
+            return checkpoint(self.body, x, use_reentrant=False, context_fn=save)
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(3, 4)
+    model(x).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with initlab.watch(model, backward=backward) as watch, FlopCounterMode(display=False) as flops:
+        model(x).sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+    assert watch.report().fault is None
+    assert flops.get_total_flops() == 3 * 4 * 4 * 2 * 2  # forward, and the weight's gradient
+
+
 def test_wrappers_give_no_names(how):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -852,6 +881,14 @@ def test_compiled_models(how):
     torch.compiler.reset()
     torch.compile(model, backend="eager", fullgraph=True)(x)
     torch.compiler.reset()
+
+
+def test_a_graph_cannot_capture_a_watched_model(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = mlp(nn.Tanh())
+    with initlab.watch(model), pytest.raises(RuntimeError, match=r"cannot be captured.*before the capture"):
+        model(torch.randn(4, 8))
 
 
 def test_lazy_modules_meta_tensors_and_transforms(how):
