@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -383,11 +384,16 @@ class _Watcher:
         if not self.looking:
             return
         stack = self.stack()
+        if stack and place is stack[0].place and _depth() <= self.local.depth:
+            stack.clear()  # it was left by a KeyboardInterrupt, say, which no hook hears of
+            with self.lock:
+                self.running -= 1
         if stack:
             call = _Call(place, stack[-1])
             stack[-1].used_children = True
         elif self.enter():
             call = _Call(place, None)
+            self.local.depth = _depth()
         else:
             return
         stack.append(call)
@@ -417,7 +423,7 @@ class _Watcher:
         if not any(call.place is place for call in stack):
             return  # it began before the watch did, or is not looked at
         call = stack.pop()
-        while call.place is not place:  # a KeyboardInterrupt, say, has passed the hooks of what it called
+        while call.place is not place:  # likewise, but the model itself has caught it
             call = stack.pop()
         if call.flagged is not None:
             module.flag_into(None)  # type: ignore[operator]
@@ -586,6 +592,15 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[Tensor, str]]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _tensors(getattr(value, field.name, None), f"{path}.{field.name}")
+
+
+def _depth() -> int:
+    """How many calls deep this thread is: a model that calls itself is deeper inside the second time."""
+    frame: FrameType | None = sys._getframe()
+    depth = 0
+    while frame is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _device_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

@@ -43,7 +43,7 @@ def test_planted_values(look, dtype):
     for size in SIZES:
         clean = torch.randn(size).to(dtype)
         assert look(clean) == 0
-        for place in {0, size // 2, size - 1}:
+        for place in {0, size // 2, size * 3 // 4, size - 1}:
             for bit, value in VALUES.items():
                 planted = clean.clone()
                 planted[place] = value
@@ -251,11 +251,11 @@ def test_what_the_gpu_kernel_costs(tmp_path):
     pytest.importorskip("triton")
     script = Path(__file__).parent.parent / "benchmarks" / "static_cost.py"
     file = tmp_path / "cost.json"
-    command = [sys.executable, script, "--json", file, "--target", "sm_80", "--target", "sm_90", "flag"]
+    command = [sys.executable, script, "--json", file, "--target", "sm_90", "flag"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     costs = json.loads(file.read_text())
-    assert len(costs) == 16
+    assert len(costs) == 8
     for cost in costs:
         assert cost["local_bytes"] == 0, cost
         assert "LDG.E.128" in cost["loads"], cost

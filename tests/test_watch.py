@@ -412,6 +412,12 @@ def test_masks_are_no_fault(how):
     model = nn.Sequential()
     model.scores, model.forward = Scores(), lambda x, mask: model.scores(x, mask)
     assert fault_of(model, torch.randn(4, 4), mask) is None
+    own = Apply(lambda x: model.scores.add(x, model.scores.mask))
+    own.scores = model.scores
+    own.register_buffer("mask", mask)
+    assert fault_of(own, torch.randn(4, 4)) is None
+    own.function = lambda x: x + own.mask
+    assert fault_of(own, torch.randn(4, 4)) is None
     transformer = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
     mask = nn.Transformer.generate_square_subsequent_mask(5)
     x = torch.randn(2, 5, 8)
@@ -419,6 +425,12 @@ def test_masks_are_no_fault(how):
         transformer(x, x, src_mask=mask, tgt_mask=mask)
     assert watch.report().fault is None
     # But in the data, or where all of a row is masked, it is one.
+    fault = fault_of(mlp(nn.Tanh()), torch.randn(4, 8).log())
+    assert (fault.cause, fault.tensor) == ("given", "input 0 of the model")
+    data = torch.randn(4, 8)
+    data[0, 0] = -INF
+    fault = fault_of(nn.Sequential(Apply(lambda x: x - x.mean())), data)
+    assert (fault.cause, fault.flag) == ("given", 4)
     assert fault_of(model, torch.full((4, 4), -INF), mask[:4, :4]).cause == "given"
     fault = fault_of(model, torch.randn(4, 4), torch.full((4, 4), -INF))
     assert (fault.module, fault.flag) == ("scores", 1)
@@ -652,19 +664,29 @@ def test_hooks_on_parameters_do_not_pile_up():
 def test_exceptions_in_a_module(how):
     """The failed call is closed: what follows is not taken for something inside it."""
 
+    class Silent(BaseException):
+        """Like a KeyboardInterrupt: no hook hears of it."""
+
     class Catching(nn.Module):
-        def __init__(self):
+        def __init__(self, error):
             super().__init__()
-            self.fails, self.bad = Apply(lambda x: [][0]), Apply(lambda x: x / 0.0)
+            self.fails, self.error, self.good = nn.Sequential(Apply(self.fail)), error, nn.Linear(2, 2)
+
+        def fail(self, x):
+            raise self.error
 
         def forward(self, x):
             try:
                 return self.fails(x)
-            except IndexError:
-                return self.bad(x)
+            except self.error:
+                return self.good(x)
 
-    model = nn.Sequential(nn.Linear(2, 2), Catching())
-    assert fault_of(model, torch.ones(1, 2)).module == "1.bad"
+    for error in (IndexError, Silent):
+        model = nn.Sequential(nn.Linear(2, 2), Catching(error), Apply(lambda x: x / 0.0))
+        with initlab.watch(model) as watch:
+            model(torch.ones(1, 2))
+            assert not watch._watcher.local.stack
+        assert watch.report().fault.module == "2"
     model = mlp(Apply(lambda x: [][0]))
     with initlab.watch(model) as watch:
         with pytest.raises(IndexError):
@@ -676,19 +698,43 @@ def test_exceptions_in_a_module(how):
 
 
 def test_interrupted_calls_are_closed(how):
+    """No hook hears of a KeyboardInterrupt; the next call of the model is a new step all the same."""
+
     def interrupt(x):
         raise KeyboardInterrupt
 
     model = mlp(Apply(interrupt))
     with initlab.watch(model) as watch:
-        with pytest.raises(KeyboardInterrupt):
+        for attempt in range(3):
+            model.middle.function = interrupt
+            with pytest.raises(KeyboardInterrupt):
+                model(torch.randn(4, 8))
+            model.middle.function = lambda x: x
             model(torch.randn(4, 8))
-        model.middle.function = lambda x: x
-        model(torch.randn(4, 8))
-        model(torch.randn(4, 8))
+            assert watch.report().steps == 2 * attempt + 2
         model.middle.function = lambda x: x / 0.0
         model(torch.randn(4, 8))
-    assert watch.report().fault.module == "middle"
+    fault = watch.report().fault
+    assert (fault.step, fault.module) == (7, "middle")
+
+
+def test_models_that_call_themselves(how):
+    class Tree(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.leaf = Apply(lambda x: x + 1)
+
+        def forward(self, x, depth=4):
+            return self.leaf(x) if depth == 0 else self(x, depth - 1) - 1
+
+    model = Tree()
+    with initlab.watch(model) as watch:
+        model(torch.ones(2))
+        assert (watch.report().steps, watch.report().calls) == (1, 6)
+        model.leaf.function = lambda x: x.neg().log()
+        model(torch.ones(2))
+    fault = watch.report().fault
+    assert (fault.step, fault.module, fault.call, fault.passed_on) == (2, "leaf", 1, ("",))
 
 
 def test_nested_watches(how):
@@ -783,6 +829,7 @@ def test_activation_checkpointing(reentrant, backward, how):
     assert all(map(torch.equal, *gradients))
     report = watch.report()
     assert (report.fault, report.steps) == (None, 2)
+    assert report.calls > 16 if backward else report.calls == 16  # repeated calls are looked at for gradients only
     if backward:
         inner[3].function = Bad.apply
         model(torch.randn(3, 4)).sum().backward()
