@@ -490,12 +490,17 @@ class _Watcher:
         device = tensor.device
         # Modes that count or cache what the model does, as selective checkpointing does, must not see what we do.
         modes = torch._C._len_torch_dispatch_stack()
-        with _disable_current_modes() if modes else _NOTHING:
-            if device.type in _AT_ONCE:
-                if not looks_finite(tensor):
-                    self.step.note(look, int(flag_of(tensor)))
-            elif device.type != "meta":
-                add_flag_(self.step.slot(device, look), tensor)
+        try:
+            with _disable_current_modes() if modes else _NOTHING:
+                if device.type in _AT_ONCE:
+                    if not looks_finite(tensor):
+                        self.step.note(look, int(flag_of(tensor)))
+                elif device.type != "meta":
+                    add_flag_(self.step.slot(device, look), tensor)
+        except (NotImplementedError, RuntimeError, TypeError):
+            if type(tensor) in _PLAIN:
+                raise
+            # Of a subclass that cannot say what is finite, a quantised weight for instance, nothing is known.
 
     def gradient(self, of: _Look, gradient: Tensor) -> None:
         if self.looking:

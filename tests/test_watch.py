@@ -367,6 +367,24 @@ def test_weights_of_children_that_are_not_called(how):
         assert (fault.module, fault.cause, fault.tensor) == ("self_attn", "held", "out_proj.weight")
 
 
+def test_a_bad_weight_that_did_no_harm_is_not_to_blame(how):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(3, 4)
+
+        def forward(self, ids):
+            return self.embed(ids).abs().neg().log()
+
+    model = nn.Sequential(Own())
+    with torch.no_grad():
+        model[0].embed.weight[2] = NAN
+    fault = fault_of(model, torch.tensor([0, 1]))
+    assert (fault.module, fault.cause) == ("0", "produced")
+    fault = fault_of(model, torch.tensor([0, 2]))
+    assert (fault.module, fault.cause, fault.tensor) == ("0.embed", "held", "weight")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # -inf on purpose
 
@@ -870,6 +888,15 @@ def test_selective_checkpointing_does_not_cache_what_watch_computes(backward, ho
     assert flops.get_total_flops() == 3 * 4 * 4 * 2 * 2  # forward, and the weight's gradient
 
 
+def test_words_found_by_the_gpu_engine(serving, monkeypatch):
+    """A device's whole path, with the kernel in its interpreter where there is no GPU."""
+    monkeypatch.setattr(watching, "_AT_ONCE", ())
+    model, args, module, cause, tensor, _ = planted("inf in a weight")
+    with serving("triton"):
+        fault = fault_of(model, *args, backward=True)
+    assert (fault.module, fault.cause, fault.tensor, fault.flag) == (module, cause, tensor, 2)
+
+
 def test_wrappers_give_no_names(how):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -950,6 +977,19 @@ def test_lazy_modules_meta_tensors_and_transforms(how):
         torch.func.vmap(model)(torch.randn(3, 4, 8))
         torch.func.jacrev(lambda x: model(x).sum())(torch.randn(4, 8))
     assert watch.report().fault is None
+
+
+def test_subclasses_that_cannot_be_read(how):
+    class Opaque(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func in (torch.Tensor.sum, torch.Tensor.isnan):
+                raise NotImplementedError("no sum of these")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    model = nn.Sequential(nn.Linear(2, 2), Apply(lambda x: x.as_subclass(torch.Tensor) / 0.0))
+    x = torch.ones(3, 2).as_subclass(Opaque)
+    assert fault_of(model, x).module == "1"
 
 
 def test_scripted_parts_are_left_alone(how):
