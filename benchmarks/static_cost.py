@@ -33,6 +33,7 @@ import initlab  # noqa: F401, I001 - in a checkout it makes initlab.kernels impo
 import triton
 import triton.language as tl
 from initlab.kernels import _grad_norm_triton as grad_norm
+from initlab.kernels import _nonfinite_triton as nonfinite
 from initlab.kernels import _sampling_triton as sampling
 from initlab.kernels._shared_triton import find
 from triton.backends.compiler import GPUTarget
@@ -100,6 +101,13 @@ def lookup(table, columns, out):
 
 
 @triton.jit
+def flag_chunk(x, out, CHUNK: tl.constexpr):
+    """What the check for non-finite values does with a chunk, and one store to keep it."""
+    place = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    tl.store(out + tl.program_id(0), tl.max(nonfinite.flags_of(tl.load(x + place)), 0))
+
+
+@triton.jit
 def randn4x(address, seed, BLOCKS: tl.constexpr, ELEMENT: tl.constexpr):
     """Triton's own generator, packed and stored as ours is."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
@@ -154,6 +162,7 @@ def cases() -> Iterator[Case]:
     """Every kernel of the package."""
     yield from sampling_cases()
     yield from grad_norm_cases()
+    yield from nonfinite_cases()
 
 
 def grad_norm_cases() -> Iterator[Case]:
@@ -211,6 +220,16 @@ def sampling_cases() -> Iterator[Case]:
         types = {"address": f"*{element}", "seed": "u64"}
         constants = {"BLOCKS": sampling.BLOCKS, "ELEMENT": kind}
         yield Case("tl.randn4x", element, randn4x, types, constants, per_chunk, size, ("address",), options={})
+
+
+def nonfinite_cases() -> Iterator[Case]:
+    """The flag word of a tensor: the whole kernel, and its path of full chunks."""
+    constants, options = {"CHUNK": nonfinite.CHUNK}, {"warps": nonfinite.WARPS, "options": {}}
+    for element, (_, size) in ELEMENTS.items():
+        kernel = {"flags": "*i32", "x": f"*{element}", "elements": "i64"}
+        yield Case("flag: kernel", element, nonfinite.add_flag, kernel, constants, 0, size, ("flags", "x"), **options)
+        chunk = {"x": f"*{element}", "out": "*i32"}
+        yield Case("flag: chunk", element, flag_chunk, chunk, constants, nonfinite.CHUNK, size, ("x",), **options)
 
 
 @dataclass

@@ -26,6 +26,7 @@ from .clip import (  # noqa: E402
 from .model import init_model_, not_loaded, plan_model  # noqa: E402
 from .report import InitReport, model_digest  # noqa: E402
 from .swap import swap  # noqa: E402
+from .watch import watch  # noqa: E402
 
 __all__ = [
     "ClipReport",
@@ -42,5 +43,6 @@ __all__ = [
     "plan_model",
     "recipes",
     "swap",
+    "watch",
 ]
 __version__ = "0.1.0"

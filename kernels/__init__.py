@@ -23,14 +23,16 @@ else:
     from .digest import content_sum
     from .engines import eagerly
     from .grad_norm import Gathered, Norm, clip_, clip_coefficient, grad_norm
-    from .nonfinite import describe, flag_of
+    from .nonfinite import NEGATIVE_INF, FlagBuffer, add_flag_, describe, flag_of, looks_finite, quick_flag
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
 
     __all__ = [
+        "NEGATIVE_INF",
         "STREAM_VERSION",
         "Constant",
         "Draw",
+        "FlagBuffer",
         "Gathered",
         "Law",
         "Norm",
@@ -38,6 +40,7 @@ else:
         "Region",
         "TruncatedNormal",
         "Uniform",
+        "add_flag_",
         "clip_",
         "clip_coefficient",
         "content_sum",
@@ -48,5 +51,7 @@ else:
         "flag_of",
         "generator_key",
         "grad_norm",
+        "looks_finite",
         "named_key",
+        "quick_flag",
     ]

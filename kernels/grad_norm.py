@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import engines
-from .nonfinite import NAN, NEGATIVE_INF, POSITIVE_INF, flag_of
+from .nonfinite import NAN, NEGATIVE_INF, POSITIVE_INF, flag_of, is_dense
 
 EPSILON = 1e-6  # torch's: added to the norm before max_norm is divided by it
 POLICIES = ("propagate", "skip", "zero")
@@ -91,7 +91,7 @@ class _Here:
         if self.engine is not None:
             mine, numbers = tensors, list(numbers)
             if not all(map(Tensor.is_contiguous, tensors)):
-                dense = [t.is_contiguous() or _is_dense(t) for t in tensors]
+                dense = [is_dense(t) for t in tensors]
                 self.rest = [t for t, whole in zip(tensors, dense, strict=True) if not whole]
                 mine = [t for t, whole in zip(tensors, dense, strict=True) if whole]
                 numbers = [n for n, whole in zip(numbers, dense, strict=True) if whole]
@@ -311,17 +311,6 @@ def _entries(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Entries | Non
     return None if 0 in address else Entries(address, count, code, number)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill a stretch of memory, each place once, in whatever order."""
-    reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != reach:
-                return False
-            reach *= size
-    return True
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The norm
 
@@ -331,7 +320,7 @@ def _norm_here(here: _Here, p: float, look: bool) -> _Part:
         return _norm_by_torch(here.tensors, here.numbers, p, look)
     plan, copies = here.plan, here.tensors
     if here.rest:
-        copies = [t if t.is_contiguous() or _is_dense(t) else t.detach().contiguous() for t in here.tensors]
+        copies = [t if is_dense(t) else t.detach().contiguous() for t in here.tensors]
         plan = here.plan_of(copies, here.numbers)
     part = _Part(*here.engine.norm(plan))
     del copies  # until here: a plan knows addresses only
