@@ -177,7 +177,7 @@ def _reals(tensor: Tensor) -> Tensor | None:
         if tensor.layout == torch.sparse_coo:
             tensor = tensor._values()  # values() asks for a coalesced tensor, which would be a copy
         else:
-            tensor = tensor.tois_dense() if tensor.is_mkldnn else tensor.values()
+            tensor = tensor.to_dense() if tensor.is_mkldnn else tensor.values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor if tensor.is_floating_point() and tensor.numel() > 0 else None
