@@ -551,6 +551,19 @@ def test_raise_leaves_infs_to_the_scaler():
     assert scaler.get_scale() == 2.0
 
 
+def test_a_step_that_only_the_scaler_gives_up_is_given_up():
+    """As where another optimizer of the same scaler, or another rank, found the inf."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    clipper = initlab.GradClipper(optimizer, 0.3)
+    backward(model, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    optimizer.step()
+    assert same([p.detach() for p in model.parameters()], before)
+    assert clipper.stats().nonfinite == 0
+
+
 def test_groups_accumulation_and_missing_gradients():
     def run(clip):
         model = net()
