@@ -22,6 +22,7 @@ if __name__ == "kernels":
 else:
     from .digest import content_sum
     from .engines import eagerly
+    from .linear_relu import linear_relu
     from .nonfinite import describe, flag_of
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
@@ -42,5 +43,6 @@ else:
         "fill_",
         "flag_of",
         "generator_key",
+        "linear_relu",
         "named_key",
     ]
