@@ -53,7 +53,7 @@ class Tile(NamedTuple):
 TILES = {
     10: (Tile(128, 128, 128, 4, 8, 2), Tile(64, 128, 128, 4, 4, 2)),
     9: (Tile(128, 256, 128, 4, 8, 4), Tile(128, 128, 128, 4, 8, 2), Tile(64, 128, 128, 4, 4, 2)),
-    8: (Tile(128, 256, 64, 3, 8, 4), Tile(128, 128, 64, 4, 8, 2), Tile(64, 64, 64, 4, 4, 1)),
+    8: (Tile(128, 128, 64, 4, 8, 2), Tile(64, 64, 64, 4, 4, 1)),
 }
 
 
@@ -97,11 +97,14 @@ def look(flags, v, row, column, rows, columns, LIMIT: tl.constexpr):
     i = tl.arange(0, v.shape[0])
     j = tl.arange(0, v.shape[1])
     inside = (i < rows - row)[:, None] & (j < columns - column)[None, :]
-    bits = v.to(tl.int32, bitcast=True)
-    word = tl.max((inside & (bits & _MAGNITUDE > _INFINITY)).to(tl.int32))
-    word |= tl.max((inside & (bits >= LIMIT) & (bits <= _INFINITY)).to(tl.int32)) << 1
-    bits = (-v).to(tl.int32, bitcast=True)
-    word |= tl.max((inside & (bits >= LIMIT) & (bits <= _INFINITY)).to(tl.int32)) << 2
+    word = 0
+    for kind in range(3):  # one after the other: side by side they would need more registers than there are
+        magnitude = tl.where(kind == 0, 0x7FFFFFFF, 0xFFFFFFFF).to(tl.uint32)
+        minus = tl.where(kind == 2, 0x80000000, 0).to(tl.uint32)
+        first = tl.where(kind == 0, 0x7F800001, LIMIT).to(tl.uint32)
+        last = tl.where(kind == 0, 0x7FFFFFFF, 0x7F800000).to(tl.uint32)
+        bits = (v.to(tl.uint32, bitcast=True) ^ minus) & magnitude
+        word |= tl.max((inside & (bits - first <= last - first)).to(tl.int32)) << kind
     if word != 0:
         tl.atomic_or(flags, word, sem="relaxed")
 
