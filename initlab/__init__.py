@@ -16,8 +16,21 @@ _checkout.link_kernels()  # before anything imports initlab.kernels
 
 from . import init, recipes  # noqa: E402
 from .model import init_model_, not_loaded, plan_model  # noqa: E402
+from .nn import LinearReLU, fuse_linear_relu, linear_relu  # noqa: E402
 from .report import InitReport, model_digest  # noqa: E402
 from .swap import swap  # noqa: E402
 
-__all__ = ["InitReport", "init", "init_model_", "model_digest", "not_loaded", "plan_model", "recipes", "swap"]
+__all__ = [
+    "InitReport",
+    "LinearReLU",
+    "fuse_linear_relu",
+    "init",
+    "init_model_",
+    "linear_relu",
+    "model_digest",
+    "not_loaded",
+    "plan_model",
+    "recipes",
+    "swap",
+]
 __version__ = "0.1.0"
