@@ -182,7 +182,7 @@ def linear_relu_cases() -> Iterator[Case]:
     variants: dict[str, dict[str, Any]] = {
         "relu": {"bias": None, "LOOK": None},
         "relu, bias": {"LOOK": None},
-        "relu, bias, flag seen": {"LOOK": glance},
+        "relu, bias, glance": {"LOOK": glance},
         "relu, bias, flag": {"LOOK": linear_relu.look},
     }
     generations = {10: ("sm_100",), 9: ("sm_90",), 8: ("sm_80",)}
