@@ -224,7 +224,7 @@ def _usual(kind: type[nn.Module]) -> set[str]:
 def _fused(linear: nn.Linear) -> LinearReLU:
     bias: nn.Parameter | None = linear.bias  # annotated as never None
     fused = LinearReLU(linear.in_features, linear.out_features, bias is not None, device="meta")
-    fused.weight, fused.bias = linear.weight, bias
+    fused._parameters.update(linear._parameters)
     return fused.train(linear.training)
 
 

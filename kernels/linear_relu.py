@@ -45,10 +45,10 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, fl
 
     Raises:
         ValueError: if the shapes do not fit, or flags is no flag word on input's device.
-        TypeError: if the dtype is not a floating one of those, or the Triton engine gets tensors that differ in it.
+        TypeError: if input is not real and floating.
         NotImplementedError: if flags is given for tensors that wrap others, such as DTensor.
-        RuntimeError: what torch.nn.functional.linear raises, and if INITLAB_BACKEND names an engine that this op
-            does not have.
+        RuntimeError: if dtypes or devices differ, as torch.nn.functional.linear has it, or INITLAB_BACKEND names an
+            engine that this op does not have.
 
     Source:
         Nair and Hinton, "Rectified linear units improve restricted Boltzmann machines", ICML 2010, for ReLU.
@@ -123,7 +123,7 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[assignment]
     for t in tensors:
-        if is_traceable_wrapper_subclass(t):
+        if bool(is_traceable_wrapper_subclass(t)):
             raise NotImplementedError(
                 f"flags cannot be had for a {type(t).__name__}, which wraps other tensors; "
                 "leave flags out, or call linear_relu on the tensors inside"
@@ -133,7 +133,7 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
                 f"input is {tensors[0].dtype} on {input.device}, weight or bias {t.dtype} on {t.device}; "
                 "they must agree: convert them, or use autocast"
             )
-    return tensors if bias is not None else (*tensors, None)  # type: ignore[return-value]
+    return tensors if bias is not None else (*tensors, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def _masked(grad: Tensor, y: Tensor, summed: bool) -> tuple[Tensor, Tensor | Non
     if summed and y.numel() > 0 and not differentiable and not _watched(grad, y, None):
         engine = engines.choose(y.device, _OFFERED)
         if engine == "triton" and y.dtype in _TRITON_DTYPES:
-            return _triton().masked(grad, y)  # type: ignore[no-any-return]
+            return _triton().masked(grad, y)
     grad = torch.ops.aten.threshold_backward(grad, y, 0)
     return grad, grad.sum(0) if summed else None
 
