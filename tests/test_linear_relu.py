@@ -303,10 +303,11 @@ def test_only_the_gradients_that_are_asked_for(either):
 
 def test_nothing_is_saved_beside_operands_and_output(either):
     x, w, b = operands(torch.float32)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = linear_relu(x, w, b, flags=word())
-    assert {t.untyped_storage().data_ptr() for t in saved} <= {t.untyped_storage().data_ptr() for t in (x, w, y)}
+    for call in (lambda: linear_relu(x, w, b, flags=word()), lambda: OP(x, w, b)[0]):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = call()
+        assert {t.untyped_storage().data_ptr() for t in saved} == {t.untyped_storage().data_ptr() for t in (x, w, y)}
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -380,7 +381,7 @@ def test_autocast(either, flagged):
 
 
 @pytest.mark.parametrize(
-    "dims", [(0, None, None), (1, None, None), (None, 0, None), (0, 0, 0), (None, None, 0)], ids=str
+    "dims", [(0, None, None), (1, None, None), (None, 0, None), (0, 0, 0), (1, 1, 1), (None, None, 0)], ids=str
 )
 def test_vmap(dims):
     x, w, b = torch.randn(4, 4, 5), torch.randn(4, 5), torch.randn(4)
@@ -455,6 +456,10 @@ def test_subclasses():
     assert type(linear_relu(both, TwoTensor(w, w), TwoTensor(b, b))) is TwoTensor
     with pytest.raises(NotImplementedError, match="TwoTensor, which wraps other tensors; leave flags out"):
         linear_relu(both, TwoTensor(w, w), TwoTensor(b, b), flags=flags)
+    with pytest.raises(NotImplementedError, match="TwoTensor"):
+        linear_relu(both, w, flags=flags)
+    with pytest.raises(NotImplementedError, match="TwoTensor"):
+        linear_relu(x, w, TwoTensor(b, b), flags=flags)
 
 
 def test_threads():
@@ -599,6 +604,7 @@ def test_which_candidate_serves(monkeypatch):
     assert not kernels._fused(x[:0], w)
     assert not kernels._fused(x[:, :0], w[:, :0])
     assert not kernels._fused(x.T.contiguous().T, w)
+    assert not kernels._fused(x, w.T.contiguous().T)
     assert not kernels._fused(x[:, 1:], w[:, 1:])
     assert not kernels._fused(x, w[:255])  # the result's rows would not be aligned
     assert kernels._fused(x[:, :511], w[:, :511])  # but these are
