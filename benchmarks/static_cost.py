@@ -188,7 +188,7 @@ def linear_relu_cases() -> Iterator[Case]:
     generations = {10: ("sm_100",), 9: ("sm_90",), 8: ("sm_80",)}
     for element, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):  # float16 costs what bfloat16 does
         kind, size = ELEMENTS[element]
-        common = {"LIMIT": linear_relu.LIMITS[dtype], "ELEMENT": kind, "PRECISION": "tf32", "INTERPRETED": False}
+        common = {"LIMIT": linear_relu.LIMITS[dtype], "ELEMENT": kind, "INTERPRETED": False}
         for generation, targets in generations.items():
             for tile in linear_relu.TILES[generation]:
                 step = tile.step // size

@@ -10,8 +10,8 @@ been measured.
 
 What is flagged is the value before ReLU as the output's type holds it. Nothing has to be rounded to know it: a value
 becomes an infinity exactly where its magnitude reaches LIMITS, half a step beyond the largest finite number. The
-magnitudes' maximum, which keeps NaNs, takes one instruction per element; only a tile where it reaches the limit is
-looked at closely.
+magnitudes' maximum, which keeps NaNs, takes about one instruction per element; only a tile where it reaches the limit
+is looked at closely.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ def _place(tile, down, across):
 
 
 @triton.jit
-def _dot(a, b, v, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+def _dot(a, b, v, INTERPRETED: tl.constexpr):
     if INTERPRETED:  # where it multiplies the bits of bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, v, input_precision=PRECISION)
+    return tl.dot(a, b, v, input_precision="tf32")
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def _write_parts(
 def tiles(
     x, w, y, bias, flags, rows, columns, depth, programs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
-    LOOK: tl.constexpr, LIMIT: tl.constexpr, ELEMENT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    LOOK: tl.constexpr, LIMIT: tl.constexpr, ELEMENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Bulk copies; persistent: each of `programs` programs takes every programs-th tile. x, w and y are descriptors."""
     tl.assume(depth > 0)  # or the epilogue is compiled once more, for a loop that never runs
@@ -181,7 +181,7 @@ def tiles(
         row, column = i * ROWS, j * COLUMNS
         v = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for k in range(0, depth, STEP):
-            v = _dot(x.load([row, k]), w.load([column, k]).T, v, PRECISION, INTERPRETED)
+            v = _dot(x.load([row, k]), w.load([column, k]).T, v, INTERPRETED)
         v = _with_bias(v, bias, column + tl.arange(0, COLUMNS), columns)
         _check(flags, v, row, column, rows, columns, LIMIT, LOOK)
         _store_parts(y, v, row, column, PARTS, ELEMENT, INTERPRETED)
@@ -191,7 +191,7 @@ def tiles(
 def pointers(
     x, w, y, bias, flags, rows, columns, depth, x_stride, w_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
-    LOOK: tl.constexpr, LIMIT: tl.constexpr, ELEMENT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    LOOK: tl.constexpr, LIMIT: tl.constexpr, ELEMENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Ordinary loads; a program for each tile. x and w have consecutive elements along the depth, y is contiguous."""
     i, j = _place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS))
@@ -204,7 +204,7 @@ def pointers(
     for at in range(0, depth, STEP):
         left = tl.load(from_x, mask=(k < depth - at)[None, :], other=0.0)
         right = tl.load(from_w, mask=(k < depth - at)[:, None], other=0.0)
-        v = _dot(left, right, v, PRECISION, INTERPRETED)
+        v = _dot(left, right, v, INTERPRETED)
         from_x += STEP
         from_w += STEP
     v = _with_bias(v, bias, (column + tl.arange(0, COLUMNS)) % columns, columns)
@@ -255,7 +255,7 @@ def mask_and_sum(
         i = (part * ROWS + at + tl.arange(0, STEP)).to(tl.int64)
         inside = (i < rows)[:, None] & (j < columns)[None, :]
         place = i[:, None] * columns + j[None, :]
-        g = tl.load(grad + i[:, None] * row_stride + j[None, :] * column_stride, mask=inside, other=0.0)
+        g = tl.load(grad + i[:, None] * row_stride + j.to(tl.int64)[None, :] * column_stride, mask=inside, other=0.0)
         kept = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
         g = tl.where(kept <= 0.0, 0.0, g.to(tl.float32))  # a NaN passes its gradient on, as in torch
         tl.store(out + place, g.to(out.dtype.element_ty), mask=inside)
@@ -267,14 +267,13 @@ def mask_and_sum(
 # The host's side
 
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-DTYPES = tuple(_ELEMENTS)
 
 
 def forward(x: Tensor, w: Tensor, bias: Tensor | None, flags: Tensor | None) -> Tensor:
     """relu(x @ w.T + bias), by the candidate that is expected to be faster.
 
     Args:
-        x: (rows, depth), one of DTYPES.
+        x: (rows, depth); float32, bfloat16 or float16.
         w: (columns, depth), of x's dtype.
         bias: (columns,), of x's dtype.
         flags: the word to or into; None checks nothing.
@@ -293,12 +292,14 @@ def _fused(x: Tensor, w: Tensor) -> bool:
         return False
     if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return False  # without tensor cores there is nothing to win
-    return x.shape[0] > 0 and _aligned(x) and _aligned(w) and w.shape[0] * w.itemsize % 16 == 0
+    columns = w.shape[0]
+    return x.shape[0] > 0 and columns > 0 and columns * w.itemsize % 16 == 0 and _aligned(x) and _aligned(w)
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether bulk copies and 16-byte loads can read its rows."""
-    return x.stride(1) == 1 and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+    """Whether bulk copies and 16-byte loads can read its rows, which do not overlap."""
+    stride = x.stride(0)
+    return x.stride(1) == 1 and stride >= x.shape[1] and stride * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 @functools.cache
@@ -329,6 +330,7 @@ def gemm(
     tile = tile or _tile(rows, columns, generation, processors)
     step = tile.step // x.itemsize
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    bias = None if bias is None else bias.contiguous()
     tiled = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     common: dict[str, Any] = {
         "ROWS": tile.rows,
@@ -338,7 +340,6 @@ def gemm(
         "LOOK": None if flags is None else look,
         "LIMIT": LIMITS[x.dtype],
         "ELEMENT": _ELEMENTS[x.dtype],
-        "PRECISION": "tf32",
         "INTERPRETED": INTERPRETED,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -360,11 +361,11 @@ def gemm(
 def rectify_(y: Tensor, flags: Tensor | None) -> Tensor:
     """ReLU in place of a contiguous tensor, flagged before it."""
     if y.numel() > 0:
-        look_or_not = None if flags is None else look
         with _on(y.device):
             relu_in_place[(triton.cdiv(y.numel(), PASS),)](
-                y, flags, y.numel(), BLOCK=PASS, LIMIT=_INFINITY.value, LOOK=look_or_not, num_warps=8
-            )
+                y, flags, y.numel(),
+                BLOCK=PASS, LIMIT=_INFINITY.value, LOOK=None if flags is None else look, num_warps=8,
+            )  # fmt: skip
     return y
 
 

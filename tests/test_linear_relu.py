@@ -57,6 +57,15 @@ def kinds(values):
     return bool(v.isnan().any()) * 1 | bool((v == INF).any()) * 2 | bool((v == -INF).any()) * 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Shapes are small, and on a busy machine torch's threads spin."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["torch", "triton"])
 def either(request, serving):
     with serving(request.param):
@@ -83,7 +92,7 @@ SHAPES = {  # rows, K, N
     "wide": (2, 72, 200),
     "no tile divides them": (70, 72, 136),
     "no rows": (0, 5, 3),
-    "no columns": (4, 5, 0),
+    "no columns": (4, 8, 0),
     "nothing to add up": (4, 0, 3),
 }
 
@@ -96,7 +105,7 @@ def test_values_and_gradients(either, dtype, shape, layout, with_bias):
     torch.manual_seed(0)
     x = laid_out(layout, rows, depth).to(dtype).requires_grad_()
     w = laid_out(layout, columns, depth).to(dtype).requires_grad_()
-    b = torch.randn(columns, device=DEVICE).to(dtype).requires_grad_() if with_bias else None
+    b = laid_out(layout, 1, columns)[0].to(dtype).requires_grad_() if with_bias else None
     flags = word()
     y = linear_relu(x, w, b, flags=flags)
     plus = torch.zeros(columns, device=DEVICE) if b is None else b
@@ -116,6 +125,12 @@ def test_values_and_gradients(either, dtype, shape, layout, with_bias):
     if b is not None:
         ones = torch.ones(rows, 1, device=DEVICE)
         assert ((b.grad.double() - masked.sum(0)).abs() <= bound(masked.T, ones, none, dtype)[:, 0]).all()
+
+
+def test_a_bias_of_any_stride(either):
+    x, w = torch.randn(9, 8, device=DEVICE).bfloat16(), torch.randn(16, 8, device=DEVICE).bfloat16()
+    for b in (torch.randn(16, 2, device=DEVICE).bfloat16()[:, 0], torch.ones((), device=DEVICE).bfloat16().expand(16)):
+        assert torch.equal(linear_relu(x, w, b, flags=word()), linear_relu(x, w, b.contiguous()))
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 0, 3), (1, 1, 2, 2)])
@@ -519,11 +534,11 @@ def test_an_engine_that_the_op_does_not_have(serving):
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("initlab.kernels._linear_relu_triton")
-GENERATIONS = [torch.cuda.get_device_capability()[0]] if DEVICE.type == "cuda" else [8, 9, 10]
+GENERATIONS = [torch.cuda.get_device_capability()[0]] if DEVICE.type == "cuda" else [8, 9]  # 10 has tiles of 9
 TILES = [(g, tile) for g in GENERATIONS for tile in kernels.TILES.get(g, ())]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("generation", "tile"), TILES, ids=str)
 def test_every_tile(generation, tile, dtype):
     """Shapes that end within a tile, and more tiles than programs; outputs and flags as from float64."""
@@ -602,7 +617,9 @@ def test_which_candidate_serves(monkeypatch):
     deep = torch.zeros(64, kernels.ONE_KERNEL + 8, device=DEVICE).bfloat16()
     assert not kernels._fused(deep, torch.zeros(256, deep.shape[1], device=DEVICE).bfloat16())
     assert not kernels._fused(x[:0], w)
+    assert not kernels._fused(x, w[:0])
     assert not kernels._fused(x[:, :0], w[:, :0])
+    assert not kernels._fused(x[:1].expand(64, -1), w)
     assert not kernels._fused(x.T.contiguous().T, w)
     assert not kernels._fused(x, w.T.contiguous().T)
     assert not kernels._fused(x[:, 1:], w[:, 1:])
