@@ -30,10 +30,12 @@ if __name__ == "__main__":  # from the bare checkout too; before triton is impor
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
 
 import initlab  # noqa: F401, I001 - in a checkout it makes initlab.kernels importable
+import torch
 import triton
 import triton.language as tl
 from initlab.kernels import _grad_norm_triton as grad_norm
 from initlab.kernels import _nonfinite_triton as nonfinite
+from initlab.kernels import _linear_relu_triton as linear_relu
 from initlab.kernels import _sampling_triton as sampling
 from initlab.kernels._shared_triton import find
 from triton.backends.compiler import GPUTarget
@@ -156,6 +158,7 @@ class Case:
     aligned: tuple[str, ...] = ()
     warps: int = sampling.WARPS
     options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": False})
+    targets: tuple[str, ...] = tuple(TARGETS)
 
 
 def cases() -> Iterator[Case]:
@@ -163,6 +166,7 @@ def cases() -> Iterator[Case]:
     yield from sampling_cases()
     yield from grad_norm_cases()
     yield from nonfinite_cases()
+    yield from linear_relu_cases()
 
 
 def grad_norm_cases() -> Iterator[Case]:
@@ -191,6 +195,7 @@ def grad_norm_cases() -> Iterator[Case]:
 
 
 def sampling_cases() -> Iterator[Case]:
+    """The stream's maps, by the paths that elements take."""
     per_chunk = sampling.BLOCKS * 4
     for name in (*MAPS, "constant"):
         for element, (kind, size) in (CONSTANT_ELEMENTS if name == "constant" else ELEMENTS).items():
@@ -232,6 +237,74 @@ def nonfinite_cases() -> Iterator[Case]:
         yield Case("flag: chunk", element, flag_chunk, chunk, constants, nonfinite.CHUNK, size, ("x",), **options)
 
 
+@triton.jit
+def glance(flags, v, row, column, rows, columns, LIMIT: tl.constexpr):
+    """In place of the close look, which hardly any tile takes: what is left is the flag's cost for every tile."""
+    tl.atomic_or(flags, 1, sem="relaxed")
+
+
+def linear_relu_cases() -> Iterator[Case]:
+    """A GEMM's whole kernel by what its epilogue does: each has one more thing to do than the one before it. Then
+    the passes over memory."""
+    variants: dict[str, dict[str, Any]] = {
+        "relu": {"bias": None, "LOOK": None},
+        "relu, bias": {"LOOK": None},
+        "relu, bias, glance": {"LOOK": glance},
+        "relu, bias, flag": {"LOOK": linear_relu.look},
+    }
+    generations = {10: ("sm_100",), 9: ("sm_90",), 8: ("sm_80",)}
+    for element, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):  # float16 costs what bfloat16 does
+        kind, size = ELEMENTS[element]
+        common = {"LIMIT": linear_relu.LIMITS[dtype], "ELEMENT": kind, "INTERPRETED": False}
+        for generation, targets in generations.items():
+            for tile in linear_relu.TILES[generation]:
+                step = tile.step // size
+                sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": step, "PARTS": tile.parts}
+                if generation >= 9:
+                    function = linear_relu.tiles
+                    shapes = {"x": (tile.rows, step), "w": (tile.columns, step)}
+                    shapes["y"] = (tile.rows, tile.columns // tile.parts)
+                    types = {name: f"tensordesc<{element}[{a},{b}]>" for name, (a, b) in shapes.items()}
+                    integers = ("rows", "columns", "depth", "programs")
+                    aligned: tuple[str, ...] = ("bias", "flags")
+                else:
+                    function = linear_relu.pointers
+                    types = dict.fromkeys(("x", "w", "y"), f"*{element}")
+                    integers = ("rows", "columns", "depth", "x_stride", "w_stride")
+                    aligned = ("x", "w", "y", "bias", "flags", "columns", "depth", "x_stride", "w_stride")
+                types |= {"bias": f"*{element}", "flags": "*i32"} | dict.fromkeys(integers, "i32")
+                for variant, extra in variants.items():
+                    constants = sizes | common | extra
+                    yield Case(
+                        f"linear_relu {tile.rows}x{tile.columns}: {variant}",
+                        element,
+                        function,
+                        {name: kind for name, kind in types.items() if name not in constants},
+                        constants,
+                        tile.rows * tile.columns,
+                        0,
+                        tuple(name for name in aligned if name not in constants),
+                        tile.warps,
+                        {"num_stages": tile.stages},
+                        targets,
+                    )
+        types = {"y": f"*{element}", "flags": "*i32", "size": "i64"}
+        for variant, look in {"relu": None, "relu, flag": linear_relu.look}.items():
+            constants = {"BLOCK": linear_relu.PASS, "LIMIT": 0x7F800000, "LOOK": look}
+            yield Case(
+                f"linear_relu pass: {variant}", element, linear_relu.relu_in_place, types, constants, 0, 2 * size,
+                ("y", "flags"), 8, {},
+            )  # fmt: skip
+        types = dict.fromkeys(("grad", "y", "out"), f"*{element}") | {"sums": "*fp32"}
+        types |= dict.fromkeys(("rows", "columns", "row_stride"), "i32")
+        constants = {"column_stride": 1, "ROWS": linear_relu.SUM_ROWS, "STEP": linear_relu.SUM_STEP}
+        constants |= {"COLUMNS": linear_relu.SUM_COLUMNS}
+        yield Case(
+            "linear_relu backward", element, linear_relu.mask_and_sum, types, constants, 0, 3 * size,
+            ("grad", "y", "out", "sums", "columns", "row_stride"), 4, {},
+        )  # fmt: skip
+
+
 @dataclass
 class Cost:
     """What the compiled code of a case says."""
@@ -248,7 +321,8 @@ class Cost:
     fused: dict[str, int]  # multiply-adds that round once: the stream has none
     loads: dict[str, int]
     stores: dict[str, int]
-    bytes_per_element: int
+    products: dict[str, int]  # matrix products, and what feeds them by bulk or asynchronous copies
+    bytes_per_element: int  # 0 where they say nothing
     issue_bound: float | None = None  # elements per second on an H100
     bandwidth_bound: float | None = None
 
@@ -262,10 +336,10 @@ class Cost:
 
 def measure(case: Case, target: str) -> Cost:
     """Compile a case and read its listing."""
-    names = list(case.signature) + list(case.constants)
+    names = case.function.arg_names
     source = ASTSource(
         fn=case.function,
-        signature={**case.signature, **dict.fromkeys(case.constants, "constexpr")},
+        signature={name: case.signature.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
@@ -289,9 +363,10 @@ def measure(case: Case, target: str) -> Cost:
         dict(Counter(op for op in listing.code if op.startswith(_FUSED))),
         dict(Counter(op for op in listing.code if op.startswith(("LDG", "global_load", "buffer_load")))),
         dict(Counter(op for op in listing.code if op.startswith(("STG", "global_store", "buffer_store")))),
+        dict(Counter(op for op in listing.code if op.startswith(_PRODUCTS))),
         case.bytes_per_element,
     )
-    if target == "sm_90" and cost.per_element:
+    if target == "sm_90" and cost.per_element and case.bytes_per_element:
         cost.issue_bound = ISSUE / cost.per_element
         cost.bandwidth_bound = BANDWIDTH / case.bytes_per_element
     return cost
@@ -329,6 +404,7 @@ def _read_amd(compiled: Any) -> _Listing:
 
 # HFMA2 is how NVIDIA's assembler loads some constants, and is not among them.
 _FUSED = ("FFMA", "DFMA", "v_fma", "v_pk_fma", "v_mac_f", "v_fmac", "v_mad_f")
+_PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "UBLKCP", "LDGSTS", "v_mfma")
 _CLASSES = {
     "multiply-add, integer": ("IMAD", "IMUL", "UIMAD", "v_mad_u", "v_mul_lo", "v_mul_hi", "v_mad_i"),
     "float": ("FADD", "FMUL", "FFMA", "FMNMX", "DADD", "DMUL", "DFMA", "HADD", "HMUL", "HFMA"),
@@ -353,8 +429,8 @@ def _class(op: str) -> str:
 def report(costs: list[Cost]) -> str:
     """A table of costs."""
     lines = [
-        f"{'kernel':24s} {'type':5s} {'target':7s} {'instr':>6s} {'/elem':>6s} {'regs':>5s} {'local':>5s} "
-        f"{'shared':>6s} {'G elem/s on an H100':>22s}  widest store, most of its instructions"
+        f"{'kernel':42s} {'type':5s} {'target':7s} {'instr':>6s} {'/elem':>6s} {'regs':>5s} {'local':>5s} "
+        f"{'shared':>6s} {'G elem/s on an H100':>22s}  stores (and products), most of its instructions"
     ]
     for c in costs:
         per = f"{c.per_element:6.1f}" if c.per_element else f"{'':6s}"
@@ -362,10 +438,10 @@ def report(costs: list[Cost]) -> str:
         if c.issue_bound is not None and c.bandwidth_bound is not None:
             least = min(c.issue_bound, c.bandwidth_bound)
             speed = f"{least / 1e9:6.0f} ({c.bound})"
-        store = ", ".join(f"{n} {op}" for op, n in c.stores.items())
+        store = ", ".join(f"{n} {op}" for op, n in (c.products | c.stores).items())
         classes = ", ".join(f"{kind} {n:.1f}" for kind, n in list(c.classes.items())[:4])
         lines.append(
-            f"{c.kernel:24s} {c.element:5s} {c.target:7s} {c.instructions:6d} {per} {c.registers:5d} "
+            f"{c.kernel:42s} {c.element:5s} {c.target:7s} {c.instructions:6d} {per} {c.registers:5d} "
             f"{c.local_bytes:5d} {c.shared_bytes:6d} {speed:>22s}  {store}; {classes}"
         )
     return "\n".join(lines)
@@ -378,7 +454,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="save the costs too")
     arguments = parser.parse_args()
     wanted = [c for c in cases() if not arguments.kernels or c.name.startswith(tuple(arguments.kernels))]
-    costs = [measure(case, target) for target in arguments.target or TARGETS for case in wanted]
+    costs = [
+        measure(case, target) for target in arguments.target or TARGETS for case in wanted if target in case.targets
+    ]
     print(report(costs))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps([asdict(c) for c in costs], indent=1) + "\n")

@@ -24,6 +24,7 @@ from .clip import (  # noqa: E402
     get_total_norm,
 )
 from .model import init_model_, not_loaded, plan_model  # noqa: E402
+from .nn import LinearReLU, fuse_linear_relu, linear_relu  # noqa: E402
 from .report import InitReport, model_digest  # noqa: E402
 from .swap import swap  # noqa: E402
 from .watch import watch  # noqa: E402
@@ -32,12 +33,15 @@ __all__ = [
     "ClipReport",
     "GradClipper",
     "InitReport",
+    "LinearReLU",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "fuse_linear_relu",
     "get_total_norm",
     "init",
     "init_model_",
+    "linear_relu",
     "model_digest",
     "not_loaded",
     "plan_model",

@@ -1,4 +1,4 @@
-"""What is known of layers: the law that each layer of torch.nn gives its parameters, and the fans of its weights."""
+"""What is known of layers: the law that each layer gives its parameters, and the fans of its weights."""
 
 import functools
 import math
@@ -13,6 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from initlab.kernels import Constant, Law, Normal, Uniform
+
+from .nn import LinearReLU
 
 ZEROS, ONES = Constant(0.0), Constant(1.0)
 
@@ -104,7 +106,7 @@ class Book:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The laws of torch.nn: one function for each reset_parameters, with its arithmetic
+# The laws of torch.nn, and of LinearReLU: one function for each reset_parameters, with its arithmetic
 
 
 @functools.lru_cache(maxsize=1024)
@@ -132,6 +134,14 @@ def _given(module: nn.Module, *names: str) -> Iterator[Tensor]:
 
 def _linear(module: nn.Linear, book: Book, why: str) -> None:
     _weight_and_bias(module, module.in_features, book, why)
+
+
+def _linear_relu(module: LinearReLU, book: Book, why: str) -> None:
+    fan = module.in_features
+    for tensor in _given(module, "weight"):
+        book.write(tensor, Normal(0.0, calculate_gain("relu") / math.sqrt(fan)) if fan else ZEROS, why, fan=fan)
+    for tensor in _given(module, "bias"):
+        book.write(tensor, ZEROS, why)
 
 
 def _convolution(module: Any, book: Book, why: str) -> None:
@@ -219,6 +229,7 @@ def _nothing(module: nn.Module, book: Book, why: str) -> None:
 
 _READERS: dict[Any, Callable[[Any, Book, str], None]] = {
     nn.Linear.reset_parameters: _linear,
+    LinearReLU.reset_parameters: _linear_relu,
     _ConvNd.reset_parameters: _convolution,
     nn.Bilinear.reset_parameters: _bilinear,
     _NormBase.reset_parameters: _ones_and_zeros,
@@ -243,7 +254,7 @@ def reset_function(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def reader(function: Callable[..., Any] | None) -> Callable[[Any, Book, str], None] | None:
-    """What enters the laws of a reset function of torch.nn into a book; None for any other function."""
+    """What enters the laws of a known reset function into a book; None for any other function."""
     try:
         return _READERS.get(function)
     except TypeError:  # a reset function that has no hash
@@ -322,7 +333,7 @@ def fans(module: nn.Module, leaf: str, weight: Tensor, path: str = "") -> Fans |
         return None
     if is_conv1d(module):
         fan_in, fan_out = shape
-    elif isinstance(module, nn.Linear):
+    elif isinstance(module, nn.Linear | LinearReLU):
         fan_out, fan_in = shape
     else:
         return None

@@ -18,6 +18,7 @@ from initlab.kernels import Constant, Law, Normal, TruncatedNormal, Uniform
 
 from .layers import ONES, ZEROS, Book, Fans, Rule, fans, is_embedding, padding, rule
 from .naming import Slot, matches, walk
+from .nn import LinearReLU
 from .recording import read_init_weights, read_resets
 
 Distribution: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
@@ -587,6 +588,8 @@ def _following(model: nn.Module) -> dict[int, tuple[nn.Module | None, bool]]:
                 in_order = isinstance(home, nn.Sequential) and type(home).forward is nn.Sequential.forward
                 found.setdefault(id(layer), (module, certain and in_order and home is parent))
                 waiting = None
+        elif isinstance(module, LinearReLU):
+            found[id(module)], waiting = (nn.ReLU(), True), None
         elif _has_weight(module):
             waiting, certain = (module, parent), True
         else:

@@ -23,6 +23,7 @@ else:
     from .digest import content_sum
     from .engines import eagerly
     from .grad_norm import Gathered, Norm, clip_, clip_coefficient, grad_norm
+    from .linear_relu import linear_relu
     from .nonfinite import NEGATIVE_INF, FlagBuffer, add_flag_, describe, flag_of, looks_finite, quick_flag
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
@@ -51,6 +52,7 @@ else:
         "flag_of",
         "generator_key",
         "grad_norm",
+        "linear_relu",
         "looks_finite",
         "named_key",
         "quick_flag",

@@ -1,0 +1,104 @@
+"""initlab.linear_relu against F.relu(F.linear) on the CPU, with and without a look at the result.
+
+``pytest benchmarks/bench_linear_relu.py --benchmark-only``. Peers: "plain" is F.relu(F.linear), "checked" the same and
+torch.isfinite(y).all(), which it waits for. In the table the column fill_ is the GEMM alone. Nothing is timed before
+the flagged op has given torch's values and a flag that is exact.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from initlab import linear_relu
+
+SHAPES = {"K=1024": (4096, 1024, 1024), "K=128": (4096, 128, 1024), "K=64": (4096, 64, 1024)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def plain(x, w, b):
+    return F.relu(F.linear(x, w, b))
+
+
+def checked(x, w, b):
+    y = plain(x, w, b)
+    bool(torch.isfinite(y).all())
+    return y
+
+
+PEERS = {"plain": plain, "checked": checked}
+
+
+def operands(shape, dtype):
+    rows, depth, columns = SHAPES[shape]
+    torch.manual_seed(0)
+    w = torch.randn(columns, depth) / depth**0.5
+    return [t.to(dtype) for t in (torch.randn(rows, depth), w, torch.randn(columns))]
+
+
+def gate(x, w, b):
+    flags = torch.zeros(1, dtype=torch.int32)
+    assert torch.equal(linear_relu(x, w, b, flags=flags), plain(x, w, b))
+    assert int(flags) == 0
+    bad = b.clone()
+    bad[-1] = float("-inf")
+    linear_relu(x, w, bad, flags=flags)
+    assert int(flags) == 4
+    return flags.zero_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("peer", PEERS)
+def test_forward(versus, peer, shape, dtype):
+    x, w, b = operands(shape, DTYPES[dtype])
+    flags = gate(x, w, b)
+    versus(
+        ours=lambda: linear_relu(x, w, b, flags=flags),
+        peer=lambda: PEERS[peer](x, w, b),
+        floor=lambda: F.linear(x, w, b),
+        elements=x.shape[0] * w.shape[0],
+        element_size=x.element_size(),
+        rounds=15,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("peer", PEERS)
+def test_training_step(versus, peer, shape):
+    operand = operands(shape, torch.float32)
+    flags = gate(*operand)
+    x, w, b = (t.requires_grad_() for t in operand)
+    grad = torch.randn(x.shape[0], w.shape[0])
+
+    def step(function):
+        x.grad = w.grad = b.grad = None
+        function(x, w, b).backward(grad)
+
+    versus(
+        ours=lambda: step(lambda x, w, b: linear_relu(x, w, b, flags=flags)),
+        peer=lambda: step(PEERS[peer]),
+        floor=lambda: step(F.linear),
+        elements=grad.numel(),
+        element_size=4,
+        rounds=11,
+    )
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_small_call(versus, peer):
+    """What a call costs: 8 x 8 by 8 x 8, 1,000 calls."""
+    x, w, b = torch.randn(8, 8), torch.randn(8, 8), torch.randn(8)
+    flags = gate(x, w, b)
+
+    def calls(function):
+        for _ in range(1000):
+            function(x, w, b)
+
+    row = versus(
+        ours=lambda: calls(lambda x, w, b: linear_relu(x, w, b, flags=flags)),
+        peer=lambda: calls(PEERS[peer]),
+        floor=lambda: calls(F.linear),
+        elements=1000,
+        element_size=x.numel() * x.element_size(),
+    )
+    row["case"] = f"{peer}, a call of 8 x 8 by 8 x 8"

@@ -1,0 +1,279 @@
+"""LinearReLU and fuse_linear_relu: nn.Linear's state, He's law, and models that do what they did before."""
+
+import collections
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import initlab
+from initlab import LinearReLU, fuse_linear_relu
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_state_is_that_of_a_linear_layer(bias):
+    ours, theirs = LinearReLU(5, 3, bias), nn.Linear(5, 3, bias)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 7, 5)
+    assert torch.equal(ours(x), theirs(x).relu())
+    theirs.load_state_dict(LinearReLU(5, 3, bias).state_dict())
+    assert repr(ours) == repr(theirs).replace("Linear", "LinearReLU")
+    assert not isinstance(ours, nn.Linear)  # what swaps those would lose the ReLU
+
+
+def test_he_law_from_the_stream():
+    torch.manual_seed(3)
+    layer = LinearReLU(400, 300)
+    torch.manual_seed(3)
+    assert torch.equal(layer.weight, initlab.init.kaiming_normal_(torch.empty(300, 400), nonlinearity="relu"))
+    assert layer.weight.std().item() == pytest.approx((2 / 400) ** 0.5, rel=0.02)
+    assert not layer.bias.any()
+    x = layer(torch.randn(2000, 400))
+    assert x.square().mean().item() == pytest.approx(1.0, rel=0.05)  # it keeps the signal's mean square
+
+
+def test_where_and_in_what():
+    layer = LinearReLU(4, 3, device="meta", dtype=torch.bfloat16)
+    assert layer.weight.is_meta
+    assert layer.bias.dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert LinearReLU(4, 3).weight.is_meta
+
+
+def test_flags_of_a_module():
+    layer = LinearReLU(4, 3)
+    assert layer.flags is None
+    layer.flags = torch.zeros(1, dtype=torch.int32)
+    layer(torch.full((2, 4), float("nan")))
+    assert int(layer.flags) == 1
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    again(torch.zeros(2, 4))
+    assert int(again.flags) == 1
+
+
+def test_in_a_model_that_is_compiled_or_called_functionally():
+    torch._dynamo.reset()
+    model = nn.Sequential(LinearReLU(4, 3), nn.Linear(3, 2))
+    model[0].flags = torch.zeros(1, dtype=torch.int32)
+    x = torch.randn(5, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    assert int(model[0].flags) == 0
+    doubled = {name: 2 * parameter for name, parameter in model.named_parameters()}
+    torch.func.functional_call(model, doubled, (x,)).sum().backward()
+    compiled(x * float("inf"))
+    assert int(model[0].flags)
+
+
+@pytest.mark.parametrize("recipe", ["torch", "own", "he", "xavier", "lecun", "auto", "gpt2", "trunc_normal"])
+def test_recipes_know_the_module(recipe):
+    """Fused or not, a model gets the same values; but recipes that ask the module give it the law of its own."""
+
+    def model():
+        layers = (nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.Linear(16, 8), nn.ReLU(), nn.Tanh())
+        return nn.Sequential(*layers)
+
+    plain, fused = model(), model()
+    assert fuse_linear_relu(fused).fused == ("0", "3")
+    rows = zip(initlab.plan_model(fused, 0, recipe).rows, initlab.plan_model(plain, 0, recipe).rows, strict=True)
+    for ours, theirs in rows:
+        if recipe in ("torch", "own") and ours.name[0] in "03":
+            fan_in = 64 if ours.name[0] == "0" else 16
+            assert ours.std == (0 if "bias" in ours.name else pytest.approx((2 / fan_in) ** 0.5))
+        else:
+            assert (ours.name, ours.law, ours.fan) == (theirs.name, theirs.law, theirs.fan)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# fuse_linear_relu
+
+
+def network():
+    named = nn.Sequential(collections.OrderedDict(first=nn.Linear(6, 6), act=nn.ReLU(), last=nn.Linear(6, 4)))
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.ReLU(inplace=True), named, nn.ReLU(), nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Dropout()
+    )
+
+
+def test_a_fused_model_does_what_it_did():
+    torch.manual_seed(0)
+    model = network().eval()
+    x = torch.randn(3, 5)
+    before, state = model(x), model.state_dict()
+    parameters = list(model.parameters())
+    layers = [module for _, module in model.named_modules()]
+    report = fuse_linear_relu(model)
+    assert report.fused == ("0", "4", "2.first")
+    assert report.skipped == {}
+    assert [type(model[i]) for i in (0, 1, 3, 4, 5)] == [LinearReLU, nn.Identity, nn.ReLU, LinearReLU, nn.Identity]
+    assert all(not module.training for module in model.modules())
+    assert torch.equal(model(x), before)
+    assert list(model.state_dict()) == list(state)
+    assert all(ours is theirs for ours, theirs in zip(model.parameters(), parameters, strict=True))
+    assert fuse_linear_relu(model).fused == ()
+
+    report.undo()
+    assert [module for _, module in model.named_modules()] == layers
+    assert torch.equal(model(x), before)
+    report.undo()  # nothing is left to do
+
+
+def test_an_optimizer_goes_on():
+    torch.manual_seed(0)
+    models = [network().eval() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
+    x = torch.randn(3, 5)
+    for step in range(4):
+        if step == 1:
+            report = fuse_linear_relu(models[0])
+        if step == 3:
+            report.undo()
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_undo_keeps_what_has_happened_since():
+    model = network().eval()
+    report = fuse_linear_relu(model)
+    model.train().double()
+    model.load_state_dict({name: torch.ones_like(value) for name, value in model.state_dict().items()}, assign=True)
+    report.undo()
+    assert type(model[0]) is nn.Linear
+    assert (model[0].weight == 1).all()
+    assert model[0].training
+    assert model[1].training
+
+
+def test_undo_refuses_before_it_changes_anything():
+    model = network()
+    report = fuse_linear_relu(model)
+    handle = model[4].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="4 has got hooks since it was fused; remove them first"):
+        report.undo()
+    handle.remove()
+    fused, model[4] = model[4], nn.Identity()
+    with pytest.raises(RuntimeError, match="4 has been replaced since"):
+        report.undo()
+    assert type(model[0]) is LinearReLU
+    model[4] = fused
+    report.undo()
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Shifted(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Both(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def hooked(register):
+    layer = nn.Linear(4, 4)
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+def with_attribute():
+    layer = nn.Linear(4, 4)
+    layer.scale = 2.0
+    return layer
+
+
+def with_forward():
+    layer = nn.ReLU()
+    layer.forward = lambda x: x
+    return layer
+
+
+def appearing_twice():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+LEFT_ALONE = {
+    "a subclass": (lambda: nn.Sequential(Scaled(4, 4), nn.ReLU()), "a Scaled is more than a Linear"),
+    "another activation": (lambda: nn.Sequential(nn.Linear(4, 4), Shifted()), "a Shifted is more than a ReLU"),
+    "parametrised": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU()),
+        "a ParametrizedLinear is more than a Linear",
+    ),
+    "pruned": (lambda: nn.Sequential(prune.identity(nn.Linear(4, 4), "weight"), nn.ReLU()), "the Linear has hooks"),
+    "an attribute": (lambda: nn.Sequential(with_attribute(), nn.ReLU()), "the Linear has attributes of its own: scale"),
+    "a forward": (
+        lambda: nn.Sequential(nn.Linear(4, 4), with_forward()),
+        "the ReLU has attributes of its own: forward",
+    ),
+    "a container's forward": (lambda: Both(nn.Linear(4, 4), nn.ReLU()), "its container, a Both, has a forward"),
+    "shared": (appearing_twice, "the Linear appears in 2 places"),
+} | {
+    name: (lambda name=name: nn.Sequential(hooked(name), nn.ReLU()), "the Linear has hooks")
+    for name in (
+        *("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"),
+        *("register_full_backward_pre_hook", "register_state_dict_post_hook", "register_load_state_dict_pre_hook"),
+    )
+}
+
+
+@pytest.mark.parametrize("case", LEFT_ALONE)
+def test_what_is_left_alone(case):
+    make, why = LEFT_ALONE[case]
+    model = make()
+    layers = list(model)
+    report = fuse_linear_relu(nn.ModuleDict({"body": model}))
+    assert report.fused == ()
+    assert report.skipped["body.0"].startswith(why)
+    assert list(model) == layers
+    assert str(report).splitlines()[1] == f"  body.0: left alone, {report.skipped['body.0']}"
+
+
+def test_a_shared_activation_is_no_obstacle():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 4), nn.Tanh(), act)
+    x = torch.randn(3, 4)
+    before = model(x)
+    report = fuse_linear_relu(model)
+    assert report.fused == ("0", "2")
+    assert model[6] is act
+    assert torch.equal(model(x), before)
+    report.undo()
+    assert model[1] is model[3] is act
+
+
+def test_other_sequences_stay():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU(), nn.ReLU(), nn.Linear(4, 4), nn.ReLU6())
+    assert fuse_linear_relu(model).fused == ()
+    with pytest.raises(TypeError, match="got a Tensor; it needs"):
+        fuse_linear_relu(torch.ones(1))
+
+
+def test_watch_reads_the_layers_own_flag():
+    """The flag of the value before ReLU: a -inf that ReLU hides is found, in the layer that made it."""
+    model = nn.Sequential(nn.Linear(3, 4), LinearReLU(4, 5), nn.Linear(5, 2))
+    model[1].flags = torch.zeros(1, dtype=torch.int32)
+    with torch.no_grad():
+        model[1].weight.fill_(-3e38)
+        model[0].weight.fill_(1.0)
+    with initlab.watch(model) as watching:
+        assert bool(model(torch.full((2, 3), 2.0)).isfinite().all())
+    fault = watching.report().fault
+    assert (fault.module, fault.cause, fault.flag) == ("1", "produced", 4)
+    assert int(model[1].flags) == 4
+    assert model[1]._slot is None
+    model(torch.ones(2, 3))
