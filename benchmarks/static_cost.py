@@ -395,7 +395,7 @@ def _read_nvidia(compiled: Any) -> _Listing:
 
 def _read_amd(compiled: Any) -> _Listing:
     listing = compiled.asm["amdgcn"]
-    body = listing[listing.index(":\n") : listing.rindex("s_endpgm")]  # a kernel may have several ends
+    body = listing[listing.index(":\n") : listing.index(".Lfunc_end")]  # the end of a program may lie in its middle
     code = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", body, re.MULTILINE)
     registers = int(re.search(r"\.vgpr_count:\s*(\d+)", listing).group(1))  # type: ignore[union-attr]
     local = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", listing).group(1))  # type: ignore[union-attr]
