@@ -1,16 +1,15 @@
 """The norm and the scaling on the CPU: sums of squares in float64 lanes, which cost no more than float32's.
 
 Tensors are cut into units of _UNIT elements; each has one sum, and sums are added in order, whatever the threads are.
-Sums may be reordered within a unit (reassoc), so that LLVM vectorises them, and fused with products (contract): the same
-on every run, but not on a CPU with other vectors. No other fast-math flag: NaN and inf must come through.
+Sums may be reordered within a unit (reassoc), so that LLVM vectorises them, and fused with products (contract): the
+same on every run, but not on a CPU with other vectors. No other fast-math flag: NaN and inf must come through.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +18,12 @@ from numba import carray, njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from ._shared_numba import SOURCE, TAGS, bits, compiled, pointer, real, rounded, share
+from ._shared_numba import SOURCE, TAGS, bits, claim, compiled, pointer, real, rounded, share
 
 ON_DEVICE = False
 
 _UNIT = 1 << 16  # elements
-_TASK = 1 << 20  # elements that a thread takes at a time
+_ALONE = 1 << 18  # elements: up to here a second thread costs more than it gives
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # by code
 _WIDE = 3  # the code of float64
 
@@ -123,9 +122,12 @@ _MADE_OF = zlib.crc32(SOURCE)  # what numba's cache does not see: the file whose
 
 
 def _make_sums(fingerprint: int) -> Any:
-    def sums(address, count, ends, tag, low, high, out):
+    def sums(address, count, ends, tag, counter, out):
         _ = fingerprint
-        for unit in range(low, high):
+        while True:
+            unit = claim(counter)
+            if unit >= ends[-1]:
+                break
             out[unit] = _sum_squares(_unit(address, count, ends, tag, unit), tag)
 
     return compiled(sums, fastmath={"reassoc", "contract"})
@@ -141,9 +143,12 @@ def _make_looks(fingerprint: int) -> Any:
 
 
 def _make_safe_sums(fingerprint: int) -> Any:
-    def safe_sums(address, count, ends, tag, low, high, out):
+    def safe_sums(address, count, ends, tag, counter, out):
         _ = fingerprint
-        for unit in range(low, high):
+        while True:
+            unit = claim(counter)
+            if unit >= ends[-1]:
+                break
             x = _unit(address, count, ends, tag, unit)
             big = mid = tiny = 0.0
             for i in range(len(x)):
@@ -160,10 +165,14 @@ def _make_safe_sums(fingerprint: int) -> Any:
 
 
 def _make_scale(fingerprint: int) -> Any:
-    def scale(address, count, ends, tag, low, high, a, b):
+    def scale(address, count, ends, tag, counter, a, b):
         _ = fingerprint
-        for unit in range(low, high):
-            x = _unit(address, count, ends, tag, unit)
+        while True:
+            unit = claim(counter)
+            if unit >= ends[-1]:
+                break
+            # From the end: what the norm has read last may still be in the cache.
+            x = _unit(address, count, ends, tag, ends[-1] - 1 - unit)
             for i in range(len(x)):
                 x[i] = _scaled(x[i], a, b, tag)
 
@@ -188,23 +197,18 @@ class _Group:
         self.units = int(self.ends[-1])
 
     def run(self, kernel: Callable[..., object], *arguments: Any) -> None:
-        """kernel(address, count, ends, tag, low, high, ...) over all units, on torch.get_num_threads() threads."""
+        """kernel(address, count, ends, tag, counter, ...) on torch.get_num_threads() threads, which claim units.
 
-        def work(task: tuple[int, int]) -> None:
-            kernel(self.address, self.count, self.ends, self.tag, *task, *arguments)
+        They claim them inside compiled code: a thread that has to share its core, as with one of torch's that still
+        spins, must not hold up the others by holding Python's lock.
+        """
+        counter = np.zeros(1, dtype=np.int64)
 
-        threads = torch.get_num_threads() if int(self.count.sum()) > _TASK else 1
-        share(self._tasks() if threads > 1 else [(0, self.units)], work, threads)
+        def work(_: int) -> None:
+            kernel(self.address, self.count, self.ends, self.tag, counter.ctypes.data, *arguments)
 
-    def _tasks(self) -> Iterator[tuple[int, int]]:
-        """Units in pieces of about _TASK elements, whatever the tensors' sizes are."""
-        # Elements before each unit: a tensor's last may be short.
-        before = np.arange(self.units, dtype=np.int64) * _UNIT
-        lost = (self.ends - np.concatenate([[0], self.ends[:-1]])) * _UNIT - self.count
-        before -= np.repeat(np.concatenate([[0], lost.cumsum()[:-1]]), np.diff(self.ends, prepend=0))
-        total = int(self.count.sum())
-        cuts = [*np.unique(np.searchsorted(before, np.arange(0, total, _TASK))).tolist(), self.units]
-        return itertools.pairwise(cuts)
+        threads = torch.get_num_threads() if int(self.count.sum()) > _ALONE else 1
+        share(range(threads), work, threads)
 
 
 def _apart(start: np.ndarray[Any, Any], nbytes: np.ndarray[Any, Any]) -> bool:
@@ -267,5 +271,5 @@ def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def scale(plan: _Plan, a: float, b: float) -> None:
     """Multiply every element by a and then by b, in float32 (float64 for float64), and round once."""
-    for group in plan.groups:
+    for group in reversed(plan.groups):
         group.run(_scale, a, b)

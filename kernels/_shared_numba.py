@@ -58,6 +58,17 @@ def pointer(typing_context: Any, address: Any, tag: Any) -> Any:
     return types.CPointer(tag)(address, tag), generate
 
 
+@intrinsic
+def claim(typing_context: Any, address: Any) -> Any:
+    """The int64 at an address, and it is one more from then on, whichever threads ask."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
 @njit(forceinline=True)
 def real(bits):
     return np.int32(bits).view(np.float32)

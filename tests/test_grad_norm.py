@@ -1,6 +1,6 @@
 """kernels/grad_norm.py on every engine: norms against float64 (and exact) arithmetic, scaling, flags, odd tensors."""
 
-import importlib
+import concurrent.futures
 import itertools
 import math
 from fractions import Fraction
@@ -367,20 +367,19 @@ def test_equal_bits_for_any_number_of_threads(serving, threads):
         assert len(seen) == 1
 
 
-def test_tasks_cover_every_unit_once(serving):
-    pytest.importorskip("numba")
-    from initlab.kernels import _grad_norm_numba as engine
+def test_threads_that_never_get_to_run_are_not_waited_for(serving, threads, monkeypatch):
+    """The thread that calls takes every unit that no other one claims."""
+    from initlab.kernels import _shared_numba
 
-    op = importlib.import_module("initlab.kernels.grad_norm")
+    class Never:
+        def submit(self, work):
+            return concurrent.futures.Future()  # nobody will run it; it can be cancelled
 
-    torch.manual_seed(7)
-    tensors = [torch.empty(int(n)) for n in torch.randint(1, 200_000, (300,))] + [torch.empty(5_000_000)]
-    group = engine._Group(op._entries(tensors, range(len(tensors))), 0)
-    tasks = list(group._tasks())
-    assert [low for low, _ in tasks[1:]] == [high for _, high in tasks[:-1]]
-    assert (tasks[0][0], tasks[-1][1]) == (0, group.units)
-    assert all(low < high for low, high in tasks)
-    assert len(tasks) > 10
+    monkeypatch.setattr(_shared_numba, "_shared_pool", Never)
+    with serving("numba"):
+        threads(4)
+        x = torch.full((1_000_001,), 2.0)
+        assert float(grad_norm([x]).norm) == pytest.approx(2 * 1_000_001**0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------
