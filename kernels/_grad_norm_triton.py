@@ -9,7 +9,6 @@ nothing waits for the device.
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._shared_triton import INTERPRETED, find, on_device, rounded, table_jit, widened
+from ._shared_triton import INTERPRETED, find, launching, on_device, rounded, table_jit, widened
 
 ON_DEVICE = True
 
@@ -346,10 +345,6 @@ def _make_plan(given: np.ndarray[Any, Any], device: torch.device) -> _Plan:
     return _Plan(device, apart, table, len(length), chunks, narrow, int(units.sum()), elements)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-
-
 def _launch(kernel: Any, units: int, *arguments: Any, **constants: Any) -> None:
     if units > 0:
         kernel[(units,)](*arguments, **constants, num_warps=WARPS)
@@ -360,7 +355,7 @@ def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     units, table = plan.units, (plan.table, plan.columns, plan.chunks)
     # Below it, squares that float32 rounds to subnormals could weigh 1e-7 in the total.
     sound = max(1e-30, plan.elements * 1e-38)
-    with torch.inference_mode(False), _on(plan.device):
+    with torch.inference_mode(False), launching(plan.device):
         results = torch.empty(5, dtype=torch.int64, device=plan.device)
         sums = torch.empty(5 * units, dtype=torch.float64, device=plan.device)
         _launch(norm_units, plan.narrow, *table, 0, sums, WIDE=False, CHUNK=CHUNK)
@@ -376,7 +371,7 @@ def scale(plan: _Plan, norm: Tensor, max_norm: float, policy: str) -> None:
     """Multiply every element by min(1, max_norm / (norm + 1e-6)); `norm` is 0-d, on the device."""
     high = float(np.float32(max_norm))  # a launch takes numbers as float32
     low = max_norm - high if abs(high) < float("inf") else 0.0
-    with _on(plan.device):
+    with launching(plan.device):
         for wide, first, units in ((False, 0, plan.narrow), (True, plan.narrow, plan.units - plan.narrow)):
             _launch(
                 scale_units, units, plan.table, plan.columns, plan.chunks, first, norm, high, low,

@@ -16,7 +16,6 @@ is looked at closely.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._shared_triton import INTERPRETED, rounded
+from ._shared_triton import INTERPRETED, launching, rounded
 
 LIMITS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F7F8000, torch.float16: 0x477FF000}  # bits of a float32
 PASS = 4096  # elements that a program of the pass takes
@@ -344,7 +343,7 @@ def gemm(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    with _on(x.device):
+    with launching(x.device):
         if generation >= 9:
             programs = min(tiled, processors)
             tiles[(programs,)](
@@ -361,7 +360,7 @@ def gemm(
 def rectify_(y: Tensor, flags: Tensor | None) -> Tensor:
     """ReLU in place of a contiguous tensor, flagged before it."""
     if y.numel() > 0:
-        with _on(y.device):
+        with launching(y.device):
             relu_in_place[(triton.cdiv(y.numel(), PASS),)](
                 y, flags, y.numel(),
                 BLOCK=PASS, LIMIT=_INFINITY.value, LOOK=None if flags is None else look, num_warps=8,
@@ -380,13 +379,9 @@ def masked(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     parts = triton.cdiv(rows, SUM_ROWS)
     out = torch.empty_like(y)
     sums = torch.empty(parts, columns, dtype=torch.float32, device=y.device)
-    with _on(y.device):
+    with launching(y.device):
         mask_and_sum[(triton.cdiv(columns, SUM_COLUMNS), parts)](
             grad, y, out, sums, rows, columns, grad.stride(0), grad.stride(1),
             ROWS=SUM_ROWS, STEP=SUM_STEP, COLUMNS=SUM_COLUMNS, num_warps=4,
         )  # fmt: skip
     return out, sums.sum(0)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)

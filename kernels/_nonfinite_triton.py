@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._shared_triton import launching
 
 CHUNK = 4096  # elements that a program of WARPS warps looks at together, 32 a thread
 WARPS = 4
@@ -53,5 +54,5 @@ def launch(flags: Tensor, tensor: Tensor) -> None:
     """Or the flag word of a real floating tensor, whose elements fill their memory in any order, into flags[0]."""
     elements, device = tensor.numel(), tensor.device
     programs = min(elements // CHUNK + 1, _programs(device))
-    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+    with launching(device):
         add_flag[(programs,)](flags, tensor, elements, CHUNK=CHUNK, num_warps=WARPS)

@@ -9,7 +9,6 @@ Every + - x is rounded on its own, as the stream demands: compiled with enable_f
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
@@ -21,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import stream
-from ._shared_triton import INTERPRETED, find, on_device, rounded, table_jit
+from ._shared_triton import INTERPRETED, find, launching, on_device, rounded, table_jit
 from .stream import CentreMap, FarMap, Map, NarrowMap, NormalMap, TailMap, UniformMap
 
 Run: TypeAlias = tuple[int, int, int, int]  # start, rows, length, stride
@@ -553,7 +552,7 @@ def fill(entries: Iterable[Entry], device: torch.device) -> None:
 def _launch(columns: _Columns, table: Tensor, units: int, chunks: int, device: torch.device) -> None:
     kind, shifted, dtype = columns.group
     kernel = fill_short_rows if columns.short else fill_units
-    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+    with launching(device):
         kernel[(units,)](
             table,
             len(columns.key),

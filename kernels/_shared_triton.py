@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,11 @@ def widened(x, INTERPRETED: tl.constexpr):
         return x
     else:
         return x.to(tl.float32)
+
+
+def launching(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Where kernels on a device are launched from; the interpreter's is the CPU."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def on_device(tables: list[np.ndarray[Any, Any]], device: torch.device) -> Tensor:

@@ -4,12 +4,8 @@ The torch engine serves the CPU; triton runs in its interpreter there, and on th
 """
 
 import itertools
-import json
 import math
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -663,46 +659,6 @@ def test_the_host_does_not_wait(serving, monkeypatch):
         y = linear_relu(x * INF, w, b, flags=flags)
         y.backward(torch.ones_like(y))
     assert int(flags)
-
-
-@pytest.fixture(scope="module")
-def costs(tmp_path_factory):
-    """What static_cost.py finds, in a process where kernels are compiled, not interpreted."""
-    script = Path(__file__).parent.parent / "benchmarks" / "static_cost.py"
-
-    def costs(targets, *names):
-        file = tmp_path_factory.mktemp("cost") / "cost.json"
-        command = [sys.executable, script, "--json", file, *(f"--target={target}" for target in targets), *names]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(file.read_text())
-
-    return costs
-
-
-def test_the_compiled_kernel_on_hopper(costs):
-    """Matrix products from shared memory, bulk copies both ways, nothing spilled, a flag for 2 instructions or less."""
-    found = {
-        (c["kernel"].partition(": ")[2], c["element"]): c for c in costs(["sm_90"], "linear_relu 128x256: relu, bias")
-    }
-    for element in ("bf16", "fp32"):
-        for variant in ("relu, bias", "relu, bias, glance", "relu, bias, flag"):
-            cost = found[variant, element]
-            assert cost["local_bytes"] == 0, cost
-            assert {op.split(".")[0] for op in cost["products"]} == {"HGMMA", "UTMALDG", "UTMASTG"}, cost
-        flag = found["relu, bias, glance", element]["per_element"] - found["relu, bias", element]["per_element"]
-        assert 0 < flag <= 2, (element, flag)
-
-
-def test_compiled_for_other_targets(costs):
-    names = ["linear_relu 64x64: relu, bias, flag", "linear_relu 64x128: relu, bias, flag", "linear_relu backward"]
-    found = costs(["sm_80", "sm_100", "gfx942"], *names)
-    products = {"sm_80": "HMMA", "sm_100": "UTCHMMA"}
-    for cost in found:
-        assert cost["local_bytes"] == 0, cost
-        if "relu," in cost["kernel"]:
-            assert products[cost["target"]] in {op.split(".")[0] for op in cost["products"]}, cost
-    assert {cost["target"] for cost in found} == {"sm_80", "sm_100", "gfx942"}
 
 
 def test_the_choice_is_made_in_one_place():

@@ -84,3 +84,40 @@ def test_clipping_kernels_compile_for_every_target(target, costs):
         assert cost["local_bytes"] == 0, cost
         wide = {"buffer_load_dwordx4", "global_load_dwordx4", "LDG.E.128"} & set(cost["loads"])
         assert wide or not cost["kernel"].endswith("kernel"), cost
+
+
+def test_linear_relu_on_hopper(costs):
+    """Matrix products from shared memory, bulk copies both ways, nothing spilled, a flag for 2 instructions or less."""
+    found = {
+        (c["kernel"].partition(": ")[2], c["element"]): c for c in costs(["sm_90"], "linear_relu 128x256: relu, bias")
+    }
+    for element in ("bf16", "fp32"):
+        for variant in ("relu, bias", "relu, bias, glance", "relu, bias, flag"):
+            cost = found[variant, element]
+            assert cost["local_bytes"] == 0, cost
+            assert {op.split(".")[0] for op in cost["products"]} == {"HGMMA", "UTMALDG", "UTMASTG"}, cost
+        flag = found["relu, bias, glance", element]["per_element"] - found["relu, bias", element]["per_element"]
+        assert 0 < flag <= 2, (element, flag)
+
+
+def test_linear_relu_for_other_targets(costs):
+    names = ["linear_relu 64x64: relu, bias, flag", "linear_relu 64x128: relu, bias, flag", "linear_relu backward"]
+    found = costs(["sm_80", "sm_100", "gfx942"], *names)
+    products = {"sm_80": "HMMA", "sm_100": "UTCHMMA"}
+    for cost in found:
+        assert cost["local_bytes"] == 0, cost
+        if "relu," in cost["kernel"]:
+            assert products[cost["target"]] in {op.split(".")[0] for op in cost["products"]}, cost
+    assert {cost["target"] for cost in found} == {"sm_80", "sm_100", "gfx942"}
+
+
+def test_the_flag_kernel_on_hopper(costs):
+    """16-byte loads, nothing spilled, and less than the 20 instructions an element that an H100's memory allows."""
+    found = costs(["sm_90"], "flag")
+    assert len(found) == 8
+    for cost in found:
+        assert cost["local_bytes"] == 0, cost
+        assert "LDG.E.128" in cost["loads"], cost
+        if cost["kernel"] == "flag: chunk":
+            assert set(cost["loads"]) == {"LDG.E.128"}, cost
+            assert cost["per_element"] <= 10, cost
