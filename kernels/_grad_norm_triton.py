@@ -39,6 +39,7 @@ _BIG, _TINY = tl.constexpr(2.0**486), tl.constexpr(2.0**-511)
 _SHRINK, _GROW = tl.constexpr(2.0**-538), tl.constexpr(2.0**537)
 
 _SMALL, _FIRST = tl.constexpr(2.0**-100), tl.constexpr(2.0**-64)  # as in grad_norm.py
+_SMALLER, _LEAST = tl.constexpr(2.0**-164), tl.constexpr(2.0**-126)
 _EPSILON = tl.constexpr(1e-6)
 _NOWHERE = tl.constexpr((1 << 63) - 1)
 
@@ -271,8 +272,8 @@ def scale_units(
             zero = good == 0
     if (c == 1.0) & (zero == 0):
         return
-    small = (tl.abs(c) < _SMALL) & (c != 0.0)
-    a = tl.where(small, _FIRST, 1.0).to(tl.float64)
+    a = tl.where(c < _SMALL, tl.where(c < _SMALLER, _LEAST, _FIRST), 1.0).to(tl.float64)
+    a = tl.where(c == 0.0, 1.0, a)
     b = c / a
     unit = tl.program_id(0).to(tl.int64) + first_unit
     entry = table + find(table, columns, unit)

@@ -35,8 +35,9 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 _PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
 _KNOWN = {*_CODES, *_PARTS}
 _PLAIN = {Tensor, torch.nn.Parameter}
-# Below it a coefficient is applied as two factors, the first a power of two: as one it might be subnormal in float32.
-_SMALL, _FIRST = 2.0**-100, 2.0**-64
+# A coefficient below one of these is applied as two factors, the first this power of two: as one it might be subnormal
+# in float32. A product that the first factor makes subnormal comes to 0.
+_FIRST = {2.0**-164: 2.0**-126, 2.0**-100: 2.0**-64}
 
 
 class Norm(NamedTuple):
@@ -404,7 +405,8 @@ def _scale_seen(here: _Here, norm: float, max_norm: float, nonfinite: str) -> No
     c = max_norm / (norm + EPSILON)
     if c >= 1.0:
         return
-    a, b = (_FIRST, c / _FIRST) if 0.0 < abs(c) < _SMALL else (1.0, c)
+    a = next((first for limit, first in _FIRST.items() if 0.0 < c < limit), 1.0)
+    b = c / a
     rest = here.tensors
     if here.engine is not None and here.plan.apart:
         _count_as_written(here)
