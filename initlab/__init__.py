@@ -23,17 +23,22 @@ from .clip import (  # noqa: E402
     clip_grads_with_norm_,
     get_total_norm,
 )
+from .diagnose import Cause, Diagnosis, Place, diagnose, supervised  # noqa: E402
 from .model import init_model_, not_loaded, plan_model  # noqa: E402
 from .report import InitReport, model_digest  # noqa: E402
 from .swap import swap  # noqa: E402
 
 __all__ = [
+    "Cause",
     "ClipReport",
+    "Diagnosis",
     "GradClipper",
     "InitReport",
+    "Place",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "diagnose",
     "get_total_norm",
     "init",
     "init_model_",
@@ -41,6 +46,7 @@ __all__ = [
     "not_loaded",
     "plan_model",
     "recipes",
+    "supervised",
     "swap",
 ]
 __version__ = "0.1.0"

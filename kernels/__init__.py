@@ -23,11 +23,12 @@ else:
     from .digest import content_sum
     from .engines import eagerly
     from .grad_norm import Gathered, Norm, clip_, clip_coefficient, grad_norm
-    from .nonfinite import describe, flag_of
+    from .nonfinite import NEGATIVE_INF, describe, flag_of
     from .sampling import Constant, Draw, Law, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
 
     __all__ = [
+        "NEGATIVE_INF",
         "STREAM_VERSION",
         "Constant",
         "Draw",

@@ -1,0 +1,224 @@
+"""The doctor: runs a model on the user's own batch and says why the loss is inf, or NaN, or does not fall.
+
+state.py keeps and restores; trace.py observes a pass, origin.py follows one operation by operation; probes.py runs
+them; evidence.py is what they gather; causes.py judges it; remedies.py writes the cure; report.py says it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from ..naming import _wrapped, _wrappers
+from . import causes, probes
+from .causes import Finding
+from .evidence import Evidence
+from .probes import LossFn, Patient, UsageError, quiet
+from .report import Cause, Diagnosis, LayerRow, Place
+
+__all__ = ["Cause", "Diagnosis", "LayerRow", "Place", "diagnose", "examine", "supervised"]
+
+
+def supervised(criterion: Callable[[Any, Any], Tensor]) -> LossFn:
+    """A loss_fn for batches of inputs and targets.
+
+    Args:
+        criterion: called with the model's output and the target, as torch.nn.CrossEntropyLoss() is.
+
+    Returns:
+        A function of model and batch; the batch is a pair (x, y).
+
+    Raises:
+        TypeError: when it is called, for a batch that is no pair.
+
+    Example:
+        >>> import torch, initlab
+        >>> loss_fn = initlab.supervised(torch.nn.MSELoss())
+        >>> float(loss_fn(torch.nn.Identity(), (torch.ones(2), torch.zeros(2))))
+        1.0
+    """
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            what = f"{len(batch)} items" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
+            raise UsageError(
+                f"the batch is {what}; supervised() takes pairs (x, y), so write loss_fn(model, batch) yourself"
+            )
+        return criterion(model(batch[0]), batch[1])
+
+    return loss_fn
+
+
+def diagnose(
+    model: nn.Module, batch: Any, loss_fn: LossFn, optimizer: Optimizer | None = None, *, steps: int = 1
+) -> Diagnosis:
+    """Run a model on a batch, and say what is wrong, or close to it: cause, place, evidence, remedy.
+
+    One pass is observed; closer looks follow only where it leaves a suspicion. Errors that the model, the loss or the
+    backward pass raise are evidence. Afterwards everything is as it was, also when something raises: parameters,
+    buffers, gradients, modes, attributes, the optimizer and its state, and the random generators.
+
+    Args:
+        model: wrapped (DDP) or compiled ones are looked at unwrapped and uncompiled.
+        batch: one real batch: tensors, in tuples, lists and dicts.
+        loss_fn: called with the model and the batch, returns the loss, one element.
+        optimizer: with one, steps are taken and the learning rate is judged.
+        steps: how many.
+
+    Returns:
+        A `Diagnosis`, which prints as a verdict, its causes, and a table of the layers.
+
+    Raises:
+        TypeError: if model, batch, loss_fn or what it returns is of the wrong kind.
+        ValueError: if steps is not positive.
+
+    Example:
+        >>> import torch, initlab
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+        >>> batch = torch.tensor([[0.0, 1.0], [1.0, float("nan")]]), torch.zeros(2, 1)
+        >>> found = initlab.diagnose(model, batch, initlab.supervised(torch.nn.MSELoss()))
+        >>> found.verdict, found.causes[0].kind, found.causes[0].place.feature
+        ('broken', 'input', 1)
+    """
+    return examine(model, batch, loss_fn, optimizer, steps=steps)
+
+
+def examine(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFn,
+    optimizer: Optimizer | None = None,
+    *,
+    steps: int = 1,
+    tell: Callable[[str], None] = lambda stage: None,
+) -> Diagnosis:
+    """`diagnose`, telling which stage begins."""
+    _check(model, batch, loss_fn, optimizer, steps)
+    notes = []
+    inner = _unwrapped(model)
+    if inner is not model:
+        notes.append(f"looked at the original module inside {type(model).__name__}")
+    if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+        notes.append("compiled modules ran as they were written, uncompiled")
+    with quiet():
+        if any(is_lazy(p) for p in (*inner.parameters(), *inner.buffers())):
+            inner, optimizer = _materialised(inner, batch, loss_fn), None
+            notes.append("lazy modules: looked at a copy that has seen the batch, without the optimizer")
+        tell("taking down what must be restored")
+        patient = Patient(inner, batch, loss_fn, optimizer)
+        try:
+            evidence = probes.gather(patient)
+            if probes.runnable(evidence):
+                tell("running the model under observation")
+                probes.screen(patient, evidence, steps)
+                _look_closer(patient, evidence, tell)
+            found = [
+                _written(patient, evidence, one, first, tell) for first, one in _numbered(causes.findings(evidence))
+            ]
+            return Diagnosis(
+                causes=tuple(found),
+                losses=tuple(evidence.losses),
+                gradient_norm=evidence.steps[0].gradient if evidence.steps else None,
+                broke_at=evidence.broke_at,
+                layers=tuple(_rows(evidence)),
+                notes=tuple(notes),
+            )
+        finally:
+            patient.snapshot.restore()
+
+
+def _look_closer(patient: Patient, evidence: Evidence, tell: Callable[[str], None]) -> None:
+    """The probes that the screening calls for."""
+    if evidence.broke_at is not None and not isinstance(evidence.error, Exception):
+        tell("searching the operation behind the first value that is not finite")
+        probes.find_origin(patient, evidence)
+    if causes.uses_half(evidence) and (evidence.broke_at is not None or _zeros(evidence)):
+        tell("running in float32")
+        probes.replay_in_float32(patient, evidence)
+    if causes.suspicious_step(evidence):
+        tell("searching along the update")
+        probes.search_rates(patient, evidence)
+        probes.keep_going(patient, evidence, 4)
+    odd = causes.odd_scale(evidence)
+    if odd is not None and (odd.strong or evidence.broke_at is not None):
+        tell("running on standardised inputs")
+        probes.replay_standardised(patient, evidence, odd.leaf)
+
+
+def _zeros(evidence: Evidence) -> bool:
+    """Whether gradients hold more zeros than they should."""
+    return any(causes.zero_share_of(held) >= causes.LIMITS.zero_gradients for held in evidence.parameters)
+
+
+def _numbered(found: list[Finding]) -> Iterator[tuple[bool, Finding]]:
+    return ((number == 0, one) for number, one in enumerate(found))
+
+
+def _written(patient: Patient, evidence: Evidence, found: Finding, first: bool, tell: Callable[[str], None]) -> Cause:
+    """A cause with its remedy; the likeliest one's remedies are tried, and the first that helps is taken."""
+    remedy, works = (found.remedies or [""])[0], False
+    if first and probes.runnable(evidence):
+        for candidate in found.remedies[:3]:
+            tell("trying the remedy")
+            if probes.tried(patient, candidate):
+                remedy, works = candidate, True
+                break
+    return Cause(found.kind, found.severity, found.place, found.explanation, found.evidence, remedy, works)
+
+
+def _rows(evidence: Evidence) -> Iterator[LayerRow]:
+    seen = set()
+    for call in evidence.trace.calls:
+        if call.made is None or call.path in seen:
+            continue
+        seen.add(call.path)
+        gain = None
+        if call.is_layer and call.given is not None and call.given.signal:
+            gain = call.made.signal / call.given.signal
+        norms = [h.grad_norm for h in evidence.parameters if h.slot.path == call.path and h.grad_norm is not None]
+        gradient = math.hypot(*norms) if norms else None
+        dtype = str(call.made.dtype).removeprefix("torch.")
+        yield LayerRow(
+            call.path, call.kind, dtype, call.made.std, gain, call.made.largest, call.made.headroom, gradient
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def _check(model: Any, batch: Any, loss_fn: Any, optimizer: Any, steps: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if isinstance(batch, Iterator):
+        raise TypeError(f"batch is a {type(batch).__name__}, which can be read once only; pass next(...) of it")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; it must be a function of model and batch")
+    if isinstance(loss_fn, nn.modules.loss._Loss):
+        raise TypeError(f"loss_fn is {type(loss_fn).__name__}, a criterion; pass initlab.supervised(criterion)")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, or None")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; it must be a positive integer")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    wrappers = _wrappers()
+    while (inner := _wrapped(model, wrappers)) is not None:
+        model = inner
+    return model
+
+
+def _materialised(model: nn.Module, batch: Any, loss_fn: LossFn) -> nn.Module:
+    """A copy of a model with lazy modules, after the pass that gives them their shapes."""
+    twin = copy.deepcopy(model)
+    with torch.random.fork_rng(), torch.no_grad():
+        loss_fn(twin, batch)
+    return twin
