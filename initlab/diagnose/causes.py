@@ -526,9 +526,15 @@ def _gains(evidence: Evidence) -> list[tuple[Call, float, float]]:
             base = call.given.signal
         if base and call.made.finite and call.given.signal:
             found.append((call, call.made.signal / call.given.signal, call.made.signal / base))
-        elif base and not call.made.finite:
+        elif base and overflows(evidence):
             found.append((call, math.inf, math.inf))
     return found
+
+
+def overflows(evidence: Evidence) -> bool:
+    """Whether the first value that is not finite is only a number that has grown too large."""
+    origin = evidence.origin
+    return evidence.broke_at == 1 and origin is not None and origin.source == "op" and origin.op not in names.UNSAFE
 
 
 def _law_ratios(evidence: Evidence) -> list[tuple[Call, float]]:
@@ -628,8 +634,9 @@ def exploding_gradient(evidence: Evidence) -> Finding | None:
     overflowed = (
         origin is not None and origin.source == "op" and origin.op not in names.UNSAFE and evidence.broke_at == 1
     )
-    huge = norm is not None and loss is not None and not norm < LIMITS.gradient_norm * max(1.0, abs(loss))
-    if not (huge and evidence.broke_at is None) and not overflowed:
+    usual = max(1.0, evidence.baseline or abs(loss or 0.0))
+    huge = norm is not None and not norm < LIMITS.gradient_norm * usual
+    if not (huge and evidence.broke_at != 1) and not overflowed:
         return None
     repeats = {path: n for path, n in evidence.trace.repeats.items() if n >= LIMITS.recurrence}
     if overflowed and not repeats and origin is not None and origin.phase == "forward":

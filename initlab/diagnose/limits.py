@@ -7,7 +7,7 @@ class Limits(NamedTuple):
     """Thresholds; a ratio unless it says otherwise."""
 
     # How much is read
-    sample: int = 1 << 16  # elements behind a mean or a standard deviation: good to half a percent
+    sample: int = 1 << 14  # elements behind a mean or a standard deviation: good to one percent
     most_features: int = 1 << 14  # wider inputs are images or one-hot, which no feature table helps
     most_input_elements: int = 1 << 22
     calls_measured: int = 64  # of one module in one pass; a recurrence shows its trend in these
@@ -25,7 +25,7 @@ class Limits(NamedTuple):
     shrink: float = 1e-5  # of the signal, or of gradients, from one end to the other: nothing is left for 16-bit types
     law_factor: float = 4.0  # standard deviation against the law; trained weights stay within 3
     dead: float = 0.9  # of a layer's units zero for every row of the batch
-    saturated: float = 0.9  # of tanh or sigmoid outputs within 1 % of their ends
+    saturated: float = 0.5  # of tanh or sigmoid outputs within 1 % of their ends; unit inputs leave 1 % there
 
     # Parameters that nobody wrote
     garbage: float = 1e6  # magnitude of a starting weight; no law draws one
