@@ -20,10 +20,13 @@ from ..naming import _wrapped, _wrappers
 from . import causes, probes
 from .causes import Finding
 from .evidence import Evidence
+from .limits import LIMITS
 from .probes import LossFn, Patient, UsageError, quiet
 from .report import Cause, Diagnosis, LayerRow, Place
 
-__all__ = ["Cause", "Diagnosis", "LayerRow", "Place", "diagnose", "examine", "supervised"]
+__all__ = ["Cause", "Diagnosis", "LayerRow", "Place", "UsageError", "diagnose", "examine", "supervised"]
+
+_TRIALS = 3  # remedies of a cause that are tried, at three steps each
 
 
 def supervised(criterion: Callable[[Any, Any], Tensor]) -> LossFn:
@@ -101,7 +104,7 @@ def examine(
 ) -> Diagnosis:
     """`diagnose`, telling which stage begins."""
     _check(model, batch, loss_fn, optimizer, steps)
-    notes = []
+    notes: list[str] = []
     inner = _unwrapped(model)
     if inner is not model:
         notes.append(f"looked at the original module inside {type(model).__name__}")
@@ -119,11 +122,9 @@ def examine(
                 tell("running the model under observation")
                 probes.screen(patient, evidence, steps)
                 _look_closer(patient, evidence, tell)
-            found = [
-                _written(patient, evidence, one, first, tell) for first, one in _numbered(causes.findings(evidence))
-            ]
+            notes += _close_calls(evidence)
             return Diagnosis(
-                causes=tuple(found),
+                causes=tuple(_prescribed(patient, causes.findings(evidence), tell)),
                 losses=tuple(evidence.losses),
                 gradient_norm=evidence.steps[0].gradient if evidence.steps else None,
                 broke_at=evidence.broke_at,
@@ -136,7 +137,7 @@ def examine(
 
 def _look_closer(patient: Patient, evidence: Evidence, tell: Callable[[str], None]) -> None:
     """The probes that the screening calls for."""
-    if evidence.broke_at is not None and not isinstance(evidence.error, Exception):
+    if evidence.broke_at is not None and evidence.error is None:
         tell("searching the operation behind the first value that is not finite")
         probes.find_origin(patient, evidence)
     if causes.uses_half(evidence) and (evidence.broke_at is not None or _zeros(evidence)):
@@ -154,23 +155,27 @@ def _look_closer(patient: Patient, evidence: Evidence, tell: Callable[[str], Non
 
 def _zeros(evidence: Evidence) -> bool:
     """Whether gradients hold more zeros than they should."""
-    return any(causes.zero_share_of(held) >= causes.LIMITS.zero_gradients for held in evidence.parameters)
+    return any(causes.zero_share_of(held) >= LIMITS.zero_gradients for held in evidence.parameters)
 
 
-def _numbered(found: list[Finding]) -> Iterator[tuple[bool, Finding]]:
-    return ((number == 0, one) for number, one in enumerate(found))
-
-
-def _written(patient: Patient, evidence: Evidence, found: Finding, first: bool, tell: Callable[[str], None]) -> Cause:
-    """A cause with its remedy; the likeliest one's remedies are tried, and the first that helps is taken."""
-    remedy, works = (found.remedies or [""])[0], False
-    if first and probes.runnable(evidence):
-        for candidate in found.remedies[:3]:
-            tell("trying the remedy")
+def _prescribed(patient: Patient, found: list[Finding], tell: Callable[[str], None]) -> Iterator[Cause]:
+    """The causes with their remedies. Those of the likeliest are tried, and the first that helps is taken."""
+    for number, one in enumerate(found):
+        remedy, works = (one.remedies or [""])[0], False
+        for candidate in one.remedies[:_TRIALS] if number == 0 else ():
+            tell("trying a remedy")
             if probes.tried(patient, candidate):
                 remedy, works = candidate, True
                 break
-    return Cause(found.kind, found.severity, found.place, found.explanation, found.evidence, remedy, works)
+        yield Cause(one.kind, one.severity, one.place, one.explanation, one.evidence, remedy, works)
+
+
+def _close_calls(evidence: Evidence) -> Iterator[str]:
+    """Layers whose output is finite and close to the end of its dtype's range."""
+    for row in _rows(evidence):
+        if 0 < row.headroom < LIMITS.headroom:
+            name = row.name or "the model itself"
+            yield f"{name} puts out {row.largest:.4g}, within a factor of {row.headroom:.2g} of the largest {row.dtype}"
 
 
 def _rows(evidence: Evidence) -> Iterator[LayerRow]:
@@ -196,15 +201,15 @@ def _rows(evidence: Evidence) -> Iterator[LayerRow]:
 
 def _check(model: Any, batch: Any, loss_fn: Any, optimizer: Any, steps: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+        raise UsageError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     if isinstance(batch, Iterator):
-        raise TypeError(f"batch is a {type(batch).__name__}, which can be read once only; pass next(...) of it")
+        raise UsageError(f"batch is a {type(batch).__name__}, which can be read once only; pass next(...) of it")
     if not callable(loss_fn):
-        raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; it must be a function of model and batch")
+        raise UsageError(f"loss_fn is a {type(loss_fn).__name__}; it must be a function of model and batch")
     if isinstance(loss_fn, nn.modules.loss._Loss):
-        raise TypeError(f"loss_fn is {type(loss_fn).__name__}, a criterion; pass initlab.supervised(criterion)")
+        raise UsageError(f"loss_fn is {type(loss_fn).__name__}, a criterion; pass initlab.supervised(criterion)")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, or None")
+        raise UsageError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, or None")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps is {steps!r}; it must be a positive integer")
 

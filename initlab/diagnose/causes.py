@@ -102,8 +102,8 @@ def spoilt_state(evidence: Evidence) -> Finding | None:
         "uninitialised",
         "broken",
         Place(module=held.slot.path, parameter=held.name),
-        f"the optimizer's {' and '.join(held.state)} of {held.name} is not finite, or a square that is negative, before "
-        "the first step: the next step writes NaN into the weights.",
+        f"the optimizer's {' and '.join(held.state)} of {held.name} is not finite, or a negative square, before the "
+        "first step, which then writes NaN into the weights.",
         {"parameters": len(bad)},
         [remedies.forget_state(evidence, bad)],
     )
@@ -449,7 +449,7 @@ def dead(evidence: Evidence) -> Finding | None:
             "weights",
             "broken" if evidence.steps[0].gradient == 0 else "warning",
             Place(module=call.path, parameter=blamed.name if blamed is not None else None),
-            f"{out.dead:.0%} of the units after {call.path or 'the model'} are zero for every row: their gradient is too.",
+            f"{out.dead:.0%} of the units after {call.path!r} are zero for every row, as are their gradients.",
             {"dead": out.dead, "mean of bias": bias.stats.mean if bias is not None and bias.stats is not None else 0.0},
             [
                 *([remedies.fresh(evidence, [bias])] if by_bias and bias is not None else []),
@@ -505,8 +505,8 @@ def shrinking(evidence: Evidence) -> Finding | None:
         "weights",
         "warning",
         Place(module=call.path, parameter=weight.name if weight is not None else None),
-        f"the signal shrinks to {forward:.2g} of the input's, gradients to {backward:.2g} over depth: nothing arrives at "
-        "the other end.",
+        f"the signal shrinks to {forward:.2g} of the input's, gradients to {backward:.2g}: nothing arrives at the "
+        "other end.",
         {"gain": forward, "gradient first to last": backward},
         remedies.restart(evidence),
     )
@@ -595,8 +595,8 @@ def unsafe(evidence: Evidence) -> Finding | None:
         kind,
         "broken",
         Place(module=origin.module, op=origin.op),
-        f"{origin.op} in {where} makes the first value that is not finite, in the {origin.phase} pass{only}, from finite "
-        "ones.",
+        f"{origin.op} in {where} makes the first value that is not finite from finite ones, in the {origin.phase} "
+        f"pass{only}.",
         dict(origin.facts),
         [
             *(remedies.stable_losses(evidence, origin.op, "") if kind == "loss" else []),

@@ -148,7 +148,8 @@ class Evidence:
 
 # Gain by the function that follows: torch.nn.init.calculate_gain, He et al. 2015, Klambauer et al. 2017.
 _GAINS = {
-    **dict.fromkeys(("relu", "relu6", "leaky_relu", "gelu", "silu", "elu", "mish", "softplus", "hardswish"), math.sqrt(2)),
+    **dict.fromkeys(("relu", "relu6", "leaky_relu", "gelu", "silu", "elu", "mish", "softplus"), math.sqrt(2)),
+    "hardswish": math.sqrt(2),
     **dict.fromkeys(("selu", "sigmoid", ""), 1.0),
     "tanh": 5.0 / 3.0,
 }  # fmt: skip

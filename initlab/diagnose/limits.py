@@ -43,6 +43,7 @@ class Limits(NamedTuple):
     loss_excess: float = 3.0  # first loss against that of knowing nothing
 
     # Low precision
+    headroom: float = 8.0  # three bits: what a few steps, or a less ordinary batch, use up
     zero_gradients: float = 0.3  # share of exact zeros in a 16-bit gradient that float32 does not have
 
 

@@ -8,7 +8,7 @@ _SAME = {
     **dict.fromkeys(("truediv", "rtruediv", "true_divide", "divide", "rdiv", "idiv", "itruediv"), "div"),
     **dict.fromkeys(("rpow", "ipow", "float_power"), "pow"),
     **dict.fromkeys(("linalg_norm", "linalg_vector_norm", "vector_norm", "linalg_matrix_norm", "matrix_norm"), "norm"),
-    **dict.fromkeys(("native_batch_norm", "native_batch_norm_legit", "cudnn_batch_norm", "batch_norm_impl_index"), "batch_norm"),
+    **dict.fromkeys(("native_batch_norm", "native_batch_norm_legit", "cudnn_batch_norm"), "batch_norm"),
     **dict.fromkeys(("safe_softmax", "softmax_backward_data", "special_softmax"), "softmax"),
     **dict.fromkeys(("special_log_softmax", "log_softmax_backward_data"), "log_softmax"),
     **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward", "nll_loss_nd", "nll_loss2d"), "nll_loss"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
@@ -31,8 +32,7 @@ from .evidence import (
     tiny_share,
     zero_share,
 )
-from .limits import LIMITS
-from .origin import Origin, Search
+from .origin import Search
 from .state import Snapshot
 from .stats import measure
 from .trace import Trace, storage_of
@@ -55,6 +55,13 @@ class Patient:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise UsageError(f"loss_fn returned {what}; it must return the loss, a tensor with one element")
+        return loss
+
+    def gradients_anew(self) -> Tensor:
+        """The loss, with its gradients and no others."""
+        self.forget_gradients()
+        loss = self.loss()
+        loss.backward()
         return loss
 
     def forget_gradients(self) -> None:
@@ -198,7 +205,7 @@ def _update(patient: Patient) -> float | None:
     weights = [p for g in patient.optimizer.param_groups for p in g["params"] if p.dim() > 1 and p.grad is not None]
     with torch.no_grad():
         before = [p.detach().clone() for p in weights]
-    _step(patient.optimizer, patient)
+    _step(patient.optimizer, patient.gradients_anew)
     with torch.no_grad():
         moved = torch._foreach_sub([p.detach() for p in weights], before) if weights else []
         size = _norm(before)
@@ -206,16 +213,10 @@ def _update(patient: Patient) -> float | None:
     return change / size if size and change is not None else None
 
 
-def _step(optimizer: Optimizer, patient: Patient) -> None:
+def _step(optimizer: Optimizer, again: Callable[[], Tensor]) -> None:
+    """Let an optimizer take its step; `again` computes loss and gradients anew, for those that search a line."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:  # LBFGS
-
-        def again() -> Tensor:
-            patient.forget_gradients()
-            loss = patient.loss()
-            loss.backward()
-            return loss
-
+    if closure is not None and closure.default is inspect.Parameter.empty:
         optimizer.step(again)  # type: ignore[arg-type]
     else:
         optimizer.step()
@@ -240,12 +241,11 @@ def find_origin(patient: Patient, evidence: Evidence) -> None:
     assert evidence.broke_at is not None
     patient.snapshot.restore()
     for _ in range(evidence.broke_at - 1):
-        patient.forget_gradients()
-        patient.loss().backward()
+        patient.gradients_anew()
         assert patient.optimizer is not None
-        _step(patient.optimizer, patient)
+        _step(patient.optimizer, patient.gradients_anew)
     patient.forget_gradients()
-    held = {name: p for name, p in (*patient.model.named_parameters(), *patient.model.named_buffers())}
+    held = dict((*patient.model.named_parameters(), *patient.model.named_buffers()))
     search = Search(patient.model, {leaf.code: leaf.tensor for leaf in patient.leaves}, held)
     try:
         loss = search.forward(patient.loss)
@@ -309,12 +309,11 @@ def search_rates(patient: Patient, evidence: Evidence) -> None:
     """The loss along the first update, shorter and shorter, and the losses of some steps more at full length."""
     assert patient.optimizer is not None
     patient.snapshot.restore()
-    patient.forget_gradients()
-    patient.loss().backward()
+    patient.gradients_anew()
     parameters = [p for group in patient.optimizer.param_groups for p in group["params"]]
     with torch.no_grad():
         start = [p.detach().clone() for p in parameters]
-        _step(patient.optimizer, patient)
+        _step(patient.optimizer, patient.gradients_anew)
         moved = [p.detach() - before for p, before in zip(parameters, start, strict=True)]
     for factor in (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
         with torch.no_grad():
@@ -331,29 +330,23 @@ def search_rates(patient: Patient, evidence: Evidence) -> None:
 def keep_going(patient: Patient, evidence: Evidence, steps: int) -> None:
     """Losses of further steps from the start, at the rate in use."""
     patient.snapshot.restore()
-    evidence.further = train(patient.model, patient.batch, patient.loss_fn, patient.optimizer, steps, patient)
+    evidence.further = train(patient, steps)
     patient.snapshot.restore()
 
 
-def train(
-    model: Any, batch: Any, loss_fn: LossFn, optimizer: Optimizer | None, steps: int, patient: Patient
-) -> list[float]:
+def train(patient: Patient, steps: int) -> list[float]:
     """Losses before each of some steps and after the last; they end where one is not finite or an error is raised."""
     losses: list[float] = []
     try:
-        for number in range(steps + 1):
-            patient.snapshot.random.restore()
-            for p in model.parameters():
-                p.grad = None
-            loss = loss_fn(model, batch)
-            losses.append(float(loss))
-            if number == steps or not math.isfinite(losses[-1]):
-                break
-            loss.backward()
-            if optimizer is not None:
-                _step(optimizer, patient)
+        for _ in range(steps):
+            losses.append(float(patient.gradients_anew()))
+            if not math.isfinite(losses[-1]):
+                return losses
+            if patient.optimizer is not None:
+                _step(patient.optimizer, patient.gradients_anew)
             else:
-                _small_step(model)
+                _small_step(patient.model)
+        losses.append(float(patient.loss()))
     except Exception:
         losses.append(math.nan)
     return losses
@@ -369,16 +362,20 @@ def _small_step(model: nn.Module) -> None:
             p.sub_(p.grad, alpha=1e-3 * size / slope)
 
 
+_NAMES = ("model", "batch", "loss_fn", "optimizer")  # what a remedy may change, beside using torch and initlab
+
+
 def tried(patient: Patient, remedy: str, steps: int = 3) -> bool:
     """Whether a remedy, pasted as it is, makes the loss finite and lets it fall; all is put back afterwards."""
     import initlab
 
     patient.snapshot.restore()
-    scope: dict[str, Any] = {"torch": torch, "initlab": initlab, "model": patient.model, "batch": patient.batch}
-    scope |= {"loss_fn": patient.loss_fn, "optimizer": patient.optimizer}
+    scope: dict[str, Any] = {"torch": torch, "initlab": initlab, **{name: getattr(patient, name) for name in _NAMES}}
     try:
         exec(remedy, scope)
-        losses = train(scope["model"], scope["batch"], scope["loss_fn"], scope["optimizer"], steps, patient)
+        cured = copy.copy(patient)
+        cured.model, cured.batch, cured.loss_fn, cured.optimizer = (scope[name] for name in _NAMES)
+        losses = train(cured, steps)
     except Exception:
         losses = []
     finally:

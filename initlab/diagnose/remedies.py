@@ -41,7 +41,8 @@ def impute(leaf: Leaf, batch: Any) -> str:
         [
             f"x = {leaf.code}  # for the whole data set: sklearn.impute.SimpleImputer and StandardScaler, or drop rows",
             "known = x.isfinite()",
-            f"mean = torch.where(known, x, 0.0).sum({rows}, keepdim=True) / known.sum({rows}, keepdim=True).clamp_min(1)",
+            f"count = known.sum({rows}, keepdim=True).clamp_min(1)",
+            f"mean = torch.where(known, x, 0.0).sum({rows}, keepdim=True) / count",
             "x = torch.where(known, x, mean)",
             f"spread = x.std({rows}, correction=0, keepdim=True)",
             leaf.rebind(batch, "(x - mean) / torch.where(spread > 0, spread, 1.0)"),
@@ -116,7 +117,7 @@ def _plans(model: nn.Module, code: str) -> bool:
 
 
 def fresh(evidence: Evidence, held: Sequence[Held]) -> str:
-    """New values for some parameters and buffers only: by their layers' laws, or where there are none, ordinary ones."""
+    """New values for some parameters and buffers only: by their layers' laws, where there are any."""
     model = evidence.model
     lines, lawful = [], []
     for one in held:

@@ -194,9 +194,7 @@ class Diagnosis:
     def _table(self) -> str:
         head = ("layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient")
         rows = [
-            (row.name or "(model)", row.kind, row.dtype)
-            + tuple("" if x is None else f"{x:.3g}" for x in (row.std, row.gain, row.largest, row.headroom))
-            + ("" if row.gradient is None else f"{row.gradient:.3g}",)
+            (row.name or "(model)", row.kind, row.dtype, *(_cell(getattr(row, name)) for name in head[3:]))
             for row in self.layers
         ]
         return _with_rich(head, rows) if find_spec("rich") else _aligned([head, *rows])
@@ -220,6 +218,10 @@ def _with_rich(head: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
 def _aligned(table: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _short(value: Any) -> str:

@@ -84,7 +84,8 @@ def measure(tensor: Tensor) -> Stats | None:
     numbers = torch.stack(
         [low.double(), high.double(), mean, std, signal, zero.double().mean(), zero.all(0).double().mean()]
     )
-    return Stats(*numbers.tolist(), tensor.dtype, tensor.numel(), x.shape[0])
+    low, high, *moments = numbers.tolist()
+    return Stats(low, high, *moments, tensor.dtype, tensor.numel(), x.shape[0])
 
 
 def edge_share(tensor: Tensor, name: str) -> float:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..layers import fans, is_embedding
+from ..layers import fans
 from ..naming import walk
 from . import names
 from .limits import LIMITS
