@@ -140,7 +140,7 @@ def _look_closer(patient: Patient, evidence: Evidence, tell: Callable[[str], Non
     if evidence.broke_at is not None and evidence.error is None:
         tell("searching the operation behind the first value that is not finite")
         probes.find_origin(patient, evidence)
-    if causes.uses_half(evidence) and (evidence.broke_at is not None or _zeros(evidence)):
+    if causes.uses_half(evidence) and (evidence.broke_at is not None or _small_gradients(evidence)):
         tell("running in float32")
         probes.replay_in_float32(patient, evidence)
     if causes.suspicious_step(evidence):
@@ -153,9 +153,10 @@ def _look_closer(patient: Patient, evidence: Evidence, tell: Callable[[str], Non
         probes.replay_standardised(patient, evidence, odd.leaf)
 
 
-def _zeros(evidence: Evidence) -> bool:
-    """Whether gradients hold more zeros than they should."""
-    return any(causes.zero_share_of(held) >= LIMITS.zero_gradients for held in evidence.parameters)
+def _small_gradients(evidence: Evidence) -> bool:
+    """Whether gradients are zero, or so small that float16 may have lost them."""
+    found = [held.grad for held in evidence.parameters if held.grad is not None]
+    return any(g.zeros >= LIMITS.zero_gradients or g.largest < LIMITS.smallest_normal for g in found)
 
 
 def _prescribed(patient: Patient, found: list[Finding], tell: Callable[[str], None]) -> Iterator[Cause]:

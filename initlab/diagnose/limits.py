@@ -44,7 +44,8 @@ class Limits(NamedTuple):
 
     # Low precision
     headroom: float = 8.0  # three bits: what a few steps, or a less ordinary batch, use up
-    zero_gradients: float = 0.3  # share of exact zeros in a 16-bit gradient that float32 does not have
+    zero_gradients: float = 0.1  # share of exact zeros in a 16-bit gradient that float32 does not have
+    smallest_normal: float = 2.0**-14  # of float16: gradients below it lose bits, and below 2**-25 they are zero
 
 
 LIMITS = Limits()
