@@ -4,7 +4,6 @@ python tests/faults/check_faults.py [NAME ...]
 """
 
 import argparse
-import copy
 import math
 import sys
 import warnings
@@ -94,7 +93,8 @@ def symptom(fault: Fault) -> str:
         return f"{zeros:.0%} of the gradient is 0, the twin's {twin_zeros:.0%}"
     losses, broke = run(fault.build(), LONG)
     twin_losses, _ = run(fault.twin(), LONG)
-    told = f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {LONG} steps, the twin's {twin_losses[0]:.3g} -> {twin_losses[-1]:.3g}"
+    told = f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {LONG} steps"
+    told += f", the twin's {twin_losses[0]:.3g} -> {twin_losses[-1]:.3g}"
     if broke or (losses[-1] > 0.7 * losses[0] and twin_losses[-1] < 0.6 * twin_losses[0]):
         return f"{broke} {told}".strip()
     return ""

@@ -1,5 +1,6 @@
 """Faults in convolutional networks on images of digits."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class Cnn(nn.Module):
     def __init__(self, *channels: int, classes: int = 10, norm: type[nn.Module] | None = None) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(channels[:-1], channels[1:], strict=True):
+        for fan_in, fan_out in pairwise(channels):
             layers.append(nn.Conv2d(fan_in, fan_out, 3, padding=1))
             if norm is not None:
                 layers.append(norm(fan_out))
@@ -38,9 +39,9 @@ def he(model: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def anywhere(model: nn.Module) -> tuple[str, ...]:
-    """Paths of all modules, for faults that sit in the whole network."""
-    return tuple(name for name, _ in model.named_modules())
+def anywhere(depth: int) -> tuple[str, ...]:
+    """Paths of all modules of a `Cnn` of `depth` convolutions without norms: the fault sits in the whole network."""
+    return ("", "features", "head", *(f"features.{i}" for i in range(2 * depth)))
 
 
 cross_entropy = supervised(nn.CrossEntropyLoss())
@@ -113,7 +114,7 @@ def void_pixels(planted: bool = True) -> Built:
 # Starting weights.
 
 
-@fault("weights", place={"module": anywhere(Cnn(*[1] * 9))})
+@fault("weights", place={"module": anywhere(8)})
 def standard_normal_convolutions(planted: bool = True) -> Built:
     # N(0, 1) in eight convolutions of 16 channels: each multiplies the signal by about 8.
     x, y = data.images(64)
@@ -125,7 +126,7 @@ def standard_normal_convolutions(planted: bool = True) -> Built:
     return model, (x, y), cross_entropy, sgd(model, 0.03)
 
 
-@fault("weights", place={"module": anywhere(Cnn(*[1] * 4))})
+@fault("weights", place={"module": anywhere(3)})
 def zero_convolutions(planted: bool = True) -> Built:
     # A loop over model.modules() sets every weight to 0 instead of every bias.
     x, y = data.images(64)
@@ -149,7 +150,7 @@ def dead_channels(planted: bool = True) -> Built:
     return model, (x, y), cross_entropy, sgd(model, 0.1)
 
 
-@fault("weights", place={"module": anywhere(Cnn(*[1] * 11))})
+@fault("weights", place={"module": anywhere(10)})
 def dcgan_weights_without_norm(planted: bool = True) -> Built:
     # N(0, 0.02) comes from networks with batch norm; here are ten plain convolutions.
     x, y = data.images(64)
@@ -262,36 +263,29 @@ def std_of_a_blank_image(planted: bool = True) -> Built:
 # Precision.
 
 
-class Gram(nn.Module):
-    """Sums of products of channels over the image, as in style transfer."""
+class Energy(nn.Module):
+    """Divides each image by its root mean square."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(2)
-        return flat @ flat.transpose(1, 2)
+        total = (x * x).sum((1, 2, 3), keepdim=True)
+        return x / torch.sqrt(total / x[0].numel() + 1.0)
 
 
-class Style(nn.Module):
-    """A linear reader of Gram matrices."""
+@fault("precision", "input", place={"module": "norm", "op": ("sum", "sum_to_size", "norm")})
+def half_sum_of_squares(planted: bool = True) -> Built:
+    # model.half() on byte images: each square fits below 65504, their sum does not, and x / inf blanks the image.
+    x, y = data.images(64, top=255.0)
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU())
-        self.gram = Gram()
-        self.norm = nn.LayerNorm([channels, channels])
-        self.head = nn.Linear(channels**2, 10)
+    class Normed(Cnn):
+        def __init__(self) -> None:
+            super().__init__(1, 16, 16)
+            self.norm = Energy()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.gram(self.features(x))).flatten(1))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.norm(x))
 
-
-@fault("precision", place={"module": "gram", "op": ("matmul", "bmm", "mm", "einsum")})
-def half_gram(planted: bool = True) -> Built:
-    # model.half(): the Gram matrix is a sum over the image and passes 65504 before the layer norm sees it.
-    x, y = data.images(64)
-    model = Style(8)
+    model = Normed()
     he(model)
-    with torch.no_grad():
-        model.features[0].weight *= 30
     if planted:
         model.half()
 
@@ -299,7 +293,7 @@ def half_gram(planted: bool = True) -> Built:
         inputs, target = batch
         return F.cross_entropy(model(inputs.to(next(model.parameters()).dtype)).float(), target)
 
-    return model, (x, y), loss_fn, sgd(model, 0.01)
+    return model, (x, y), loss_fn, sgd(model, 0.05)
 
 
 # Learning rate.
@@ -337,9 +331,9 @@ def weights_by_inverse_frequency(planted: bool = True) -> Built:
 @fault("loss", place={"op": POW}, fixable=False)
 def focal_loss_of_a_sure_model(planted: bool = True) -> Built:
     # (1 - p)**0.5 has an infinite slope at p = 1, which a trained model reaches in float32.
-    x, y = data.images(64, top=16.0)
-    model = Cnn(1, 32)
-    train(model, (x, y), cross_entropy, adam(model, 0.03), 150)
+    x, y = data.images(32, top=16.0)
+    model = Cnn(1, 16, 32)
+    train(model, (x, y), cross_entropy, adam(model, 0.03), 400)
 
     def loss_fn(model: Any, batch: Any) -> torch.Tensor:
         inputs, target = batch

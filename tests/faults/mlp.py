@@ -1,5 +1,6 @@
 """Faults in plain feed-forward networks."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import data
-from .case import CROSS_ENTROPY, DIV, MATMUL, MEAN, POW, STD, Built, Fault, planter, supervised, train
+from .case import CROSS_ENTROPY, DIV, MEAN, POW, STD, Built, Fault, planter, supervised, train
 
 FAULTS: list[Fault] = []
 fault = planter(FAULTS, "mlp")
@@ -19,7 +20,7 @@ class Mlp(nn.Module):
     def __init__(self, *sizes: int, act: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes[:-2], sizes[1:-1], strict=True):
+        for fan_in, fan_out in pairwise(sizes[:-1]):
             layers += [nn.Linear(fan_in, fan_out), act()]
         self.encoder = nn.Sequential(*layers)
         self.head = nn.Linear(*sizes[-2:])
