@@ -109,21 +109,41 @@ def illness(built: Built, steps: int = 20) -> str:
     return "" if tail <= losses[0] + 0.02 * abs(losses[0]) + 1e-6 else f"loss {losses[0]:.3g} -> {tail:.3g}"
 
 
+def tensors(batch: Any) -> list[torch.Tensor]:
+    if isinstance(batch, dict):
+        batch = tuple(batch.values())
+    return [batch] if isinstance(batch, torch.Tensor) else list(batch)
+
+
 def repeats(build: Any) -> bool:
-    """Whether two builds are equal and share nothing that training changes."""
-    one, two = build(), build()
+    """Whether two builds are equal and share nothing that training changes, and leave the random state alone."""
+    state = torch.get_rng_state()
+    one, two = (build() for _ in range(2))
     same = all(
         a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num())
-        for a, b in zip(one[0].state_dict().values(), two[0].state_dict().values(), strict=True)
-    )
-    return (
-        same
-        and one[0] is not two[0]
-        and not (
-            {p.data_ptr() for p in one[0].parameters() if not p.is_meta}
-            & {p.data_ptr() for p in two[0].parameters() if not p.is_meta}
+        for a, b in zip(
+            [*one[0].state_dict().values(), *tensors(one[1])],
+            [*two[0].state_dict().values(), *tensors(two[1])],
+            strict=True,
         )
     )
+    held = [{t.data_ptr() for t in (*m.parameters(), *tensors(b)) if not t.is_meta} for m, b, _, _ in (one, two)]
+    return same and not held[0] & held[1] and torch.equal(state, torch.get_rng_state())
+
+
+def lost(fault: Fault) -> str:
+    """A module or parameter that the fault's place names and the model does not have."""
+    model = fault.build()[0]
+    have = {
+        "module": {name for name, _ in model.named_modules()} | {None},
+        "parameter": set(model.state_dict()),
+    }
+    for what, names in have.items():
+        wanted = fault.place.get(what, ())
+        for name in wanted if isinstance(wanted, tuple) else (wanted,):
+            if name not in names:
+                return f"no {what} {name}"
+    return ""
 
 
 def main() -> int:
@@ -140,10 +160,11 @@ def main() -> int:
         assert fault.family in FAMILIES, fault.name
         told, sick = symptom(fault), illness(fault.twin()) if fault.twin else ""
         fresh = repeats(fault.build)
-        bad = not told or bool(sick) or not fresh
+        nowhere = lost(fault)
+        bad = not told or bool(sick) or not fresh or bool(nowhere)
         wrong += bad
         print(f"{'BAD ' if bad else 'ok  '} {fault.name:<44} {fault.kinds[0]:<14} {told or 'NO SYMPTOM'}", end="")
-        print(f"; TWIN: {sick}" * bool(sick) + "; BUILDS DIFFER" * (not fresh))
+        print(f"; TWIN: {sick}" * bool(sick) + "; BUILDS DIFFER" * (not fresh) + f"; PLACE: {nowhere}" * bool(nowhere))
     for model in well:
         sick, fresh = illness(model.build()), repeats(model.build)
         bad = bool(sick) or not fresh

@@ -242,7 +242,7 @@ class Contrast(nn.Module):
         return torch.sqrt((x - x.mean((2, 3), keepdim=True)).square().mean((2, 3)) + self.eps)
 
 
-@fault("operation", place={"module": "contrast", "op": ("sqrt", *STD)}, fixable=False)
+@fault("operation", place={"module": "contrast", "op": ("sqrt", *POW, *STD)}, fixable=False)
 def std_of_a_blank_image(planted: bool = True) -> Built:
     # The square root of a variance of 0 is fine forward; its gradient is inf * 0.
     x, y = data.images(64)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import data
-from .case import DIV, STD, Built, Fault, planter, train
+from .case import DIV, POW, STD, Built, Fault, planter, train
 
 FAULTS: list[Fault] = []
 fault = planter(FAULTS, "gan")
@@ -171,7 +171,7 @@ def pixel_norm_of_zero(planted: bool = True) -> Built:
 # Precision.
 
 
-@fault("precision")
+@fault("precision", fixable=False)
 def half_critic_scaled(planted: bool = True) -> Built:
     # The critic in float16 with a fixed loss scale of 2**30.
     batch = pair()
@@ -209,7 +209,7 @@ def generator_lr_2(planted: bool = True) -> Built:
 # Loss.
 
 
-@fault("loss", place={"op": "log"})
+@fault("loss", place={"op": "log"}, fixable=False)
 def log_of_one_minus_d(planted: bool = True) -> Built:
     # log(D(x)) + log(1 - D(G(z))): a critic fooled by strong fakes gives D = 1 exactly, so log(0).
     real, z = pair()
@@ -231,7 +231,7 @@ def log_of_one_minus_d(planted: bool = True) -> Built:
     return model, (real, z), loss_fn if planted else critic_loss, adam(model.critic, 1e-3)
 
 
-@fault("loss", place={"op": ("binary_cross_entropy", "bce_loss", "bceloss")})
+@fault("loss", place={"op": ("binary_cross_entropy", "bce_loss", "bceloss")}, fixable=False)
 def bce_loss_on_logits(planted: bool = True) -> Built:
     # nn.BCELoss with a critic that has no sigmoid.
     batch = pair()
@@ -246,7 +246,7 @@ def bce_loss_on_logits(planted: bool = True) -> Built:
     return model, batch, loss_fn, adam(model.critic)
 
 
-@fault("loss", "operation", place={"op": ("sqrt", "norm", "linalg_vector_norm", "pow")}, fixable=False)
+@fault("loss", "operation", place={"op": ("sqrt", *POW)}, fixable=False)
 def gradient_penalty_at_zero(planted: bool = True) -> Built:
     # WGAN-GP: the norm of the critic's input gradient as sqrt(sum(g**2)); with a last layer of zeros g is 0.
     real, z = pair()

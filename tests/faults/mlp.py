@@ -387,7 +387,7 @@ def autocast_gradients_underflow(planted: bool = True) -> Built:
     return model, (x, x.clone()), loss_fn, adam(model)
 
 
-@fault("precision")
+@fault("precision", fixable=False)
 def loss_scale_too_large(planted: bool = True) -> Built:
     # GradScaler(init_scale=2**24) on a float16 model: the scaled gradients pass 65504.
     x, y = data.digits()

@@ -1,5 +1,6 @@
 """Faults in physics-style models: collocation, distances, rates, simulations that are differentiated."""
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ def field(inputs: int, outputs: int = 1) -> nn.Sequential:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
     return net
+
+
+def chain(**parts: nn.Module) -> nn.Sequential:
+    """A sequence of named parts."""
+    return nn.Sequential(OrderedDict(parts))
 
 
 def plane(count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,11 +181,11 @@ class Prototypes(nn.Module):
         return torch.sqrt(delta[..., 0] ** 2 + delta[..., 1] ** 2 + self.eps)
 
 
-@fault("operation", place={"module": "0", "op": ("sqrt", *POW)}, fixable=False)
+@fault("operation", place={"module": "distance", "op": ("sqrt", *POW)}, fixable=False)
 def distance_to_itself(planted: bool = True) -> Built:
     # sqrt(dx**2 + dy**2) at distance 0: fine forward, inf * 0 backward.
     x, y = plane()
-    model = nn.Sequential(Prototypes(x[:8], 0.0 if planted else 1e-4), nn.Linear(8, 1))
+    model = chain(distance=Prototypes(x[:8], 0.0 if planted else 1e-4), out=nn.Linear(8, 1))
     return model, (x, y), mse, adam(model)
 
 
@@ -252,12 +258,12 @@ class Angle(nn.Module):
         return torch.acos(cosine.clamp(-1 + self.margin, 1 - self.margin))
 
 
-@fault("operation", place={"module": "0", "op": ("acos", "arccos")}, fixable=False)
+@fault("operation", place={"module": "angle", "op": ("acos", "arccos")}, fixable=False)
 def angle_to_itself(planted: bool = True) -> Built:
     # acos has an infinite slope at 1, where a bond meets its own direction.
     x, y = plane()
     x[0] = torch.tensor([0.0, 2.0])
-    model = nn.Sequential(Angle(torch.tensor([0.0, 1.0]), 0.0 if planted else 1e-4), nn.Linear(1, 1))
+    model = chain(angle=Angle(torch.tensor([0.0, 1.0]), 0.0 if planted else 1e-4), out=nn.Linear(1, 1))
     return model, (x, y), mse, adam(model)
 
 
@@ -276,12 +282,12 @@ class Sinc(nn.Module):
         return torch.where(r > 0, torch.sin(self.k * inside) / inside, self.k)
 
 
-@fault("operation", place={"module": "0", "op": (*DIV, "where")}, fixable=False)
+@fault("operation", place={"module": "sinc", "op": (*DIV, "where")}, fixable=False)
 def sinc_through_where(planted: bool = True) -> Built:
     # 0 / 0 in the branch that torch.where drops still poisons the gradient.
     x, y = plane()
     x[3] = 0.0
-    model = nn.Sequential(Sinc(not planted), nn.Linear(8, 1))
+    model = chain(sinc=Sinc(not planted), out=nn.Linear(8, 1))
     return model, (x, y), mse, adam(model)
 
 
@@ -397,7 +403,7 @@ def pinn_with_lr_1(planted: bool = True) -> Built:
 # Precision.
 
 
-@fault("precision", place={"module": "0", "op": (*POW, "mul", "square")})
+@fault("precision", place={"module": "squares", "op": (*POW, "mul")})
 def half_in_si_units(planted: bool = True) -> Built:
     # model.half() with pressures in hPa: their squares pass 65504 before the layer norm brings them back.
     x, y = plane()
@@ -407,7 +413,7 @@ def half_in_si_units(planted: bool = True) -> Built:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat([x, x**2 / 1013.0], -1)
 
-    model = nn.Sequential(Squares(), nn.LayerNorm(4), nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+    model = chain(squares=Squares(), norm=nn.LayerNorm(4), hidden=nn.Linear(4, 16), act=nn.Tanh(), out=nn.Linear(16, 1))
     if planted:
         model.half()
 
