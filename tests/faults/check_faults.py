@@ -76,7 +76,7 @@ def symptom(fault: Fault) -> str:
     if broke:
         return broke
     first, last = losses[0], max(losses)
-    if last > 1.5 * first + 0.1:
+    if last > first + 0.5 * abs(first) + 0.1:
         return f"loss grows from {first:.3g} to {last:.3g} in {fault.steps} steps"
     assert fault.twin is not None, f"{fault.name}: a silent fault needs a twin"
     loss, gradients, zeros = first_step(fault.build())
