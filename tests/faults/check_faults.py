@@ -83,7 +83,7 @@ def symptom(fault: Fault) -> str:
     twin_loss, twin_gradients, twin_zeros = first_step(fault.twin())
     ratios = {n: g / twin_gradients[n] for n, g in gradients.items() if twin_gradients.get(n, 0) > 0}
     worst, best = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
-    if loss > EXPLODED * twin_loss:
+    if loss > EXPLODED * abs(twin_loss):
         return f"first loss {loss:.3g}, twin's {twin_loss:.3g}"
     if ratios[worst] > EXPLODED:
         return f"gradient of {worst} {ratios[worst]:.1e} times the twin's"
@@ -95,7 +95,7 @@ def symptom(fault: Fault) -> str:
     twin_losses, _ = run(fault.twin(), LONG)
     told = f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {LONG} steps"
     told += f", the twin's {twin_losses[0]:.3g} -> {twin_losses[-1]:.3g}"
-    if broke or (losses[-1] > 0.7 * losses[0] and twin_losses[-1] < 0.6 * twin_losses[0]):
+    if broke or (losses[0] > 0 and losses[-1] > 0.7 * losses[0] and twin_losses[-1] < 0.6 * twin_losses[0]):
         return f"{broke} {told}".strip()
     return ""
 
