@@ -26,7 +26,7 @@ from .report import Cause, Diagnosis, LayerRow, Place
 
 __all__ = ["Cause", "Diagnosis", "LayerRow", "Place", "UsageError", "diagnose", "examine", "supervised"]
 
-_TRIALS = 3  # remedies of a cause that are tried, at three steps each
+_TRIALS = 2  # remedies of a cause that are tried, at two steps each
 
 
 def supervised(criterion: Callable[[Any, Any], Tensor]) -> LossFn:
@@ -146,7 +146,7 @@ def _look_closer(patient: Patient, evidence: Evidence, tell: Callable[[str], Non
     if causes.suspicious_step(evidence):
         tell("searching along the update")
         probes.search_rates(patient, evidence)
-        probes.keep_going(patient, evidence, 4)
+        probes.keep_going(patient, evidence, 3)
     odd = causes.odd_scale(evidence)
     if odd is not None and (odd.strong or evidence.broke_at is not None):
         tell("running on standardised inputs")

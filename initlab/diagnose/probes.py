@@ -315,16 +315,21 @@ def search_rates(patient: Patient, evidence: Evidence) -> None:
         start = [p.detach().clone() for p in parameters]
         _step(patient.optimizer, patient.gradients_anew)
         moved = [p.detach() - before for p, before in zip(parameters, start, strict=True)]
-    for factor in (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
+    evidence.rates.append((1.0, _or_inf(evidence.losses[1] if len(evidence.losses) > 1 else None)))
+    for factor in (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
         with torch.no_grad():
             for p, before, move in zip(parameters, start, moved, strict=True):
                 p.copy_(before + factor * move)
-        value = _value(patient)
-        evidence.rates.append((factor, math.inf if value is None or math.isnan(value) else value))
+        evidence.rates.append((factor, _or_inf(_value(patient))))
         first = evidence.first_loss
         if first is not None and evidence.rates[-1][1] < first:
             break
     patient.snapshot.restore()
+
+
+def _or_inf(loss: float | None) -> float:
+    """A loss that compares as it should: none and NaN are larger than any."""
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def keep_going(patient: Patient, evidence: Evidence, steps: int) -> None:
@@ -365,7 +370,7 @@ def _small_step(model: nn.Module) -> None:
 _NAMES = ("model", "batch", "loss_fn", "optimizer")  # what a remedy may change, beside using torch and initlab
 
 
-def tried(patient: Patient, remedy: str, steps: int = 3) -> bool:
+def tried(patient: Patient, remedy: str, steps: int = 2) -> bool:
     """Whether a remedy, pasted as it is, makes the loss finite and lets it fall; all is put back afterwards."""
     import initlab
 
