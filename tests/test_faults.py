@@ -35,7 +35,8 @@ class Verdict:
     @property
     def cured(self) -> bool:
         """Whether the remedy makes the loss finite and lets it fall."""
-        return len(self.losses) == STEPS + 1 and all(map(math.isfinite, self.losses)) and self.losses[-1] < self.losses[0]
+        finite = len(self.losses) == STEPS + 1 and all(map(math.isfinite, self.losses))
+        return finite and self.losses[-1] < self.losses[0]
 
     def __str__(self) -> str:
         said = "; ".join(f"{c.kind} ({c.place}, {c.severity})" for c in self.diagnosis.causes) or "nothing"

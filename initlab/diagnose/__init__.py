@@ -27,6 +27,7 @@ from .report import Cause, Diagnosis, LayerRow, Place
 __all__ = ["Cause", "Diagnosis", "LayerRow", "Place", "UsageError", "diagnose", "examine", "supervised"]
 
 _TRIALS = 2  # remedies of a cause that are tried, at two steps each
+_DEPTH = 2  # examinations in a row: a second one where the first's remedy makes the loss finite and no more
 
 
 def supervised(criterion: Callable[[Any, Any], Tensor]) -> LossFn:
@@ -117,30 +118,70 @@ def examine(
         tell("taking down what must be restored")
         patient = Patient(inner, batch, loss_fn, optimizer)
         try:
-            evidence = probes.gather(patient)
-            if probes.runnable(evidence):
-                tell("running the model under observation")
-                probes.screen(patient, evidence, steps)
-                _look_closer(patient, evidence, tell)
-            notes += _close_calls(evidence)
-            return Diagnosis(
-                causes=tuple(_prescribed(patient, causes.findings(evidence), tell)),
-                losses=tuple(evidence.losses),
-                gradient_norm=evidence.steps[0].gradient if evidence.steps else None,
-                broke_at=evidence.broke_at,
-                layers=tuple(_rows(evidence)),
-                notes=tuple(notes),
-            )
+            evidence, found = _examined(patient, steps, tell, _DEPTH)
         finally:
             patient.snapshot.restore()
+    return Diagnosis(
+        causes=tuple(found),
+        losses=tuple(evidence.losses),
+        gradient_norm=evidence.steps[0].gradient if evidence.steps else None,
+        broke_at=evidence.broke_at,
+        layers=tuple(_rows(evidence)),
+        notes=(*notes, *_close_calls(evidence)),
+    )
+
+
+def _examined(patient: Patient, steps: int, tell: Callable[[str], None], depth: int) -> tuple[Evidence, list[Cause]]:
+    """The evidence, and the causes with their remedies."""
+    evidence = probes.gather(patient)
+    if probes.runnable(evidence):
+        tell("running the model under observation")
+        probes.screen(patient, evidence, steps)
+        _look_closer(patient, evidence, tell)
+    found = causes.findings(evidence)
+    written = [_cause(one, (one.remedies or [""])[0]) for one in found]
+    if found and depth:
+        tell("trying remedies")
+        written[0], behind = _tried(patient, found[0], steps, tell, depth)
+        written += [cause for cause in behind if cause.kind not in {one.kind for one in written}]
+    return evidence, written
+
+
+def _tried(
+    patient: Patient, found: Finding, steps: int, tell: Callable[[str], None], depth: int
+) -> tuple[Cause, list[Cause]]:
+    """The likeliest cause with a remedy that was tried, and what shows itself behind it where that is not enough."""
+    effects = {}
+    for candidate in found.remedies[:_TRIALS]:
+        effects[candidate] = probes.effect(patient, candidate)
+        if effects[candidate] == "falls":
+            return _cause(found, candidate, tried=True), []
+    helped = next((candidate for candidate, effect in effects.items() if effect == "finite"), None)
+    if helped is None or depth == 1:
+        return _cause(found, (found.remedies or [""])[0]), []
+    with probes.under(patient, helped) as cured:
+        second = Patient(cured.model, cured.batch, cured.loss_fn, cured.optimizer)
+        try:
+            behind = _examined(second, steps, tell, depth - 1)[1]
+        finally:
+            second.snapshot.restore()
+    if not behind or not behind[0].remedy:
+        return _cause(found, helped), behind
+    return _cause(found, f"{helped}\n{behind[0].remedy}", tried=behind[0].tried), behind
+
+
+def _cause(found: Finding, remedy: str, tried: bool = False) -> Cause:
+    return Cause(found.kind, found.severity, found.place, found.explanation, found.evidence, remedy, tried)
 
 
 def _look_closer(patient: Patient, evidence: Evidence, tell: Callable[[str], None]) -> None:
     """The probes that the screening calls for."""
-    if evidence.broke_at is not None and evidence.error is None:
+    broke = evidence.broke_at is not None
+    lost = causes.uses_half(evidence) and _small_gradients(evidence)
+    if (broke and evidence.error is None) or (lost and not broke):
         tell("searching the operation behind the first value that is not finite")
         probes.find_origin(patient, evidence)
-    if causes.uses_half(evidence) and (evidence.broke_at is not None or _small_gradients(evidence)):
+    if lost or (broke and causes.uses_half(evidence)):
         tell("running in float32")
         probes.replay_in_float32(patient, evidence)
     if causes.suspicious_step(evidence):
@@ -157,18 +198,6 @@ def _small_gradients(evidence: Evidence) -> bool:
     """Whether gradients are zero, or so small that float16 may have lost them."""
     found = [held.grad for held in evidence.parameters if held.grad is not None]
     return any(g.zeros >= LIMITS.zero_gradients or g.largest < LIMITS.smallest_normal for g in found)
-
-
-def _prescribed(patient: Patient, found: list[Finding], tell: Callable[[str], None]) -> Iterator[Cause]:
-    """The causes with their remedies. Those of the likeliest are tried, and the first that helps is taken."""
-    for number, one in enumerate(found):
-        remedy, works = (one.remedies or [""])[0], False
-        for candidate in one.remedies[:_TRIALS] if number == 0 else ():
-            tell("trying a remedy")
-            if probes.tried(patient, candidate):
-                remedy, works = candidate, True
-                break
-        yield Cause(one.kind, one.severity, one.place, one.explanation, one.evidence, remedy, works)
 
 
 def _close_calls(evidence: Evidence) -> Iterator[str]:

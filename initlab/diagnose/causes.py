@@ -61,7 +61,7 @@ def nowhere(evidence: Evidence) -> Finding | None:
 
 def never_written(evidence: Evidence) -> Finding | None:
     """NaN, infinities or leftovers of memory in parameters and buffers before the first step."""
-    bad = [(held, why) for held in evidence.held if (why := _why_garbage(held))]
+    bad = [(held, why) for held in evidence.held if (why := _why_garbage(held, evidence))]
     if not bad:
         return None
     held, why = bad[0]
@@ -74,19 +74,23 @@ def never_written(evidence: Evidence) -> Finding | None:
         Place(module=held.slot.path, parameter=held.name),
         f"{held.name} {why} before the first step: memory that nobody wrote, or a checkpoint of a run that had failed.",
         facts,
-        [remedies.fresh(evidence, [one for one, _ in bad])],
+        [remedies.fresh(evidence, [one for one, _ in bad], buffer) for buffer in ("zero_()", "fill_(1.0)")],
     )
 
 
-def _why_garbage(held: Held) -> str:
+def _why_garbage(held: Held, evidence: Evidence) -> str:
     stats = held.stats
     if stats is None:
         return ""
     if not stats.finite:
-        masks = not held.slot.is_parameter and stats.low == -math.inf and math.isfinite(stats.high)
-        return "" if masks else "holds NaN or infinities"
+        origin = evidence.origin
+        blamed = origin is not None and origin.source == "held" and origin.op in held.slot.names
+        may_mask = not held.slot.is_parameter and stats.low == -math.inf and math.isfinite(stats.high)
+        return "" if may_mask and not blamed else "holds NaN or infinities"
     if held.slot.leaf == "running_var" and stats.low < 0:
         return "is negative, and no variance is"
+    if held.slot.leaf == "running_mean" and stats.largest > LIMITS.garbage:
+        return "holds means that no activation has"
     if held.slot.is_parameter and (stats.largest > LIMITS.garbage or held.tiny > LIMITS.denormal_share):
         return "holds values that no starting law draws"
     return ""
@@ -216,6 +220,8 @@ def log_of_target(evidence: Evidence) -> Finding | None:
     if not origin.sources <= targets.keys() or origin.op in ("mean", "std", "var"):
         return None
     leaf = targets[min(origin.sources)]
+    if not leaf.tensor.is_floating_point():  # counts of classes, say: the loss function's own arithmetic
+        return None
     low = float(leaf.tensor.min()) if leaf.tensor.numel() else math.nan
     return Finding(
         "target",
@@ -316,14 +322,19 @@ def uses_half(evidence: Evidence) -> bool:
 def overflow(evidence: Evidence) -> Finding | None:
     """A value that 16 bits cannot hold and float32 can."""
     origin, again = evidence.origin, evidence.float32
-    if evidence.broke_at is None or again is None or not again.finite:
+    hidden = evidence.broke_at is None and origin is not None and half(origin.dtype)
+    if again is None or not again.finite or (evidence.broke_at is None and not hidden):
         return None
     facts: dict[str, Any] = {"loss in float32": again.loss}
     if evidence.largest_low:
         facts["largest before it"] = evidence.largest_low
     if torch.float16 in evidence.trace.low or (origin is not None and origin.dtype == torch.float16):
         facts["largest of float16"] = 65504.0
-    place = Place(module=origin.module, op=origin.op) if origin is not None else Place()
+    place = Place()
+    if origin is not None:
+        place = Place(module=origin.module, op=origin.op)
+    elif evidence.error is not None and evidence.trace.failed is not None:
+        place = Place(module=evidence.trace.failed[0], op=evidence.trace.failed[1] or None)
     phase = f" in the {origin.phase} pass" if origin is not None else ""
     why = f"a 16-bit value overflows{phase}; the same pass in float32 is finite."
     return Finding("precision", "broken", place, why, facts, remedies.wider(evidence))
@@ -411,7 +422,9 @@ def symmetric(evidence: Evidence) -> Finding | None:
     layers = {call.path for call in evidence.layers}
     alike = [h for h in evidence.parameters if h.alike and h.slot.path in layers and h.law is not None]
     zero_heads = [h for h in evidence.parameters if _is_zero(h) and h.grad is not None and not h.alike]
-    if zero_heads:  # a head or a branch that starts at zero on purpose: its first step lets the others move
+    weights = [h for h in evidence.parameters if h.law is not None]
+    mostly = sum(map(_is_zero, weights)) > LIMITS.zero_weights * len(weights)
+    if zero_heads and not mostly:  # heads and branches that start at zero on purpose: one step lets the others move
         alike = [h for h in alike if not (h.grad_norm == 0 and _is_zero(h))]
     if not alike:
         return None
@@ -580,7 +593,7 @@ def _backward_ratio(evidence: Evidence) -> float:
 def unsafe(evidence: Evidence) -> Finding | None:
     """The operation that made the first value that is not finite, in the model or in the loss function."""
     origin = evidence.origin
-    if evidence.broke_at is None or origin is None or origin.source != "op":
+    if evidence.broke_at is None or origin is None or origin.source != "op" or ran_away(evidence):
         return None
     kind: Kind = "loss" if origin.module is None else "operation"
     only = " only" if origin.phase == "backward" else ""
@@ -620,6 +633,16 @@ def raised(evidence: Evidence) -> Finding | None:
     return Finding(
         kind, "broken", Place(module=module, op=op or None), f"{type(error).__name__}: {text}", {"error": text}, fixes
     )
+
+
+def unexplained(evidence: Evidence) -> Finding | None:
+    """A run that broke, and no other rule knows why."""
+    if evidence.broke_at is None or evidence.error is not None:
+        return None
+    origin = evidence.origin
+    place = Place(module=origin.module, op=origin.op) if origin is not None and origin.source == "op" else Place()
+    why = "the loss or a gradient is not finite, and it does not show where that begins."
+    return Finding("operation", "broken", place, why, {"loss": evidence.first_loss})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -673,10 +696,22 @@ def diverges(evidence: Evidence) -> bool:
     first = evidence.first_loss
     if first is None or not math.isfinite(first) or not evidence.rates:
         return False
-    losses = [x if x is not None else math.nan for x in (*evidence.losses[1:], *evidence.further[1:])]
-    if not all(map(math.isfinite, losses)):
+    losses = max(evidence.losses[1:], list(evidence.further[1:]), key=len)
+    known = [x for x in losses if x is not None and math.isfinite(x)]
+    if len(known) < len(losses) or not losses:
         return True
-    return min(losses, default=first) >= first or losses[-1] > risen(evidence)
+    recovered = known[-1] < first - LIMITS.recovery * abs(first)
+    return min(known) >= first or (max(known) > risen(evidence) and not recovered)
+
+
+def ran_away(evidence: Evidence) -> bool:
+    """Whether a run that began well broke in a later step because of the steps."""
+    if (evidence.broke_at or 1) == 1 or not diverges(evidence):
+        return False
+    origin, first = evidence.origin, evidence.steps[0]
+    grown = origin is None or origin.source != "op" or origin.op not in names.UNSAFE
+    rose = any(x is not None and x > risen(evidence) for x in evidence.losses[1:])
+    return grown or rose or (first.update or 0.0) >= LIMITS.update_ratio
 
 
 def risen(evidence: Evidence) -> float:
@@ -750,6 +785,7 @@ RULES: tuple[Rule, ...] = (
     shrinking,
     underflow,
     too_fast,
+    unexplained,
 )
 
 
@@ -758,6 +794,8 @@ def findings(evidence: Evidence) -> list[Finding]:
     found: list[Finding] = []
     for rule in RULES:
         one = rule(evidence)
+        if rule is unexplained and any(other.severity == "broken" for other in found):
+            continue
         if one is not None and not any(_explains(other, one) for other in found):
             found.append(one)
     return sorted(found, key=lambda one: one.severity != "broken")

@@ -25,6 +25,7 @@ class Limits(NamedTuple):
     shrink: float = 1e-5  # of the signal, or of gradients, from one end to the other: nothing is left for 16-bit types
     law_factor: float = 4.0  # standard deviation against the law; trained weights stay within 3
     dead: float = 0.9  # of a layer's units zero for every row of the batch
+    zero_weights: float = 0.7  # of all layers; zero heads and branches on purpose are at most every other layer
     saturated: float = 0.5  # of tanh or sigmoid outputs within 1 % of their ends; unit inputs leave 1 % there
 
     # Parameters that nobody wrote
@@ -39,6 +40,7 @@ class Limits(NamedTuple):
 
     # Learning rate
     update_ratio: float = 0.5  # of an update to its weight; usual is 1e-3
+    recovery: float = 0.1  # what the loss must have lost again, of its first value, for a rise to be a passing one
     rise: float = 1.5  # of the loss along one update
     loss_excess: float = 3.0  # first loss against that of knowing nothing
 

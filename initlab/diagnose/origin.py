@@ -7,7 +7,7 @@ from finite ones; an infinity that a mask holds on purpose is none, until an ope
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -145,6 +145,8 @@ class Search:
             inherited = next((origin for _, origin in bad if not origin.intended), None)
             if inherited is None and bad and not flag & ~NEGATIVE_INF:
                 inherited = bad[0][1]
+            elif inherited is None and bad and _is_no_mask(op, bad[0][1]):
+                inherited = replace(bad[0][1], intended=False)
             mark.origin = inherited or self._made(op, inputs, out, flag, sources, weights)
 
     def _made(
@@ -216,6 +218,11 @@ class Search:
             found.append(Origin("op", "backward", name, module, flag, dtype, weights=True, facts=facts))
 
         return look
+
+
+def _is_no_mask(op: str, origin: Origin) -> bool:
+    """Whether -inf that was given to an operation, which made NaN of it, was no mask: masks meet a softmax."""
+    return origin.source != "op" and op not in ("softmax", "log_softmax", "logsumexp")
 
 
 _LEAF = "torch::autograd::AccumulateGrad"

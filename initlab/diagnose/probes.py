@@ -237,10 +237,9 @@ def _value(patient: Patient) -> float | None:
 
 
 def find_origin(patient: Patient, evidence: Evidence) -> None:
-    """Look for the operation behind the first value that is not finite, in the step that broke."""
-    assert evidence.broke_at is not None
+    """Look for the operation behind the first value that is not finite, in the step that broke, or in the first."""
     patient.snapshot.restore()
-    for _ in range(evidence.broke_at - 1):
+    for _ in range((evidence.broke_at or 1) - 1):
         patient.gradients_anew()
         assert patient.optimizer is not None
         _step(patient.optimizer, patient.gradients_anew)
@@ -249,7 +248,9 @@ def find_origin(patient: Patient, evidence: Evidence) -> None:
     search = Search(patient.model, {leaf.code: leaf.tensor for leaf in patient.leaves}, held)
     try:
         loss = search.forward(patient.loss)
-        if math.isfinite(float(loss)):
+        if evidence.broke_at is None:  # it is hidden: nothing that is not finite reaches the loss
+            evidence.origin = search.first
+        elif math.isfinite(float(loss)):
             evidence.origin = search.backward(loss)
         else:
             evidence.origin = search.origin(loss)
@@ -370,8 +371,9 @@ def _small_step(model: nn.Module) -> None:
 _NAMES = ("model", "batch", "loss_fn", "optimizer")  # what a remedy may change, beside using torch and initlab
 
 
-def tried(patient: Patient, remedy: str, steps: int = 2) -> bool:
-    """Whether a remedy, pasted as it is, makes the loss finite and lets it fall; all is put back afterwards."""
+@contextmanager
+def under(patient: Patient, remedy: str) -> Iterator[Patient]:
+    """The patient after a remedy that is pasted as it is; all is put back afterwards."""
     import initlab
 
     patient.snapshot.restore()
@@ -380,9 +382,18 @@ def tried(patient: Patient, remedy: str, steps: int = 2) -> bool:
         exec(remedy, scope)
         cured = copy.copy(patient)
         cured.model, cured.batch, cured.loss_fn, cured.optimizer = (scope[name] for name in _NAMES)
-        losses = train(cured, steps)
-    except Exception:
-        losses = []
+        yield cured
     finally:
         patient.snapshot.restore()
-    return len(losses) == steps + 1 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+def effect(patient: Patient, remedy: str, steps: int = 2) -> str:
+    """What a remedy does for the loss: "falls", "finite", or "" where it does not even run."""
+    try:
+        with under(patient, remedy) as cured:
+            losses = train(cured, steps)
+    except Exception:
+        return ""
+    if len(losses) <= steps or not all(map(math.isfinite, losses)):
+        return "finite" if losses and math.isfinite(losses[0]) else ""
+    return "falls" if losses[-1] < losses[0] else "finite"

@@ -116,12 +116,21 @@ def _plans(model: nn.Module, code: str) -> bool:
     return True
 
 
-def fresh(evidence: Evidence, held: Sequence[Held]) -> str:
+def _has_law(model: nn.Module, held: Held) -> bool:
+    """Whether init_model_ fills a parameter or buffer: buffers without a law are left as they are."""
+    try:
+        plan = plan_model(model, only=lambda name, tensor: tensor is held.slot.tensor)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return bool(plan.rows)
+
+
+def fresh(evidence: Evidence, held: Sequence[Held], buffer: str = "zero_()") -> str:
     """New values for some parameters and buffers only: by their layers' laws, where there are any."""
     model = evidence.model
     lines, lawful = [], []
     for one in held:
-        if _plans(model, f"initlab.init_model_(model, seed=0, only={one.name!r})"):
+        if _has_law(model, one):
             lawful.append(one.name)
             continue
         getter = f"model.get_{'parameter' if one.slot.is_parameter else 'buffer'}({one.name!r})"
@@ -130,11 +139,9 @@ def fresh(evidence: Evidence, held: Sequence[Held]) -> str:
         elif one.slot.is_parameter:
             lines.append(f"initlab.init.zeros_({getter})")
         else:
-            lines.append(f"{getter}.{'fill_(1.0)' if 'var' in one.slot.leaf else 'zero_()'}")
+            lines.append(f"{getter}.{buffer}")
     if lawful:
-        lines.insert(0, f"initlab.init_model_(model, seed=0, only={lawful[0] if len(lawful) == 1 else lawful!r})")
-        if len(lawful) == 1:
-            lines[0] = f"initlab.init_model_(model, seed=0, only={lawful[0]!r})"
+        lines.insert(0, f"initlab.init_model_(model, seed=0, only={lawful if lawful[1:] else lawful[0]!r})")
     return "\n".join(lines)
 
 
@@ -254,7 +261,9 @@ def scaled(evidence: Evidence, power: int) -> list[str]:
         f"scale = 2.0**{power}  # what torch.amp.GradScaler does",
         "unscaled = loss_fn",
         "loss_fn = lambda model, batch: unscaled(model, batch) * scale",
-        "optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: [",
-        '    p.grad.div_(scale) for g in optimizer.param_groups for p in g["params"] if p.grad is not None])',
+        "def unscale(optimizer, args, kwargs):",
+        '    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]',
+        "    torch._foreach_div_(grads, scale)",
+        "optimizer.register_step_pre_hook(unscale)",
     ]
     return [*wider(evidence)[:-1], *(["\n".join(lines)] if evidence.optimizer is not None else [])]
