@@ -657,11 +657,12 @@ def exploding_gradient(evidence: Evidence) -> Finding | None:
     overflowed = (
         origin is not None and origin.source == "op" and origin.op not in names.UNSAFE and evidence.broke_at == 1
     )
+    repeats = {path: n for path, n in evidence.trace.repeats.items() if n >= LIMITS.recurrence}
     usual = max(1.0, evidence.baseline or abs(loss or 0.0))
-    huge = norm is not None and not norm < LIMITS.gradient_norm * usual
+    limit = LIMITS.gradient_norm_in_time if repeats else LIMITS.gradient_norm
+    huge = norm is not None and not norm < limit * usual
     if not (huge and evidence.broke_at != 1) and not overflowed:
         return None
-    repeats = {path: n for path, n in evidence.trace.repeats.items() if n >= LIMITS.recurrence}
     if overflowed and not repeats and origin is not None and origin.phase == "forward":
         return None
     worst = max((h for h in evidence.parameters if h.grad_norm is not None), key=_norm_of, default=None)

@@ -36,12 +36,13 @@ class Limits(NamedTuple):
     # Gradients
     gradient_ratio: float = 1e4  # largest against smallest typical gradient over depth
     gradient_norm: float = 1e3  # per unit of loss: a step at a rate of 1e-3 moves weights by their own size
+    gradient_norm_in_time: float = 1e2  # likewise, where a module runs again and again: each run multiplies
     recurrence: int = 10  # calls, or time steps, that make depth in time the suspect
 
     # Learning rate
     update_ratio: float = 0.5  # of an update to its weight; usual is 1e-3
     recovery: float = 0.1  # what the loss must have lost again, of its first value, for a rise to be a passing one
-    rise: float = 1.5  # of the loss along one update
+    rise: float = 1.15  # of the loss along one update; dropout and momentum make it rise by a few percent
     loss_excess: float = 3.0  # first loss against that of knowing nothing
 
     # Low precision
