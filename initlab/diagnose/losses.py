@@ -40,7 +40,10 @@ def look_at(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCal
     if reader is None or not isinstance(given, Tensor) or not isinstance(target, Tensor):
         return None
     with torch.no_grad():
-        return reader(name, given, target, args, kwargs)
+        call = reader(name, given, target, args, kwargs)
+    if call.baseline is not None and kwargs.get("reduction") == "sum":
+        call.baseline *= target.numel()
+    return call
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any) -> Any:

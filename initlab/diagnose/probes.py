@@ -189,10 +189,15 @@ def _read_gradients(evidence: Evidence) -> None:
 
 
 def _norms(tensors: list[Any]) -> Iterator[float]:
-    dense = [t for t in tensors if t.layout == torch.strided]
-    return iter(
-        [float(n) for n in torch._foreach_norm([t.float() if half(t.dtype) else t for t in dense])] if dense else []
-    )
+    """2-norms of dense tensors; infinite only where an element is."""
+    dense = [t.float() if half(t.dtype) else t for t in tensors if t.layout == torch.strided]
+    for tensor, norm in zip(dense, torch._foreach_norm(dense) if dense else (), strict=True):
+        size = float(norm)
+        yield size if math.isfinite(size) else float(torch.linalg.vector_norm(_wide(tensor)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _norm(tensors: list[Any]) -> float | None:
