@@ -1,7 +1,7 @@
 """The doctor: runs a model on the user's own batch and says why the loss is inf, or NaN, or does not fall.
 
 state.py keeps and restores; trace.py observes a pass, origin.py follows one operation by operation; probes.py runs
-them; evidence.py is what they gather; causes.py judges it; remedies.py writes the cure; report.py says it.
+them; evidence.py is what they gather, signs.py reads it; causes/ judges; remedies.py writes cures; report.py says it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ..naming import _wrapped, _wrappers
-from . import causes, probes
+from ..naming import unwrapped
+from . import causes, probes, signs
 from .causes import Finding
 from .evidence import Evidence
 from .limits import LIMITS
@@ -27,6 +27,7 @@ from .report import Cause, Diagnosis, LayerRow, Place
 __all__ = ["Cause", "Diagnosis", "LayerRow", "Place", "UsageError", "diagnose", "examine", "supervised"]
 
 _TRIALS = 2  # remedies of a cause that are tried, at two steps each
+_NAMED = 8  # parameters that a note lists
 _DEPTH = 2  # examinations in a row: a second one where the first's remedy makes the loss finite and no more
 
 
@@ -106,7 +107,7 @@ def examine(
     """`diagnose`, telling which stage begins."""
     _check(model, batch, loss_fn, optimizer, steps)
     notes: list[str] = []
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     if inner is not model:
         notes.append(f"looked at the original module inside {type(model).__name__}")
     if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
@@ -127,7 +128,7 @@ def examine(
         gradient_norm=evidence.steps[0].gradient if evidence.steps else None,
         broke_at=evidence.broke_at,
         layers=tuple(_rows(evidence)),
-        notes=(*notes, *_close_calls(evidence)),
+        notes=(*notes, *_bad_gradients(evidence), *_close_calls(evidence)),
     )
 
 
@@ -155,6 +156,8 @@ def _tried(
     for candidate in found.remedies[:_TRIALS]:
         effects[candidate] = probes.effect(patient, candidate)
         if effects[candidate] == "falls":
+            if found.kind == "weights" and "gain" in found.evidence:
+                found.evidence["gain after the remedy"] = probes.growth_under(patient, candidate)
             return _cause(found, candidate, tried=True), []
     helped = next((candidate for candidate, effect in effects.items() if effect == "finite"), None)
     if helped is None or depth == 1:
@@ -177,27 +180,29 @@ def _cause(found: Finding, remedy: str, tried: bool = False) -> Cause:
 def _look_closer(patient: Patient, evidence: Evidence, tell: Callable[[str], None]) -> None:
     """The probes that the screening calls for."""
     broke = evidence.broke_at is not None
-    lost = causes.uses_half(evidence) and _small_gradients(evidence)
+    lost = signs.uses_half(evidence) and signs.lost_gradients(evidence)
     if (broke and evidence.error is None) or (lost and not broke):
         tell("searching the operation behind the first value that is not finite")
         probes.find_origin(patient, evidence)
-    if lost or (broke and causes.uses_half(evidence)):
+    if lost or (broke and signs.uses_half(evidence)):
         tell("running in float32")
         probes.replay_in_float32(patient, evidence)
-    if causes.suspicious_step(evidence):
+    if signs.suspicious_step(evidence):
         tell("searching along the update")
         probes.search_rates(patient, evidence)
         probes.keep_going(patient, evidence, 3)
-    odd = causes.odd_scale(evidence)
+    odd = signs.odd_scale(evidence)
     if odd is not None and (odd.strong or evidence.broke_at is not None):
         tell("running on standardised inputs")
         probes.replay_standardised(patient, evidence, odd.leaf)
 
 
-def _small_gradients(evidence: Evidence) -> bool:
-    """Whether gradients are zero, or so small that float16 may have lost them."""
-    found = [held.grad for held in evidence.parameters if held.grad is not None]
-    return any(g.zeros >= LIMITS.zero_gradients or g.largest < LIMITS.smallest_normal for g in found)
+def _bad_gradients(evidence: Evidence) -> Iterator[str]:
+    """The parameters whose gradients are not finite, by name."""
+    bad = [held.name for held in evidence.parameters if held.grad is not None and not held.grad.finite]
+    if bad:
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        yield f"gradients that are not finite in step 1: {', '.join(bad[:_NAMED])}{more}"
 
 
 def _close_calls(evidence: Evidence) -> Iterator[str]:
@@ -242,13 +247,6 @@ def _check(model: Any, batch: Any, loss_fn: Any, optimizer: Any, steps: Any) -> 
         raise UsageError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, or None")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps is {steps!r}; it must be a positive integer")
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    wrappers = _wrappers()
-    while (inner := _wrapped(model, wrappers)) is not None:
-        model = inner
-    return model
 
 
 def _materialised(model: nn.Module, batch: Any, loss_fn: LossFn) -> nn.Module:

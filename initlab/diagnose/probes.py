@@ -33,6 +33,7 @@ from .evidence import (
     zero_share,
 )
 from .origin import Search
+from .signs import gains
 from .state import Snapshot
 from .stats import measure
 from .trace import Trace, storage_of
@@ -366,11 +367,11 @@ def train(patient: Patient, steps: int) -> list[float]:
 @torch.no_grad()
 def _small_step(model: nn.Module) -> None:
     """A step down the gradient by a thousandth of the weights' norm."""
-    moving = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
-    size, slope = _norm(moving), _norm([p.grad for p in moving])
+    pairs = [(p, p.grad) for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
+    size, slope = _norm([p for p, _ in pairs]), _norm([g for _, g in pairs])
     if size and slope:
-        for p in moving:
-            p.sub_(p.grad, alpha=1e-3 * size / slope)
+        for p, g in pairs:
+            p.sub_(g, alpha=1e-3 * size / slope)
 
 
 _NAMES = ("model", "batch", "loss_fn", "optimizer")  # what a remedy may change, beside using torch and initlab
@@ -390,6 +391,15 @@ def under(patient: Patient, remedy: str) -> Iterator[Patient]:
         yield cured
     finally:
         patient.snapshot.restore()
+
+
+def growth_under(patient: Patient, remedy: str) -> float | None:
+    """How far the signal grows from the input to the worst layer after a remedy; None where that cannot be said."""
+    with under(patient, remedy) as cured:
+        evidence = gather(cured)
+        with evidence.trace:
+            cured.loss()
+        return max((total for _, _, total in gains(evidence)), default=None)
 
 
 def effect(patient: Patient, remedy: str, steps: int = 2) -> str:

@@ -15,6 +15,9 @@ Severity: TypeAlias = Literal["warning", "broken"]
 Verdict: TypeAlias = Literal["healthy", "warning", "broken"]
 
 
+_ROWS = 60  # of the table that is printed
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a cause lies; what does not apply is None.
@@ -195,8 +198,10 @@ class Diagnosis:
         head = ("layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient")
         rows = [
             (row.name or "(model)", row.kind, row.dtype, *(_cell(getattr(row, name)) for name in head[3:]))
-            for row in self.layers
+            for row in self.layers[:_ROWS]
         ]
+        if len(self.layers) > _ROWS:
+            rows.append((f"... {len(self.layers) - _ROWS} more, see .layers", *[""] * 7))
         return _with_rich(head, rows) if find_spec("rich") else _aligned([head, *rows])
 
 

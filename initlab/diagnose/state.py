@@ -1,5 +1,6 @@
 """Everything of the user's that a diagnosis touches, taken down and put back, bit for bit."""
 
+import operator
 import random
 import sys
 from collections import deque
@@ -40,8 +41,7 @@ class Snapshot:
         for owner, kind, held in self.attributes:
             if type(owner) is not kind:
                 owner.__class__ = kind
-            owner.__dict__.clear()
-            owner.__dict__.update(held)
+            _put_back(owner.__dict__, held)
         for container in self.containers:
             container.restore()
         for kept in self.tensors:
@@ -63,11 +63,26 @@ class _Contents:
 
     def restore(self) -> None:
         container = self.container
+        if isinstance(container, dict):
+            _put_back(container, dict(self.items))
+            return
+        if len(container) == len(self.items) and all(map(operator.is_, container, self.items)):
+            return
         container.clear()
         if isinstance(container, list | deque):
             container.extend(self.items)
         else:
             container.update(self.items)
+
+
+def _put_back(held: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Make a dict what it was, without touching what has not changed; order counts, as it does for hooks."""
+    now = (part for item in held.items() for part in item)
+    then = (part for item in before.items() for part in item)
+    if len(held) == len(before) and all(map(operator.is_, now, then)):
+        return
+    held.clear()
+    held.update(before)
 
 
 def _tensors_in(values: Iterable[Any], depth: int = 3) -> Iterable[Tensor]:

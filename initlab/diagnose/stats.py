@@ -1,7 +1,7 @@
 """What is read off a tensor: its range over all elements, its moments over a sample."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,11 +81,10 @@ def measure(tensor: Tensor) -> Stats | None:
     std, mean = torch.std_mean(x, correction=0)
     signal = x.var(0, correction=0).mean().sqrt() if x.shape[0] > 1 and x.numel() > x.shape[0] else std
     zero = x == 0
-    numbers = torch.stack(
-        [low.double(), high.double(), mean, std, signal, zero.double().mean(), zero.all(0).double().mean()]
-    )
-    low, high, *moments = numbers.tolist()
-    return Stats(low, high, *moments, tensor.dtype, tensor.numel(), x.shape[0])
+    dead = zero.all(0)
+    numbers = torch.stack([low.double(), high.double(), mean, std, signal, zero.double().mean(), dead.double().mean()])
+    values: list[Any] = [*numbers.tolist(), tensor.dtype, tensor.numel(), x.shape[0]]
+    return Stats(*values)
 
 
 def edge_share(tensor: Tensor, name: str) -> float:
