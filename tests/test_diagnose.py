@@ -383,6 +383,36 @@ def test_weights(model, place):
     assert cause.tried
 
 
+def test_what_the_gain_becomes():
+    model = reweighted(mlp(64, *[64] * 9, 10), nn.init.normal_)
+    (cause, *_) = diagnose(model, digits(), CROSS_ENTROPY, sgd(model)).causes
+    assert cause.evidence["gain"] > 1e3
+    assert 0.1 < cause.evidence["gain after the remedy"] < 10
+
+
+def test_several_causes_at_once():
+    """NaN, weights and a rate: each shows itself once the one before is mended, and the remedy mends all."""
+    x, y = digits()
+    x[3, 5] = math.nan
+    model = mlp(64, 64, 64, 10)
+    found = diagnose(model, (x, y), CROSS_ENTROPY, adam(model, 10.0))
+    assert [cause.kind for cause in found.causes[:2]] == ["input", "learning rate"]
+    assert found.causes[0].tried
+    assert "group" in found.causes[0].remedy
+
+
+def test_an_infinity_that_hides():
+    """x / inf is 0: the loss is finite, and the model blind."""
+    x, y = digits()
+    model = Own(lambda h: h / (h.square() * 1000).sum(1, keepdim=True)).half()
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0].half() * 30).float(), batch[1])
+
+    (cause, *_) = diagnose(model, (x, y), loss_fn, sgd(model)).causes
+    assert (cause.kind, cause.place.module) == ("precision", "middle")
+
+
 def test_one_layer_too_large():
     model = mlp(64, 64, 64, 64, 10)
     model[4].weight.data *= 1000
@@ -398,10 +428,64 @@ def test_dead_units():
     assert cause.tried
 
 
-def test_starts_at_zero_on_purpose():
-    model = mlp(64, 32, 32, 10)
-    nn.init.zeros_(model[4].weight)
-    assert diagnose(model, digits(), CROSS_ENTROPY, adam(model)).causes == ()
+class Block(nn.Module):
+    """A branch whose last weight and whose scale start at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.gate = nn.Linear(64, 64), nn.Linear(64, 64), nn.Parameter(torch.zeros(64))
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return x + self.gate * self.b(self.a(x).relu())
+
+
+def recurrent():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"rnn": nn.GRU(8, 32, batch_first=True), "head": nn.Linear(32, 10)})
+    model.forward = lambda x: model["head"](model["rnn"](x.view(-1, 8, 8))[0][:, -1])
+    return model
+
+
+def lora():
+    torch.manual_seed(0)
+    low, high = nn.Linear(64, 4, bias=False), nn.Linear(4, 10, bias=False)
+    nn.init.zeros_(high.weight)
+    model = nn.ModuleDict({"base": nn.Linear(64, 10).requires_grad_(False), "low": low, "high": high})
+    model.forward = lambda x: model["base"](x) + high(low(x))
+    return model
+
+
+HEALTHY = {
+    "zero head": lambda: nn.Sequential(*mlp(64, 32, 32), nn.ReLU(), zero_head(32)),
+    "zero branches": lambda: nn.Sequential(*[Block() for _ in range(3)], zero_head()),
+    "deep, He": lambda: started(mlp(64, *[64] * 19, 10)),
+    "deep, Xavier": lambda: started(mlp(64, *[64] * 14, 10, activation=nn.Tanh)),
+    "deep, LeCun": lambda: started(mlp(64, *[64] * 11, 10, activation=nn.SELU), "lecun"),
+    "batch norm": lambda: nn.Sequential(nn.BatchNorm1d(64), *mlp(64, 32, 10)),
+    "recurrent": recurrent,
+    "low rank": lora,
+}
+
+
+def zero_head(width=64):
+    head = nn.Linear(width, 10)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def started(model, recipe="auto"):
+    initlab.init_model_(model, seed=0, recipe=recipe)
+    return model
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_no_false_alarm(name):
+    torch.manual_seed(0)
+    model = HEALTHY[name]()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 3e-4)
+    found = diagnose(model, digits(), CROSS_ENTROPY, optimizer)
+    assert found.causes == (), str(found)
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [(adam, 10.0), (adam, 1.0), (sgd, 100.0)])
