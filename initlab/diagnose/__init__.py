@@ -190,7 +190,8 @@ def _look_closer(patient: Patient, evidence: Evidence, tell: Callable[[str], Non
     if signs.suspicious_step(evidence):
         tell("searching along the update")
         probes.search_rates(patient, evidence)
-        probes.keep_going(patient, evidence, 3)
+        if not signs.blew_up(evidence):
+            probes.keep_going(patient, evidence, 3)
     odd = signs.odd_scale(evidence)
     if odd is not None and (odd.strong or evidence.broke_at is not None):
         tell("running on standardised inputs")

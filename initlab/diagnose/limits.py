@@ -41,6 +41,7 @@ class Limits(NamedTuple):
 
     # Learning rate
     update_ratio: float = 0.5  # of an update to its weight; usual is 1e-3
+    blow_up: float = 5.0  # of the loss along the steps: no further steps are needed to see it
     recovery: float = 0.1  # what the loss must have lost again, of its first value, for a rise to be a passing one
     rise: float = 1.15  # of the loss along one update; dropout and momentum make it rise by a few percent
     loss_excess: float = 3.0  # first loss against that of knowing nothing

@@ -133,6 +133,13 @@ def risen(evidence: Evidence) -> float:
     return first + max((LIMITS.rise - 1) * abs(first), 0.05 * (evidence.baseline or 0.0))
 
 
+def blew_up(evidence: Evidence) -> bool:
+    """Whether the loss has risen so far that it needs no second look."""
+    first, last = evidence.first_loss or 0.0, evidence.losses[-1]
+    far = risen(evidence) + (LIMITS.blow_up - LIMITS.rise) * abs(first)
+    return last is None or not last <= far
+
+
 def suspicious_step(evidence: Evidence) -> bool:
     """Whether the steps that were taken call for a closer look at the learning rate."""
     if evidence.optimizer is None or not evidence.steps or not evidence.steps[0].finite:
