@@ -497,6 +497,42 @@ def test_learning_rate(optimizer, lr):
     assert cause.tried
 
 
+def test_a_rise_that_is_made_good_is_no_fault():
+    """(w - 1)^2, its error times -1.2 in the first step and 0.1 in each of the others."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = sgd(model, 1.1)
+
+    def settle(optimizer, args, kwargs):
+        optimizer.param_groups[0]["lr"] = 0.45
+
+    optimizer.register_step_post_hook(settle)
+    batch = torch.ones(4, 1), torch.ones(4, 1)
+    found = diagnose(model, batch, supervised(nn.MSELoss()), optimizer)
+    assert found.losses == pytest.approx((1.0, 1.44))
+    assert found.causes == ()
+    optimizer.register_step_post_hook(lambda optimizer, args, kwargs: optimizer.param_groups[0].update(lr=1.1))
+    assert diagnose(model, batch, supervised(nn.MSELoss()), optimizer).causes[0].kind == "learning rate"
+
+
+def test_targets_are_to_blame_only_alone():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(-1.0))
+
+        def forward(self, x):
+            return x
+
+    x = torch.ones(4, 1)
+    for loss, kind in (
+        (lambda m, b: (b[1] * m.scale).log().sum(), "loss"),
+        (lambda m, b: (-b[1]).log().sum() * m.scale, "target"),
+    ):
+        (cause, *_) = diagnose(Scaled(), (x, x + 1), loss).causes
+        assert (cause.kind, cause.place.op) == (kind, "log")
+
+
 def test_long_recurrence():
     class Net(nn.Module):
         def __init__(self):

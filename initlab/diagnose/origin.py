@@ -181,7 +181,10 @@ class Search:
                     stack += [n for n, _ in node.next_functions if n is not None and n.name() != _LEAF]
 
     def backward(self, loss: Tensor) -> Origin | None:
-        """The first node of the graph that makes a gradient that is not finite from finite ones; runs the pass."""
+        """The first node of the graph that makes a gradient that is not finite; runs the pass.
+
+        What reached it was finite, or a node before it would have been the first.
+        """
         found: list[Origin] = []
         hooks = []
         seen, stack = set(), [loss.grad_fn]
@@ -205,7 +208,7 @@ class Search:
                 return
             flags = [int(flag_of(g)) for g in to_inputs if isinstance(g, Tensor)]
             flag = next(filter(None, flags), 0)
-            if not flag or any(int(flag_of(g)) for g in from_outputs if isinstance(g, Tensor)):
+            if not flag:
                 return
             function, module = self.nodes.get(node, ("", None))
             own = names.of_node(node.name())
