@@ -65,6 +65,6 @@ def pytest_terminal_summary(terminalreporter):
     write(f"{'':34s} {'ns/elem':>9s} {'ns/elem':>9s} {'':>7s} {'ns/elem':>9s}")
     for row in _rows:
         write(
-            f"{row['case']:34s} {row['ns']:9.3f} {row['peer_ns']:9.3f} {row['ratio']:6.1f}x {row['fill_ns']:9.3f} "
+            f"{row['case']:34s} {row['ns']:9.3f} {row['peer_ns']:9.3f} {row['ratio']:6.3g}x {row['fill_ns']:9.3f} "
             f"{row['over_fill']:7.1f}x {row['gigabytes_per_second']:7.2f}"
         )

@@ -23,6 +23,7 @@ from .clip import (  # noqa: E402
     clip_grads_with_norm_,
     get_total_norm,
 )
+from .diagnose import Cause, Diagnosis, Place, diagnose, supervised  # noqa: E402
 from .model import init_model_, not_loaded, plan_model  # noqa: E402
 from .nn import LinearReLU, fuse_linear_relu, linear_relu  # noqa: E402
 from .report import InitReport, model_digest  # noqa: E402
@@ -30,13 +31,17 @@ from .swap import swap  # noqa: E402
 from .watch import watch  # noqa: E402
 
 __all__ = [
+    "Cause",
     "ClipReport",
+    "Diagnosis",
     "GradClipper",
     "InitReport",
     "LinearReLU",
+    "Place",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "diagnose",
     "fuse_linear_relu",
     "get_total_norm",
     "init",
@@ -46,6 +51,7 @@ __all__ = [
     "not_loaded",
     "plan_model",
     "recipes",
+    "supervised",
     "swap",
     "watch",
 ]

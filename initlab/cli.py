@@ -1,7 +1,7 @@
-"""The `initlab` command: demo | plan | env.
+"""The `initlab` command: demo | plan | doctor | env.
 
 Exit status: 0, 1 if the demo's evidence does not hold or a model cannot be planned, 64 if the command was used wrongly
-(EX_USAGE of sysexits.h).
+(EX_USAGE of sysexits.h). Of doctor: 0 healthy, 1 warning, 2 broken.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-EX_FAILED, EX_USAGE = 1, 64
+EX_FAILED, EX_BROKEN, EX_USAGE = 1, 2, 64
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 if the demo could not run or its evidence does not hold, or if no plan could be made,
-        64 if INITLAB_BACKEND asks for what the demo cannot have, or there is no such function to plan.
+        64 if INITLAB_BACKEND asks for what the demo cannot have, or there is no such function to plan or to examine.
+        Of doctor 0, 1 or 2: healthy, warning, broken.
 
     Raises:
         SystemExit: with 64 for arguments that make no sense, with 0 after --help.
@@ -61,12 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--only", action="append", metavar="PATTERN", help="name pattern; may be given several times")
     plan.add_argument("--meta", action="store_true", help="build the model on the meta device: no memory, no time")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor = commands.add_parser("doctor", help="why is the loss inf or NaN: run a model on a batch, and say")
+    doctor.add_argument(
+        "function",
+        metavar="PATH:FUNCTION",
+        help="a file or module, and its function that returns (model, batch, loss_fn) or (model, batch, loss_fn, "
+        "optimizer); loss_fn(model, batch) returns the loss",
+    )
+    doctor.add_argument("--steps", type=_positive, default=1, help="of training to take and undo (default: 1)")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     commands.add_parser("env", help="versions, devices and engines, for a bug report")
     arguments = parser.parse_args(argv)
     if arguments.command == "env":
         return _env()
     if arguments.command == "plan":
         return _plan(arguments)
+    if arguments.command == "doctor":
+        return _doctor(arguments)
     return _demo(arguments.seed)
 
 
@@ -78,6 +90,12 @@ def _seed(text: str) -> int:
     if not -(2**63) <= seed < 2**64:
         raise argparse.ArgumentTypeError(f"{seed} does not fit into 64 bits")
     return seed
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
 def _demo(seed: int) -> int:
@@ -121,6 +139,32 @@ def _plan(arguments: argparse.Namespace) -> int:
         return EX_FAILED
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .diagnose import UsageError, examine
+
+    def tell(stage: str) -> None:
+        print(f"initlab doctor: {stage}", file=sys.stderr, flush=True)
+
+    try:
+        build = _function(arguments.function)
+    except LookupError as error:
+        print(f"initlab doctor: error: {error.args[0]}", file=sys.stderr)
+        return EX_USAGE
+    given = build()
+    try:
+        if not isinstance(given, tuple) or len(given) not in (3, 4):
+            what = f"{len(given)} values" if isinstance(given, tuple) else f"a {type(given).__name__}"
+            raise UsageError(
+                f"{arguments.function} returned {what}; it must return (model, batch, loss_fn[, optimizer])"
+            )
+        diagnosis = examine(*given, steps=arguments.steps, tell=tell)
+    except UsageError as error:
+        print(f"initlab doctor: error: {error}", file=sys.stderr)
+        return EX_USAGE
+    print(diagnosis.to_json() if arguments.json else diagnosis)
+    return {"healthy": 0, "warning": EX_FAILED, "broken": EX_BROKEN}[diagnosis.verdict]
 
 
 def _function(place: str) -> Callable[[], Any]:

@@ -72,11 +72,28 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     stack = [("", model)]
     while stack:
         path, module = stack.pop()
-        while (inner := _wrapped(module, wrappers)) is not None:
-            module = inner
+        module = _innermost(module, wrappers)
         yield path, module
         dot = f"{path}." if path else ""
         stack += [(dot + name, child) for name, child in reversed(module._modules.items()) if child is not None]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a model's wrappers (DDP, FSDP, torch.compile, activation checkpointing).
+
+    Example:
+        >>> import torch
+        >>> from initlab.naming import unwrapped
+        >>> unwrapped(torch.nn.DataParallel(torch.nn.ReLU()))
+        ReLU()
+    """
+    return _innermost(model, _wrappers())
+
+
+def _innermost(module: nn.Module, wrappers: dict[type, str]) -> nn.Module:
+    while (inner := _wrapped(module, wrappers)) is not None:
+        module = inner
+    return module
 
 
 def _wrappers() -> dict[type, str]:

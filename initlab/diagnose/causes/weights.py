@@ -1,0 +1,159 @@
+"""Rules about starting weights: symmetry, dead units, signals that explode or vanish over depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from .. import remedies
+from ..evidence import Evidence
+from ..limits import LIMITS
+from ..report import Place, Severity
+from ..signs import diverges, gains, is_zero
+from ..trace import Call
+from .finding import Finding
+
+
+def symmetric(evidence: Evidence) -> Finding | None:
+    """Weights whose rows are all equal, and stay so."""
+    layers = {call.path for call in evidence.layers}
+    alike = [h for h in evidence.parameters if h.alike and h.slot.path in layers and h.law is not None]
+    zero_heads = [h for h in evidence.parameters if is_zero(h) and h.grad is not None and not h.alike]
+    weights = [h for h in evidence.parameters if h.law is not None]
+    mostly = sum(map(is_zero, weights)) > LIMITS.zero_weights * len(weights)
+    if zero_heads and not mostly:  # heads and branches that start at zero on purpose: one step lets the others move
+        alike = [h for h in alike if not (h.grad_norm == 0 and is_zero(h))]
+    if not alike:
+        return None
+    held = alike[0]
+    assert held.stats is not None
+    what = "zero" if is_zero(held) else "equal"
+    norm = evidence.steps[0].gradient if evidence.steps else None
+    return Finding(
+        "weights",
+        "broken" if norm == 0 else "warning",
+        Place(module=held.slot.path, parameter=held.name),
+        f"all rows of {held.name} are {what} and get the same gradient: its units never become different.",
+        {"weights": len(alike), "value": held.stats.mean},
+        remedies.restart(evidence),
+    )
+
+
+def dead(evidence: Evidence) -> Finding | None:
+    """Rectified units that are zero for every row."""
+    for call in evidence.layers:
+        out = call.activated
+        if call.activation not in ("relu", "relu6") or out is None or out.rows < 8 or out.dead < LIMITS.dead:
+            continue
+        bias = next((h for h in evidence.parameters if h.slot.path == call.path and h.slot.leaf == "bias"), None)
+        by_bias = bias is not None and bias.stats is not None and bias.stats.mean < -3 * bias.stats.std < 0
+        if bias is not None and bias.stats is not None and bias.stats.std == 0 and bias.stats.mean < 0:
+            by_bias = True
+        weight = next(iter(evidence.weights_of(call.path)), None)
+        blamed = bias if by_bias else weight
+        return Finding(
+            "weights",
+            "broken" if evidence.steps[0].gradient == 0 else "warning",
+            Place(module=call.path, parameter=blamed.name if blamed is not None else None),
+            f"{out.dead:.0%} of the units after {call.path!r} are zero for every row, as are their gradients.",
+            {"dead": out.dead, "mean of bias": bias.stats.mean if bias is not None and bias.stats is not None else 0.0},
+            [
+                *([remedies.fresh(evidence, [bias])] if by_bias and bias is not None else []),
+                *remedies.restart(evidence),
+            ],
+        )
+    return None
+
+
+def growing(evidence: Evidence) -> Finding | None:
+    """A signal that explodes over depth."""
+    along = gains(evidence)
+    if not along:
+        return None
+    growth = max(total for _, _, total in along)
+    ratios = _law_ratios(evidence)
+    far = [(call, ratio) for call, ratio in ratios if ratio >= LIMITS.law_factor]
+    edge = max((c.edge for c in evidence.layers if c.activation == "tanh"), default=0.0)
+    hurts = evidence.excess >= LIMITS.loss_excess or diverges(evidence) or evidence.broke_at is not None
+    saturates = edge >= LIMITS.saturated and 2 * len(far) >= len(ratios) > 0
+    exploding = growth >= LIMITS.growth and (far or _is_deep(evidence))
+    if not exploding and not saturates and not (growth >= LIMITS.growth_suspect and far and hurts):
+        return None
+    if evidence.trace.repeats and not far:
+        return None
+    call = _blamed(far, [c for c, _, _ in along], max)
+    weight = next(iter(evidence.weights_of(call.path)), None)
+    severity: Severity = "broken" if evidence.broke_at is not None or diverges(evidence) else "warning"
+    return Finding(
+        "weights",
+        severity,
+        Place(module=call.path, parameter=weight.name if weight is not None else None),
+        f"the signal grows {growth:.2g}-fold from the input to the widest layer: the weights are too large for their "
+        "fan-in.",
+        {"gain": growth, "weights against their law": max((r for _, r in ratios), default=1.0), "saturated": edge},
+        remedies.restart(evidence),
+    )
+
+
+def shrinking(evidence: Evidence) -> Finding | None:
+    """A signal, or a gradient, that vanishes over depth."""
+    if evidence.broke_at is not None or len(evidence.layers) < 2:
+        return None
+    along = [(call, gain, total) for call, gain, total in gains(evidence) if not _zero_layer(evidence, call)]
+    forward = min((total for _, _, total in along), default=1.0)
+    backward = _backward_ratio(evidence)
+    if forward > LIMITS.shrink and backward > LIMITS.shrink:
+        return None
+    small = [(call, ratio) for call, ratio in _law_ratios(evidence) if 0 < ratio <= 1 / LIMITS.law_factor]
+    call = _blamed(small, [c for c, _, _ in along] or evidence.layers, min)
+    weight = next(iter(evidence.weights_of(call.path)), None)
+    return Finding(
+        "weights",
+        "warning",
+        Place(module=call.path, parameter=weight.name if weight is not None else None),
+        f"the signal shrinks to {forward:.2g} of the input's, gradients to {backward:.2g}: nothing arrives at the "
+        "other end.",
+        {"gain": forward, "gradient first to last": backward},
+        remedies.restart(evidence),
+    )
+
+
+def _is_deep(evidence: Evidence) -> bool:
+    return len(evidence.layers) > 2
+
+
+def _law_ratios(evidence: Evidence) -> list[tuple[Call, float]]:
+    """For each layer: the root mean square of its weight against the law that its activation wants."""
+    found = []
+    for call in evidence.layers:
+        for held in evidence.weights_of(call.path):
+            law = held.law
+            if law and held.stats is not None and held.stats.finite and held.stats.numel >= 16:
+                found.append((call, held.stats.rms / law))
+    return found
+
+
+def _zero_layer(evidence: Evidence, call: Call) -> bool:
+    return any(is_zero(held) for held in evidence.weights_of(call.path))
+
+
+def _blamed(far: list[tuple[Call, float]], others: list[Call], worst: Callable[..., Any]) -> Call:
+    """The first layer that is nearly as far from its law as the worst."""
+    if not far:
+        return others[0]
+    extreme = abs(math.log(worst(ratio for _, ratio in far)))
+    return next(call for call, ratio in far if abs(math.log(ratio)) >= 0.7 * extreme)
+
+
+def _backward_ratio(evidence: Evidence) -> float:
+    """Gradient times weight of the first layers against the largest: equal over depth where nothing is lost."""
+    sizes = []
+    for call in evidence.layers:
+        for held in evidence.weights_of(call.path):
+            if held.grad_norm is not None and held.stats is not None and not is_zero(held):
+                sizes.append(held.grad_norm * held.stats.rms * math.sqrt(held.stats.numel))
+    if len(sizes) < 3 or any(is_zero(h) for h in evidence.parameters):
+        return 1.0
+    largest = max(sizes)
+    return sizes[0] / largest if largest > 0 else 1.0

@@ -1,0 +1,138 @@
+"""What can be told from the arguments of torch's loss functions: wrong targets, wrong spaces, empty reductions."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stopped(Exception):
+    """The pass was stopped before a call that cannot succeed; on a GPU it would take the process's context along."""
+
+
+@dataclass
+class LossCall:
+    """A call of a loss function.
+
+    Args:
+        name: of the function.
+        baseline: its value for a model that knows nothing about the inputs; None where that is not known.
+        problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits"; "" if nothing.
+        facts: numbers about the problem.
+        fatal: whether the call cannot succeed.
+    """
+
+    name: str
+    baseline: float | None = None
+    problem: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    fatal: bool = False
+
+
+def look_at(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
+    """What the arguments of a call say; None where it is no loss function that is known here."""
+    reader = _READERS.get(name)
+    given = args[0] if args else kwargs.get("input")
+    target = args[1] if len(args) > 1 else kwargs.get("target")
+    if reader is None or not isinstance(given, Tensor) or not isinstance(target, Tensor):
+        return None
+    with torch.no_grad():
+        call = reader(name, given, target, args, kwargs)
+    if call.baseline is not None and kwargs.get("reduction") == "sum":
+        call.baseline *= target.numel()
+    return call
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name, default)
+
+
+def _classes(name: str, given: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+    dim = 1 if given.dim() > 1 else 0
+    count = given.shape[dim] if given.dim() else 1
+    call = LossCall(name, baseline=math.log(count) if count > 1 else None)
+    if not target.is_floating_point():
+        ignored = _argument(args, kwargs, 4, "ignore_index", -100)
+        kept = target[target != ignored]
+        if kept.numel() == 0:
+            call.problem, call.facts = "empty", {"ignored": target.numel()}
+            return call
+        wrong = (kept < 0) | (kept >= count)
+        if wrong.any():
+            call.problem, call.fatal = "classes", True
+            call.facts = {"classes": count, "smallest": int(kept.min()), "largest": int(kept.max())}
+            call.facts["rows"] = int(wrong.sum())
+            return call
+    given = given.detach().float()
+    if count < 2 or given.numel() == 0 or not given.isfinite().all():
+        return call
+    sums = given.sum(dim)
+    if bool((given >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
+        call.problem, call.facts = "probabilities", {"row sums": float(sums.mean())}
+    elif name == "nll_loss" and bool((given.logsumexp(dim).abs() > 0.1).any()):
+        call.problem, call.facts = "logits", {"largest log-probability": float(given.max())}
+    return call
+
+
+def _bce(name: str, given: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+    call = LossCall(name, baseline=math.log(2.0))
+    if given.numel() == 0:
+        call.problem = "empty"
+    elif name == "binary_cross_entropy" and bool(((given < 0) | (given > 1)).any()):
+        call.problem, call.fatal = "logits", True
+        call.facts = {"smallest": float(given.min()), "largest": float(given.max())}
+    elif bool(((target < 0) | (target > 1)).any()):
+        call.problem, call.fatal = "range", name == "binary_cross_entropy"
+        call.facts = {"smallest": float(target.min()), "largest": float(target.max())}
+    elif name == "binary_cross_entropy_with_logits" and _came_from(given, "Sigmoid"):
+        call.problem, call.facts = "probabilities", {"largest": float(given.max())}
+    return call
+
+
+def _distance(name: str, given: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+    call = LossCall(name)
+    if given.numel() == 0:
+        call.problem = "empty"
+    elif name == "mse_loss" and target.numel() > 1 and target.is_floating_point():
+        call.baseline = float(target.float().square().mean())
+    return call
+
+
+def _kl_div(name: str, given: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+    call = LossCall(name)
+    if given.numel() and bool((given > 1e-4).any()) and bool((given >= 0).all()):
+        call.problem, call.facts = "probabilities", {"largest": float(given.max())}
+    return call
+
+
+_PASSING = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Select", "Reshape", "Clamp", "Clone", "ToCopy", "Index")
+
+
+def _came_from(tensor: Tensor, kind: str) -> bool:
+    """Whether a tensor is the output of an operation, as it is or reshaped."""
+    node = tensor.grad_fn
+    while node is not None:
+        name = node.name()
+        if name.startswith(kind):
+            return True
+        if not name.startswith(_PASSING) or not node.next_functions:
+            return False
+        node = node.next_functions[0][0]
+    return False
+
+
+_Reader = Callable[[str, Tensor, Tensor, Any, Any], LossCall]
+_READERS: dict[str, _Reader] = {
+    "cross_entropy": _classes,
+    "nll_loss": _classes,
+    "binary_cross_entropy": _bce,
+    "binary_cross_entropy_with_logits": _bce,
+    "mse_loss": _distance,
+    "l1_loss": _distance,
+    "smooth_l1_loss": _distance,
+    "huber_loss": _distance,
+    "kl_div": _kl_div,
+}

@@ -1,0 +1,149 @@
+"""Everything of the user's that a diagnosis touches, taken down and put back, bit for bit."""
+
+import operator
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+
+class Snapshot:
+    """A copy of what training changes: tensors, gradients, modules' attributes, the optimizer, random generators.
+
+    Args:
+        model: its parameters, buffers, other tensors, training flags, hooks and attributes are kept.
+        optimizer: its state, groups and hooks are kept.
+        tensors: others to keep, such as those of the batch.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None, tensors: Iterable[Tensor]) -> None:
+        modules = list(model.modules())
+        owners = [*modules, *([optimizer] if optimizer is not None else [])]
+        self.attributes = [(owner, type(owner), dict(owner.__dict__)) for owner in owners]
+        values = [value for _, _, held in self.attributes for value in held.values()]
+        groups = list(optimizer.param_groups) if optimizer is not None else []
+        inner = list(optimizer.state.values()) if optimizer is not None else []
+        values += [v for held in (*groups, *inner) if isinstance(held, dict) for v in held.values()]
+        self.containers = [_Contents(value) for value in (*values, *groups, *inner) if isinstance(value, _CONTAINERS)]
+        found = [*tensors, *_tensors_in(values), *_tensors_in(c.items for c in self.containers)]
+        self.tensors = [_Kept(tensor) for tensor in {id(t): t for t in found}.values()]
+        self.generators = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
+        self.random = _RandomState()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for owner, kind, held in self.attributes:
+            if type(owner) is not kind:
+                owner.__class__ = kind
+            _put_back(owner.__dict__, held)
+        for container in self.containers:
+            container.restore()
+        for kept in self.tensors:
+            kept.restore()
+        for generator, state in self.generators:
+            generator.set_state(state)
+        self.random.restore()
+
+
+_CONTAINERS = (dict, list, set, deque)
+
+
+class _Contents:
+    """What a container holds, one level deep."""
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        self.items = list(container.items()) if isinstance(container, dict) else list(container)
+
+    def restore(self) -> None:
+        container = self.container
+        if isinstance(container, dict):
+            _put_back(container, dict(self.items))
+            return
+        if len(container) == len(self.items) and all(map(operator.is_, container, self.items)):
+            return
+        container.clear()
+        if isinstance(container, list | deque):
+            container.extend(self.items)
+        else:
+            container.update(self.items)
+
+
+def _put_back(held: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Make a dict what it was, without touching what has not changed; order counts, as it does for hooks."""
+    now = (part for item in held.items() for part in item)
+    then = (part for item in before.items() for part in item)
+    if len(held) == len(before) and all(map(operator.is_, now, then)):
+        return
+    held.clear()
+    held.update(before)
+
+
+def _tensors_in(values: Iterable[Any], depth: int = 3) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif depth and isinstance(value, list | tuple):
+            yield from _tensors_in(value, depth - 1)
+
+
+class _Kept:
+    """A tensor with its elements, its gradient and its place in memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.needs_grad = tensor.requires_grad
+        self.leaf = tensor.is_leaf
+        self.grad = tensor.grad if tensor.is_leaf else None
+        self.alias = self.copy = None
+        if tensor.layout == torch.strided and not tensor.is_meta and not is_lazy(tensor):
+            self.alias = tensor.detach()
+            self.version = None if tensor.is_inference() else tensor._version
+            self.copy = _without_repeats(self.alias).clone()
+
+    def restore(self) -> None:
+        tensor = self.tensor
+        if self.alias is not None and self.copy is not None:
+            with torch.no_grad():
+                if tensor.dtype != self.alias.dtype or tensor.data_ptr() != self.alias.data_ptr():
+                    tensor.data = self.alias
+                # Through .data: a graph that the user holds must not find its tensors changed.
+                _without_repeats(tensor.data).copy_(self.copy)
+            if self.version is not None and tensor._version != self.version:
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))
+        if self.leaf:
+            if tensor.requires_grad != self.needs_grad:
+                tensor.requires_grad_(self.needs_grad)
+            tensor.grad = self.grad
+
+
+def _without_repeats(tensor: Tensor) -> Tensor:
+    """A view without the repetitions of an expanded tensor, which cannot be written to."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+class _RandomState:
+    """Where the random generators of torch, its devices, Python and numpy stand."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self.python = random.getstate()
+        self.numpy = numpy.random.get_state() if (numpy := sys.modules.get("numpy")) else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)

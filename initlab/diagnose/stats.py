@@ -1,0 +1,95 @@
+"""What is read off a tensor: its range over all elements, its moments over a sample."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .limits import LIMITS
+
+
+class Stats(NamedTuple):
+    """A tensor in numbers.
+
+    Args:
+        low: smallest element; NaN where the tensor holds one.
+        high: largest element, likewise.
+        mean: over a sample, as all that follows.
+        std: about that mean.
+        signal: standard deviation over the first dimension, the batch: what tells one row from another.
+        zeros: share of exact zeros.
+        dead: share of units, columns after the first dimension, that are zero in every row.
+        dtype: of the tensor.
+    """
+
+    low: float
+    high: float
+    mean: float
+    std: float
+    signal: float
+    zeros: float
+    dead: float
+    dtype: torch.dtype
+    numel: int
+    rows: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether all elements are."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude."""
+        return max(abs(self.low), abs(self.high))
+
+    @property
+    def rms(self) -> float:
+        """Root mean square."""
+        return math.hypot(self.mean, self.std)
+
+    @property
+    def headroom(self) -> float:
+        """How many times larger the tensor could get before its dtype overflows."""
+        if not self.finite:
+            return 0.0
+        return torch.finfo(self.dtype).max / self.largest if self.largest else math.inf
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Some of a tensor's elements, (rows, columns), float64: every so many rows and columns of it."""
+    x = tensor.detach()
+    rows = x.shape[0] if x.dim() > 1 else x.numel()
+    columns = x.numel() // max(1, rows)
+    if x.numel() > LIMITS.sample:
+        side = math.isqrt(LIMITS.sample)
+        row_step = -(-rows // max(side, LIMITS.sample // columns)) if columns else 1
+        x = x[::row_step]
+    x = x.reshape(x.shape[0] if x.dim() else 1, -1)
+    if x.numel() > LIMITS.sample:
+        x = x[:, :: -(-x.numel() // LIMITS.sample)]
+    return x.double()
+
+
+def measure(tensor: Tensor) -> Stats | None:
+    """The numbers of a tensor; None if it is not floating, or empty, or nowhere."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    low, high = tensor.detach().aminmax()
+    x = sample(tensor)
+    std, mean = torch.std_mean(x, correction=0)
+    signal = x.var(0, correction=0).mean().sqrt() if x.shape[0] > 1 and x.numel() > x.shape[0] else std
+    zero = x == 0
+    dead = zero.all(0)
+    numbers = torch.stack([low.double(), high.double(), mean, std, signal, zero.double().mean(), dead.double().mean()])
+    values: list[Any] = [*numbers.tolist(), tensor.dtype, tensor.numel(), x.shape[0]]
+    return Stats(*values)
+
+
+def edge_share(tensor: Tensor, name: str) -> float:
+    """The share of an activation's outputs that are within a hundredth of its ends."""
+    x = sample(tensor)
+    if name == "sigmoid":
+        x = 2 * x - 1
+    return float((x.abs() > 0.99).double().mean())
