@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from initlab.kernels import NEGATIVE_INF, describe, flag_of
+from initlab.kernels import NAN, NEGATIVE_INF, describe, flag_of
 
 from . import names
 from .trace import Modules, tensors_in
@@ -49,6 +49,16 @@ class Origin:
     weights: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     intended: bool = False
+
+    @property
+    def grown(self) -> bool:
+        """Whether it is only a number that has grown too large, and not one that the operation makes of ordinary ones.
+
+        A NaN in the backward pass that ordinary gradients go into comes of a derivative that is infinite: 0 * inf.
+        """
+        before = self.facts.get("largest gradient before it", float("inf"))
+        hidden = self.phase == "backward" and bool(self.flag & NAN) and before < 1e19  # a root of float32's largest
+        return self.source == "op" and self.op not in names.UNSAFE and not hidden
 
 
 class _Mark:

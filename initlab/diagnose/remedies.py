@@ -34,6 +34,17 @@ def standardise(leaf: Leaf, batch: Any) -> str:
     )
 
 
+def fresh_matrices() -> str:
+    """Xavier's law for every matrix, whichever way round it lies."""
+    return "\n".join(
+        [
+            "for p in model.parameters():",
+            "    if p.dim() > 1:",
+            "        initlab.init.xavier_normal_(p)",
+        ]
+    )
+
+
 def impute(leaf: Leaf, batch: Any) -> str:
     """The mean of what is known for what is not, then mean 0 and standard deviation 1."""
     rows = _rows(leaf)

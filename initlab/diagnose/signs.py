@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import names
 from .batch import Leaf
 from .evidence import Evidence, Held, half
 from .limits import LIMITS
@@ -29,7 +28,7 @@ def lost_gradients(evidence: Evidence) -> bool:
 def overflows(evidence: Evidence) -> bool:
     """Whether the first value that is not finite is only a number that has grown too large."""
     origin = evidence.origin
-    return evidence.broke_at == 1 and origin is not None and origin.source == "op" and origin.op not in names.UNSAFE
+    return evidence.broke_at == 1 and origin is not None and origin.grown
 
 
 @dataclass
@@ -122,7 +121,7 @@ def ran_away(evidence: Evidence) -> bool:
     if (evidence.broke_at or 1) == 1 or not diverges(evidence):
         return False
     origin, first = evidence.origin, evidence.steps[0]
-    grown = origin is None or origin.source != "op" or origin.op not in names.UNSAFE
+    grown = origin is None or origin.source != "op" or origin.grown
     rose = any(x is not None and x > risen(evidence) for x in evidence.losses[1:])
     return grown or rose or (first.update or 0.0) >= LIMITS.update_ratio
 

@@ -141,6 +141,9 @@ def scale(evidence: Evidence) -> Finding | None:
     hurts = saturated or evidence.excess >= LIMITS.loss_excess or diverges(evidence)
     if broke:
         hurts = cured is not None and cured.finite
+    if cured is not None and evidence.broke_at != 1:  # where the first pass is in order, this one has to be better
+        before, after = evidence.first_loss, cured.loss
+        hurts = hurts and after is not None and (before is None or after <= before)
     if not hurts and not odd.strong:
         return None
     facts: dict[str, Any] = {"factor between features": odd.spread, "root mean square": odd.rms}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .. import names, remedies
+from .. import remedies
 from ..evidence import Evidence, Held
 from ..limits import LIMITS
 from ..report import Place
-from ..signs import diverges
+from ..signs import diverges, overflows
 from .finding import Finding
 
 
@@ -18,9 +18,7 @@ def exploding_gradient(evidence: Evidence) -> Finding | None:
     if not evidence.steps:
         return None
     norm, loss, origin = evidence.steps[0].gradient, evidence.first_loss, evidence.origin
-    overflowed = (
-        origin is not None and origin.source == "op" and origin.op not in names.UNSAFE and evidence.broke_at == 1
-    )
+    overflowed = overflows(evidence)
     repeats = {path: n for path, n in evidence.trace.repeats.items() if n >= LIMITS.recurrence}
     usual = max(1.0, evidence.baseline or abs(loss or 0.0))
     limit = LIMITS.gradient_norm_in_time if repeats else LIMITS.gradient_norm

@@ -25,7 +25,7 @@ def symmetric(evidence: Evidence) -> Finding | None:
     if zero_heads and not mostly:  # heads and branches that start at zero on purpose: one step lets the others move
         alike = [h for h in alike if not (h.grad_norm == 0 and is_zero(h))]
     if not alike:
-        return None
+        return _nothing_but_zeros(evidence)
     held = alike[0]
     assert held.stats is not None
     what = "zero" if is_zero(held) else "equal"
@@ -37,6 +37,21 @@ def symmetric(evidence: Evidence) -> Finding | None:
         f"all rows of {held.name} are {what} and get the same gradient: its units never become different.",
         {"weights": len(alike), "value": held.stats.mean},
         remedies.restart(evidence),
+    )
+
+
+def _nothing_but_zeros(evidence: Evidence) -> Finding | None:
+    """Weights that a model holds by itself, in no layer that is known, and that are all zero."""
+    matrices = [h for h in evidence.parameters if h.slot.tensor.dim() > 1]
+    if len(matrices) < 2 or not all(map(is_zero, matrices)):
+        return None
+    return Finding(
+        "weights",
+        "broken",
+        Place(module=matrices[0].slot.path, parameter=matrices[0].name),
+        f"all {len(matrices)} weight matrices are zero: each keeps the gradient from the others.",
+        {"weights": len(matrices)},
+        [remedies.fresh_matrices()],
     )
 
 
