@@ -5,6 +5,7 @@ with the rules, one or two each.
 """
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -186,10 +187,56 @@ def test_a_graph_of_the_users_own_survives():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+CRITIC = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+
+@pytest.mark.parametrize("how", ["closure", "global", "method", "partial"])
+def test_other_models_that_the_loss_function_uses_are_restored(how):
+    critic = CRITIC if how == "global" else copy.deepcopy(CRITIC)
+    critic(torch.randn(4, 8)).sum().backward()  # gradients that must not be added to
+
+    class Judge:
+        def __init__(self):
+            self.critic = critic
+
+        def loss(self, model, batch):
+            return self.critic(model(batch)).mean()
+
+    by_global = lambda model, batch: CRITIC(model(batch)).mean()  # noqa: E731
+    by_closure = lambda model, batch: critic(model(batch)).mean()  # noqa: E731
+    partial = functools.partial(lambda critic, model, batch: critic(model(batch)).mean(), critic)
+    loss_fn = {"closure": by_closure, "global": by_global, "method": Judge().loss, "partial": partial}[how]
+    generator, batch = nn.Linear(4, 8), torch.randn(6, 4)
+    batch = (batch.requires_grad_() * 1).detach().requires_grad_()
+    batch.grad = torch.ones_like(batch)
+    before = take_down(critic, None, [batch]), batch.grad.clone()
+    diagnose(generator, batch, loss_fn, sgd(generator))
+    assert (take_down(critic, None, [batch])) == before[0]
+    assert torch.equal(batch.grad, before[1])
+
+
+def test_an_error_that_the_model_catches_is_none():
+    class Falls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.wrong, self.right, self.log = nn.Linear(3, 10), nn.Linear(64, 10), nn.Identity()
+            self.log.forward = torch.log
+
+        def forward(self, x):
+            try:
+                return self.wrong(x)
+            except RuntimeError:
+                return self.log(self.right(x))
+
+    (cause, *_) = diagnose(Falls(), digits(), CROSS_ENTROPY).causes
+    assert (cause.kind, cause.place.module, cause.place.op) == ("operation", "log", "log")
+
+
 def test_parameters_that_are_moved_come_back():
     model = nn.Linear(2, 2)
     weight, address = model.weight, model.weight.data_ptr()
-    kept = state.Snapshot(model, None, [])
+    kept = state.Snapshot([model], None, [])
     before = weight.detach().clone()
     model.half()
     model.weight.requires_grad_(False)
@@ -206,7 +253,7 @@ def test_parameters_that_are_moved_come_back():
 
 def test_expanded_and_strided_tensors_come_back():
     batch = [torch.ones(1, 3).expand(4, 3), torch.arange(12.0).view(3, 4).t(), torch.ones(2, dtype=torch.bool)]
-    kept = state.Snapshot(nn.Identity(), None, batch)
+    kept = state.Snapshot([], None, batch)
     values = [t.clone() for t in batch]
     batch[0][:1].zero_(), batch[1].zero_(), batch[2].zero_()
     kept.restore()

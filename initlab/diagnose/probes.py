@@ -34,7 +34,7 @@ from .evidence import (
 )
 from .origin import Search
 from .signs import gains
-from .state import Snapshot
+from .state import Snapshot, companions
 from .stats import measure
 from .trace import Trace, storage_of
 
@@ -47,7 +47,8 @@ class Patient:
     def __init__(self, model: nn.Module, batch: Any, loss_fn: LossFn, optimizer: Optimizer | None) -> None:
         self.model, self.batch, self.loss_fn, self.optimizer = model, batch, loss_fn, optimizer
         self.leaves = leaves(batch)
-        self.snapshot = Snapshot(model, optimizer, [leaf.tensor for leaf in self.leaves])
+        self.companions = companions(loss_fn)
+        self.snapshot = Snapshot([model, *self.companions], optimizer, [leaf.tensor for leaf in self.leaves])
 
     def loss(self) -> Tensor:
         """The user's loss, from the same random numbers each time."""
@@ -68,7 +69,10 @@ class Patient:
     def forget_gradients(self) -> None:
         """Detach all gradients; the snapshot keeps them."""
         groups = self.optimizer.param_groups if self.optimizer is not None else ()
-        for parameter in (*self.model.parameters(), *(p for group in groups for p in group["params"])):
+        parameters: list[Tensor] = [p for m in (self.model, *self.companions) for p in m.parameters()]
+        parameters += [p for group in groups for p in group["params"]]
+        parameters += [leaf.tensor for leaf in self.leaves if leaf.tensor.is_leaf]
+        for parameter in parameters:
             parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
@@ -239,7 +243,7 @@ def _value(patient: Patient) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Closer looks. Each leaves the patient as the snapshot has it, or `at_step` steps on.
+# Closer looks. Each begins and ends with the patient as the snapshot has it.
 
 
 def find_origin(patient: Patient, evidence: Evidence) -> None:
@@ -313,7 +317,7 @@ def _pass(patient: Patient, batch: Any, mode: Any) -> Replay:
 
 
 def search_rates(patient: Patient, evidence: Evidence) -> None:
-    """The loss along the first update, shorter and shorter, and the losses of some steps more at full length."""
+    """The loss along the first update, shorter and shorter, until it falls."""
     assert patient.optimizer is not None
     patient.snapshot.restore()
     patient.gradients_anew()

@@ -165,7 +165,7 @@ def forget_state(evidence: Evidence, held: Sequence[Held]) -> str:
 # Losses
 
 
-def stable_losses(evidence: Evidence, op: str, problem: str) -> list[str]:
+def stable_losses(evidence: Evidence, op: str) -> list[str]:
     """Loss functions that cannot overflow, for models with logits and for models with probabilities."""
     targets = [leaf for leaf in evidence.leaves if leaf.is_target]
     if type(evidence.batch) not in (tuple, list) or len(evidence.batch) != 2 or len(targets) != 1:

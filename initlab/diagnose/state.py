@@ -1,8 +1,12 @@
 """Everything of the user's that a diagnosis touches, taken down and put back, bit for bit."""
 
+import contextlib
+import functools
+import inspect
 import operator
 import random
 import sys
+import types
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -17,13 +21,13 @@ class Snapshot:
     """A copy of what training changes: tensors, gradients, modules' attributes, the optimizer, random generators.
 
     Args:
-        model: its parameters, buffers, other tensors, training flags, hooks and attributes are kept.
+        models: their parameters, buffers, other tensors, training flags, hooks and attributes are kept.
         optimizer: its state, groups and hooks are kept.
         tensors: others to keep, such as those of the batch.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None, tensors: Iterable[Tensor]) -> None:
-        modules = list(model.modules())
+    def __init__(self, models: Iterable[nn.Module], optimizer: Optimizer | None, tensors: Iterable[Tensor]) -> None:
+        modules = {module: None for model in models for module in model.modules()}
         owners = [*modules, *([optimizer] if optimizer is not None else [])]
         self.attributes = [(owner, type(owner), dict(owner.__dict__)) for owner in owners]
         values = [value for _, _, held in self.attributes for value in held.values()]
@@ -49,6 +53,28 @@ class Snapshot:
         for generator, state in self.generators:
             generator.set_state(state)
         self.random.restore()
+
+
+def companions(function: Any, depth: int = 3) -> list[nn.Module]:
+    """The modules that a function refers to: by closure or globals, as a method's owner holds them, bound by partial.
+
+    They run with the model, collect gradients and change their buffers.
+    """
+    values: list[Any] = []
+    if isinstance(function, nn.Module):
+        return [function]
+    if isinstance(function, functools.partial):
+        values += [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, types.MethodType):
+        values += [function.__func__, function.__self__]
+    elif isinstance(function, types.FunctionType):
+        with contextlib.suppress(ValueError):  # a variable of the closure that is not bound yet
+            held = inspect.getclosurevars(function)
+            values += [*held.nonlocals.values(), *held.globals.values()]
+    elif hasattr(function, "__dict__") and not isinstance(function, type | types.ModuleType):
+        values += vars(function).values()
+    found = (module for value in values if depth for module in companions(value, depth - 1))
+    return list(dict.fromkeys(found))
 
 
 _CONTAINERS = (dict, list, set, deque)

@@ -31,7 +31,6 @@ ACTIVATIONS = frozenset(
         *("softplus", "tanh"),
     )
 )
-_NORMS = frozenset(("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"))
 
 
 class Call:
@@ -45,7 +44,6 @@ class Call:
         activation: the function that its output went through, "" if none was seen.
         activated: of that function's output.
         edge: share of that output near the ends of tanh or sigmoid.
-        normalised: whether its output was normalised before the activation.
         reads_batch: paths of the leaves of the batch that it was given as they are.
     """
 
@@ -58,12 +56,12 @@ class Call:
         self.activation = ""
         self.activated: Stats | None = None
         self.edge = 0.0
-        self.normalised = False
         self.reads_batch: list[tuple[Any, ...]] = []
         self.steps = 1
 
     @property
     def kind(self) -> str:
+        """The module's class."""
         return type(self.module).__name__
 
 
@@ -95,7 +93,8 @@ class Modules:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if after is not None:
                 after(module, output)
-            self.stack.pop()
+            while self.stack.pop() != self.paths[module]:
+                pass  # it raised, and its caller went on
 
         for module in self.paths:
             if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
@@ -126,7 +125,7 @@ class Trace(TorchFunctionMode):
         self.losses: list[LossCall] = []
         self.failed: tuple[str | None, str] | None = None
         self.low: set[torch.dtype] = set()
-        self.scale = 1.0
+        self._raised: Exception | None = None
         self._open: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
         self._makers: dict[int, tuple[weakref.ref[Tensor], Call]] = {}
@@ -141,7 +140,7 @@ class Trace(TorchFunctionMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         self._hooks.close()
-        if exc[0] is not None and self.failed is None:
+        if exc[1] is not None and exc[1] is not self._raised:
             self.failed = self.modules.current, ""
 
     @property
@@ -174,6 +173,8 @@ class Trace(TorchFunctionMode):
 
     def _after(self, module: nn.Module, output: Any) -> None:
         call = self._open.pop()
+        while call.module is not module:  # it raised, and its caller went on
+            call = self._open.pop()
         if self._counts[module] > LIMITS.calls_measured:
             return
         with torch._C.DisableTorchFunction():
@@ -194,13 +195,12 @@ class Trace(TorchFunctionMode):
         loss = look_at(name, args, kwargs)
         if loss is not None:
             self.losses.append(loss)
-            if loss.fatal:
-                self.failed = self.modules.current, name
-                raise Stopped(f"{name}: {loss.problem}")
         try:
+            if loss is not None and loss.fatal:
+                raise Stopped(f"{name}: {loss.problem}")
             out = func(*args, **kwargs)
-        except Exception:
-            self.failed = self.failed or (self.modules.current, name)
+        except Exception as error:
+            self.failed, self._raised = (self.modules.current, name), error
             raise
         if name in ACTIVATIONS or name in _PASSING:
             self._follow(name, args[0] if args else kwargs.get("input"), out)
@@ -214,8 +214,6 @@ class Trace(TorchFunctionMode):
         if found is None or found[0]() is not given or not isinstance(out, Tensor):
             return
         call = found[1]
-        if name in _NORMS:
-            call.normalised = True
         if name not in ACTIVATIONS:
             self._makers[id(out)] = weakref.ref(out), call
         elif not call.activation:

@@ -16,13 +16,7 @@ def unsafe(evidence: Evidence) -> Finding | None:
         return None
     kind: Kind = "loss" if origin.module is None else "operation"
     only = " only" if origin.phase == "backward" else ""
-    where = (
-        "the loss function"
-        if origin.module is None
-        else f"{origin.module!r}"
-        if origin.module
-        else "the model's own code"
-    )
+    where = {None: "the loss function", "": "the model's own code"}.get(origin.module, repr(origin.module))
     return Finding(
         kind,
         "broken",
@@ -31,7 +25,7 @@ def unsafe(evidence: Evidence) -> Finding | None:
         f"pass{only}.",
         dict(origin.facts),
         [
-            *(remedies.stable_losses(evidence, origin.op, "") if kind == "loss" else []),
+            *(remedies.stable_losses(evidence, origin.op) if kind == "loss" else []),
             *([code] if (code := remedies.rewrite(origin.op, origin.module)) else []),
         ],
     )
