@@ -954,3 +954,23 @@ def test_law_of_each_activation():
     (cause, *_) = diagnose(model, digits(), CROSS_ENTROPY, sgd(model)).causes
     assert cause.remedy == "initlab.init_model_(model, seed=0, recipe='xavier')"
     assert remedies.smaller_rate(0.1, sgd(model, 5.0)).endswith('group["lr"] = 0.5')
+
+
+def test_long_tables_are_cut():
+    """Its ends, and the layers about the first that overflowed."""
+    layers = [nn.Linear(4, 4)]
+    for _ in range(50):
+        layers += [nn.ReLU(), nn.Linear(4, 4)]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        for layer in layers[::2]:
+            layer.weight.abs_().mul_(30)
+    found = initlab.diagnose(model, (torch.ones(4, 4), torch.zeros(4, 4)), initlab.supervised(nn.MSELoss()))
+    assert len(found.layers) == 102
+    text = str(found)
+    broke = next(row.name for row in found.layers[1:] if row.headroom == 0)
+    assert len(text.splitlines()) < 60
+    for name in ("0", "1", "99", "100", broke):
+        assert any(line.split()[:1] == [name] for line in text.splitlines()), name
+    assert " more" in text
+    assert len(found.to_dict()["layers"]) == 102

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias
@@ -15,7 +15,7 @@ Severity: TypeAlias = Literal["warning", "broken"]
 Verdict: TypeAlias = Literal["healthy", "warning", "broken"]
 
 
-_ROWS = 60  # of the table that is printed
+_ROWS = 32  # of a table; .layers has them all
 
 
 @dataclass(frozen=True)
@@ -196,13 +196,23 @@ class Diagnosis:
 
     def _table(self) -> str:
         head = ("layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient")
-        rows = [
-            (row.name or "(model)", row.kind, row.dtype, *(_cell(getattr(row, name)) for name in head[3:]))
-            for row in self.layers[:_ROWS]
-        ]
-        if len(self.layers) > _ROWS:
-            rows.append((f"... {len(self.layers) - _ROWS} more, see .layers", *[""] * 7))
+        rows: list[tuple[str, ...]] = []
+        last = -1
+        for place in _shown(self.layers):
+            if place > last + 1:
+                rows.append((f"... {place - last - 1} more", *[""] * 7))
+            row, last = self.layers[place], place
+            rows.append((row.name or "(model)", row.kind, row.dtype, *(_cell(getattr(row, name)) for name in head[3:])))
         return _with_rich(head, rows) if find_spec("rich") else _aligned([head, *rows])
+
+
+def _shown(layers: Sequence[LayerRow]) -> list[int]:
+    """Which rows of a long table are worth a line: its ends, and what lies about the layer closest to overflow."""
+    if len(layers) <= _ROWS:
+        return list(range(len(layers)))
+    tightest = min(range(1, len(layers)), key=lambda place: layers[place].headroom)  # the first row is the model's own
+    ends = {*range(8), *range(len(layers) - 4, len(layers))}
+    return sorted(ends | set(range(max(0, tightest - 8), min(len(layers), tightest + 4))))
 
 
 def _with_rich(head: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
