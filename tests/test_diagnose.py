@@ -215,22 +215,32 @@ def test_other_models_that_the_loss_function_uses_are_restored(how):
     assert torch.equal(batch.grad, before[1])
 
 
+class Falls(nn.Module):
+    """Catches an error of one of its modules and goes on."""
+
+    def __init__(self, then):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wrong, self.right, self.then = nn.Linear(3, 10), nn.Linear(64, 10), then
+
+    def forward(self, x):
+        try:
+            return self.wrong(x)
+        except RuntimeError:
+            return self.then(self.right(x))
+
+
+def refuse(x):
+    raise ValueError("no")
+
+
 def test_an_error_that_the_model_catches_is_none():
-    class Falls(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.wrong, self.right, self.log = nn.Linear(3, 10), nn.Linear(64, 10), nn.Identity()
-            self.log.forward = torch.log
-
-        def forward(self, x):
-            try:
-                return self.wrong(x)
-            except RuntimeError:
-                return self.log(self.right(x))
-
-    (cause, *_) = diagnose(Falls(), digits(), CROSS_ENTROPY).causes
-    assert (cause.kind, cause.place.module, cause.place.op) == ("operation", "log", "log")
+    (cause, *_) = diagnose(Falls(torch.log), digits(), CROSS_ENTROPY).causes
+    assert (cause.kind, cause.place.module, cause.place.op) == ("operation", "", "log")
+    assert diagnose(Falls(torch.tanh), digits(), CROSS_ENTROPY).verdict == "healthy"
+    (cause, *_) = diagnose(Falls(refuse), digits(), CROSS_ENTROPY).causes
+    assert (cause.kind, cause.place.module, cause.place.op) == ("operation", "", None)
+    assert "ValueError: no" in cause.explanation
 
 
 def test_parameters_that_are_moved_come_back():
@@ -921,11 +931,13 @@ def test_names():
     assert names.of_node(x.log_softmax(0).grad_fn.name()) == "log_softmax"
 
 
-def test_search_ends_at_what_held_the_value():
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_search_ends_at_what_held_the_value(value):
     model = nn.Linear(2, 2)
-    x = torch.tensor([[1.0, math.inf]])
+    nn.init.constant_(model.weight, 0.5)
+    x = torch.tensor([[1.0, value]])
     search = Search(model, {"batch": x}, dict(model.named_parameters()))
-    loss = search.forward(lambda: (model(x) * 0.5).sum())
+    loss = search.forward(lambda: (model(x) * -0.5).softmax(1).sum())
     origin = search.origin(loss)
     assert (origin.source, origin.op) == ("leaf", "batch")
 

@@ -172,7 +172,7 @@ def stable_losses(evidence: Evidence, op: str) -> list[str]:
         return []
     y = targets[0].tensor
     last = _last_of(evidence.model, (nn.Softmax, nn.LogSoftmax, nn.Sigmoid))
-    identity = f"{_path(last)} = torch.nn.Identity()  # the loss takes logits\n" if last else ""
+    identity = f"model.set_submodule({last!r}, torch.nn.Identity())  # the loss takes logits\n" if last else ""
     functional = "torch.nn.functional"
     if not y.is_floating_point() and y.dim() == 1 and op not in ("binary_cross_entropy",):
         classes = "loss_fn = initlab.supervised(torch.nn.CrossEntropyLoss())"
@@ -188,14 +188,6 @@ def _last_of(model: nn.Module, kinds: tuple[type, ...]) -> str | None:
     """The path of the last leaf module, if it is one of some kinds."""
     leaves = [(path, module) for path, module in model.named_modules() if not module._modules and path]
     return leaves[-1][0] if leaves and isinstance(leaves[-1][1], kinds) else None
-
-
-def _path(path: str) -> str:
-    """A module's place, as code that can be assigned to."""
-    code = "model"
-    for part in path.split("."):
-        code += f"[{part}]" if part.isdigit() else f".{part}"
-    return code
 
 
 _STABLE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -80,6 +81,8 @@ class Modules:
         for path, module in walk(model):
             self.paths.setdefault(module, path)
         self.stack: list[str] = []
+        self.error: BaseException | None = None  # the last that passed through a module
+        self.raised_in: str | None = None
 
     def hooked(self, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None) -> ExitStack:
         """Puts the hooks in place; they go when the stack is closed."""
@@ -91,15 +94,17 @@ class Modules:
                 before(module, args, kwargs)
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if after is not None:
+            error = sys.exc_info()[1] if output is None else None
+            if error is None and after is not None:
                 after(module, output)
-            while self.stack.pop() != self.paths[module]:
-                pass  # it raised, and its caller went on
+            if error is not None and error is not self.error:
+                self.error, self.raised_in = error, self.current
+            self.stack.pop()
 
         for module in self.paths:
             if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
-                hooks.callback(module.register_forward_hook(leave).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
         return hooks
 
     @property
@@ -141,7 +146,7 @@ class Trace(TorchFunctionMode):
         super().__exit__(*exc)
         self._hooks.close()
         if exc[1] is not None and exc[1] is not self._raised:
-            self.failed = self.modules.current, ""
+            self.failed = self.modules.raised_in if exc[1] is self.modules.error else None, ""
 
     @property
     def repeats(self) -> dict[str, int]:
