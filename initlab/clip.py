@@ -162,13 +162,13 @@ def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
             raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
 
 
-def _gathered(tensors: Sequence[Tensor], places: Sequence[int], given: _Given) -> Gathered:
+def _gathered(tensors: Sequence[Tensor], places: Sequence[int], given: Callable[[], _Given]) -> Gathered:
     try:
         return Gathered(tensors, places)
     except NotImplementedError:
         i, layout = next((i, t.layout) for i, t in zip(places, tensors, strict=True) if t.layout != torch.strided)
         raise NotImplementedError(
-            f"{given.label()(i)} has layout {layout}, and torch defines no norm for it; leave it out, or make it "
+            f"{given().label()(i)} has layout {layout}, and torch defines no norm for it; leave it out, or make it "
             "dense: p.grad = p.grad.to_dense()"
         ) from None
 
@@ -239,7 +239,7 @@ def get_total_norm(
     if _wrapped(given.tensors):
         _only_torch(report=report, partial=partial)
         return utils.get_total_norm(given.tensors, p, error_if_nonfinite, foreach)
-    gathered = _gathered(given.tensors, range(len(given.tensors)), given)
+    gathered = _gathered(given.tensors, range(len(given.tensors)), lambda: given)
     found = grad_norm(gathered, p, look=report or partial or error_if_nonfinite)
     if error_if_nonfinite:
         _raise_if_nonfinite(found.norm, found, given, p)
@@ -306,7 +306,7 @@ def clip_grad_norm_(
         _only_torch(report=report, nonfinite=nonfinite)
         return utils.clip_grad_norm_(given.tensors, largest, p, error_if_nonfinite, foreach)
     raises = error_if_nonfinite or nonfinite == "raise"
-    gathered = _gathered(gradients, places, given)
+    gathered = _gathered(gradients, places, lambda: given)
     found = grad_norm(gathered, p, look=raises or report)
     if raises:
         _raise_if_nonfinite(found.norm if error_if_nonfinite else found.exact, found, given, p)
@@ -357,7 +357,7 @@ def clip_grads_with_norm_(
         _only_torch(nonfinite=nonfinite)
         utils.clip_grads_with_norm_(given.tensors, largest, norm, foreach)
         return
-    gathered = _gathered(gradients, places, given)
+    gathered = _gathered(gradients, places, lambda: given)
     if nonfinite == "raise" and not bool(norm.isfinite()):
         raise RuntimeError(f"total_norm is {float(norm)}, so the gradients cannot be clipped; none was changed")
     clip_(gathered, norm, largest, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
@@ -564,7 +564,7 @@ class GradClipper:
         # A GradScaler leaves its scale here where gradients are still scaled, and always what it has found.
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         scaled = found_inf is not None
-        gathered = _gathered(gradients, places, self._given())
+        gathered = _gathered(gradients, places, self._given)
         total = grad_norm(gathered, self.norm_type)
         if scale is not None:
             exact = total.exact / scale.to(total.exact.device)
@@ -573,7 +573,8 @@ class GradClipper:
         assert total.first is not None
         self.report = ClipReport(total.norm, total.flag, total.first, self._label)
         bad = total.flag != 0
-        self._count(total, bad)
+        c = clip_coefficient(total.exact, self.max_norm)
+        self._count(total.first, bad, ~bad & (c < 1.0))
         policy = "skip" if self.nonfinite == "raise" and scaled else self.nonfinite  # the scaler sees to infs
         if policy == "raise":
             _raise_if_nonfinite(torch.where(bad, math.nan, 0.0), total, self._given(), self.norm_type)
@@ -591,7 +592,6 @@ class GradClipper:
             if not _start_momentum(optimizer) and bool(found):
                 self._hide(parameters)
             found_inf = found.to(torch.float32)
-        c = clip_coefficient(exact, self.max_norm)
         if policy != "propagate":
             c = torch.where(bad, 1.0, c)
         # Both 0-d: vectors of one element do not go with DTensors.
@@ -603,13 +603,11 @@ class GradClipper:
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._tidy()
 
-    def _count(self, total: Norm, bad: Tensor) -> None:
+    def _count(self, first: Tensor, bad: Tensor, clipped: Tensor) -> None:
         counts = self._counts.to(bad.device, non_blocking=True)
-        clipped = ~bad & (clip_coefficient(total.exact, self.max_norm) < 1.0)
         fresh = bad & (counts[2] < 0)
-        news = torch.stack([counts[0] + clipped, counts[1] + bad, torch.where(fresh, self._steps, counts[2])])
-        assert total.first is not None
-        self._counts = torch.cat([news, torch.where(fresh, total.first, counts[3])[None]])
+        step, place = torch.where(fresh, self._steps, counts[2]), torch.where(fresh, first, counts[3])
+        self._counts = torch.stack([counts[0] + clipped, counts[1] + bad, step, place])
         self._steps += 1
 
     def _hide(self, parameters: Iterable[Tensor]) -> None:

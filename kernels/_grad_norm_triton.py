@@ -81,16 +81,22 @@ def _sum_squares(address, at, begin, end, chunks, ELEMENT: tl.constexpr, CHUNK: 
     return tl.sum(total) + tl.sum(rest)
 
 
-@table_jit
-def norm_units(table, columns, chunks, first_unit, sums, WIDE: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum of squares of one unit. WIDE: of float64 tensors, whose arithmetic would cost the others registers."""
-    unit = tl.program_id(0).to(tl.int64) + first_unit
+@triton.jit
+def _unit(table, columns, chunks, unit, CHUNK: tl.constexpr):
+    """Where a unit's work lies: its column, address, place of its first chunk, begin and end of elements, dtype."""
     entry = table + find(table, columns, unit)
     at = (unit - tl.load(entry)) * chunks * CHUNK
     address = tl.load(entry + columns)
     begin = tl.load(entry + 2 * columns)
     end = tl.load(entry + 3 * columns)
-    code = tl.load(entry + 4 * columns)
+    return entry, address, at, begin, end, tl.load(entry + 4 * columns)
+
+
+@table_jit
+def norm_units(table, columns, chunks, first_unit, sums, WIDE: tl.constexpr, CHUNK: tl.constexpr):
+    """The sum of squares of one unit. WIDE: of float64 tensors, whose arithmetic would cost the others registers."""
+    unit = tl.program_id(0).to(tl.int64) + first_unit
+    _, address, at, begin, end, code = _unit(table, columns, chunks, unit, CHUNK)
     if WIDE:
         total = _sum_squares(address, at, begin, end, chunks, tl.float64, CHUNK)
     else:
@@ -159,12 +165,7 @@ def look_units(table, columns, chunks, units, results, sums, CHUNK: tl.constexpr
     if tl.load(results + 4) == 0:
         return
     unit = tl.program_id(0).to(tl.int64)
-    entry = table + find(table, columns, unit)
-    at = (unit - tl.load(entry)) * chunks * CHUNK
-    address = tl.load(entry + columns)
-    begin = tl.load(entry + 2 * columns)
-    end = tl.load(entry + 3 * columns)
-    code = tl.load(entry + 4 * columns)
+    entry, address, at, begin, end, code = _unit(table, columns, chunks, unit, CHUNK)
     pieces = chunks * (CHUNK // SMALL)
     if code == _BFLOAT16:
         big, mid, tiny, flag = _look(address, at, begin, end, pieces, tl.bfloat16, SMALL)
@@ -276,12 +277,7 @@ def scale_units(
     a = tl.where(c == 0.0, 1.0, a)
     b = c / a
     unit = tl.program_id(0).to(tl.int64) + first_unit
-    entry = table + find(table, columns, unit)
-    at = (unit - tl.load(entry)) * chunks * CHUNK
-    address = tl.load(entry + columns)
-    begin = tl.load(entry + 2 * columns)
-    end = tl.load(entry + 3 * columns)
-    code = tl.load(entry + 4 * columns)
+    _, address, at, begin, end, code = _unit(table, columns, chunks, unit, CHUNK)
     if WIDE:
         _scale(address, at, begin, end, chunks, a, b, zero, tl.float64, CHUNK)
     else:

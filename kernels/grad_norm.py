@@ -83,9 +83,9 @@ class _Here:
 
     __slots__ = ("device", "engine", "numbers", "plan", "rest", "tensors")
 
-    def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int], device: torch.device) -> None:
+    def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int], device: torch.device, known: bool) -> None:
         self.tensors, self.numbers, self.device = tensors, numbers, device
-        self.engine = _engine(tensors, device)
+        self.engine = _engine(tensors, device) if known else None  # torch reads dtypes that the engines do not
         # Tensors that fill a stretch of memory are the engine's to read and write as they lie; the rest is not.
         self.rest: Sequence[Tensor] = ()
         self.plan: Any = None
@@ -133,16 +133,17 @@ class Gathered:
         self.tensors = tensors
         self.dtypes = {t.dtype for t in tensors}
         _check(tensors, self.dtypes)
+        known = self.dtypes <= _KNOWN
         numbers = range(len(tensors)) if numbers is None else numbers
         devices = [t.device for t in tensors]
         distinct = list(dict.fromkeys(devices))
         if len(distinct) == 1:
-            self.here = [_Here(tensors, numbers, distinct[0])]
+            self.here = [_Here(tensors, numbers, distinct[0], known)]
             return
         self.here = []
         for device in distinct:
             places = [i for i, d in enumerate(devices) if d == device]
-            self.here.append(_Here([tensors[i] for i in places], [numbers[i] for i in places], device))
+            self.here.append(_Here([tensors[i] for i in places], [numbers[i] for i in places], device, known))
 
 
 def grad_norm(tensors: Sequence[Tensor] | Gathered, norm_type: float = 2.0, *, look: bool = True) -> Norm:
@@ -268,8 +269,6 @@ def _check(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> None:
 def _engine(tensors: Sequence[Tensor], device: torch.device) -> ModuleType | None:
     """What serves tensors on one device; None for plain torch, which also traces, captures and takes subclasses."""
     if torch.compiler.is_compiling() or not set(map(type, tensors)) <= _PLAIN:
-        return None
-    if not {t.dtype for t in tensors} <= _KNOWN:
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None  # a graph would read the engine's table again from memory that is gone
