@@ -53,6 +53,35 @@ def local(tensor: Tensor) -> Tensor:
     return mine if wait is None else wait()
 
 
+def count_as_written(tensor: Tensor) -> None:
+    """Move the version counter of a DTensor on, whose local tensor has been filled: autograd goes by the DTensor's."""
+    if is_dtensor(tensor) and not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def reshard(model: Any) -> None:
+    """Have FSDP2's modules of a model hold their own shards again: gathered parameters are copies, soon to be freed."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None and isinstance(model, nn.Module) else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+def refuse_flat_shards(model: nn.Module) -> None:
+    """Raise where FullyShardedDataParallel, the first FSDP, holds flat pieces: their shapes are not the parameters'."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for name, module in model.named_modules() if fsdp is not None else ():
+        if not isinstance(module, fsdp.FullyShardedDataParallel) or module.process_group.size() == 1:
+            continue
+        strategy, state = module.sharding_strategy.name, module.training_state.name
+        if strategy != "NO_SHARD" and state != "SUMMON_FULL_PARAMS":
+            raise NotImplementedError(
+                f"{name or 'the model'} is a FullyShardedDataParallel, whose parameters are flat pieces on this rank. "
+                "Use torch.distributed.fsdp.fully_shard, or do this before wrapping, or inside "
+                "FullyShardedDataParallel.summon_full_params(model)"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Blocks
 

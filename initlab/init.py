@@ -1,17 +1,22 @@
 """Drop-in for torch.nn.init: its names, signatures, errors and warnings; the values come from initlab's stream.
 
 A call takes one 64-bit key from the generator in force, and the key fixes every value: the same on every device, with
-any number of threads, for any strides, and in every dtype the rounding of the same draw. What draws nothing is
-torch's own function. docs/init.md lists where a call behaves differently from torch's.
+any number of threads, for any strides, and in every dtype the rounding of the same draw. Of a DTensor each rank fills
+what it holds, without communication: where ranks agree on `torch.manual_seed`, they hold parts of one tensor. What
+draws nothing is torch's own function. docs/init.md lists where a call behaves differently from torch's.
 """
 
 import math
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
+import torch.nn.init as nn_init
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
@@ -21,14 +26,14 @@ from torch.nn.init import (
     _calculate_fan_in_and_fan_out,
     calculate_gain,
     constant_,
-    dirac_,
-    eye_,
     ones_,
     zeros_,
 )
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from initlab.kernels import Draw, Law, Normal, Region, TruncatedNormal, Uniform, eagerly, fill_, generator_key
+
+from .distributed import blocks, count_as_written, draws, is_dtensor, local
 
 __all__ = [
     "calculate_gain",
@@ -102,7 +107,7 @@ def uniform_(
 
     Raises:
         RuntimeError: if a > b, a bound or b - a is not finite in the dtype, or the tensor overlaps itself.
-        NotImplementedError: for an integer, bool or float8 dtype, a DTensor or another wrapper.
+        NotImplementedError: for an integer, bool or float8 dtype, or a wrapper other than DTensor.
 
     Source:
         docs/stream.md, "uniform".
@@ -138,7 +143,7 @@ def normal_(
 
     Raises:
         RuntimeError: if std is negative or NaN, or the tensor overlaps itself.
-        NotImplementedError: for an integer, bool or float8 dtype, a DTensor or another wrapper.
+        NotImplementedError: for an integer, bool or float8 dtype, or a wrapper other than DTensor.
 
     Source:
         G. E. P. Box and M. E. Muller, "A note on the generation of random normal deviates", 1958; docs/stream.md.
@@ -180,7 +185,7 @@ def trunc_normal_(
     Raises:
         ValueError: if std is not positive, a parameter is NaN, or the nearer bound lies beyond 12 std.
         RuntimeError: if a > b, or the tensor overlaps itself.
-        NotImplementedError: for any other dtype, a DTensor or another wrapper.
+        NotImplementedError: for any other dtype, or a wrapper other than DTensor.
 
     Source:
         L. Devroye, "Non-Uniform Random Variate Generation", 1986, II.2 (inversion); docs/stream.md.
@@ -350,6 +355,63 @@ def kaiming_normal_(
     return eagerly(_sample, tensor, generator, Normal, 0.0, _kaiming_std(tensor, a, mode, nonlinearity))
 
 
+def eye_(tensor: Tensor) -> Tensor:
+    """Fill a matrix with the identity, as torch.nn.init.eye_ does, and of a DTensor each rank its part of it.
+
+    Args:
+        tensor: shape (rows, columns); any dtype.
+
+    Returns:
+        The tensor itself, filled in place outside autograd.
+
+    Raises:
+        ValueError: if the tensor is not two-dimensional.
+
+    Example:
+        >>> import torch, initlab
+        >>> initlab.init.eye_(torch.empty(2, 3))
+        tensor([[1., 0., 0.],
+                [0., 1., 0.]])
+    """
+    if not is_dtensor(tensor) or tensor.ndimension() != 2:
+        return nn_init.eye_(tensor)
+    return _fill_by_place(tensor, lambda row, column: row == column)
+
+
+def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
+    """Fill a convolution's weight so that it passes its inputs on, as torch.nn.init.dirac_ does; DTensors in parts.
+
+    Args:
+        tensor: shape (out, in, *kernel), three to five dimensions; any dtype.
+        groups: of the convolution; `out` is a multiple of it.
+
+    Returns:
+        The tensor itself, filled in place outside autograd.
+
+    Raises:
+        ValueError: if the tensor has another number of dimensions, or groups does not divide `out`.
+
+    Example:
+        >>> import torch, initlab
+        >>> initlab.init.dirac_(torch.empty(2, 2, 3))[:, :, 1]
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    if not is_dtensor(tensor):
+        return nn_init.dirac_(tensor, groups)
+    nn_init.dirac_(torch.empty(tensor.shape, device="meta"), groups)  # for its errors
+    out, inputs, *kernel = tensor.shape
+    each = out // groups
+
+    def hit(row: Tensor, column: Tensor, *place: Tensor) -> Tensor:
+        found = (row % each == column) & (row % each < min(each, inputs))
+        for at, size in zip(place, kernel, strict=True):
+            found = found & (at == size // 2)
+        return found
+
+    return _fill_by_place(tensor, hit)
+
+
 def orthogonal_(
     tensor: Tensor,
     gain: float = 1,
@@ -434,14 +496,19 @@ def sparse_(
 
 def _sample(tensor: Tensor, generator: torch.Generator | None, law: Callable[..., Law], *parameters: float) -> Tensor:
     drawn = law(*parameters)
-    if type(tensor) in _PLAIN or not tensor.is_meta:
+    if type(tensor) in _PLAIN:
         fill_((Draw(tensor, drawn, _key(tensor, generator)),))  # of a meta or fake tensor it checks the dtype only
+    elif not tensor.is_meta:
+        parts = list(draws(tensor, drawn, 0))  # raises before a key is drawn
+        fill_(replace(part, key=key) for key in (_key(tensor, generator),) for part in parts)
+        count_as_written(tensor)
     return tensor
 
 
 def _orthogonal(tensor: Tensor, gain: float, generator: torch.Generator | None) -> Tensor:
     if tensor.numel() == 0 or not _holds_values(tensor):
         return tensor
+    _refuse_dtensor(tensor, "orthogonal_")
     rows = tensor.size(0)
     with torch.no_grad():
         flat = torch.empty(
@@ -460,6 +527,7 @@ def _sparse(tensor: Tensor, sparsity: float, std: float, generator: torch.Genera
     law = Normal(0.0, std)
     if not _holds_values(tensor):
         return tensor
+    _refuse_dtensor(tensor, "sparse_")
     rows, cols = tensor.shape
     zeros = math.ceil(sparsity * rows)
     key = _key(tensor, generator)
@@ -472,6 +540,27 @@ def _sparse(tensor: Tensor, sparsity: float, std: float, generator: torch.Genera
     with torch.no_grad():
         tensor.scatter_(0, ranks.argsort(dim=0, stable=True)[:zeros], 0)
     return tensor
+
+
+def _fill_by_place(tensor: Tensor, hit: Callable[..., Tensor]) -> Tensor:
+    """Fill a DTensor with 1 where `hit` is true of an element's place in the logical tensor, else with 0."""
+    with torch.no_grad():
+        for mine, region in blocks(tensor):
+            places = [
+                torch.arange(offset, offset + size, device=mine.device).view(-1, *(1,) * (mine.ndim - 1 - dim))
+                for dim, (offset, size) in enumerate(zip(region.offsets, region.sizes, strict=True))
+            ]
+            mine.copy_(hit(*places))
+    count_as_written(tensor)
+    return tensor
+
+
+def _refuse_dtensor(tensor: Tensor, name: str) -> None:
+    if is_dtensor(tensor):
+        raise NotImplementedError(
+            f"{name} needs the whole matrix, and of a DTensor a rank holds a part. Fill a plain tensor with it on "
+            "every rank, from equal seeds, and pass that to distribute_tensor, or fill the model before it is sharded"
+        )
 
 
 def _xavier_std(tensor: Tensor, gain: float) -> float:
@@ -488,9 +577,27 @@ def _key(tensor: Tensor, generator: torch.Generator | None) -> int:
         raise TypeError(f"generator must be a torch.Generator or None, not {type(generator).__name__}")
     if not _holds_values(tensor) or tensor.numel() == 0:
         return 0  # nothing to draw: the generator stays where it is
-    if generator is None and tensor.device.type == "cuda":
+    if generator is None and tensor.device.type == "cuda" and not is_dtensor(tensor):
         _check_rank_seeds(tensor.device)
-    return generator_key(generator)
+    key = generator_key(generator)
+    log = getattr(_here, "log", None)
+    if log is not None:
+        log.append((tensor, generator, key))
+    return key
+
+
+_here = threading.local()
+
+
+@contextmanager
+def noting() -> Iterator[list[tuple[Tensor, torch.Generator | None, int]]]:
+    """Inside it, this thread's draws are noted: (tensor, generator, key) each. swap() compares them across ranks."""
+    before = getattr(_here, "log", None)
+    _here.log = log = []
+    try:
+        yield log
+    finally:
+        _here.log = before
 
 
 def _holds_values(tensor: Tensor) -> bool:
@@ -506,13 +613,8 @@ def _holds_values(tensor: Tensor) -> bool:
     if kind not in _PLAIN:
         if isinstance(tensor, FakeTensor):
             return False
-        distributed = sys.modules.get("torch.distributed.tensor")  # not imported here: no DTensor exists without it
-        if distributed is not None and isinstance(tensor, distributed.DTensor):
-            raise NotImplementedError(
-                "initlab.init does not fill a DTensor: a shard would need its own region of the stream. Fill the "
-                "whole tensor before distribute_tensor, fully_shard or parallelize_module shards it, or use "
-                "torch.nn.init for it, outside swap()"
-            )
+        if is_dtensor(tensor):
+            return _holds_values(local(tensor))
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise NotImplementedError(
                 f"initlab.init does not fill a {kind.__name__}, a wrapper around other tensors. Fill the plain tensor "

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from initlab.kernels import Constant, Draw, Region, eagerly, fill_, named_key
+from initlab.kernels import Constant, Draw, eagerly, fill_, named_key
 
-from .layers import Block, Rule, reset_function
-from .naming import Names, Slot, matches, shared_memory, slots
+from .collectives import check_agreement
+from .distributed import blocks, count_as_written, is_dtensor, local, refuse_flat_shards, reshard
+from .distributed import draws as draws_of
+from .layers import Rule, reset_function
+from .naming import Names, Slot, class_name, matches, shared_memory, slots
 from .recipes import RecipeLike, View, keep_padding, resolve
 from .recording import kept_generators, owners_of_init_weights, stand_ins
 from .report import InitReport, Row, law_std, report_of
@@ -41,11 +44,15 @@ def init_model_(
     names: Names | None = None,
     buffers: Buffers | None = None,
     progress: bool | None = None,
+    check_ranks: bool = False,
 ) -> InitReport:
     """Fill a model's parameters from the stream, each keyed by its name: the same bits however the model came about.
 
     Neither the order of construction, nor the device, the number of threads, wrappers (DDP, FSDP, torch.compile,
     activation checkpointing) nor what else is filled changes a parameter's values. No generator is touched.
+
+    Of a DTensor (FSDP2, HSDP, tensor and expert parallelism) each rank fills what it holds, its part of the values of
+    the whole; nothing is communicated, and no rank ever holds a whole tensor, from the meta device neither.
 
     Args:
         model: filled in place, outside autograd. Parameters on the meta device become new parameters on `device`, with
@@ -67,6 +74,8 @@ def init_model_(
             `_init_buffers()`, its reset_parameters, or the `_init_weights(owner)` of a module above it, with
             parameters out of reach and random numbers fixed by `seed`.
         progress: whether to show a progress bar (tqdm); None shows one for 2**28 elements and more in a terminal.
+        check_ranks: compare, before anything is written, what ranks are about to fill DTensors with: one all-reduce of
+            16 bytes for each dimension of a mesh, in which every rank takes part.
 
     Returns:
         A report, which prints as a table.
@@ -75,8 +84,9 @@ def init_model_(
         ValueError: before anything is written, listing names: if the recipe has no law for a selected parameter, a
             buffer on the meta device is set by nobody, two tensors have one name, two parameters share memory, a
             pattern matches nothing, or a parameter on the meta device has no `device` to go to.
-        NotImplementedError: for DTensors and other wrappers, and dtypes that a law cannot fill.
-        RuntimeError: for a parameter that overlaps itself, or whose dtype cannot hold its law.
+        NotImplementedError: for a DTensor placed by Partial, for other wrappers, and dtypes that a law cannot fill.
+        RuntimeError: for a parameter that overlaps itself, or whose dtype cannot hold its law; on every rank, if
+            check_ranks finds that seeds, names or laws differ.
 
     Source:
         docs/stream.md, "Keys"; docs/models.md.
@@ -90,7 +100,15 @@ def init_model_(
         [('0.weight', 0.707), ('0.bias', 0.0), ('2.weight', 0.447), ('2.bias', 0.0)]
     """
     return eagerly(
-        functools.partial(_init_model, device=device, only=only, names=names, buffers=buffers, progress=progress),
+        functools.partial(
+            _init_model,
+            device=device,
+            only=only,
+            names=names,
+            buffers=buffers,
+            progress=progress,
+            check_ranks=check_ranks,
+        ),
         model,
         seed,
         recipe,
@@ -107,11 +125,15 @@ def _init_model(
     names: Names | None,
     buffers: Buffers | None,
     progress: bool | None,
+    check_ranks: bool,
 ) -> InitReport:
+    reshard(model)
     plan = _plan(model, seed, recipe, only, names)
     target = None if device is None else _resolved(device)
     plan.refuse_meta(target)
-    with _bar(progress, sum(task.slot.tensor.numel() for task in plan.tasks)) as advance:
+    if check_ranks:
+        plan.compare_ranks()
+    with _bar(progress, sum(local(task.slot.tensor).numel() for task in plan.tasks)) as advance:
         new = plan.materialised(target)
         ready = _own_code(plan, new, target, buffers)
         new |= ready
@@ -195,6 +217,10 @@ class _Plan:
                 f"{_listing(on_meta)} on the meta device: say where the model is to lie, device='cpu' or 'cuda'"
             )
 
+    def compare_ranks(self) -> None:
+        said = ((t.slot.tensor, t.slot.name, f"{t.key:x} {t.rule and t.rule.fills}") for t in self.tasks)
+        check_agreement(said, "the fills of parameters", "Give init_model_ one seed, recipe and names= on every rank")
+
     def materialised(self, target: torch.device | None) -> dict[int, Tensor]:
         """By the id of the old: new tensors for what is filled and does not lie on the target yet."""
         if target is None:
@@ -215,6 +241,7 @@ def _plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None, na
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     seed = operator.index(seed)
     chosen = resolve(recipe)
+    refuse_flat_shards(model)
     parameters, buffers = slots(model, names)
     selected = _selection(only, [*parameters, *buffers])
     _refuse(parameters, selected)
@@ -287,7 +314,6 @@ def _selection(only: Only | None, every: list[Slot]) -> set[Slot]:
 
 def _refuse(parameters: list[Slot], selected: set[Slot]) -> None:
     """What cannot be filled at all."""
-    distributed = sys.modules.get("torch.distributed.tensor")
     for slot in parameters:
         if slot not in selected:
             continue
@@ -296,11 +322,12 @@ def _refuse(parameters: list[Slot], selected: set[Slot]) -> None:
             raise ValueError(
                 f"{slot.name} has no shape yet, as a lazy module's parameters do; run a batch through the model first"
             )
-        if distributed is not None and isinstance(tensor, distributed.DTensor):
-            raise NotImplementedError(
-                f"{slot.name} is a DTensor, and init_model_ does not fill those yet; fill the model before "
-                "distribute_tensor, fully_shard or parallelize_module shards it"
-            )
+        if is_dtensor(tensor):
+            try:
+                blocks(tensor)
+            except (NotImplementedError, RuntimeError) as error:
+                raise type(error)(f"{slot.name}: {error}") from None
+            tensor = local(tensor)
         kind = type(tensor)
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not isinstance(tensor, FakeTensor):
             raise NotImplementedError(
@@ -338,7 +365,9 @@ def _resolved(device: torch.device | str | int) -> torch.device:
 def _like(tensor: Tensor, device: torch.device) -> Tensor:
     """An empty twin on another device: class, requires_grad and attributes are kept."""
     empty = torch.empty_like(tensor, device=device, requires_grad=False)
-    if isinstance(tensor, nn.Parameter):
+    if is_dtensor(tensor):
+        empty = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    elif isinstance(tensor, nn.Parameter):
         empty = Tensor._make_subclass(type(tensor), empty.detach().as_subclass(Tensor), tensor.requires_grad)
     vars(empty).update(vars(tensor))
     return empty
@@ -399,12 +428,12 @@ def _given(slot: Slot, value: Any, buffer: Tensor) -> Tensor:
 def _setters(module: nn.Module, above: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Code that may set a module's buffers."""
     if callable(getattr(type(module), "_init_buffers", None)):
-        yield f"{type(module).__name__}._init_buffers", lambda: type(module)._init_buffers(module)  # type: ignore[attr-defined]
+        yield f"{class_name(module)}._init_buffers", lambda: type(module)._init_buffers(module)  # type: ignore[attr-defined]
     function = reset_function(module)
     if function is not None:
-        yield f"{type(module).__name__}.{function.__name__}", lambda: function(module)
+        yield f"{class_name(module)}.{function.__name__}", lambda: function(module)
     if above is not None:
-        yield f"{type(above).__name__}._init_weights", lambda: above._init_weights(module)
+        yield f"{class_name(above)}._init_weights", lambda: above._init_weights(module)
 
 
 def _run(
@@ -471,7 +500,9 @@ def _attach(plan: _Plan, new: dict[int, Tensor], target: torch.device | None) ->
             if target is None or old.is_meta or old.device == target or is_lazy(old):
                 continue
             moved = old.detach().to(target)
-        if slot.is_parameter and torch._has_compatible_shallow_copy_type(old, moved):
+        if is_dtensor(old):
+            moved = _swapped(old, moved)
+        elif slot.is_parameter and torch._has_compatible_shallow_copy_type(old, moved):
             old.data = moved.detach()  # the same Parameter, as Module.to keeps it for an optimizer
             if old.grad is not None:
                 old.grad.data = old.grad.to(target)
@@ -486,6 +517,20 @@ def _attach(plan: _Plan, new: dict[int, Tensor], target: torch.device | None) ->
         module._init_flat_weights()  # it keeps a list of its parameters
 
 
+def _swapped(old: Tensor, new: Tensor) -> Tensor:
+    """A DTensor that is `old` to those who hold it and has what `new` has, as Module.to leaves it for an optimizer."""
+    gradient, old.grad = old.grad, None  # which would keep it from being swapped
+    if not isinstance(new, nn.Parameter) and isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, old.requires_grad)
+    try:
+        torch.utils.swap_tensors(old, new)
+    except RuntimeError:  # somebody holds a weak reference to it
+        return new
+    if gradient is not None:
+        old.grad = gradient.to(old.device)
+    return old
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Fill
 
@@ -493,6 +538,7 @@ def _attach(plan: _Plan, new: dict[int, Tensor], target: torch.device | None) ->
 def _fill(plan: _Plan, new: dict[int, Tensor], ready: Set[int], advance: Callable[[int], object] | None) -> None:
     """Fill what is planned, but for the tensors that are ready."""
     current = ""
+    filled: list[Tensor] = []
 
     def draws() -> Iterator[Draw]:
         nonlocal current
@@ -502,7 +548,8 @@ def _fill(plan: _Plan, new: dict[int, Tensor], ready: Set[int], advance: Callabl
             current = task.slot.name
             tensor = new.get(id(task.slot.tensor), task.slot.tensor).detach()
             for block, law in task.rule.fills:
-                yield Draw(tensor, law, task.key) if block is None else _part(tensor, block, law, task.key)
+                yield from draws_of(tensor, law, task.key, block)
+            filled.append(tensor)
         current = ""
 
     try:
@@ -511,12 +558,8 @@ def _fill(plan: _Plan, new: dict[int, Tensor], ready: Set[int], advance: Callabl
         if not current:
             raise
         raise type(error)(f"{current}: {error}") from error
-
-
-def _part(tensor: Tensor, block: Block, law: Any, key: int) -> Draw:
-    shape = tuple(tensor.shape)
-    region = Region(shape, (0,) * len(shape), shape).narrow(*block)
-    return Draw(tensor.narrow(*block), law, key, region)
+    for tensor in filled:
+        count_as_written(tensor)
 
 
 class _bar:

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .distributed import local
+
 Names: TypeAlias = Callable[[str], str] | str
 
 # Modules that only wrap another one: (module that defines the class, its name, the attribute that holds the wrapped).
@@ -53,7 +55,23 @@ class Slot:
     @property
     def owner(self) -> str:
         """The class of the first owner, for messages."""
-        return type(self.module).__name__
+        return class_name(self.module)
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class; of a class that fully_shard has derived, of the one it was derived from.
+
+    Example:
+        >>> import torch
+        >>> from initlab.naming import class_name
+        >>> class_name(torch.nn.ReLU())
+        'ReLU'
+    """
+    kind = type(module)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and issubclass(kind, fsdp.FSDPModule) and fsdp.FSDPModule in kind.__bases__:
+        kind = kind.__bases__[1]  # fully_shard puts its own first
+    return kind.__name__
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -197,21 +215,21 @@ def shared_memory(parameters: list[Slot]) -> list[tuple[str, str]]:
     for slot in parameters:
         if slot.tensor.layout == torch.strided and slot.tensor.numel() > 0:
             try:
-                storages.setdefault(slot.tensor.untyped_storage()._cdata, []).append(slot)
+                storages.setdefault(local(slot.tensor).untyped_storage()._cdata, []).append(slot)
             except NotImplementedError:  # a wrapper subclass: it has no storage of its own
                 continue
     found = []
     for group in storages.values():
         if len(group) == 1:
             continue
-        group.sort(key=lambda slot: slot.tensor.storage_offset())
+        parts = sorted(((slot, local(slot.tensor)) for slot in group), key=lambda pair: pair[1].storage_offset())
         reach, last = -1, None
-        spans = [(s, s.tensor.storage_offset() * s.tensor.element_size(), _end(s.tensor)) for s in group]
-        for slot, start, end in spans:
-            if last is not None and start < reach and _meet(last.tensor, slot.tensor):
-                found.append((last.name, slot.name))
+        for slot, tensor in parts:
+            start, end = tensor.storage_offset() * tensor.element_size(), _end(tensor)
+            if last is not None and start < reach and _meet(last[1], tensor):
+                found.append((last[0].name, slot.name))
             if end > reach:
-                reach, last = end, slot
+                reach, last = end, (slot, tensor)
     return found
 
 

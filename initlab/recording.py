@@ -21,6 +21,7 @@ from initlab.kernels import Constant, Law, Normal, TruncatedNormal, Uniform
 
 from .init import _kaiming_std
 from .layers import Block, Book, Rule, reader, reset_function
+from .naming import class_name
 from .swap import Redirect
 
 
@@ -64,7 +65,7 @@ def _read(
 ) -> None:
     for module, function in modules:
         book.muted = tied.get(id(module), frozenset())
-        why = type(module).__name__
+        why = class_name(module)
         known = reader(function)
         if known is None:
             assert recorder is not None
@@ -104,7 +105,7 @@ def read_init_weights(model: nn.Module, book: Book) -> None:
     with stand_ins(model) as recorder:
         for module, owner in above:
             book.muted = tied.get(id(module), frozenset())
-            where = f"{type(owner).__name__}._init_weights"
+            where = f"{class_name(owner)}._init_weights"
             recorder.run(lambda: owner._init_weights(module), module, where, book)  # noqa: B023
 
 

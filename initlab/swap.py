@@ -11,7 +11,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, ExitStack
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import init
+from .collectives import check_agreement, differing, group_axes, refuse_differing
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -199,18 +200,23 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Swap(ContextDecorator):
-    def __init__(self) -> None:
-        self.entered: list[Redirect] = []
+    def __init__(self, check_ranks: Any) -> None:
+        self.check_ranks = check_ranks
+        self.entered: list[tuple[ExitStack, list[Any]]] = []
 
     def __enter__(self) -> None:
-        redirect = Redirect(init)
-        redirect.__enter__()
-        self.entered.append(redirect)
+        with ExitStack() as stack:
+            drawn = stack.enter_context(init.noting()) if self.check_ranks else []
+            stack.enter_context(Redirect(init))
+            self.entered.append((stack.pop_all(), drawn))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.entered.pop().__exit__(kind, error, trace)
+        stack, drawn = self.entered.pop()
+        stack.__exit__(kind, error, trace)
+        if self.check_ranks and kind is None:
+            _compare(drawn, self.check_ranks)
 
     def __call__(self, func: _F) -> _F:
         for kind in (
@@ -227,10 +233,34 @@ class _Swap(ContextDecorator):
         return super().__call__(func)
 
     def _recreate_cm(self) -> "_Swap":
-        return _Swap()  # one for each call of the decorated function: it may be running in several threads
+        return _Swap(
+            self.check_ranks
+        )  # one for each call of the decorated function: it may be running in several threads
 
 
-def swap() -> _Swap:
+def _compare(drawn: list[tuple[Tensor, Any, int]], where: Any) -> None:
+    """Raise where ranks drew other keys, naming the generators."""
+    labels: dict[int, str] = {}
+    said = []
+    for tensor, generator, key in drawn:
+        label = "torch's default CPU generator"
+        if generator is not None:
+            shape = tuple(tensor.shape)
+            label = labels.setdefault(
+                id(generator), f"generator {len(labels) + 1} ({generator.device}), first used for shape {shape}"
+            )
+        said.append((tensor, label, f"{key:x} "))
+    what, advice = "keys", "Give these generators one seed on every rank, torch.manual_seed for the default one"
+    if where is True:
+        check_agreement(said, what, advice)
+        return
+    told: dict[str, str] = {}
+    for _, label, words in said:
+        told[label] = told.get(label, "") + words
+    refuse_differing(differing(told, group_axes(where)), what, advice)
+
+
+def swap(*, check_ranks: Any = False) -> _Swap:
     """Inside it, torch's init functions and in-place sampling of floating tensors take their values from the stream.
 
     A context manager, `with initlab.swap():`, and a decorator of plain functions, `@initlab.swap()`. It redirects, in
@@ -245,8 +275,14 @@ def swap() -> _Swap:
     Each call takes one key from its generator, as in initlab.init, so the values depend on the order of the calls;
     `initlab.init_model_` goes by names. Nothing stays changed afterwards, also where an exception ends it.
 
+    Args:
+        check_ranks: True compares, at the end, the keys that ranks have drawn for DTensors: one small all-reduce for
+            each dimension of their meshes, in which every rank takes part. A process group or a DeviceMesh compares
+            the keys of all draws, of plain tensors too, over its ranks. False does nothing.
+
     Raises:
-        RuntimeError: on entry, if this torch.nn.init lacks a function that has to be replaced.
+        RuntimeError: on entry, if this torch.nn.init lacks a function that has to be replaced. At the end, on every
+            rank, if check_ranks finds that keys differ; it names the generators and the ranks.
         TypeError: as a decorator, for classes, generators and coroutines, whose code would run outside it.
 
     Example:
@@ -259,4 +295,4 @@ def swap() -> _Swap:
         >>> torch.equal(layer.weight, same)
         True
     """
-    return _Swap()
+    return _Swap(check_ranks)

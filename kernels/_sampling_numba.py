@@ -281,7 +281,7 @@ def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
         tensor: float32, bfloat16, float16 or float64, contiguous.
         m: the law's map for this dtype.
         key: 64 bits.
-        runs: the tensor's elements in the order of its memory, see sampling.Run.
+        runs: the tensor's elements in the order of its memory, see region.Run.
 
     Raises:
         NotImplementedError: for a tensor without memory of its own.

@@ -5,10 +5,12 @@ It is a sum over elements, so that the parts of a tensor can be summed apart and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+from .region import Region, Run
 
 _CHUNK = {"cpu": 1 << 14}  # elements: scratch stays in the cache, and below what torch splits over threads
 _CHUNK_ELSEWHERE = 1 << 23
@@ -22,12 +24,14 @@ _LAST_SHIFT = 31
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def content_sum(tensor: Tensor) -> int:
+def content_sum(tensor: Tensor, region: Region | None = None) -> int:
     """A 64-bit checksum of a tensor's elements, bit by bit, in row-major order.
 
     Args:
         tensor: any shape, strides and device, any dtype whose elements have 1, 2, 4 or 8 bytes, or complex ones.
             -0 and 0 differ, as do NaNs of different bits.
+        region: the block of a logical tensor that `tensor` holds, where it is a part of one: the sums of parts that
+            make up the whole, each element once, add up to the sum of the whole, modulo 2**64.
 
     Returns:
         The sum, modulo 2**64, of mix(word + index * 0x9E3779B97F4A7C15) over all elements: `word` is the element's
@@ -36,6 +40,7 @@ def content_sum(tensor: Tensor) -> int:
 
     Raises:
         NotImplementedError: for a tensor that holds no elements of its own: on the meta device, or not strided.
+        ValueError: for a region of another shape than the tensor's.
 
     Source:
         G. Steele, D. Lea and C. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
@@ -54,9 +59,13 @@ def content_sum(tensor: Tensor) -> int:
             f"a tensor on {tensor.device} of layout {tensor.layout} holds no dense values to digest; "
             "materialise it first, or digest its dense values"
         )
+    if region is not None and region.sizes != tensor.shape:
+        raise ValueError(f"the tensor's shape is {tuple(tensor.shape)}, its region's sizes are {region.sizes}")
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
+        if region is not None:
+            region = Region((*region.shape, 2), (*region.offsets, 0), (*region.sizes, 2))
     if tensor.numel() == 0:
         return 0
     tensor = tensor.resolve_neg()
@@ -66,29 +75,47 @@ def content_sum(tensor: Tensor) -> int:
         steps = torch.arange(chunk, dtype=torch.int64, device=tensor.device).mul_(_signed(_GAMMA))
         x, shifted = torch.empty_like(steps), torch.empty_like(steps)
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-        for start, flat in _pieces(tensor, 0, chunk):
-            for at in range(0, flat.numel(), chunk):
-                words = flat[at : at + chunk].view(integer)
-                n = words.numel()
-                torch.add(steps[:n], words, out=x[:n])
-                x[:n].add_(_signed((start + at) * _GAMMA))
-                total += _mix(x[:n], shifted[:n]).sum()
+        for flat, runs in _pieces(tensor, 0, chunk) if region is None else [(_flat(tensor), region.runs())]:
+            for at, run in _batches(runs, chunk):
+                words = flat[at : at + run.rows * run.length].view(integer).view(run.rows, run.length)
+                flat_x = x[: words.numel()]
+                torch.add(words, steps[: run.length], out=flat_x.view_as(words))
+                if run.rows > 1:
+                    rows = torch.arange(run.rows, device=x.device).mul_(_signed(run.stride * _GAMMA))
+                    flat_x.view_as(words).add_(rows[:, None])
+                flat_x.add_(_signed(run.start * _GAMMA))
+                total += _mix(flat_x, shifted[: words.numel()]).sum()
     return int(total.item()) & _MASK64
 
 
-def _pieces(tensor: Tensor, start: int, chunk: int) -> Iterator[tuple[int, Tensor]]:
-    """(row-major index of the first element, flat contiguous tensor) of a tensor's parts, copied where they must be."""
-    if tensor.is_contiguous():
-        yield start, tensor.view(-1)
-    elif tensor.numel() <= chunk:
-        yield start, tensor.contiguous().view(-1)
-    else:
-        dim = next(d for d, size in enumerate(tensor.shape) if size > 1)
-        each = tensor.numel() // tensor.shape[dim]
-        step = max(1, chunk // each)
-        for at in range(0, tensor.shape[dim], step):
-            part = tensor.narrow(dim, at, min(step, tensor.shape[dim] - at))
-            yield from _pieces(part, start + at * each, chunk)
+def _pieces(tensor: Tensor, start: int, chunk: int) -> Iterator[tuple[Tensor, Iterable[Run]]]:
+    """A tensor's parts, flat and contiguous, copied where they must be, and which elements of it they are."""
+    if tensor.is_contiguous() or tensor.numel() <= chunk:
+        yield _flat(tensor), [Run(start, 1, tensor.numel(), 0)]
+        return
+    dim = next(d for d, size in enumerate(tensor.shape) if size > 1)
+    each = tensor.numel() // tensor.shape[dim]
+    step = max(1, chunk // each)
+    for at in range(0, tensor.shape[dim], step):
+        part = tensor.narrow(dim, at, min(step, tensor.shape[dim] - at))
+        yield from _pieces(part, start + at * each, chunk)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1)
+
+
+def _batches(runs: Iterable[Run], chunk: int) -> Iterator[tuple[int, Run]]:
+    """Runs cut into such of at most `chunk` elements, each with its place in the flat tensor that they number."""
+    at = 0
+    for run in runs:
+        rows = max(1, chunk // run.length)
+        for row in range(0, run.rows, rows):
+            n, first = min(rows, run.rows - row), run.start + row * run.stride
+            for column in range(0, run.length, chunk):
+                length = min(chunk, run.length - column)
+                yield at, Run(first + column, n, length, run.stride)
+                at += n * length
 
 
 def _mix(x: Tensor, shifted: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Laws, regions and draws, and `fill_`, which fills tensors from the stream: check, choose an engine, fill.
+"""Laws and draws, and `fill_`, which fills tensors from the stream: check, choose an engine, fill.
 
 >>> import torch
 >>> from initlab.kernels import Draw, Normal, Region, fill_, named_key
@@ -17,7 +17,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import engines, stream
+from .region import Region, Run
 
 _OFFERED = ("torch", "numba", "triton")
 _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
@@ -150,86 +151,7 @@ Law: TypeAlias = Uniform | Normal | TruncatedNormal | Constant
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Regions and draws
-
-
-class Run(NamedTuple):
-    """`rows` runs of `length` elements that follow each other in memory; row r begins at element start + r * stride."""
-
-    start: int
-    rows: int
-    length: int
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """The block of a logical tensor that a local tensor holds.
-
-    Args:
-        shape: of the logical, unsharded tensor.
-        offsets: where the block begins, one per dimension.
-        sizes: of the block, one per dimension: the local tensor's shape. Zero is allowed.
-
-    Raises:
-        ValueError: if the lengths differ, or the block does not lie within the shape.
-
-    Example:
-        >>> from initlab.kernels import Region
-        >>> Region(shape=(4, 6), offsets=(2, 3), sizes=(2, 3)).numel
-        6
-    """
-
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        for name in ("shape", "offsets", "sizes"):
-            object.__setattr__(self, name, tuple(int(x) for x in getattr(self, name)))
-        if not len(self.shape) == len(self.offsets) == len(self.sizes):
-            raise ValueError(f"{self}: shape, offsets and sizes must have one number per dimension each")
-        for whole, offset, size in zip(self.shape, self.offsets, self.sizes, strict=True):
-            if offset < 0 or size < 0 or offset + size > whole:
-                raise ValueError(f"{self}: 0 <= offset and offset + size <= shape must hold in every dimension")
-
-    @property
-    def numel(self) -> int:
-        """Elements in the block."""
-        return math.prod(self.sizes)
-
-    def narrow(self, dim: int, offset: int, size: int) -> Region:
-        """The part of the block that begins at `offset` within it and is `size` long in dimension `dim`."""
-        offsets, sizes = list(self.offsets), list(self.sizes)
-        offsets[dim] += offset
-        sizes[dim] = size
-        return Region(self.shape, tuple(offsets), tuple(sizes))
-
-    def runs(self) -> Iterator[Run]:
-        """The block in row-major order, as runs of consecutive elements of the logical tensor."""
-        if self.numel == 0:
-            return
-        start, stride = 0, 1
-        dims: list[tuple[int, int]] = []  # (size, stride), innermost first, joined where they continue each other
-        for whole, offset, size in zip(reversed(self.shape), reversed(self.offsets), reversed(self.sizes), strict=True):
-            start += offset * stride
-            if size > 1:
-                if dims and dims[-1][0] * dims[-1][1] == stride:
-                    dims[-1] = (dims[-1][0] * size, dims[-1][1])
-                else:
-                    dims.append((size, stride))
-            stride *= whole
-        if not dims or dims[0][1] != 1:
-            dims.insert(0, (1, 1))
-        length = dims[0][0]
-        rows, step = dims[1] if len(dims) > 1 else (1, length)
-        outer = dims[2:]
-        for index in range(math.prod(size for size, _ in outer)):
-            place = start
-            for size, along in outer:
-                index, here = divmod(index, size)
-                place += here * along
-            yield Run(place, rows, length, step)
+# Draws
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Scenarios that run on several ranks: real processes, gloo between them.
 
-A module of scenarios, tests/ranks_*.py, holds functions marked `@on(2, 4)`; every rank of a world of 2, then of 4, calls
-them. test_ranks.py runs each world once, with all its scenarios, and reports them one by one.
+A module of scenarios, tests/ranks_*.py, holds functions marked `@on(2, 4)`: every rank of a world of 2, then of 4,
+calls them. test_ranks.py runs each world once, with all its scenarios, and reports them one by one.
 
 By hand: python tests/ranks.py WORLD MODULE [SCENARIO ...], with PYTHONPATH at the checkout.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 _SECONDS = 60  # how long a collective waits for a rank that does not come
 _LONGEST = 600  # how long a world may take
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def on(*worlds: int) -> Callable[[Callable[[], None]], Callable[[], None]]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -127,4 +127,3 @@ def three_dimensional(model: nn.Module) -> nn.Module:
 
 
 MODELS: tuple[Callable[[], nn.Module], ...] = (GPT, Conv)
-__all__ = ["GPT", "MODELS", "Conv", "Replicate", "Shard"]

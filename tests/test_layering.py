@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # llvmlite is numba's own lower half: an intrinsic's body is written in it.
 ENGINES = {"_triton": {"triton", "numpy", "torch"}, "_numba": {"numba", "llvmlite", "numpy", "torch"}}
-SHARED = {"engines", "stream"}  # the rooms of kernels/ that every op may use; nonfinite joins them for ops
+SHARED = {"engines", "region", "stream"}  # the rooms of kernels/ that every op may use; nonfinite joins them for ops
 COMMON = {"_shared_triton", "_shared_numba"}  # what the engines of one kind share
 
 
