@@ -99,7 +99,7 @@ def test_alias_warns_and_forwards(name: str) -> None:
     assert getattr(init, name).__name__ == name
 
 
-@pytest.mark.parametrize("name", ["calculate_gain", *CONSTANT])
+@pytest.mark.parametrize("name", ["calculate_gain", *sorted(CONSTANT.keys() - {"eye_", "dirac_"})])
 def test_what_draws_nothing_is_torchs_own(name: str) -> None:
     assert getattr(init, name) is getattr(THEIRS, name)
 
@@ -484,15 +484,22 @@ def shards() -> Iterator[Callable[[Tensor], Tensor]]:
     torch.distributed.destroy_process_group()
 
 
-def test_dtensor_is_refused(shards: Callable[[Tensor], Tensor]) -> None:
-    weight = torch.nn.Parameter(shards(torch.ones(64, 37)))
+def test_dtensor_is_filled_in_part(shards: Callable[[Tensor], Tensor]) -> None:
+    """More on real ranks: tests/ranks_filling.py."""
+    weight = torch.nn.Parameter(shards(torch.ones(63, 37)))
     before = torch.get_rng_state()
-    for name in RANDOM:
-        with pytest.raises(NotImplementedError, match=r"DTensor.*before distribute_tensor"):
+    for name in POINTWISE:
+        torch.set_rng_state(before)
+        assert fill(name, weight) is weight
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
+        whole = fill(name, torch.ones(63, 37))
+        assert torch.equal(weight.to_local(), whole[:32]), name
+        assert torch.equal(torch.get_rng_state(), after)  # one key, whatever the rank holds
+    for name in ("orthogonal_", "sparse_"):
+        with pytest.raises(NotImplementedError, match=r"needs the whole matrix.*distribute_tensor"):
             fill(name, weight)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert (weight.to_local() == 1.0).all()
-    assert (init.constant_(weight, 3.0).to_local() == 3.0).all()  # no stream: torch's own fills it
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_dtensor_on_meta_passes_through(shards: Callable[[Tensor], Tensor]) -> None:

@@ -409,18 +409,22 @@ def test_lazy_modules(refused):
     assert digest_of(model) == digest_of(nn.Sequential(nn.Linear(5, 3)))
 
 
-def test_dtensors(refused):
-    from torch.distributed.tensor import DTensor, Replicate
+def test_dtensors():
+    from torch.distributed.tensor import DTensor, Partial, Replicate
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (2,))
         model = nn.Linear(2, 2)
-        model.weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Replicate()], run_check=False))
-        with pytest.raises(NotImplementedError, match=r"weight is a DTensor.*before"):
+        model.weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Partial()], run_check=False))
+        with pytest.raises(NotImplementedError, match=r"weight: .*no rank holds the values.*Redistribute"):
             initlab.init_model_(model, 0)
         initlab.init_model_(model, 0, only="bias")
+        whole = nn.Linear(2, 2)
+        model.weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Replicate()], run_check=False))
+        assert str(initlab.init_model_(model, 0)) == str(initlab.init_model_(whole, 0))
+        assert torch.equal(model.weight.to_local(), whole.weight)
     finally:
         torch.distributed.destroy_process_group()
 
