@@ -1,20 +1,23 @@
 """The same weights under every parallelism, compared with what one process fills."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import sharded_models as spread
 import torch
 import torch.distributed as dist
-from initlab.kernels import Normal
+from initlab.kernels import Normal, Region
 from ranks import on
 from sharded_models import GPT, MODELS, Conv
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import initlab
 from initlab.distributed import blocks, local
@@ -31,18 +34,20 @@ def whole(make: Callable[[], nn.Module], recipe: str = "torch", seed: int = 5) -
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A DTensor put together from what each rank says that it holds. NaN where nobody holds anything."""
-    if not hasattr(tensor, "placements"):
-        return tensor.detach()
-    parts = [(mine.detach().clone(), region) for mine, region in blocks(tensor)]
+    """A DTensor put together from what each rank says that it holds. NaN where nobody holds anything, or copies differ.
+
+    A plain tensor is taken as a copy.
+    """
+    parts = [(tensor.detach().clone(), Region(tensor.shape, (0,) * tensor.ndim, tensor.shape))]
+    if hasattr(tensor, "placements"):
+        parts = [(mine.detach().clone(), region) for mine, region in blocks(tensor)]
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, parts)
-    full = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype)
+    full, seen = torch.full(tensor.shape, torch.nan).to(tensor.dtype), torch.zeros(tensor.shape, dtype=torch.bool)
     for mine, region in (part for rank in every for part in rank):
-        there = full[tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))]
-        known = there.isfinite()
-        assert torch.equal(there[known], mine[known])  # copies are equal
-        there.copy_(mine)
+        where = tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))
+        full[where] = mine.where(~seen[where] | (full[where] == mine), torch.nan)
+        seen[where] = True
     return full
 
 
@@ -166,7 +171,8 @@ def experts() -> None:
     initlab.init_model_(model, 5, recipe, names=renamed)
     theirs = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
-        assert torch.equal(gathered(parameter), theirs[renamed(name)]), name
+        full = gathered(parameter) if name == "up" else parameter  # the others are of this rank alone
+        assert torch.equal(full, theirs[renamed(name)]), name
 
 
 @on(3)
@@ -305,6 +311,42 @@ def reset_parameters() -> None:
         same(model, expected)
 
 
+class Titan(nn.Module):
+    """As torchtitan makes models: functions of torch.nn.init, taken when it was imported, in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(13, 31, bias=False), nn.Linear(31, 13)
+        self.table = {
+            "up.weight": functools.partial(nn.init.trunc_normal_, std=0.02),
+            "down.weight": functools.partial(nn.init.normal_, std=1.0),
+            "down.bias": nn.init.zeros_,
+        }
+
+    def init_weights(self) -> None:
+        for name, parameter in self.named_parameters():
+            self.table[name](parameter)
+
+
+@on(2, 3)
+def table_of_functions() -> None:
+    """torchtitan's flow: parallelise on meta, to_empty, init_weights without gradients."""
+    expected = Titan()
+    torch.manual_seed(17)
+    with torch.no_grad(), initlab.swap():
+        expected.init_weights()
+    with torch.device("meta"):
+        model = Titan()
+    mesh = dist.init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("fsdp", "tp"))
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["fsdp"])
+    model.to_empty(device="cpu")
+    torch.manual_seed(17)
+    with torch.no_grad(), initlab.swap(check_ranks=True):
+        model.init_weights()
+    same(model, expected)
+
+
 @on(2)
 def while_gathered() -> None:
     """Between forward and backward the root's parameters are gathered copies, which are not to be filled."""
@@ -377,3 +419,34 @@ def agreement() -> None:
     with initlab.swap(check_ranks=True):  # no DTensor: there is nobody to compare with
         initlab.init.normal_(plain)
     raises("keys differ", initlab.swap(check_ranks=dist.group.WORLD)(initlab.init.normal_), plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+@on(4)
+def memory() -> None:
+    """A model of 10^9 parameters from the meta device: no rank takes more than its shards and 64 MiB."""
+    warm = nn.Linear(100, 100, dtype=torch.bfloat16)
+    initlab.init_model_(warm, 0)
+    with torch.device("meta"):
+        model = nn.Module()
+        model.layers = nn.ModuleList(nn.Linear(4096, 4096, dtype=torch.bfloat16) for _ in range(58))
+        model.embed = nn.Embedding(7001, 4096, padding_idx=0, dtype=torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) > 10**9
+    model = spread.fsdp(model)
+    mine = sum(local(p).numel() * 2 for p in model.parameters())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = _status("VmRSS")
+    initlab.init_model_(model, 0, device="cpu")
+    taken = _status("VmHWM") - before
+    print(f"rank {dist.get_rank()}: {taken / 2**20:.0f} MiB for {mine / 2**20:.0f} MiB of shards")
+    assert taken <= mine + 64 * 2**20
+    assert all(local(p).device.type == "cpu" for p in model.parameters())
+
+
+def _status(name: str) -> int:
+    """A line of this process's memory, in bytes."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
