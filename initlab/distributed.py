@@ -167,7 +167,7 @@ class _Split(NamedTuple):
     """One mesh dimension's part in sharding one tensor dimension."""
 
     parts: int
-    index: int
+    at: int  # the rank's place among them
     factor: int  # of _StridedShard; 1 for Shard
     mesh_dim: int
 
@@ -244,20 +244,29 @@ def held(length: int, splits: Sequence[tuple[int, int, int]], size: int | None =
         >>> held(8, [(2, 1, 2)])  # the same, gathered over the tensor parallel ranks
         [(2, 2), (6, 2)]
     """
-    readings = []
+    for read in (_in_order, _from_left):
+        stretches = read(length, splits)
+        if stretches is not None and (size is None or sum(n for _, n in stretches) == size):
+            return stretches
+    return None
+
+
+def _in_order(length: int, splits: Sequence[tuple[int, int, int]]) -> list[Interval] | None:
+    """By mesh dimension in the order in which they sharded, as FSDP does; None if the factors fit no order."""
     order = _order(splits)
-    if order is not None:
-        stretches = [(0, length)]
-        for place in order:
-            parts, index, _ = splits[place]
-            stretches = _chunk(stretches, parts, index)
-        readings.append(stretches)
-    if any(factor > 1 for _, _, factor in splits):
-        stretches = [(0, length)]
-        for parts, index, factor in splits:
-            stretches = [one for i in range(factor) for one in _chunk(_chunk(stretches, factor, i), parts, index)]
-        readings.append(_joined(stretches))
-    return next((r for r in readings if size is None or sum(n for _, n in r) == size), None)
+    stretches = [(0, length)]
+    for place in order or ():
+        parts, index, _ = splits[place]
+        stretches = _chunk(stretches, parts, index)
+    return None if order is None else stretches
+
+
+def _from_left(length: int, splits: Sequence[tuple[int, int, int]]) -> list[Interval]:
+    """By mesh dimension from left to right, as torch reads placements; a factor cuts before its parts are taken."""
+    stretches = [(0, length)]
+    for parts, index, factor in splits:
+        stretches = [one for i in range(factor) for one in _chunk(_chunk(stretches, factor, i), parts, index)]
+    return _joined(stretches)
 
 
 def _order(splits: Sequence[tuple[int, int, int]]) -> list[int] | None:
