@@ -32,7 +32,7 @@ class Axes:
     Attributes:
         axes: the axes.
         sharded: for each tensor, the places in `axes` of those that shard it: ranks along them hold different elements.
-            Along the others they hold copies.
+            Along the others they hold copies, or where it is Partial terms of the same sums.
 
     Example:
         >>> import torch
@@ -64,25 +64,24 @@ class Axes:
                 places = meshes.get(mesh)
                 if places is None:
                     places = meshes[mesh] = self._places(mesh)
-                sharding = (place for place, p in zip(places, placements, strict=False) if not p.is_replicate())
-                layouts[layout] = frozenset(place for place in sharding if place >= 0)
+                layouts[layout] = frozenset(
+                    place
+                    for place, placement in zip(places, placements, strict=False)
+                    if place >= 0 and not placement.is_replicate() and not placement.is_partial()
+                )
             self.sharded.append(layouts[layout])
 
     def _places(self, mesh: Any) -> list[int]:
         """For each dimension of a mesh the place of its axis, -1 where there is one rank only."""
         if mesh.get_coordinate() is None:
             return []  # this rank holds nothing of it
-        return [
-            -1 if mesh.size(dim) == 1 else self._place(mesh.get_group(dim), mesh.device_type)
-            for dim in range(mesh.ndim)
-        ]
+        return [-1 if mesh.size(dim) == 1 else self._place(mesh_axis(mesh, dim)) for dim in range(mesh.ndim)]
 
-    def _place(self, group: Any, device_type: str) -> int:
-        ranks = tuple(torch.distributed.get_process_group_ranks(group))
-        if ranks not in self._known:
-            self._known[ranks] = len(self.axes)
-            self.axes.append(Axis(group, ranks, device_of(device_type)))
-        return self._known[ranks]
+    def _place(self, axis: Axis) -> int:
+        if axis.ranks not in self._known:
+            self._known[axis.ranks] = len(self.axes)
+            self.axes.append(axis)
+        return self._known[axis.ranks]
 
 
 def device_of(device_type: str) -> torch.device:
@@ -90,6 +89,12 @@ def device_of(device_type: str) -> torch.device:
     if device_type == "cpu":
         return torch.device("cpu")
     return torch.device(device_type, torch.get_device_module(device_type).current_device())
+
+
+def mesh_axis(mesh: Any, dim: int) -> Axis:
+    """A dimension of a mesh as an axis."""
+    group = mesh.get_group(dim)
+    return Axis(group, tuple(torch.distributed.get_process_group_ranks(group)), device_of(mesh.device_type))
 
 
 def group_axis(group: Any) -> Axis:
@@ -111,16 +116,16 @@ def reduced(shares: Tensor, over: Sequence[frozenset[int]], axes: Sequence[Axis]
     Returns:
         A new tensor like `shares`; the same numbers on all ranks of a number's axes.
     """
-    total = shares.clone()
+    total = list(shares.clone().unbind())  # an index would have to be copied to the device, which waits for it
     for place, axis in enumerate(axes):
         mine = [i for i, places in enumerate(over) if place in places]
         if not mine:
             continue
-        index = torch.tensor(mine, device=total.device)
-        packed = total[index].to(axis.device)
+        packed = torch.stack([total[i] for i in mine]).to(axis.device)
         torch.distributed.all_reduce(packed, _OPS[op](), group=axis.group)
-        total[index] = packed.to(total.device)
-    return total
+        for i, number in zip(mine, packed.to(shares.device).unbind(), strict=True):
+            total[i] = number
+    return torch.stack(total) if total else shares.clone()
 
 
 _OPS = {
@@ -133,3 +138,23 @@ _OPS = {
 def everywhere(axes: Sequence[Axis]) -> frozenset[int]:
     """All axes, for `reduced`."""
     return frozenset(range(len(axes)))
+
+
+def gathered(numbers: Tensor, axis: Axis) -> Tensor:
+    """Numbers of all ranks of an axis, a row for each in the order of its ranks. One all-gather.
+
+    Args:
+        numbers: 1-D, on any device; as many on every rank.
+        axis: the axis.
+    """
+    mine = numbers.to(axis.device)
+    rows = mine.new_empty(len(axis.ranks), len(mine))
+    torch.distributed.all_gather(list(rows.unbind()), mine, group=axis.group)
+    return rows.to(numbers.device)
+
+
+def told(word: Any, axis: Axis) -> list[Any]:
+    """What each rank of an axis tells, any object that can be pickled. For errors and reports: it waits."""
+    words: list[Any] = [None] * len(axis.ranks)
+    torch.distributed.all_gather_object(words, word, group=axis.group)
+    return words
