@@ -199,7 +199,7 @@ def _foreign(tensors: Iterable[Tensor]) -> bool:
     if set(map(type, tensors)) <= _PLAIN:
         return False
     tracing = torch.compiler.is_compiling()
-    return any(is_traceable_wrapper_subclass(t) and (tracing or not is_dtensor(t)) for t in tensors)
+    return any((tracing or not is_dtensor(t)) and is_traceable_wrapper_subclass(t) for t in tensors)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}

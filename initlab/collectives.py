@@ -98,10 +98,15 @@ def mesh_axis(mesh: Any, dim: int) -> Axis:
 
 
 def group_axis(group: Any) -> Axis:
-    """A process group as an axis: its collectives run on a GPU where its backend is one for GPUs alone."""
-    types = {device.type for device in group._device_types}
+    """A process group as an axis: its collectives run on a GPU where that has a backend of its own."""
+    backends = dict(pair.split(":") for pair in torch.distributed.get_backend_config(group).split(","))
+    own = [
+        device_type
+        for device_type, backend in backends.items()
+        if backend != backends.get("cpu") and torch.get_device_module(device_type).is_available()
+    ]
     ranks = tuple(torch.distributed.get_process_group_ranks(group))
-    return Axis(group, ranks, device_of("cpu" if "cpu" in types else sorted(types)[0]))
+    return Axis(group, ranks, device_of(own[0] if own else "cpu"))
 
 
 def reduced(shares: Tensor, over: Sequence[frozenset[int]], axes: Sequence[Axis], op: str = "sum") -> Tensor:

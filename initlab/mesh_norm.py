@@ -198,6 +198,15 @@ def stages_of(group: Any) -> Axis | None:
 
     Raises:
         ValueError: if it is something else, or this rank does not belong to it.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from initlab.mesh_norm import stages_of
+        >>> dist.init_process_group("fake", rank=1, world_size=4)  # no network: collectives do nothing
+        >>> mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+        >>> stages_of(mesh["pp"]).ranks, stages_of(dist.group.WORLD).ranks
+        ((1, 3), (0, 1, 2, 3))
+        >>> dist.destroy_process_group()
     """
     if isinstance(group, torch.distributed.ProcessGroup):
         axis = group_axis(group)
