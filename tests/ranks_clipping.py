@@ -199,6 +199,9 @@ def experts_and_others() -> None:
     for p, seed in zip(parameters, range(1, 7), strict=True):
         expected = random_like(p.shape, seed, p.dtype).clamp(-0.5, 0.5)
         torch.testing.assert_close(whole(p.grad), expected.double(), rtol=0, atol=0)
+    plant(given[4], 3, math.nan)  # on one of those that hold the same
+    plant(given[1], 2, math.inf)
+    assert raised([(f"weight{i}", p) for i, p in enumerate(parameters)]) == "weight1, on rank 2,"
 
 
 @on(2, 3)
@@ -271,6 +274,19 @@ def pipeline() -> None:
         close(initlab.get_total_norm(given, p, pp_group=group), norm_of(wholes, p) if expected is None else expected)
     stages = init_device_mesh("cpu", (world,))
     assert initlab.get_total_norm(given, pp_group=stages) == initlab.get_total_norm(given, pp_group=group)
+    weights = [nn.Parameter(torch.ones(3))] if rank == 2 else [parameter(g) for g in given]
+    optimizer = torch.optim.SGD(weights, lr=1.0, momentum=0.9, fused=rank == 0)
+    clipper = initlab.GradClipper(optimizer, 1e-3, pp_group=group)
+    optimizer.step()
+    before = [p.detach().clone() for p in weights]
+    for g in given:
+        g.copy_(random_like(g.shape, rank, g.dtype))  # a fused step has scaled them
+    if rank == 1:
+        given[0][0, 0] = math.nan
+    optimizer.step()
+    stats = clipper.stats()
+    assert (stats.clipped, stats.nonfinite, stats.first_bad_step) == (1, 1, 1)
+    assert all(map(torch.equal, before, weights))
     alone = dist.new_group([0])
     if rank == 0:
         with collectives(0):
