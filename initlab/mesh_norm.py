@@ -253,6 +253,8 @@ def _moved(norm: Norm, home: torch.device) -> Norm:
 
 def _combined(norms: Tensor, p: float) -> Tensor:
     """The norm of things whose norms these are, scaled so that nothing overflows."""
+    if len(norms) == 1:
+        return norms[0]
     return norms.sum() if p == 0.0 else grad_norm([norms], p, look=False).exact
 
 

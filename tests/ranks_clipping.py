@@ -199,8 +199,12 @@ def experts_and_others() -> None:
     for p, seed in zip(parameters, range(1, 7), strict=True):
         expected = random_like(p.shape, seed, p.dtype).clamp(-0.5, 0.5)
         torch.testing.assert_close(whole(p.grad), expected.double(), rtol=0, atol=0)
-    plant(given[4], 3, math.nan)  # on one of those that hold the same
     plant(given[1], 2, math.inf)
+    for p in (2.0, 3.0, math.inf):
+        assert initlab.get_total_norm(given, p) == math.inf
+    plant(given[4], 3, math.nan)  # on one of those that hold the same
+    for p in (2.0, 3.0, math.inf):
+        assert initlab.get_total_norm(given, p).isnan()
     assert raised([(f"weight{i}", p) for i, p in enumerate(parameters)]) == "weight1, on rank 2,"
 
 
@@ -209,12 +213,13 @@ def every_order() -> None:
     """Shards that are empty, and orders for which nothing can be added up."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     wholes = [random_like((1, 4), 1), random_like((5, 2), 2), random_like((2,), 3), torch.zeros(4), torch.zeros(0, 3)]
+    wholes.append(torch.tensor([0.0, 0.0, 1.0]))  # non-zero on the last rank alone
     given = [distribute_tensor(w, mesh, [Shard(0)]) for w in wholes]
     for p in (0.5, 1.5, -1.0, -math.inf, 0.0):
         some = given if p >= 0.0 else given[:3]
         with collectives(1):
             norm = initlab.get_total_norm(some, p)
-        close(norm, 3.0 if p == 0.0 else norm_of(wholes[: len(some)], p))
+        close(norm, 4.0 if p == 0.0 else norm_of(wholes[: len(some)], p))
 
 
 @on(2)
