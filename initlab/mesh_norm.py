@@ -60,7 +60,8 @@ class Shares:
     def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int], stages: Axis | None = None) -> None:
         self.given, self.numbers, self.stages = tensors, numbers, stages
         self.axes: list[Axis] = []
-        self.alone = stages is None and (set(map(type, tensors)) <= _PLAIN or not any(map(is_dtensor, tensors)))
+        self.spread = [] if set(map(type, tensors)) <= _PLAIN else [t for t in tensors if is_dtensor(t)]
+        self.alone = stages is None and not self.spread
         if self.alone:
             self.local = tensors
             self._scaled: Gathered | None = Gathered(tensors, numbers)
@@ -132,9 +133,9 @@ class Shares:
 
     def as_given(self, norm: Tensor) -> Tensor:
         """The norm as torch returns it: a replicated DTensor where all tensors are DTensors on one mesh."""
-        if self.alone or not self.given or not all(map(is_dtensor, self.given)):
+        if not self.spread or len(self.spread) < len(self.given):
             return norm
-        mesh, *others = {t.device_mesh for t in self.given}  # type: ignore[attr-defined]
+        mesh, *others = {t.device_mesh for t in self.spread}  # type: ignore[attr-defined]
         if others or mesh.get_coordinate() is None:
             return norm
         module = sys.modules["torch.distributed.tensor"]
@@ -165,8 +166,7 @@ class Shares:
         """The norm over all meshes, and how often each non-finite value was seen there."""
         over = [places for places, _ in found]
         exact, bits = torch.stack([norm.exact for _, norm in found]), _bits([norm.flag for _, norm in found])
-        spread = {t.dtype for t in self.given if is_dtensor(t)}
-        if p == 1.0 or (p == 2.0 and spread.isdisjoint(_WIDE)):
+        if p == 1.0 or (p == 2.0 and _WIDE.isdisjoint(t.dtype for t in self.spread)):
             power, bits = self._reduced(torch.stack([norm.power for _, norm in found]), over, bits, "sum")
             whole = power.pow(1.0 / p)
             # The power of a plain tensor may overflow; its norm is known.
