@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import on
 from sharded_models import GPT, Conv
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import utils
@@ -222,6 +222,24 @@ def every_order() -> None:
         close(norm, 4.0 if p == 0.0 else norm_of(wholes[: len(some)], p))
 
 
+@on(3)
+def outside() -> None:
+    """A rank that is no member of a mesh has nothing of it, and takes no part."""
+    mesh = DeviceMesh("cpu", [0, 1])
+    wholes = [random_like((5, 2), 1), random_like((2, 3), 2)]
+    given = [distribute_tensor(w, mesh, [Shard(0)]) for w in wholes]
+    given.append(DTensor.from_local(wholes[1], mesh, [Partial("sum")]))
+    out = dist.get_rank() == 2
+    expected = 0.0 if out else norm_of([*wholes, 2 * wholes[1]])
+    with collectives(0 if out else 2):
+        norm = initlab.clip_grad_norm_([parameter(g) for g in given], 0.5 * expected, error_if_nonfinite=True)
+    close(norm, expected)
+    plant(given[1], 1, math.nan)
+    if not out:
+        with pytest.raises(RuntimeError, match=r"gradient 1 of shape \(2, 3\), on rank 1, is the first"):
+            initlab.get_total_norm(given, error_if_nonfinite=True)
+
+
 @on(2)
 def large_and_small() -> None:
     """Squares beyond float32 and, in float64, beyond float64."""
@@ -395,7 +413,7 @@ def planted_in_a_replica() -> None:
 # GradClipper
 
 
-def trained(shard: Callable[[nn.Module], nn.Module], make: Callable[[], nn.Module], optimizer: Any) -> None:
+def trained(shard: Callable[[nn.Module], nn.Module], make: Callable[[], nn.Module], optimizer: Any, axes: int) -> None:
     """Steps of a spread model: those of one process, clipped by torch; one with a NaN on one rank changes nothing."""
     rank = dist.get_world_size() - 1
     torch.manual_seed(0)
@@ -411,7 +429,8 @@ def trained(shard: Callable[[nn.Module], nn.Module], make: Callable[[], nn.Modul
         kept = moments(ours)
         if bad:
             plant(dict(model.named_parameters())["layers.1.up.weight"].grad, rank, math.nan)
-        ours.step()
+        with collectives(axes):
+            ours.step()
         if bad:
             assert all(map(torch.equal, state, map(local, model.parameters())))
             after = moments(ours)
@@ -455,11 +474,11 @@ def momentum(parameters: Any) -> torch.optim.Optimizer:
 @on(2)
 def steps_of_shards() -> None:
     for optimizer in (fused, momentum):
-        trained(spread.fsdp, GPT, optimizer)
-    trained(spread.offloaded, GPT, fused)
+        trained(spread.fsdp, GPT, optimizer, 1)
+    trained(spread.offloaded, GPT, fused, 1)
 
 
 @on(4)
 def steps_of_meshes() -> None:
-    trained(spread.hybrid, GPT, fused)
-    trained(spread.two_dimensional, wide, one_by_one)  # two meshes, which torch's other loops refuse
+    trained(spread.hybrid, GPT, fused, 2)
+    trained(spread.two_dimensional, wide, one_by_one, 2)  # two meshes, which torch's other loops refuse
