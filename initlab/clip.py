@@ -19,7 +19,11 @@ from torch.nn import utils
 from torch.utils._foreach_utils import _device_has_foreach_support
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from initlab.kernels import Gathered, Norm, clip_, clip_coefficient, describe, grad_norm
+from initlab.kernels import Norm, clip_coefficient, describe
+
+from .collectives import Axis
+from .distributed import is_dtensor, local
+from .mesh_norm import Shares, stages_of
 
 __all__ = [
     "ClipReport",
@@ -36,6 +40,7 @@ Policy: TypeAlias = Literal["propagate", "raise", "skip", "zero"]
 Tensors: TypeAlias = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 _POLICIES = ("propagate", "raise", "skip", "zero")
+_ELSEWHERE = "one on another rank"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -46,10 +51,13 @@ _POLICIES = ("propagate", "raise", "skip", "zero")
 class ClipReport:
     """A norm, and what was found on the way. Nothing is read from the device until a property or str() asks.
 
+    With DTensors norm and flag are the same on all ranks, and all three are plain tensors.
+
     Attributes:
         norm: the total norm, 0-d, float32, or float64 where a gradient is float64.
-        flag: which non-finite values were seen, 0-d, int32: NaN = 1, +inf = 2, -inf = 4, or-ed.
-        first: place of the first tensor that holds one, in the order they were given, 0-d, int64; -1 if none does.
+        flag: which non-finite values were seen, on any rank, 0-d, int32: NaN = 1, +inf = 2, -inf = 4, or-ed.
+        first: place of the first tensor of which this rank holds one, in the order they were given, 0-d, int64; -1 if
+            there is none.
 
     Example:
         >>> import torch, initlab
@@ -70,9 +78,12 @@ class ClipReport:
 
     @property
     def first_bad(self) -> str | None:
-        """The first tensor that holds NaN or inf: its name where names were given, else its place and shape."""
+        """The first tensor that holds NaN or inf: its name where names were given, else its place and shape.
+
+        Where this rank holds none of them, it says so: nothing is asked of other ranks.
+        """
         first = int(self.first)
-        return None if first < 0 else self._label(first)
+        return self._label(first) if first >= 0 else _ELSEWHERE if self.nonfinite else None
 
     def __str__(self) -> str:
         norm = f"norm {float(self.norm):.6g}"
@@ -83,6 +94,8 @@ class ClipReport:
 
 class PartialNorm(NamedTuple):
     """The part of a norm that these tensors make up, to be reduced over other ranks before the root is taken.
+
+    Of DTensors it is reduced over their own meshes already, and the same on all ranks of these.
 
     Attributes:
         power: the sum of |g|^p, 0-d, float64: add up over ranks (inf: the largest |g|, take the maximum; -inf: the
@@ -162,22 +175,31 @@ def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
             raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
 
 
-def _gathered(tensors: Sequence[Tensor], places: Sequence[int], given: Callable[[], _Given]) -> Gathered:
+def _shares(
+    tensors: Sequence[Tensor], places: Sequence[int], given: Callable[[], _Given], stages: Axis | None
+) -> Shares:
     try:
-        return Gathered(tensors, places)
+        return Shares(tensors, places, stages)
     except NotImplementedError:
-        i, layout = next((i, t.layout) for i, t in zip(places, tensors, strict=True) if t.layout != torch.strided)
+        strided = [t.layout == torch.strided for t in tensors]
+        if all(strided):
+            raise
+        i = strided.index(False)
         raise NotImplementedError(
-            f"{given().label()(i)} has layout {layout}, and torch defines no norm for it; leave it out, or make it "
-            "dense: p.grad = p.grad.to_dense()"
+            f"{given().label()(places[i])} has layout {tensors[i].layout}, and torch defines no norm for it; leave it "
+            "out, or make it dense: p.grad = p.grad.to_dense()"
         ) from None
 
 
-def _wrapped(tensors: Iterable[Tensor]) -> bool:
-    """Whether some wrap other tensors, as DTensor does: those know what their norm is."""
+def _foreign(tensors: Iterable[Tensor]) -> bool:
+    """Whether some are left to torch, since they wrap other tensors: those know what their norm is.
+
+    Of a DTensor we read what it wraps, but under torch.compile, which traces torch's own way of doing it.
+    """
     if set(map(type, tensors)) <= _PLAIN:
         return False
-    return any(is_traceable_wrapper_subclass(t) for t in tensors)
+    tracing = torch.compiler.is_compiling()
+    return any((tracing or not is_dtensor(t)) and is_traceable_wrapper_subclass(t) for t in tensors)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -185,9 +207,10 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 def _only_torch(**extras: object) -> None:
     for name, value in extras.items():
-        if value not in (False, "propagate"):
+        if value not in (False, None, "propagate"):
             raise NotImplementedError(
-                f"{name}={value!r} is not to be had for tensors that wrap others, such as DTensor; leave it out"
+                f"{name}={value!r} is not to be had for tensors that wrap others, or DTensors under torch.compile; "
+                "leave it out"
             )
 
 
@@ -204,27 +227,36 @@ def get_total_norm(
     *,
     report: bool = False,
     partial: bool = False,
+    pp_group: Any = None,
 ) -> Any:
     """The norm of tensors, as if they were one vector. Drop-in for torch.nn.utils.get_total_norm.
 
+    DTensors count as the whole tensors that they stand for, on any meshes; plain tensors among them count as they are.
+    Every rank reads what it holds, once, and learns the same norm by one small collective for each mesh dimension. All
+    ranks must make the call, with DTensors in the same order. Meshes of which a rank is no member add nothing there.
+
     Args:
         tensors: one, an iterable, or an iterable of (name, tensor) pairs. Floating or complex, any shapes, dtypes and
-            devices, also mixed.
+            devices, also mixed. Partial DTensors (sum or avg) are summed for it, a collective each.
         norm_type: p, any number, or "inf".
         error_if_nonfinite: raise where the norm is NaN or infinite. Waits for the device.
         foreach: True raises on devices where torch has no foreach kernels; there is no other difference.
         report: return a ClipReport.
         partial: return a PartialNorm, to be reduced over ranks.
+        pp_group: a ProcessGroup of pipeline stages, or a DeviceMesh with one dimension, over which to take the norm
+            too. A stage without tensors must make the call as well. Tied weights that two stages hold count twice.
 
     Returns:
         The norm, 0-d, on the first tensor's device: float64 where a tensor is float64 or complex128, else float32
         (torch: the tensors' own dtype). Within 1e-6 of the true norm wherever float32 holds it, also where squares
-        overflow or vanish (torch: inf, or 0). 0 for no tensors.
+        overflow or vanish (torch: inf, or 0). 0 for no tensors. A replicated DTensor, as in torch, where all tensors
+        are DTensors on one mesh.
 
     Raises:
-        RuntimeError: for a non-finite norm, if asked to; the message names the first bad tensor.
-        NotImplementedError: for sparse tensors, as in torch.
-        ValueError: for both report and partial, or partial with p = 0.
+        RuntimeError: for a non-finite norm, if asked to, on every rank; the message names the first bad tensor, and the
+            lowest rank that holds one.
+        NotImplementedError: for sparse tensors, as in torch; for Partial DTensors other than sums and averages.
+        ValueError: for both report and partial, or partial with p = 0; for a pp_group that is something else.
 
     Example:
         >>> import torch, initlab
@@ -234,19 +266,20 @@ def get_total_norm(
     p = float(norm_type)
     if partial and (report or p == 0.0):
         raise ValueError("partial=True goes neither with report=True nor with norm_type=0; ask for one of them")
+    stages = None if pp_group is None else stages_of(pp_group)
     given = _taken(tensors)
     _check_foreach(given.tensors, foreach)
-    if _wrapped(given.tensors):
-        _only_torch(report=report, partial=partial)
+    if _foreign(given.tensors):
+        _only_torch(report=report, partial=partial, pp_group=pp_group)
         return utils.get_total_norm(given.tensors, p, error_if_nonfinite, foreach)
-    gathered = _gathered(given.tensors, range(len(given.tensors)), lambda: given)
-    found = grad_norm(gathered, p, look=report or partial or error_if_nonfinite)
+    shares = _shares(given.tensors, range(len(given.tensors)), lambda: given, stages)
+    found = shares.norm(p, look=report or partial or error_if_nonfinite)
     if error_if_nonfinite:
-        _raise_if_nonfinite(found.norm, found, given, p)
+        _raise_if_nonfinite(found.norm, found, shares, given, p)
     if partial:
         assert found.flag is not None
         return PartialNorm(found.power, found.flag, p)
-    return _report(found, given) if report else found.norm
+    return _report(found, given) if report else shares.as_given(found.norm)
 
 
 @torch.no_grad()
@@ -259,11 +292,15 @@ def clip_grad_norm_(
     *,
     nonfinite: Policy = "propagate",
     report: bool = False,
+    pp_group: Any = None,
 ) -> Any:
     """Scale gradients in place so that their norm is at most max_norm. Drop-in for torch.nn.utils.clip_grad_norm_.
 
     Every gradient is multiplied by min(1, max_norm / (norm + 1e-6)). One read gives the norm; where nothing is to be
     clipped, gradients are not written. Nothing waits for a GPU, unless an error is asked for.
+
+    Gradients that are DTensors are scaled where they lie, by the norm of the whole; see `get_total_norm`. What one rank
+    finds, all ranks act on: they skip, zero or raise together.
 
     Args:
         parameters: one, an iterable, or (name, parameter) pairs as named_parameters() gives them, whose names then
@@ -275,14 +312,16 @@ def clip_grad_norm_(
         nonfinite: what to do when a gradient holds NaN or inf. "propagate": what torch does, the formula's NaN or
             zeros; "raise": as error_if_nonfinite; "skip": leave all gradients as they are; "zero": set all to zero.
         report: return a ClipReport in place of the norm.
+        pp_group: pipeline stages to take the norm over; as for `get_total_norm`.
 
     Returns:
         The norm before clipping; see `get_total_norm`.
 
     Raises:
-        RuntimeError: for a non-finite norm, if asked to; the message names the first bad parameter.
-        NotImplementedError: for sparse gradients, as in torch.
-        ValueError: for a max_norm that is negative or NaN, or an unknown word for nonfinite.
+        RuntimeError: for a non-finite norm, if asked to, on every rank; the message names the first bad parameter.
+        NotImplementedError: for sparse gradients, as in torch; for Partial DTensors other than sums and averages.
+        ValueError: for a max_norm that is negative or NaN, an unknown word for nonfinite, or a pp_group that is neither
+            a ProcessGroup nor a DeviceMesh with one dimension.
 
     Source:
         R. Pascanu, T. Mikolov and Y. Bengio, "On the difficulty of training recurrent neural networks", ICML 2013.
@@ -297,21 +336,22 @@ def clip_grad_norm_(
     """
     _check_policy(nonfinite)
     p, largest = float(norm_type), _check_max_norm(max_norm)
+    stages = None if pp_group is None else stages_of(pp_group)
     given = _taken(parameters)
     if not given.tensors and isinstance(parameters, types.GeneratorType):
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     gradients, places = _gradients(given.tensors)
     _check_foreach(gradients, foreach)
-    if _wrapped(gradients):
-        _only_torch(report=report, nonfinite=nonfinite)
+    if _foreign(gradients):
+        _only_torch(report=report, nonfinite=nonfinite, pp_group=pp_group)
         return utils.clip_grad_norm_(given.tensors, largest, p, error_if_nonfinite, foreach)
     raises = error_if_nonfinite or nonfinite == "raise"
-    gathered = _gathered(gradients, places, lambda: given)
-    found = grad_norm(gathered, p, look=raises or report)
+    shares = _shares(gradients, places, lambda: given, stages)
+    found = shares.norm(p, look=raises or report)
     if raises:
-        _raise_if_nonfinite(found.norm if error_if_nonfinite else found.exact, found, given, p)
-    clip_(gathered, found.exact, largest, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
-    return _report(found, given) if report else found.norm
+        _raise_if_nonfinite(found.norm if error_if_nonfinite else found.exact, found, shares, given, p)
+    shares.clip_(found.exact, largest, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
+    return _report(found, given) if report else shares.as_given(found.norm)
 
 
 @torch.no_grad()
@@ -328,7 +368,8 @@ def clip_grads_with_norm_(
     Args:
         parameters: as for `clip_grad_norm_`.
         max_norm: 0 or more.
-        total_norm: 0-d, on any device, or a number: of these gradients, or of more, as under pipeline parallelism.
+        total_norm: 0-d, on any device, or a number: of these gradients, or of more, as under pipeline parallelism. A
+            DTensor where torch or `get_total_norm` returned one, whatever the gradients are.
         foreach: as for `clip_grad_norm_`.
         nonfinite: what to do when total_norm is NaN or infinite; as for `clip_grad_norm_`.
 
@@ -353,19 +394,23 @@ def clip_grads_with_norm_(
         return
     _check_foreach(gradients, foreach)
     norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm), dtype=torch.float64)
-    if _wrapped([*gradients, norm]):
+    if _foreign([*gradients, norm]):
         _only_torch(nonfinite=nonfinite)
         utils.clip_grads_with_norm_(given.tensors, largest, norm, foreach)
         return
-    gathered = _gathered(gradients, places, lambda: given)
+    if is_dtensor(norm):
+        norm = norm.full_tensor()  # type: ignore[attr-defined]
+    shares = _shares(gradients, places, lambda: given, None)
     if nonfinite == "raise" and not bool(norm.isfinite()):
         raise RuntimeError(f"total_norm is {float(norm)}, so the gradients cannot be clipped; none was changed")
-    clip_(gathered, norm, largest, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
+    shares.clip_(norm, largest, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
 
 
 @torch.no_grad()
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
     """Clamp gradients in place into [-clip_value, clip_value], by torch.nn.utils.clip_grad_value_ itself.
+
+    Of DTensors, also on several meshes and beside plain tensors, it is given what this rank holds. Nothing is sent.
 
     Args:
         parameters: one, an iterable, or (name, parameter) pairs.
@@ -374,6 +419,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
 
     Raises:
         ValueError: for a clip_value that is negative or NaN, with which torch would set every element to one value.
+        NotImplementedError: for Partial DTensors: clamped terms do not make a clamped sum.
 
     Example:
         >>> import torch, initlab
@@ -387,8 +433,22 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     if not value >= 0.0:
         raise ValueError(f"clip_value is {value}; it must be 0 or more")
     given = [p for p in _taken(parameters).tensors if p.grad is not None]
-    if given:  # torch takes an empty list amiss
+    if not given:  # torch takes an empty list amiss
+        return
+    gradients, _ = _gradients(given)
+    spread: list[Any] = [] if _foreign(gradients) else [g for g in gradients if is_dtensor(g)]
+    if not spread:
         utils.clip_grad_value_(given, value, foreach)
+        return
+    for g in spread:
+        if any(placement.is_partial() for placement in g.placements):
+            raise NotImplementedError(
+                f"a gradient of shape {tuple(g.shape)} is placed {g.placements}, and clamped terms do not make a "
+                "clamped sum; redistribute it to Shard or Replicate. No gradient was changed"
+            )
+    held: Any = [types.SimpleNamespace(grad=local(g)) for g in gradients]
+    utils.clip_grad_value_(held, value, foreach)
+    torch.autograd.graph.increment_version(spread)
 
 
 def _report(found: Norm, given: _Given) -> ClipReport:
@@ -397,12 +457,16 @@ def _report(found: Norm, given: _Given) -> ClipReport:
     return ClipReport(found.norm, found.flag, found.first, given.label())
 
 
-def _raise_if_nonfinite(norm: Tensor, found: Norm, given: _Given, p: float) -> None:
+def _raise_if_nonfinite(norm: Tensor, found: Norm, shares: Shares, given: _Given, p: float) -> None:
     if bool(norm.isfinite()):
         return
     report = _report(found, given)
     if report.nonfinite:
-        why = f"{report.first_bad} is the first of those that hold {describe(int(report.flag))}"
+        first = report.first_bad
+        if not shares.alone:
+            lowest = shares.lowest(first if int(report.first) >= 0 else None)
+            first = _ELSEWHERE if lowest is None else f"{lowest[1]}, on rank {lowest[0]},"
+        why = f"{first} is the first of those that hold {describe(int(report.flag))}"
     else:
         why = f"every gradient is finite, but their norm, {float(found.exact):.6g}, is beyond {norm.dtype}"
     raise RuntimeError(
@@ -425,7 +489,7 @@ class ClipStats:
         clipped: steps whose gradients were scaled down.
         nonfinite: steps with a NaN or inf in a gradient; under nonfinite="skip" they changed nothing.
         first_bad_step: the first of them, counted from 0; None if there was none.
-        first_bad_parameter: the first parameter whose gradient held one then.
+        first_bad_parameter: the first parameter whose gradient held one then; says so where that lies on another rank.
     """
 
     steps: int
@@ -446,6 +510,9 @@ class GradClipper:
     Works under torch.amp.GradScaler: scaled gradients are measured as what they stand for, and a step that the scaler
     gives up stays given up. Parameter groups count as one vector; parameters without a gradient are passed over.
 
+    Works with DTensors on any meshes (FSDP2, tensor, expert and hybrid parallelism): every rank takes the same norm,
+    and a NaN on one rank makes all skip the step. See `get_total_norm`.
+
     Args:
         optimizer: any whose step() takes no closure. Its names are used if it was made of named_parameters().
         max_norm: more than 0; inf only measures and guards. May be set anew at any time, as an attribute.
@@ -454,13 +521,16 @@ class GradClipper:
             of zero; "propagate": as if nothing was wrong.
         norm_type: p, any number, or "inf".
         named_parameters: (name, parameter) pairs, for reports.
+        pp_group: pipeline stages to take the norm over; as for `get_total_norm`. All stages must step, whether they
+            have gradients or not.
 
     Attributes:
         max_norm: the largest norm.
         report: the ClipReport of the last step; None before it. Its norm is that before clipping.
 
     Raises:
-        ValueError: for a max_norm that is not positive, or an unknown word for nonfinite.
+        ValueError: for a max_norm that is not positive, an unknown word for nonfinite, or a pp_group that is neither a
+            ProcessGroup nor a DeviceMesh with one dimension.
         RuntimeError: if the optimizer has a GradClipper already.
 
     Source:
@@ -489,6 +559,7 @@ class GradClipper:
         *,
         norm_type: float = 2.0,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        pp_group: Any = None,
     ) -> None:
         _check_policy(nonfinite)
         if not float(max_norm) > 0.0:
@@ -498,6 +569,7 @@ class GradClipper:
         self.max_norm, self.nonfinite, self.norm_type = float(max_norm), nonfinite, float(norm_type)
         self.report: ClipReport | None = None
         self._optimizer = optimizer
+        self._stages = None if pp_group is None else stages_of(pp_group)
         self._names = {id(p): name for name, p in named_parameters or ()}
         self._steps = 0
         self._counts = torch.tensor([0, 0, -1, -1])  # clipped, non-finite, the first such step, its parameter's place
@@ -512,8 +584,9 @@ class GradClipper:
     def stats(self) -> ClipStats:
         """The counts so far, read from the device."""
         clipped, nonfinite, step, place = self._counts.tolist()
-        name = None if place < 0 else self._label(place)
-        return ClipStats(self._steps, clipped, nonfinite, None if step < 0 else step, name)
+        if step < 0:
+            return ClipStats(self._steps, clipped, nonfinite, None, None)
+        return ClipStats(self._steps, clipped, nonfinite, step, self._label(place) if place >= 0 else _ELSEWHERE)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, as plain numbers."""
@@ -557,15 +630,15 @@ class GradClipper:
         self._tidy()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients, places = _gradients(parameters)
-        if not gradients:
+        if not gradients and self._stages is None:
             return
-        if _wrapped(gradients):
-            raise NotImplementedError("GradClipper does not take gradients that wrap other tensors, such as DTensor")
+        if _foreign(gradients):
+            raise NotImplementedError("GradClipper takes no gradients that wrap other tensors, but for DTensors")
         # A GradScaler leaves its scale here where gradients are still scaled, and always what it has found.
-        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        scale, found_inf = (_whole(getattr(optimizer, name, None)) for name in ("grad_scale", "found_inf"))
         scaled = found_inf is not None
-        gathered = _gathered(gradients, places, self._given)
-        total = grad_norm(gathered, self.norm_type)
+        shares = _shares(gradients, places, self._given, self._stages)
+        total = shares.norm(self.norm_type)
         if scale is not None:
             exact = total.exact / scale.to(total.exact.device)
             total = total._replace(exact=exact, norm=exact.to(total.norm.dtype))
@@ -577,16 +650,17 @@ class GradClipper:
         self._count(total.first, bad, ~bad & (c < 1.0))
         policy = "skip" if self.nonfinite == "raise" and scaled else self.nonfinite  # the scaler sees to infs
         if policy == "raise":
-            _raise_if_nonfinite(torch.where(bad, math.nan, 0.0), total, self._given(), self.norm_type)
+            _raise_if_nonfinite(torch.where(bad, math.nan, 0.0), total, shares, self._given(), self.norm_type)
         exact = total.exact if policy == "propagate" else torch.where(bad, math.nan, total.exact)
         if not _is_fused(optimizer):
             if policy == "skip" and bool(bad):
                 self._hide(parameters)
             else:
-                clip_(gathered, exact, self.max_norm, nonfinite=policy if policy in ("skip", "zero") else "propagate")
+                how = policy if policy in ("skip", "zero") else "propagate"
+                shares.clip_(exact, self.max_norm, nonfinite=how)
             return
         if policy == "zero":
-            clip_(gathered, exact, math.inf, nonfinite="zero")
+            shares.clip_(exact, math.inf, nonfinite="zero")
         if policy == "skip" or scaled:
             found = bad if found_inf is None else bad | (found_inf.to(bad.device) != 0)
             if not _start_momentum(optimizer) and bool(found):
@@ -625,6 +699,14 @@ class GradClipper:
             if hasattr(self._optimizer, name) and getattr(self._optimizer, name) is tensor:
                 delattr(self._optimizer, name)
         self._ours = ()
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    """A number of a GradScaler's: a DTensor where gradients are."""
+    if tensor is None or not is_dtensor(tensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return whole
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:

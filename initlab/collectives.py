@@ -33,7 +33,7 @@ class Axes:
     Attributes:
         axes: the axes.
         sharded: for each tensor, the places in `axes` of those that shard it: ranks along them hold different elements.
-            Along the others they hold copies.
+            Along the others they hold copies, or where it is Partial terms of the same sums.
 
     Example:
         >>> import torch
@@ -65,25 +65,24 @@ class Axes:
                 places = meshes.get(mesh)
                 if places is None:
                     places = meshes[mesh] = self._places(mesh)
-                sharding = (place for place, p in zip(places, placements, strict=False) if not p.is_replicate())
-                layouts[layout] = frozenset(place for place in sharding if place >= 0)
+                layouts[layout] = frozenset(
+                    place
+                    for place, placement in zip(places, placements, strict=False)
+                    if place >= 0 and not placement.is_replicate() and not placement.is_partial()
+                )
             self.sharded.append(layouts[layout])
 
     def _places(self, mesh: Any) -> list[int]:
         """For each dimension of a mesh the place of its axis, -1 where there is one rank only."""
         if mesh.get_coordinate() is None:
             return []  # this rank holds nothing of it
-        return [
-            -1 if mesh.size(dim) == 1 else self._place(mesh.get_group(dim), mesh.device_type)
-            for dim in range(mesh.ndim)
-        ]
+        return [-1 if mesh.size(dim) == 1 else self._place(mesh_axis(mesh, dim)) for dim in range(mesh.ndim)]
 
-    def _place(self, group: Any, device_type: str) -> int:
-        ranks = _ranks(group)
-        if ranks not in self._known:
-            self._known[ranks] = len(self.axes)
-            self.axes.append(Axis(group, ranks, device_of(device_type)))
-        return self._known[ranks]
+    def _place(self, axis: Axis) -> int:
+        if axis.ranks not in self._known:
+            self._known[axis.ranks] = len(self.axes)
+            self.axes.append(axis)
+        return self._known[axis.ranks]
 
 
 def device_of(device_type: str) -> torch.device:
@@ -93,18 +92,30 @@ def device_of(device_type: str) -> torch.device:
     return torch.device(device_type, torch.get_device_module(device_type).current_device())
 
 
+def mesh_axis(mesh: Any, dim: int) -> Axis:
+    """A dimension of a mesh as an axis."""
+    group = mesh.get_group(dim)
+    return Axis(group, tuple(torch.distributed.get_process_group_ranks(group)), device_of(mesh.device_type))
+
+
+def group_axis(group: Any) -> Axis:
+    """A process group as an axis: its collectives run on a GPU where that has a backend of its own."""
+    backends = dict(pair.split(":") for pair in torch.distributed.get_backend_config(group).split(","))
+    own = [
+        device_type
+        for device_type, backend in backends.items()
+        if backend != backends.get("cpu") and torch.get_device_module(device_type).is_available()
+    ]
+    ranks = tuple(torch.distributed.get_process_group_ranks(group))
+    return Axis(group, ranks, device_of(own[0] if own else "cpu"))
+
+
 def group_axes(group: Any) -> list[Axis]:
-    """The axes of a ProcessGroup, a DeviceMesh, or, where it is True, of the default group."""
+    """The axes of a DeviceMesh, a ProcessGroup, or, where it is True, of the default group."""
     if hasattr(group, "get_coordinate"):
-        dims = range(group.ndim)
-        return [Axis(g, _ranks(g), device_of(group.device_type)) for g in map(group.get_group, dims) if g.size() > 1]
+        return [mesh_axis(group, dim) for dim in range(group.ndim) if group.size(dim) > 1]
     group = torch.distributed.group.WORLD if group is True else group
-    types = sorted(device.type for device in group._device_types)  # "cpu" comes before "cuda", and needs no copy
-    return [Axis(group, _ranks(group), device_of(types[0]))] if group.size() > 1 else []
-
-
-def _ranks(group: Any) -> tuple[int, ...]:
-    return tuple(torch.distributed.get_process_group_ranks(group))
+    return [group_axis(group)] if group.size() > 1 else []
 
 
 def reduced(shares: Tensor, over: Sequence[frozenset[int]], axes: Sequence[Axis], op: str = "sum") -> Tensor:
@@ -119,16 +130,16 @@ def reduced(shares: Tensor, over: Sequence[frozenset[int]], axes: Sequence[Axis]
     Returns:
         A new tensor like `shares`; the same numbers on all ranks of a number's axes.
     """
-    total = shares.clone()
+    total = list(shares.clone().unbind())  # an index would have to be copied to the device, which waits for it
     for place, axis in enumerate(axes):
         mine = [i for i, places in enumerate(over) if place in places]
         if not mine:
             continue
-        index = torch.tensor(mine, device=total.device)
-        packed = total[index].to(axis.device)
+        packed = torch.stack([total[i] for i in mine]).to(axis.device)
         torch.distributed.all_reduce(packed, _OPS[op](), group=axis.group)
-        total[index] = packed.to(total.device)
-    return total
+        for i, number in zip(mine, packed.to(shares.device).unbind(), strict=True):
+            total[i] = number
+    return torch.stack(total) if total else shares.clone()
 
 
 _OPS = {
@@ -141,6 +152,26 @@ _OPS = {
 def everywhere(axes: Sequence[Axis]) -> frozenset[int]:
     """All axes, for `reduced`."""
     return frozenset(range(len(axes)))
+
+
+def gathered(numbers: Tensor, axis: Axis) -> Tensor:
+    """Numbers of all ranks of an axis, a row for each in the order of its ranks. One all-gather.
+
+    Args:
+        numbers: 1-D, on any device; as many on every rank.
+        axis: the axis.
+    """
+    mine = numbers.to(axis.device)
+    rows = mine.new_empty(len(axis.ranks), len(mine))
+    torch.distributed.all_gather(list(rows.unbind()), mine, group=axis.group)
+    return rows.to(numbers.device)
+
+
+def told(word: Any, axis: Axis) -> list[Any]:
+    """What each rank of an axis tells, any object that can be pickled. For errors and reports: it waits."""
+    words: list[Any] = [None] * len(axis.ranks)
+    torch.distributed.all_gather_object(words, word, group=axis.group)
+    return words
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -168,13 +199,11 @@ def differing(said: Mapping[str, str], axes: Sequence[Axis]) -> dict[str, dict[i
     extremes = reduced(torch.tensor([word, -word]), [everywhere(axes)] * 2, axes, "max").tolist()
     if extremes[0] == -extremes[1]:
         return {}
-    told: dict[int, Mapping[str, str]] = {torch.distributed.get_rank(): said}
+    known: dict[int, Mapping[str, str]] = {torch.distributed.get_rank(): said}
     for axis in axes:
-        every: list[Any] = [None] * len(axis.ranks)
-        torch.distributed.all_gather_object(every, told, group=axis.group)
-        told = {rank: words for one in every for rank, words in one.items()}
-    names = dict.fromkeys(name for words in told.values() for name in words)
-    found = {name: {rank: told[rank].get(name) for rank in sorted(told)} for name in names}
+        known = {rank: words for one in told(known, axis) for rank, words in one.items()}
+    names = dict.fromkeys(name for words in known.values() for name in words)
+    found = {name: {rank: known[rank].get(name) for rank in sorted(known)} for name in names}
     return {name: words for name, words in found.items() if len(set(words.values())) > 1}
 
 
@@ -191,11 +220,11 @@ def check_agreement(said: Iterable[tuple[Tensor, str, str]], what: str, advice: 
     meshes: dict[Any, tuple[list[Tensor], dict[str, str]]] = {}
     for tensor, name, words in said:
         if is_dtensor(tensor):
-            tensors, told = meshes.setdefault(tensor.device_mesh, ([], {}))  # type: ignore[attr-defined]
+            tensors, mine = meshes.setdefault(tensor.device_mesh, ([], {}))  # type: ignore[attr-defined]
             tensors.append(tensor)
-            told[name] = told.get(name, "") + words
-    for tensors, told in meshes.values():
-        refuse_differing(differing(told, Axes(tensors).axes), what, advice)
+            mine[name] = mine.get(name, "") + words
+    for tensors, mine in meshes.values():
+        refuse_differing(differing(mine, Axes(tensors).axes), what, advice)
 
 
 def refuse_differing(found: Mapping[str, Mapping[int, str | None]], what: str, advice: str) -> None:

@@ -47,8 +47,10 @@ def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: the local tensor of a DTensor, without autograd; any other as it is."""
     if not is_dtensor(tensor):
         return tensor
-    with torch.no_grad():
-        mine: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return local(tensor)
+    mine: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     wait = getattr(mine, "wait", None)  # of a collective that is still under way
     return mine if wait is None else wait()
 

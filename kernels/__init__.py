@@ -24,7 +24,17 @@ else:
     from .engines import eagerly
     from .grad_norm import Gathered, Norm, clip_, clip_coefficient, grad_norm
     from .linear_relu import linear_relu
-    from .nonfinite import NAN, NEGATIVE_INF, FlagBuffer, add_flag_, describe, flag_of, looks_finite, quick_flag
+    from .nonfinite import (
+        NAN,
+        NEGATIVE_INF,
+        POSITIVE_INF,
+        FlagBuffer,
+        add_flag_,
+        describe,
+        flag_of,
+        looks_finite,
+        quick_flag,
+    )
     from .region import Region
     from .sampling import Constant, Draw, Law, Normal, TruncatedNormal, Uniform, engine_of, fill_
     from .stream import STREAM_VERSION, generator_key, named_key
@@ -32,6 +42,7 @@ else:
     __all__ = [
         "NAN",
         "NEGATIVE_INF",
+        "POSITIVE_INF",
         "STREAM_VERSION",
         "Constant",
         "Draw",

@@ -112,6 +112,8 @@ def _be_a_rank(rank: int, world: int, module: str, names: Sequence[str], folder:
                 os._exit(1)
         dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # what the interpreter would tear down takes a second a rank
 
 
 if __name__ == "__main__":

@@ -246,6 +246,122 @@ def test_under_torch_compile():
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Tensors that wrap others. What needs several ranks is in ranks_clipping.py
+
+
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("fake", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def spread(params, mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    made = []
+    for p in params:
+        q = nn.Parameter(distribute_tensor(torch.zeros_like(p), mesh, [Shard(0)]))
+        q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        made.append(q)
+    return made
+
+
+SHAPES = (3, 4), (5,), (2, 3, 4)
+
+
+@BOTH
+def test_dtensors_are_clipped_where_they_lie(engine, mesh):
+    ours, theirs, plain = spread(parameters(*SHAPES), mesh), spread(parameters(*SHAPES), mesh), parameters(*SHAPES)
+    version = ours[0].grad._version
+    norm, expected = initlab.clip_grad_norm_(named(ours), 0.3), utils.clip_grad_norm_(theirs, 0.3)
+    assert type(norm) is type(expected)
+    assert norm.placements == expected.placements
+    torch.testing.assert_close(norm.full_tensor(), expected.full_tensor())
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.grad.to_local(), q.grad.to_local())
+    assert ours[0].grad._version > version  # or autograd would not see that it was written to
+    initlab.clip_grads_with_norm_(plain, 0.3, expected)
+    for p, q in zip(plain, theirs, strict=True):
+        torch.testing.assert_close(p.grad, q.grad.to_local())
+    report = initlab.get_total_norm([p.grad for p in (*ours, *plain)], report=True)
+    torch.testing.assert_close(float(report.norm), 0.3 * 2**0.5)
+    assert str(report) == f"norm {float(report.norm):.6g}"
+    initlab.clip_grad_value_([*ours, *plain], 0.01)
+    for p, q in zip(plain, ours, strict=True):
+        torch.testing.assert_close(p.grad, q.grad.to_local())
+
+
+def test_norms_that_are_not_yet_reduced_serve_too(mesh):
+    """As torch's older versions return them."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    for params in (parameters(*SHAPES), spread(parameters(*SHAPES), mesh)):
+        norm = DTensor.from_local(torch.tensor(4.0), mesh, [Partial("sum")])
+        initlab.clip_grads_with_norm_(params, 1.0, norm)
+        p, q = params[0].grad, parameters(*SHAPES)[0].grad
+        torch.testing.assert_close(getattr(p, "_local_tensor", p), q / (4.0 + 1e-6))
+
+
+def test_dtensors_under_torch_compile(mesh):
+    """torch's own way is traced."""
+    compiled = torch.compile(lambda ps: initlab.clip_grad_norm_(ps, 0.5), backend="eager")
+    ours, theirs = spread(parameters(*SHAPES), mesh), parameters(*SHAPES)
+    torch.testing.assert_close(compiled(ours).full_tensor(), initlab.clip_grad_norm_(theirs, 0.5))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.grad.to_local(), q.grad)
+    torch.compiler.reset()
+
+
+def test_a_grad_scaler_over_dtensors(mesh):
+    for fused in (True, False):
+        (p,) = spread(parameters((3, 4)), mesh)
+        optimizer = torch.optim.AdamW([p], lr=0.1, fused=fused)
+        clipper = initlab.GradClipper(optimizer, 1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for bad in (False, True, False):
+            optimizer.zero_grad()
+            scaler.scale((p * (math.inf if bad else 3.0)).sum().full_tensor()).backward()
+            before = p.to_local().detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(before, p.to_local()) == bad
+            if not bad:
+                torch.testing.assert_close(float(clipper.report.norm), 3.0 * 12**0.5)
+
+
+def test_other_wrappers_are_left_to_torch():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    p = nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))
+    p.grad = TwoTensor(torch.ones(3), torch.ones(3))
+    assert type(initlab.clip_grad_norm_([p], 0.5)) is TwoTensor
+    torch.testing.assert_close(p.grad.a, torch.full((3,), 0.5 / 3**0.5))
+    for extra in ({"nonfinite": "skip"}, {"report": True}):
+        with pytest.raises(NotImplementedError, match=f"{next(iter(extra))}=.* leave it out"):
+            initlab.clip_grad_norm_([p], 0.5, **extra)
+    optimizer = torch.optim.SGD([p])
+    initlab.GradClipper(optimizer, 1.0)
+    with pytest.raises(NotImplementedError, match="GradClipper"):
+        optimizer.step()
+
+
+def test_a_pp_group_that_is_none():
+    params = parameters()
+    optimizer = torch.optim.SGD(params)
+    for call in (
+        lambda: initlab.get_total_norm([p.grad for p in params], pp_group="pp"),
+        lambda: initlab.clip_grad_norm_(params, 0.1, pp_group="pp"),
+        lambda: initlab.GradClipper(optimizer, 0.1, pp_group="pp"),
+    ):
+        with pytest.raises(ValueError, match="pp_group is 'pp'"):
+            call()
+    for p, q in zip(params, parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    initlab.GradClipper(optimizer, 0.1)  # the one that failed left nothing behind
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Non-finite gradients
 
 
