@@ -63,7 +63,7 @@ def count_as_written(tensor: Tensor) -> None:
 
 def reshard(model: Any) -> None:
     """Have FSDP2's modules of a model hold their own shards again: gathered parameters are copies, soon to be freed."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp is not None and isinstance(model, nn.Module) else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
@@ -71,7 +71,7 @@ def reshard(model: Any) -> None:
 
 def refuse_flat_shards(model: nn.Module) -> None:
     """Raise where FullyShardedDataParallel, the first FSDP, holds flat pieces: their shapes are not the parameters'."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for name, module in model.named_modules() if fsdp is not None else ():
         if not isinstance(module, fsdp.FullyShardedDataParallel) or module.process_group.size() == 1:
             continue

@@ -593,7 +593,8 @@ _here = threading.local()
 def noting() -> Iterator[list[tuple[Tensor, torch.Generator | None, int]]]:
     """Inside it, this thread's draws are noted: (tensor, generator, key) each. swap() compares them across ranks."""
     before = getattr(_here, "log", None)
-    _here.log = log = []
+    log: list[tuple[Tensor, torch.Generator | None, int]] = []
+    _here.log = log
     try:
         yield log
     finally:
