@@ -6,6 +6,7 @@ collective; ranks of other meshes, such as other pipeline stages, need not.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -133,3 +134,78 @@ _OPS = {
 def everywhere(axes: Sequence[Axis]) -> frozenset[int]:
     """All axes, for `reduced`."""
     return frozenset(range(len(axes)))
+
+
+def groups_of(across: Any) -> tuple[Any, ...]:
+    """The groups over which to gather one after the other, so that a rank has what all ranks of `across` bring.
+
+    Args:
+        across: a ProcessGroup; a DeviceMesh; True for the default group; None or False for no group.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if this rank is no part of it.
+        RuntimeError: if torch.distributed is not initialised.
+    """
+    if across is None or across is False:
+        return ()
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "across asks other ranks, and torch.distributed is not initialised; call init_process_group first, or leave "
+            "it None"
+        )
+    if across is True:
+        return (dist.group.WORLD,)
+    if across is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"rank {dist.get_rank()} is no part of the group; only its members gather")
+    if isinstance(across, dist.ProcessGroup):
+        return (across,)
+    module = sys.modules.get("torch.distributed.device_mesh")
+    if module is None or not isinstance(across, module.DeviceMesh):
+        raise TypeError(f"across is {across!r}; it must be a ProcessGroup, a DeviceMesh, True for all ranks, or None")
+    if across.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} is no part of {across}; only its ranks gather")
+    if across.size() == dist.get_world_size():
+        return (dist.group.WORLD,)
+    return tuple(across.get_group(dim) for dim in range(across.ndim))
+
+
+def gather(mine: Any, groups: Iterable[Any]) -> dict[int, Any]:
+    """What every rank brings, by global rank and in their order; the same on all of them. One gather for each group.
+
+    Args:
+        mine: small and picklable.
+        groups: from `groups_of`, the same on every rank that takes part.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from initlab.collectives import gather, groups_of
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> gather("hello", groups_of(True))
+        {0: 'hello'}
+        >>> dist.destroy_process_group()
+    """
+    found = {torch.distributed.get_rank(): mine}
+    for group in groups:
+        each: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(each, found, group=group)
+        found = {rank: one for some in each for rank, one in some.items()}
+    return dict(sorted(found.items()))
+
+
+def listed(ranks: Iterable[int]) -> str:
+    """Ranks in words.
+
+    Example:
+        >>> from initlab.collectives import listed
+        >>> listed([5, 0, 2, 3, 4])
+        '0, 2-5'
+    """
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
