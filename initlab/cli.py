@@ -142,7 +142,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from .diagnose import UsageError, examine
+    from .diagnose import CommunicatesError, UsageError, examine
 
     def tell(stage: str) -> None:
         print(f"initlab doctor: {stage}", file=sys.stderr, flush=True)
@@ -160,7 +160,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
                 f"{arguments.function} returned {what}; it must return (model, batch, loss_fn[, optimizer])"
             )
         diagnosis = examine(*given, steps=arguments.steps, tell=tell)
-    except UsageError as error:
+    except (CommunicatesError, UsageError) as error:
         print(f"initlab doctor: error: {error}", file=sys.stderr)
         return EX_USAGE
     print(diagnosis.to_json() if arguments.json else diagnosis)

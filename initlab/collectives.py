@@ -152,8 +152,8 @@ def groups_of(across: Any) -> tuple[Any, ...]:
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
-            "across asks other ranks, and torch.distributed is not initialised; call init_process_group first, or leave "
-            "it None"
+            "across asks other ranks, but torch.distributed is not initialised: call init_process_group first, or "
+            "leave it None"
         )
     if across is True:
         return (dist.group.WORLD,)

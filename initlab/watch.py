@@ -469,7 +469,9 @@ class _Watcher:
             # Where words are read at once there is time enough when an output turns out to be bad. Not for what was
             # gathered for this call: FSDP lets go of it as soon as the module is through.
             if parameter is not None and (
-                self.backward or parameter.device.type not in _AT_ONCE or self.shard_of(place, name, parameter) is not None
+                self.backward
+                or parameter.device.type not in _AT_ONCE
+                or self.shard_of(place, name, parameter) is not None
             ):
                 self.take(call.held, parameter, call, "parameter", name, "")
         for name, buffer in module._buffers.items():  # running statistics change in the call, so they cannot wait
