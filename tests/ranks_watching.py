@@ -158,7 +158,7 @@ def a_module_that_breaks_on_one_rank() -> None:
         assert not report.others
 
 
-@on(2, 3)
+@on(2, 4)
 def a_shard_under_fsdp() -> None:
     for spread in (by_layers, sharded.fsdp, sharded.offloaded):
         for options in ways():
@@ -201,7 +201,7 @@ def tensor_parallel(model: MLP, mesh: Any = None, **options: Any) -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
-@on(2, 3)
+@on(2, 4)
 def tensor_parallel_ranks_hand_on() -> None:
     outputs: tuple[dict[str, Any], ...] = (
         {},
@@ -222,7 +222,7 @@ def tensor_parallel_ranks_hand_on() -> None:
         assert others == {(rank, "" if partial else "down") for rank in range(last())}, (options, report)
 
 
-@on(2, 3)
+@on(2, 4)
 def stages_of_a_pipeline() -> None:
     rank = dist.get_rank()
     stage = MLP(torch.square if rank == 0 else nn.functional.gelu)
