@@ -148,12 +148,12 @@ class WatchReport:
 def _first_of(reports: Mapping[int, WatchReport]) -> WatchReport:
     """One report of those of several ranks; see `Watch.report` for what comes first."""
     faults = [dataclasses.replace(one.fault, rank=rank) for rank, one in reports.items() if one.fault is not None]
-    first, *others = sorted(faults, key=_order) or [None]
+    faults.sort(key=_order)
     return WatchReport(
-        first,
+        faults[0] if faults else None,
         max(one.steps for one in reports.values()),
         sum(one.calls for one in reports.values()),
-        tuple(others),
+        tuple(faults[1:]),
         tuple(sorted(reports)),
     )
 
@@ -829,7 +829,8 @@ def watch(
         backward: watch gradients too: of every tensor that modules take and put out, and of parameters.
         every: raise the fault that is known at the end of every so many steps, and at the end of the `with` block.
             A fault of a forward pass on the CPU is raised by that call of the model, any other by a later one, when its
-            words have landed. None only reports.
+            words have landed. None only reports: so where there are other ranks, which would wait for the one that
+            raises. Let all of them call `report(across=True)` every so many steps.
 
     Returns:
         A `Watch`: a context manager with `report()` and `remove()`. Keep it: its hooks go when it does.

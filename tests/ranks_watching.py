@@ -26,6 +26,7 @@ import initlab
 from initlab.watch import WatchReport
 
 NAN, INF = math.nan, math.inf
+UP = "gradient of its input, which was output of module 'up'"
 SQUARED = initlab.supervised(nn.MSELoss())
 
 
@@ -151,10 +152,15 @@ def a_bad_batch_under_ddp() -> None:
 
 @on(2, 4)
 def a_module_that_breaks_on_one_rank() -> None:
-    middle = (lambda x: x / 0) if dist.get_rank() == last() else nn.functional.gelu
-    for options in ways():
-        report = watched(sharded.ddp(MLP(middle)), **options)
-        assert told(report) == (last(), "forward", "produced", "middle", "output"), report
+    infinite = (lambda x: x / 0) if dist.get_rank() == last() else nn.functional.gelu
+    steep = (lambda x: (x - x.detach()).sqrt()) if dist.get_rank() == last() else nn.functional.gelu
+    for spread in (sharded.ddp, by_layers):
+        for options in ways():
+            report = watched(spread(MLP(infinite)), **options)
+            assert told(report) == (last(), "forward", "produced", "middle", "output"), (spread, report)
+            assert not report.others
+        report = watched(spread(MLP(steep)), backward=True)
+        assert told(report) == (last(), "backward", "produced", "middle", UP), (spread, report)
         assert not report.others
 
 

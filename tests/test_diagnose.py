@@ -1044,18 +1044,31 @@ def test_parameters_keep_their_places_and_their_nodes(four_ranks):
     assert [p.expand_as(p).grad_fn.next_functions[0][0] for p in parameters] == nodes
 
 
-def test_a_diagnosis_beside_others_is_the_same(four_ranks):
-    alone = diagnose(*_three(), steps=3)
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.LBFGS])
+def test_a_diagnosis_beside_others_is_the_same(four_ranks, optimizer):
+    """Also of an optimizer in the middle of a run, whose state goes by parameter."""
+
+    def found():
+        model, generator = Recurrent(), torch.Generator().manual_seed(1)
+        batch = torch.randn(16, 3, 4, generator=generator), torch.randn(16, 8, generator=generator)
+        running = optimizer(model.parameters(), 0.1)
+
+        def closure():
+            running.zero_grad()
+            loss = supervised(nn.MSELoss())(model, batch)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            running.step(closure)
+        return diagnose(model, batch, supervised(nn.MSELoss()), running, steps=3)
+
+    beside = found()
     torch.distributed.destroy_process_group()
-    assert diagnose(*_three(), steps=3) == alone
+    alone = found()
     torch.distributed.init_process_group("fake", rank=1, world_size=4)
-
-
-def _three():
-    model = Recurrent()
-    generator = torch.Generator().manual_seed(1)
-    batch = torch.randn(16, 3, 4, generator=generator), torch.randn(16, 8, generator=generator)
-    return model, batch, supervised(nn.MSELoss()), torch.optim.LBFGS(model.parameters(), 0.1)
+    assert beside == alone
+    assert len(set(alone.losses)) == 4
 
 
 @pytest.mark.parametrize("function", ["all_reduce", "broadcast", "send", "barrier"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,7 +113,8 @@ def apart(models: Iterable[nn.Module], optimizer: Optimizer | None) -> Iterator[
     held = [value for owner in owners for value in vars(owner).values()]
     held += [value for group in groups for value in group.values()]
     containers = [Contents(value) for value in held if isinstance(value, CONTAINERS)]
-    originals = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    parameters = [p for module in modules for p in module._parameters.values()]
+    originals = {id(p): p for p in parameters if p is not None and not is_lazy(p)}
     twins = {place: _twin(parameter) for place, parameter in originals.items()}
     try:
         for container in containers:
