@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 if the demo could not run or its evidence does not hold, or if no plan could be made,
-        64 if INITLAB_BACKEND asks for what the demo cannot have, or there is no such function to plan or to examine.
+        64 if INITLAB_BACKEND asks for what the demo cannot have, there is no such function to plan or to examine, or
+        the model to examine cannot run without other ranks.
         Of doctor 0, 1 or 2: healthy, warning, broken.
 
     Raises:

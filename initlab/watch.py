@@ -471,7 +471,7 @@ class _Watcher:
             if parameter is not None and (
                 self.backward
                 or parameter.device.type not in _AT_ONCE
-                or self.shard_of(place, name, parameter) is not None
+                or (self.shards and self.shard_of(place, name, parameter) is not None)
             ):
                 self.take(call.held, parameter, call, "parameter", name, "")
         for name, buffer in module._buffers.items():  # running statistics change in the call, so they cannot wait
@@ -536,7 +536,7 @@ class _Watcher:
             look = _Look(call, role, name, path, tensor.dtype)
             self.step.looks.append(look)
             self.find(look, local)
-            if role == "parameter":
+            if self.shards and role == "parameter":
                 self.find_in_shard(look, tensor)
             self.remember(tensor, look)
         if role != "output" or self.backward:
@@ -571,8 +571,6 @@ class _Watcher:
 
     def shard_of(self, place: _Place, name: str, parameter: Tensor) -> Tensor | None:
         """The DTensor from which a parameter was gathered; None where it was not."""
-        if not self.shards:
-            return None
         shard = self.shards.get(f"{place.name}.{name}", _nothing)()
         return None if shard is parameter else shard
 
@@ -811,6 +809,9 @@ def watch(
 
     -inf is no fault where masks have it: in a buffer, or in an argument of the model other than its first tensor. A
     module that puts it out on purpose belongs in `allow`.
+
+    Of a DTensor each rank looks at its own part, and no look communicates. Where FSDP has gathered a parameter, its own
+    shard of it tells which rank held the fault. `report(across=True)` brings together what all ranks have seen.
 
     What torch.compile has compiled calls no hooks that come later, so a compiled model is refused: watch the module
     that was compiled, `model._orig_mod`, and call the model under `torch.compiler.set_stance("force_eager")`. What is
