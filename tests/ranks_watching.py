@@ -345,7 +345,7 @@ def what_would_communicate_is_refused() -> None:
     unsharded = sharded.fsdp(MLP())
     unsharded.unshard()
     spread = distribute_tensor(x(), mesh, [Shard(0)])
-    teacher = tensor_parallel(MLP())
+    teacher, wrapped = tensor_parallel(MLP()), sharded.ddp(MLP())
     cases: tuple[tuple[str, nn.Module, Any, Any], ...] = (
         ("FSDPMLP", sharded.fsdp(MLP()), (x(), x()), SQUARED),
         ("FSDPMLP", unsharded, (x(), x()), SQUARED),
@@ -353,6 +353,9 @@ def what_would_communicate_is_refused() -> None:
         ("DTensor", MLP(), (spread, spread), SQUARED),
         ("DTensor", MLP(), x(), lambda model, x: (model(x) - teacher(x)).square().mean()),
         ("DistributedDataParallel", Around(), (x(), x()), SQUARED),
+        ("DistributedDataParallel", sharded.ddp(Around()), (x(), x()), SQUARED),
+        ("DistributedDataParallel", MLP(), x(), lambda model, x: (model(x) - wrapped(x)).square().mean()),
+        ("calls a DistributedDataParallel", wrapped, x(), lambda model, x: wrapped(x).square().mean()),
         ("allreduce_", MLP(), (x(), x()), summed),
     )
     for what, model, batch, loss_fn in cases:
@@ -365,6 +368,8 @@ def what_would_communicate_is_refused() -> None:
         for now, then in zip(model.parameters(), before, strict=True):
             assert torch.equal(*(p.to_local() if isinstance(p, DTensor) else p for p in (now, then)))
     unsharded.reshard()
+    wrapped(x()).sum().backward()  # as before
+    wrapped(x()).sum().backward()
 
 
 @on(2)

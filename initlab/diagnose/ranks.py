@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..distributed import is_dtensor
+from ..naming import unwrapped
 from .report import Diagnosis
 from .state import CONTAINERS, Contents
 
@@ -52,15 +53,16 @@ def refuse_spread(
         tensors: of the batch.
 
     Raises:
-        CommunicatesError: for DTensors, for FSDP, and for DDP inside of the model.
+        CommunicatesError: for DTensors, for FSDP, and for DDP around anything but the model.
     """
     for tensor in tensors:
         if is_dtensor(tensor):
             raise CommunicatesError("the batch holds a DTensor")
     for owner in (model, *companions):
         for name, module in owner.named_modules():
-            who = f"{repr(name) if name else 'the model' if owner is model else 'what loss_fn refers to'}"
-            if isinstance(module, _classes(_SPREAD)) or (owner is inner and isinstance(module, _classes(_DDP))):
+            who = repr(name) if name else "the model" if owner is model else "what loss_fn refers to"
+            around_another = isinstance(module, _classes(_DDP)) and unwrapped(module) is not inner
+            if isinstance(module, _classes(_SPREAD)) or around_another:
                 raise CommunicatesError(f"{who} is a {type(module).__name__}")
             for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and is_dtensor(tensor):
@@ -102,6 +104,9 @@ def apart(models: Iterable[nn.Module], optimizer: Optimizer | None) -> Iterator[
     Args:
         models: DTensors they must not hold.
         optimizer: of their parameters.
+
+    Raises:
+        CommunicatesError: inside, where a DDP among the models is called itself.
     """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()):
@@ -119,10 +124,19 @@ def apart(models: Iterable[nn.Module], optimizer: Optimizer | None) -> Iterator[
     try:
         for container in containers:
             container.replace(twins)
+        for module in modules:
+            if isinstance(module, _classes(_DDP)):
+                module.register_forward_pre_hook(_refuse_call)  # which goes when its container is restored
         yield
     finally:
         for container in containers:
             container.restore()
+
+
+def _refuse_call(module: nn.Module, args: Any) -> None:
+    raise CommunicatesError(
+        f"loss_fn calls a {type(module).__name__} that it refers to, not the model that it is given"
+    )
 
 
 def _twin(parameter: Tensor) -> nn.Parameter:
