@@ -355,7 +355,7 @@ def what_would_communicate_is_refused() -> None:
         ("DistributedDataParallel", Around(), (x(), x()), SQUARED),
         ("DistributedDataParallel", sharded.ddp(Around()), (x(), x()), SQUARED),
         ("DistributedDataParallel", MLP(), x(), lambda model, x: (model(x) - wrapped(x)).square().mean()),
-        ("calls a DistributedDataParallel", wrapped, x(), lambda model, x: wrapped(x).square().mean()),
+        ("a DistributedDataParallel, inside", wrapped, x(), lambda model, x: wrapped(x).square().mean()),
         ("allreduce_", MLP(), (x(), x()), summed),
     )
     for what, model, batch, loss_fn in cases:

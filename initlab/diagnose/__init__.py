@@ -147,7 +147,7 @@ def examine(
     notes: list[str] = []
     inner = unwrapped(model)
     beside = companions(loss_fn)
-    ranks.refuse_spread(model, inner, beside, (leaf.tensor for leaf in leaves(batch)))
+    ranks.refuse_spread(model, beside, (leaf.tensor for leaf in leaves(batch)))
     if inner is not model:
         notes.append(f"looked at the original module inside {type(model).__name__}")
     if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..distributed import is_dtensor
-from ..naming import unwrapped
 from .report import Diagnosis
 from .state import CONTAINERS, Contents
 
@@ -41,28 +40,25 @@ class CommunicatesError(NotImplementedError):
         )
 
 
-def refuse_spread(
-    model: nn.Module, inner: nn.Module, companions: Iterable[nn.Module], tensors: Iterable[Tensor]
-) -> None:
+def refuse_spread(model: nn.Module, companions: Iterable[nn.Module], tensors: Iterable[Tensor]) -> None:
     """Refuse what communicates in its forward pass, before anything runs.
 
     Args:
-        model: as it was given.
-        inner: without its wrappers; it is this one that runs.
+        model: in its wrappers.
         companions: other modules that run with it.
         tensors: of the batch.
 
     Raises:
-        CommunicatesError: for DTensors, for FSDP, and for DDP around anything but the model.
+        CommunicatesError: for DTensors and FSDP.
     """
+    spread = _classes(_SPREAD)
     for tensor in tensors:
         if is_dtensor(tensor):
             raise CommunicatesError("the batch holds a DTensor")
     for owner in (model, *companions):
         for name, module in owner.named_modules():
             who = repr(name) if name else "the model" if owner is model else "what loss_fn refers to"
-            around_another = isinstance(module, _classes(_DDP)) and unwrapped(module) is not inner
-            if isinstance(module, _classes(_SPREAD)) or around_another:
+            if isinstance(module, spread):
                 raise CommunicatesError(f"{who} is a {type(module).__name__}")
             for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and is_dtensor(tensor):
@@ -106,7 +102,7 @@ def apart(models: Iterable[nn.Module], optimizer: Optimizer | None) -> Iterator[
         optimizer: of their parameters.
 
     Raises:
-        CommunicatesError: inside, where a DDP among the models is called itself.
+        CommunicatesError: inside, where a DDP among the models is called.
     """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()):
@@ -121,11 +117,12 @@ def apart(models: Iterable[nn.Module], optimizer: Optimizer | None) -> Iterator[
     parameters = [p for module in modules for p in module._parameters.values()]
     originals = {id(p): p for p in parameters if p is not None and not is_lazy(p)}
     twins = {place: _twin(parameter) for place, parameter in originals.items()}
+    ddp = _classes(_DDP)
     try:
         for container in containers:
             container.replace(twins)
         for module in modules:
-            if isinstance(module, _classes(_DDP)):
+            if isinstance(module, ddp):
                 module.register_forward_pre_hook(_refuse_call)  # which goes when its container is restored
         yield
     finally:
@@ -134,9 +131,7 @@ def apart(models: Iterable[nn.Module], optimizer: Optimizer | None) -> Iterator[
 
 
 def _refuse_call(module: nn.Module, args: Any) -> None:
-    raise CommunicatesError(
-        f"loss_fn calls a {type(module).__name__} that it refers to, not the model that it is given"
-    )
+    raise CommunicatesError(f"a {type(module).__name__}, inside of the model or one that loss_fn refers to, is called")
 
 
 def _twin(parameter: Tensor) -> nn.Parameter:
