@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 if the demo could not run or its evidence does not hold, or if no plan could be made,
-        64 if INITLAB_BACKEND asks for what the demo cannot have, or there is no such function to plan or to examine.
+        64 if INITLAB_BACKEND asks for what the demo cannot have, there is no such function to plan or to examine, or
+        the model to examine cannot run without other ranks.
         Of doctor 0, 1 or 2: healthy, warning, broken.
 
     Raises:
@@ -142,7 +143,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from .diagnose import UsageError, examine
+    from .diagnose import CommunicatesError, UsageError, examine
 
     def tell(stage: str) -> None:
         print(f"initlab doctor: {stage}", file=sys.stderr, flush=True)
@@ -160,7 +161,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
                 f"{arguments.function} returned {what}; it must return (model, batch, loss_fn[, optimizer])"
             )
         diagnosis = examine(*given, steps=arguments.steps, tell=tell)
-    except UsageError as error:
+    except (CommunicatesError, UsageError) as error:
         print(f"initlab doctor: error: {error}", file=sys.stderr)
         return EX_USAGE
     print(diagnosis.to_json() if arguments.json else diagnosis)

@@ -7,6 +7,7 @@ collective; ranks of other meshes, such as other pipeline stages, need not.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -110,12 +111,9 @@ def group_axis(group: Any) -> Axis:
     return Axis(group, ranks, device_of(own[0] if own else "cpu"))
 
 
-def group_axes(group: Any) -> list[Axis]:
-    """The axes of a DeviceMesh, a ProcessGroup, or, where it is True, of the default group."""
-    if hasattr(group, "get_coordinate"):
-        return [mesh_axis(group, dim) for dim in range(group.ndim) if group.size(dim) > 1]
-    group = torch.distributed.group.WORLD if group is True else group
-    return [group_axis(group)] if group.size() > 1 else []
+def group_axes(group: Any, name: str) -> list[Axis]:
+    """The axes of a ProcessGroup, a DeviceMesh or the default group; arguments as for `groups_of`."""
+    return [group_axis(each) for each in groups_of(group, name) if each.size() > 1]
 
 
 def reduced(shares: Tensor, over: Sequence[frozenset[int]], axes: Sequence[Axis], op: str = "sum") -> Tensor:
@@ -167,11 +165,84 @@ def gathered(numbers: Tensor, axis: Axis) -> Tensor:
     return rows.to(numbers.device)
 
 
-def told(word: Any, axis: Axis) -> list[Any]:
-    """What each rank of an axis tells, any object that can be pickled. For errors and reports: it waits."""
-    words: list[Any] = [None] * len(axis.ranks)
-    torch.distributed.all_gather_object(words, word, group=axis.group)
-    return words
+# ---------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def groups_of(across: Any, name: str = "across") -> tuple[Any, ...]:
+    """The groups over which to gather one after the other, so that a rank has what all ranks of `across` bring.
+
+    Args:
+        across: a ProcessGroup; a DeviceMesh; True for the default group; None or False for no group.
+        name: of the caller's argument, for messages.
+
+    Raises:
+        TypeError: if it is something else.
+        ValueError: if this rank is no part of it.
+        RuntimeError: if torch.distributed is not initialised.
+    """
+    if across is None or across is False:
+        return ()
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{name} asks other ranks, but torch.distributed is not initialised: call init_process_group first, or "
+            "leave it None"
+        )
+    if across is True:
+        return (dist.group.WORLD,)
+    if across is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"rank {dist.get_rank()} is no part of the group; only its members gather")
+    if isinstance(across, dist.ProcessGroup):
+        return (across,)
+    module = sys.modules.get("torch.distributed.device_mesh")
+    if module is None or not isinstance(across, module.DeviceMesh):
+        raise TypeError(f"{name} is {across!r}; it must be a ProcessGroup, a DeviceMesh, True for all ranks, or None")
+    if across.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} is no part of {across}; only its ranks gather")
+    if across.size() == dist.get_world_size():
+        return (dist.group.WORLD,)
+    return tuple(across.get_group(dim) for dim in range(across.ndim))
+
+
+def gather(mine: Any, groups: Iterable[Any]) -> dict[int, Any]:
+    """What every rank brings, by global rank and in their order; the same on all of them. One gather for each group.
+
+    Args:
+        mine: small and picklable.
+        groups: from `groups_of`, the same on every rank that takes part.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from initlab.collectives import gather, groups_of
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> gather("hello", groups_of(True))
+        {0: 'hello'}
+        >>> dist.destroy_process_group()
+    """
+    found = {torch.distributed.get_rank(): mine}
+    for group in groups:
+        each: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(each, found, group=group)
+        found = {rank: one for some in each for rank, one in some.items()}
+    return dict(sorted(found.items()))
+
+
+def listed(ranks: Iterable[int]) -> str:
+    """Ranks in words.
+
+    Example:
+        >>> from initlab.collectives import listed
+        >>> listed([5, 0, 2, 3, 4])
+        '0, 2-5'
+    """
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -199,11 +270,9 @@ def differing(said: Mapping[str, str], axes: Sequence[Axis]) -> dict[str, dict[i
     extremes = reduced(torch.tensor([word, -word]), [everywhere(axes)] * 2, axes, "max").tolist()
     if extremes[0] == -extremes[1]:
         return {}
-    known: dict[int, Mapping[str, str]] = {torch.distributed.get_rank(): said}
-    for axis in axes:
-        known = {rank: words for one in told(known, axis) for rank, words in one.items()}
+    known = gather(said, [axis.group for axis in axes])
     names = dict.fromkeys(name for words in known.values() for name in words)
-    found = {name: {rank: known[rank].get(name) for rank in sorted(known)} for name in names}
+    found = {name: {rank: words.get(name) for rank, words in known.items()} for name in names}
     return {name: words for name, words in found.items() if len(set(words.values())) > 1}
 
 
@@ -234,8 +303,8 @@ def refuse_differing(found: Mapping[str, Mapping[int, str | None]], what: str, a
     lines = []
     for name, words in list(found.items())[:_LISTED]:
         usual = max(words.values(), key=list(words.values()).count)
-        others = [str(rank) for rank, word in words.items() if word != usual]
-        lines.append(f"{name}: rank{'s' if len(others) > 1 else ''} {', '.join(others)} of {len(words)}")
+        others = [rank for rank, word in words.items() if word != usual]
+        lines.append(f"{name}: rank{'s' if len(others) > 1 else ''} {listed(others)} of {len(words)}")
     more = f"\n  ... and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
     raise RuntimeError(f"{what} differ between ranks:\n  " + "\n  ".join(lines) + more + f"\n{advice}")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from initlab.kernels import NAN, NEGATIVE_INF, POSITIVE_INF, Gathered, Norm, clip_, grad_norm
 
-from .collectives import Axes, Axis, everywhere, gathered, group_axis, mesh_axis, reduced, told
+from .collectives import Axes, Axis, everywhere, gather, gathered, group_axis, mesh_axis, reduced
 from .distributed import is_dtensor, local
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -145,10 +145,9 @@ class Shares:
 
     def lowest(self, word: str | None) -> tuple[int, str] | None:
         """The lowest rank that has a word to tell, and its word: a collective on each axis. None if there is none."""
-        found = None if word is None else (torch.distributed.get_rank(), word)
-        for axis in [*self.axes, *([self.stages] if self.stages is not None else [])]:
-            found = min((one for one in told(found, axis) if one is not None), default=None)
-        return found
+        stages = [] if self.stages is None else [self.stages]
+        words = gather(word, [axis.group for axis in (*self.axes, *stages)])
+        return next(((rank, one) for rank, one in words.items() if one is not None), None)
 
     def _norms(self, p: float) -> Iterator[tuple[frozenset[int], Norm]]:
         """This rank's norms, and the axes over which each is to be taken further."""

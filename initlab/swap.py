@@ -257,7 +257,7 @@ def _compare(drawn: list[tuple[Tensor, Any, int]], where: Any) -> None:
     told: dict[str, str] = {}
     for _, label, words in said:
         told[label] = told.get(label, "") + words
-    refuse_differing(differing(told, group_axes(where)), what, advice)
+    refuse_differing(differing(told, group_axes(where, "check_ranks")), what, advice)
 
 
 def swap(*, check_ranks: Any = False) -> _Swap:

@@ -27,13 +27,17 @@ from torch.utils.hooks import RemovableHandle
 
 from initlab.kernels import NEGATIVE_INF, FlagBuffer, add_flag_, describe, eagerly, flag_of, looks_finite
 
-from .naming import matches, walk
+from .collectives import gather, groups_of, listed
+from .distributed import is_dtensor
+from .distributed import local as local_part
+from .naming import class_name, matches, walk
 
 Selector: TypeAlias = str | type[nn.Module] | nn.Module
 
 _PLAIN = (Tensor, nn.Parameter)
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _AT_ONCE = ("cpu",)  # devices whose words the host reads as they are found
+_OTHERS = 3  # kinds of faults of other ranks that a printed report tells
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -58,6 +62,11 @@ class Fault:
         notes: what else is known about it.
         passed_on: modules whose outputs, or in the backward pass gradients, were non-finite later in this step and
             followed from what they got.
+        gathered: whether it is held by a parameter that was gathered from several ranks, and this rank's own shard of
+            it is finite: another rank holds it.
+        after: how many tensors, parameters and buffers aside, had been looked at in this step and phase before it
+            showed. Ranks that run the same modules count alike.
+        rank: the global rank that saw it; None in a report of one rank alone.
     """
 
     step: int
@@ -71,8 +80,22 @@ class Fault:
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
     passed_on: tuple[str, ...] = ()
+    gathered: bool = False
+    after: int = 0
+    rank: int | None = None
 
     def __str__(self) -> str:
+        where = "" if self.rank is None else f"rank {self.rank}, "
+        lines = [f"{where}{self.headline}", *self.notes]
+        if self.passed_on:
+            names = [name or "the model itself" for name in self.passed_on[:5]]
+            more = len(self.passed_on) - len(names)
+            lines.append(f"passed on by {', '.join(names)}{f' and {more} more' if more else ''}")
+        return "\n  ".join(lines)
+
+    @property
+    def headline(self) -> str:
+        """When, who and what, in one line; without the rank."""
         what = f"{describe(self.flag)} ({str(self.dtype).removeprefix('torch.')})"
         if self.module is None:
             text = f"{self.tensor} was given with {what}; no module produced it"
@@ -82,31 +105,62 @@ class Fault:
             text = (
                 f"{who} {self.cause} {what} in {'the' if self.tensor.startswith('gradient') else 'its'} {self.tensor}"
             )
-        lines = [f"step {self.step}, {self.phase}: {text}", *self.notes]
-        if self.passed_on:
-            names = [name or "the model itself" for name in self.passed_on[:5]]
-            more = len(self.passed_on) - len(names)
-            lines.append(f"passed on by {', '.join(names)}{f' and {more} more' if more else ''}")
-        return "\n  ".join(lines)
+        return f"step {self.step}, {self.phase}: {text}"
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchReport:
-    """What a watch has seen so far.
+    """What a watch has seen so far, on this rank or across ranks.
 
     Args:
         fault: the first fault; None if there was none.
-        steps: calls of the model that were looked at.
-        calls: calls of its modules that were looked at.
+        steps: calls of the model that were looked at; across ranks the most of any rank.
+        calls: calls of its modules that were looked at; across ranks of all together.
+        others: across ranks, the first fault of each other rank that has one, in the order in which they may follow
+            from each other.
+        ranks: the global ranks that took part; empty in a report of one rank alone.
     """
 
     fault: Fault | None
     steps: int
     calls: int
+    others: tuple[Fault, ...] = ()
+    ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         seen = f"{self.steps} steps, {self.calls} module calls"
-        return f"nothing non-finite in {seen}" if self.fault is None else f"{self.fault}\n  ({seen})"
+        if self.ranks:
+            seen = f"{seen}, {len(self.ranks)} ranks"
+        if self.fault is None:
+            return f"nothing non-finite in {seen}"
+        lines = [str(self.fault)]
+        alike: dict[str, list[int]] = {}
+        for fault in self.others:
+            assert fault.rank is not None
+            alike.setdefault(fault.headline, []).append(fault.rank)
+        for headline, ranks in list(alike.items())[:_OTHERS]:
+            lines.append(f"also rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}, {headline}")
+        if more := [rank for ranks in list(alike.values())[_OTHERS:] for rank in ranks]:
+            lines.append(f"and {len(more)} more: rank{'s' if len(more) > 1 else ''} {listed(more)}")
+        return "\n  ".join([*lines, f"({seen})"])
+
+
+def _first_of(reports: Mapping[int, WatchReport]) -> WatchReport:
+    """One report of those of several ranks; see `Watch.report` for what comes first."""
+    faults = [dataclasses.replace(one.fault, rank=rank) for rank, one in reports.items() if one.fault is not None]
+    faults.sort(key=_order)
+    return WatchReport(
+        faults[0] if faults else None,
+        max(one.steps for one in reports.values()),
+        sum(one.calls for one in reports.values()),
+        tuple(faults[1:]),
+        tuple(sorted(reports)),
+    )
+
+
+def _order(fault: Fault) -> tuple[Any, ...]:
+    follows = fault.cause == "given" or fault.gathered
+    return fault.step, fault.phase == "backward", follows, fault.after, fault.cause != "held", fault.rank
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,15 +194,16 @@ class _Call:
 class _Look:
     """One look at one tensor, and the flag word that it found, once that is known on the host."""
 
-    __slots__ = ("call", "dtype", "name", "path", "role", "users", "word")
+    __slots__ = ("call", "dtype", "name", "path", "role", "shard", "users", "word")
 
     def __init__(self, call: _Call, role: str, name: int | str, path: str, dtype: torch.dtype) -> None:
         self.call = call  # whose output, input or parameter it was when it first came by
-        self.role = role  # data, input, parameter, buffer, output, gradient
+        self.role = role  # data, input, parameter, shard, buffer, output, gradient
         self.name = name
         self.path = path
         self.dtype = dtype
         self.word = 0
+        self.shard: _Look | None = None  # at what this rank itself holds of a parameter that was gathered
         self.users: list[_Call] = []  # calls that took or held it; kept where gradients are watched
 
     @property
@@ -223,16 +278,18 @@ def _first_fault(step: _Step) -> Fault | None:
     for place, look in enumerate(step.looks):
         if look.role == "output" and look.word and (verdict := _blame(step, look.call, look, look.label)) is not None:
             outputs = (x for x in step.looks[place:] if x.role == "output" and x.word)
-            return _fault(step, "forward", verdict, [x.call for x in outputs if _had_one(step, x)])
+            before = sum(x.role in ("data", "input", "output") for x in step.looks[:place])
+            return _fault(step, "forward", before, verdict, [x.call for x in outputs if _had_one(step, x)])
     for place, (gradient, of) in enumerate(step.gradients):
         if gradient.word:
             reached = [x.call for g, x in step.gradients[place:] if g.word and x.role == "output"]
-            return _fault(step, "backward", _blame_for_gradient(gradient, of), reached)
+            return _fault(step, "backward", place, _blame_for_gradient(gradient, of), reached)
     return None
 
 
-def _fault(step: _Step, phase: str, verdict: _Verdict, others: list[_Call]) -> Fault:
+def _fault(step: _Step, phase: str, after: int, verdict: _Verdict, others: list[_Call]) -> Fault:
     call, look = verdict.call, verdict.look
+    elsewhere = verdict.cause == "held" and look.shard is not None and not look.shard.word
     if call is None:
         place, number = None, 0
     else:
@@ -249,8 +306,10 @@ def _fault(step: _Step, phase: str, verdict: _Verdict, others: list[_Call]) -> F
         tensor=verdict.tensor,
         flag=look.word,
         dtype=look.dtype,
-        notes=verdict.notes,
+        notes=(*verdict.notes, "this rank's own shard of it is finite") if elsewhere else verdict.notes,
         passed_on=tuple(dict.fromkeys(c.place.name for c in others if c.place is not place)),
+        gathered=elsewhere,
+        after=after,
     )
 
 
@@ -337,9 +396,10 @@ def _blame_for_gradient(gradient: _Look, of: _Look) -> _Verdict:
 class _Watcher:
     """What the hooks feed. It holds no module, and tensors by weak references only."""
 
-    def __init__(self, backward: bool, every: int | None) -> None:
+    def __init__(self, backward: bool, every: int | None, shards: Mapping[str, weakref.ref[Tensor]]) -> None:
         self.backward = backward
         self.every = every
+        self.shards = shards  # by name: what this rank itself holds of parameters that are spread over several
         self.looking = True
         self.fault: Fault | None = None
         self.calls = 0
@@ -406,8 +466,13 @@ class _Watcher:
                 self.take(call.inputs, tensor, call, role, name, path)
                 role = "input"
         for name, parameter in module._parameters.items():
-            # Where words are read at once there is time enough when an output turns out to be bad.
-            if parameter is not None and (self.backward or parameter.device.type not in _AT_ONCE):
+            # Where words are read at once there is time enough when an output turns out to be bad. Not for what was
+            # gathered for this call: FSDP lets go of it as soon as the module is through.
+            if parameter is not None and (
+                self.backward
+                or parameter.device.type not in _AT_ONCE
+                or (self.shards and self.shard_of(place, name, parameter) is not None)
+            ):
                 self.take(call.held, parameter, call, "parameter", name, "")
         for name, buffer in module._buffers.items():  # running statistics change in the call, so they cannot wait
             if buffer is not None:
@@ -471,6 +536,8 @@ class _Watcher:
             look = _Look(call, role, name, path, tensor.dtype)
             self.step.looks.append(look)
             self.find(look, local)
+            if self.shards and role == "parameter":
+                self.find_in_shard(look, tensor)
             self.remember(tensor, look)
         if role != "output" or self.backward:
             into.append(look)
@@ -501,6 +568,19 @@ class _Watcher:
             if type(tensor) in _PLAIN:
                 raise
             # Of a subclass that cannot say what is finite, a quantised weight for instance, nothing is known.
+
+    def shard_of(self, place: _Place, name: str, parameter: Tensor) -> Tensor | None:
+        """The DTensor from which a parameter was gathered; None where it was not."""
+        shard = self.shards.get(f"{place.name}.{name}", _nothing)()
+        return None if shard is parameter else shard
+
+    def find_in_shard(self, look: _Look, parameter: Tensor) -> None:
+        """Look at what this rank holds of a gathered parameter too: all ranks see the same once it is gathered."""
+        shard = self.shard_of(look.call.place, str(look.name), parameter)
+        # What was offloaded to the host would cost it a read in each step.
+        if shard is not None and shard.device == parameter.device:
+            look.shard = _Look(look.call, "shard", look.name, look.path, shard.dtype)
+            self.find(look.shard, local_part(shard))
 
     def gradient(self, of: _Look, gradient: Tensor) -> None:
         if self.looking:
@@ -617,10 +697,11 @@ def _device_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _local(tensor: Tensor) -> Tensor | None:
     """What this process holds of a tensor of a subclass: a shard of a DTensor; nothing of fake and lazy tensors."""
-    if is_lazy(tensor) or hasattr(tensor, "fake_mode"):
-        return None
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    return None if is_lazy(tensor) or hasattr(tensor, "fake_mode") else local_part(tensor)
+
+
+def _nothing() -> None:
+    """A reference to a tensor that there is not."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -638,11 +719,54 @@ class Watch:
         self._finalizer = weakref.finalize(self, watcher.close)
         self._finalizer.atexit = False
 
-    def report(self) -> WatchReport:
-        """What has been seen so far; the only call that waits for the device. Also after the hooks are gone."""
+    def report(self, across: Any = None) -> WatchReport:
+        """What has been seen so far; the only call that waits for the device. Also after the hooks are gone.
+
+        Across ranks every rank must make the call, and gets the same report: the first fault of the job, and those of
+        the other ranks. One gather of small objects; nothing else of a watch ever communicates. Each rank counts its
+        own steps, and ranks need not have seen equally many.
+
+        First comes what others may follow from:
+
+        1. the earliest step, and in it the forward pass before the backward pass;
+        2. what a rank's modules produced or held, before what came from elsewhere: an input that was non-finite when
+           the model was given it, as the next stage of a pipeline is given what the one before produced; a parameter
+           that was gathered, where the rank's own shard of it is finite;
+        3. what showed after fewer tensors: tensor-parallel ranks run the same modules, and one has the sum of all in
+           its hands later than the rank that made it non-finite;
+        4. what a module held before what it produced; the lowest rank.
+
+        So where ranks mix their batches inside the model, as SyncBatchNorm does, a bad batch is among `others`.
+
+        Args:
+            across: a ProcessGroup or a DeviceMesh, of which this rank is part, or True for all ranks; None asks no
+                one. A mesh of more dimensions that does not span all ranks needs a gather for each dimension.
+
+        Returns:
+            A `WatchReport`.
+
+        Raises:
+            TypeError: if `across` is something else.
+            ValueError: if this rank is no part of it.
+            RuntimeError: if torch.distributed is not initialised.
+
+        Example:
+            >>> import torch, initlab
+            >>> import torch.distributed as dist
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> model = torch.nn.Linear(2, 1)
+            >>> with initlab.watch(model) as watching:
+            ...     y = model(torch.tensor([[1.0, float("nan")]]))
+            >>> print(watching.report(across=True))
+            rank 0, step 1, forward: input 0 of the model was given with NaN (float32); no module produced it
+              passed on by the model itself
+              (1 steps, 1 module calls, 1 ranks)
+            >>> dist.destroy_process_group()
+        """
         watcher = self._watcher
-        fault = watcher.read_all()
-        return WatchReport(fault, watcher.step.number, watcher.calls)
+        groups = groups_of(across)
+        mine = WatchReport(watcher.read_all(), watcher.step.number, watcher.calls)
+        return _first_of(gather(mine, groups)) if groups else mine
 
     def remove(self) -> None:
         """Remove every hook, now; what was seen can still be reported."""
@@ -686,6 +810,9 @@ def watch(
     -inf is no fault where masks have it: in a buffer, or in an argument of the model other than its first tensor. A
     module that puts it out on purpose belongs in `allow`.
 
+    Of a DTensor each rank looks at its own part, and no look communicates. Where FSDP has gathered a parameter, its own
+    shard of it tells which rank held the fault. `report(across=True)` brings together what all ranks have seen.
+
     What torch.compile has compiled calls no hooks that come later, so a compiled model is refused: watch the module
     that was compiled, `model._orig_mod`, and call the model under `torch.compiler.set_stance("force_eager")`. What is
     compiled while it is watched gets a graph break at each module, which `fullgraph=True` turns into an error. Nothing
@@ -703,7 +830,8 @@ def watch(
         backward: watch gradients too: of every tensor that modules take and put out, and of parameters.
         every: raise the fault that is known at the end of every so many steps, and at the end of the `with` block.
             A fault of a forward pass on the CPU is raised by that call of the model, any other by a later one, when its
-            words have landed. None only reports.
+            words have landed. None only reports: so where there are other ranks, which would wait for the one that
+            raises. Let all of them call `report(across=True)` every so many steps.
 
     Returns:
         A `Watch`: a context manager with `report()` and `remove()`. Keep it: its hooks go when it does.
@@ -744,17 +872,26 @@ def watch(
         names.setdefault(module, name)
     watched = set(names) if modules is None else _select(names, modules, "modules")
     allowed = _select(names, allow, "allow")
-    watcher = _Watcher(backward, every)
+    watcher = _Watcher(backward, every, _shards(names))
     try:
         for module, name in names.items():
             scripted = isinstance(module, torch.jit.ScriptModule)  # it takes no hooks
             if not scripted and (module in watched or not name):
                 writes = callable(getattr(module, "flag_into", None))
-                watcher.attach(module, _Place(name, type(module).__name__, module in allowed, writes))
+                watcher.attach(module, _Place(name, class_name(module), module in allowed, writes))
     except BaseException:
         watcher.close()
         raise
     return Watch(watcher)
+
+
+def _shards(names: Mapping[nn.Module, str]) -> dict[str, weakref.ref[Tensor]]:
+    return {
+        f"{name}.{leaf}": weakref.ref(parameter)
+        for module, name in names.items()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and is_dtensor(parameter)
+    }
 
 
 def _select(names: dict[nn.Module, str], selectors: Selector | Iterable[Selector], argument: str) -> set[nn.Module]:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import initlab
-from initlab import diagnose, supervised
-from initlab.diagnose import names, remedies, report, state
+from initlab import cli, diagnose, supervised
+from initlab.diagnose import names, ranks, remedies, report, state
 from initlab.diagnose.batch import features, leaves
 from initlab.diagnose.losses import look_at
 from initlab.diagnose.origin import Search
@@ -986,3 +986,140 @@ def test_long_tables_are_cut():
         assert any(line.split()[:1] == [name] for line in text.splitlines()), name
     assert " more" in text
     assert len(found.to_dict()["layers"]) == 102
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Beside other ranks; with real ones in ranks_watching.py
+
+
+@pytest.fixture
+def four_ranks():
+    """As the second of four, whose collectives do nothing."""
+    torch.distributed.init_process_group("fake", rank=1, world_size=4)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Recurrent(nn.Module):
+    """It holds its parameters in more places than torch's dict of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.head, self.tied = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied.weight = self.head.weight
+        self.parts = [self.head.bias]
+
+    def forward(self, x):
+        return self.tied(self.head(self.lstm(x)[0][:, -1]) + self.parts[0])
+
+
+def test_parameters_keep_their_places_and_their_nodes(four_ranks):
+    """DDP hangs its functions on the nodes at which gradients arrive: no pass may come by, and no node may change."""
+    model = Recurrent().bfloat16()  # which is replayed in float32
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, 0.01)
+    x, y = torch.randn(5, 3, 4).bfloat16(), torch.randn(5, 8).bfloat16()
+    supervised(nn.MSELoss())(model, (x, y)).backward()
+    optimizer.step()
+    arrived, gradients = [], [p.grad for p in parameters]
+    nodes = [p.expand_as(p).grad_fn.next_functions[0][0] for p in parameters]
+    for node in nodes:
+        node.register_hook(lambda *_: arrived.append(1))
+    values = [p.detach().clone() for p in parameters]
+    found = diagnose(model, (x.index_fill(2, torch.tensor([1]), math.inf), y), supervised(nn.MSELoss()), optimizer)
+    assert found.causes[0].kind == "input"
+    assert found.causes[0].tried
+    assert diagnose(model, (x * 1e-5, y), supervised(nn.MSELoss()), optimizer, steps=3).losses[-1] is not None
+    assert not arrived
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert all(a is b for a, b in zip(parameters, optimizer.param_groups[0]["params"], strict=True))
+    assert all(p in optimizer.state for p in parameters)
+    assert len(optimizer.state) == len(parameters)
+    assert model.tied.weight is model.head.weight
+    assert model.parts[0] is model.head.bias
+    assert all(a is b for a, b in zip(model.lstm._flat_weights, model.lstm.parameters(), strict=True))
+    assert all(p.grad is g for p, g in zip(parameters, gradients, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, values, strict=True))
+    assert [p.expand_as(p).grad_fn.next_functions[0][0] for p in parameters] == nodes
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.LBFGS])
+def test_a_diagnosis_beside_others_is_the_same(four_ranks, optimizer):
+    """Also of an optimizer in the middle of a run, whose state goes by parameter."""
+
+    def found():
+        model, generator = Recurrent(), torch.Generator().manual_seed(1)
+        batch = torch.randn(16, 3, 4, generator=generator), torch.randn(16, 8, generator=generator)
+        running = optimizer(model.parameters(), 0.1)
+
+        def closure():
+            running.zero_grad()
+            loss = supervised(nn.MSELoss())(model, batch)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            running.step(closure)
+        return diagnose(model, batch, supervised(nn.MSELoss()), running, steps=3)
+
+    beside = found()
+    torch.distributed.destroy_process_group()
+    alone = found()
+    torch.distributed.init_process_group("fake", rank=1, world_size=4)
+    assert beside == alone
+    assert len(set(alone.losses)) == 4
+
+
+@pytest.mark.parametrize("function", ["all_reduce", "broadcast", "send", "barrier"])
+def test_collectives_are_refused_before_they_are_called(four_ranks, function):
+    def loss_fn(model, batch):
+        loss = model(batch).square().mean()
+        if function == "barrier":
+            torch.distributed.barrier()
+        else:
+            getattr(torch.distributed, function)(loss.detach(), *([] if function == "all_reduce" else [2]))
+        return loss
+
+    with pytest.raises(NotImplementedError, match="the model, the loss or the optimizer calls c10d"):
+        diagnose(nn.Linear(3, 2), torch.ones(2, 3), loss_fn)
+
+
+def test_dtensors_are_refused_by_name(four_ranks, capsys, tmp_path, monkeypatch):
+    from torch.distributed.tensor import distribute_module
+
+    model = nn.Sequential(nn.ReLU(), nn.Linear(3, 2))
+    distribute_module(model, torch.distributed.init_device_mesh("cpu", (4,)))
+    with pytest.raises(NotImplementedError) as raised:
+        diagnose(model, torch.ones(2, 3), lambda model, batch: model(batch).mean())
+    text = str(raised.value)
+    assert text.startswith("weight of '1' (Linear) is a DTensor, and a diagnosis runs passes that other ranks do not")
+    assert "one unsharded copy" in text
+    assert "initlab.watch(model).report(across=True)" in text
+    monkeypatch.setattr(torch, "spread", (model, torch.ones(2, 3), nn.Identity()), raising=False)
+    (tmp_path / "spread.py").write_text("import torch\n\ndef build():\n    return torch.spread\n")
+    assert cli.main(["doctor", f"{tmp_path}/spread.py:build"]) == 64
+    assert f"error: {text}" in capsys.readouterr().err
+
+
+def test_whose_diagnosis_comes_first():
+    def of(verdict, broke_at=None):
+        causes = () if verdict == "healthy" else (report.Cause("input", verdict, report.Place(), "bad"),)
+        return report.Diagnosis(causes, broke_at=broke_at)
+
+    def first(*diagnoses):
+        return ranks.first_of(dict(enumerate(diagnoses)))
+
+    assert first(of("healthy"), of("warning", 1), of("broken", 4), of("broken", 3)).rank == 3
+    assert first(of("healthy"), of("broken"), of("broken", 3)).rank == 2
+    assert first(of("healthy"), of("warning"), of("warning")).rank == 1
+    assert first(of("healthy"), of("healthy")).rank == 0
+    found = first(of("healthy"), of("broken", 2), of("warning"), of("healthy"), of("healthy"))
+    assert str(found).splitlines()[:2] == [
+        "rank 1, verdict: broken, broke in step 2",
+        "of 5 ranks: healthy on 0, 3-4; broken on 1; warning on 2",
+    ]
+    plain = json.loads(found.to_json())
+    assert (plain["rank"], plain["verdicts"]["1"], plain["verdicts"]["4"]) == (1, "broken", "healthy")
+    with pytest.raises(RuntimeError, match=r"on rank 1, .*: TypeError: no$"):
+        first(of("healthy"), "TypeError: no")

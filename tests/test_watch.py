@@ -1092,3 +1092,76 @@ def test_their_outputs_are_not_read_again(monkeypatch):
     with initlab.watch(model):
         model(torch.randn(2, 4))
     assert read == [(2, 4), (2, 3)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Across ranks; on real ones in ranks_watching.py
+
+
+def seen(**what):
+    """What a rank reports that has seen one fault."""
+    usual = {"step": 3, "phase": "forward", "cause": "produced", "module": "h.1", "kind": "MLP", "call": 1}
+    fault = watching.Fault(**{**usual, "tensor": "output", "flag": 1, "dtype": torch.float32, **what})
+    return watching.WatchReport(fault, steps=4, calls=10)
+
+
+GIVEN = {"cause": "given", "module": None, "kind": "", "call": 0, "tensor": "input 0 of the model"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param({"step": 2, "phase": "backward", **GIVEN}, {"step": 3}, id="step"),
+        pytest.param({"phase": "forward", **GIVEN}, {"phase": "backward", "cause": "held"}, id="phase"),
+        pytest.param({"after": 9}, {"after": 0, **GIVEN}, id="a stage is given what another produced"),
+        pytest.param({"after": 9}, {"cause": "held", "gathered": True}, id="a shard of another rank's"),
+        pytest.param({"cause": "held", "after": 4}, {"cause": "held", "after": 1, "gathered": True}, id="the holder"),
+        pytest.param({"after": 4}, {"cause": "held", "after": 5}, id="the sum over ranks comes later"),
+        pytest.param({"cause": "held", "after": 4}, {"after": 4}, id="held"),
+        pytest.param({**GIVEN, "after": 0}, {**GIVEN, "after": 1}, id="both given"),
+    ],
+)
+def test_what_comes_first(first, second):
+    for ranks in ((0, 1), (5, 2)):
+        reports = dict(sorted(zip(ranks, (seen(**first), seen(**second)), strict=True)))
+        found = watching._first_of(reports)
+        assert [found.fault.rank, *(fault.rank for fault in found.others)] == list(ranks)
+        assert dataclasses.replace(found.fault, rank=None) == reports[ranks[0]].fault
+
+
+def test_of_equals_the_lowest_rank():
+    found = watching._first_of({3: seen(), 1: seen(), 7: watching.WatchReport(None, 9, 2)})
+    assert [found.fault.rank, *(fault.rank for fault in found.others)] == [1, 3]
+    assert (found.ranks, found.steps, found.calls) == ((1, 3, 7), 9, 22)
+
+
+def test_a_printed_report_of_ranks():
+    reports = {rank: seen(module="h.2", after=5) for rank in (0, 2, 3)}
+    reports |= {1: seen(passed_on=("h.2", "")), 4: seen(**GIVEN), 5: watching.WatchReport(None, 4, 10)}
+    assert str(watching._first_of(reports)).splitlines() == [
+        "rank 1, step 3, forward: module 'h.1' (MLP) produced NaN (float32) in its output",
+        "  passed on by h.2, the model itself",
+        "  also ranks 0, 2-3, step 3, forward: module 'h.2' (MLP) produced NaN (float32) in its output",
+        "  also rank 4, step 3, forward: input 0 of the model was given with NaN (float32); no module produced it",
+        "  (4 steps, 60 module calls, 6 ranks)",
+    ]
+    many = watching._first_of({rank: seen(module=f"h.{rank}", after=rank) for rank in range(9)})
+    assert str(many).splitlines()[-2:] == ["  and 5 more: ranks 4-8", "  (4 steps, 90 module calls, 9 ranks)"]
+    none = watching._first_of({rank: watching.WatchReport(None, 4, 10) for rank in range(2)})
+    assert str(none) == "nothing non-finite in 4 steps, 20 module calls, 2 ranks"
+
+
+def test_across_needs_other_ranks():
+    with initlab.watch(nn.Linear(2, 2)) as watch:
+        with pytest.raises(RuntimeError, match="not initialised: call init_process_group first"):
+            watch.report(across=True)
+        assert watch.report(across=False) == watch.report(across=None) == watch.report()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(TypeError, match=r"across is 1; it must be a ProcessGroup, a DeviceMesh, True"):
+            watch.report(across=1)
+        assert watch.report(across=torch.distributed.group.WORLD).ranks == (0,)
+        mesh = torch.distributed.init_device_mesh("cpu", (1, 1))
+        assert watch.report(across=mesh).ranks == (0,)
+    finally:
+        torch.distributed.destroy_process_group()

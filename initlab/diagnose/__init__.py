@@ -1,7 +1,8 @@
 """The doctor: runs a model on the user's own batch and says why the loss is inf, or NaN, or does not fall.
 
 state.py keeps and restores; trace.py observes a pass, origin.py follows one operation by operation; probes.py runs
-them; evidence.py is what they gather, signs.py reads it; causes/ judges; remedies.py writes cures; report.py says it.
+them; evidence.py is what they gather, signs.py reads it; causes/ judges; remedies.py writes cures; report.py says it;
+ranks.py keeps all of it from communicating.
 """
 
 from __future__ import annotations
@@ -16,15 +17,29 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ..collectives import gather, groups_of
 from ..naming import unwrapped
-from . import causes, probes, signs
+from . import causes, probes, ranks, signs
+from .batch import leaves
 from .causes import Finding
 from .evidence import Evidence
 from .limits import LIMITS
 from .probes import LossFn, Patient, UsageError, quiet
+from .ranks import CommunicatesError
 from .report import Cause, Diagnosis, LayerRow, Place
+from .state import companions
 
-__all__ = ["Cause", "Diagnosis", "LayerRow", "Place", "UsageError", "diagnose", "examine", "supervised"]
+__all__ = [
+    "Cause",
+    "CommunicatesError",
+    "Diagnosis",
+    "LayerRow",
+    "Place",
+    "UsageError",
+    "diagnose",
+    "examine",
+    "supervised",
+]
 
 _TRIALS = 2  # remedies of a cause that are tried, at two steps each
 _NAMED = 8  # parameters that a note lists
@@ -62,7 +77,13 @@ def supervised(criterion: Callable[[Any, Any], Tensor]) -> LossFn:
 
 
 def diagnose(
-    model: nn.Module, batch: Any, loss_fn: LossFn, optimizer: Optimizer | None = None, *, steps: int = 1
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFn,
+    optimizer: Optimizer | None = None,
+    *,
+    steps: int = 1,
+    across: Any = None,
 ) -> Diagnosis:
     """Run a model on a batch, and say what is wrong, or close to it: cause, place, evidence, remedy.
 
@@ -70,19 +91,29 @@ def diagnose(
     backward pass raise are evidence. Afterwards everything is as it was, also when something raises: parameters,
     buffers, gradients, modes, attributes, the optimizer and its state, and the random generators.
 
+    Beside other ranks it looks at this rank's model and batch alone, and communicates with none of them: also where DDP
+    waits for the gradients of a pass that is half done. A model that cannot run without the others is refused.
+
     Args:
         model: wrapped (DDP) or compiled ones are looked at unwrapped and uncompiled.
         batch: one real batch: tensors, in tuples, lists and dicts.
         loss_fn: called with the model and the batch, returns the loss, one element.
         optimizer: with one, steps are taken and the learning rate is judged.
         steps: how many.
+        across: a ProcessGroup or a DeviceMesh, of which this rank is part, or True for all ranks; every rank of it must
+            make the call. One gather then gives all of them the diagnosis of the first bad rank: the worst verdict,
+            then the earliest step in which a rank broke, then the lowest rank. As for `Watch.report`.
 
     Returns:
         A `Diagnosis`, which prints as a verdict, its causes, and a table of the layers.
 
     Raises:
-        TypeError: if model, batch, loss_fn or what it returns is of the wrong kind.
-        ValueError: if steps is not positive.
+        TypeError: if model, batch, loss_fn or what it returns is of the wrong kind, or `across` is.
+        ValueError: if steps is not positive, or this rank is no part of `across`.
+        NotImplementedError: if a pass would communicate: a model with DTensors, under FSDP, with DDP inside of it; or,
+            where there are other ranks, anything that calls a collective.
+        RuntimeError: if `across` is given and torch.distributed is not initialised, or the diagnosis raises an error on
+            another rank.
 
     Example:
         >>> import torch, initlab
@@ -92,7 +123,14 @@ def diagnose(
         >>> found.verdict, found.causes[0].kind, found.causes[0].place.feature
         ('broken', 'input', 1)
     """
-    return examine(model, batch, loss_fn, optimizer, steps=steps)
+    groups = groups_of(across)
+    try:
+        found = examine(model, batch, loss_fn, optimizer, steps=steps)
+    except Exception as error:
+        if groups:  # the others wait for this rank
+            gather(f"{type(error).__name__}: {error}", groups)
+        raise
+    return ranks.first_of(gather(found, groups)) if groups else found
 
 
 def examine(
@@ -108,20 +146,23 @@ def examine(
     _check(model, batch, loss_fn, optimizer, steps)
     notes: list[str] = []
     inner = unwrapped(model)
+    beside = companions(loss_fn)
+    ranks.refuse_spread(model, beside, (leaf.tensor for leaf in leaves(batch)))
     if inner is not model:
         notes.append(f"looked at the original module inside {type(model).__name__}")
     if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         notes.append("compiled modules ran as they were written, uncompiled")
-    with quiet():
+    with quiet(), ranks.alone():
         if any(is_lazy(p) for p in (*inner.parameters(), *inner.buffers())):
             inner, optimizer = _materialised(inner, batch, loss_fn), None
             notes.append("lazy modules: looked at a copy that has seen the batch, without the optimizer")
         tell("taking down what must be restored")
-        patient = Patient(inner, batch, loss_fn, optimizer)
-        try:
-            evidence, found = _examined(patient, steps, tell, _DEPTH)
-        finally:
-            patient.snapshot.restore()
+        with ranks.apart((inner, *beside), optimizer):
+            patient = Patient(inner, batch, loss_fn, optimizer)
+            try:
+                evidence, found = _examined(patient, steps, tell, _DEPTH)
+            finally:
+                patient.snapshot.restore()
     return Diagnosis(
         causes=tuple(found),
         losses=tuple(evidence.losses),

@@ -33,6 +33,7 @@ from .evidence import (
     zero_share,
 )
 from .origin import Search
+from .ranks import CommunicatesError
 from .signs import gains
 from .state import Snapshot, companions
 from .stats import measure
@@ -84,6 +85,9 @@ class Patient:
 
 class UsageError(TypeError):
     """The arguments of diagnose break its contract: raised to the caller, never a diagnosis."""
+
+
+_FOR_THE_CALLER = (CommunicatesError, UsageError)
 
 
 @contextmanager
@@ -144,7 +148,7 @@ def screen(patient: Patient, evidence: Evidence, steps: int) -> None:
                 loss = patient.loss()
             step.before = float(loss)
             loss.backward()
-        except UsageError:
+        except _FOR_THE_CALLER:
             raise
         except Exception as error:
             evidence.error, evidence.broke_at = error, number
@@ -164,6 +168,8 @@ def screen(patient: Patient, evidence: Evidence, steps: int) -> None:
             return
         try:
             step.update = _update(patient)
+        except _FOR_THE_CALLER:
+            raise
         except Exception as error:
             evidence.error, evidence.broke_at = error, number
             return
@@ -236,7 +242,7 @@ def _value(patient: Patient) -> float | None:
     """The loss as it is now; None where an error is raised."""
     try:
         return float(patient.loss())
-    except UsageError:
+    except _FOR_THE_CALLER:
         raise
     except Exception:
         return None

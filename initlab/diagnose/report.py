@@ -3,10 +3,13 @@
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias
+
+from ..collectives import listed
 
 Kind: TypeAlias = Literal[
     "input", "target", "weights", "operation", "precision", "gradient", "learning rate", "loss", "uninitialised"
@@ -131,6 +134,8 @@ class Diagnosis:
         broke_at: the step, from 1, in which the loss or a gradient was not finite or an error was raised; None if none.
         layers: one row for each module that put out a floating tensor, in the order of execution.
         notes: what else there is to say.
+        rank: across ranks, the global rank whose diagnosis it is; None otherwise.
+        verdicts: across ranks, the verdict of each, by global rank; empty otherwise.
     """
 
     causes: tuple[Cause, ...]
@@ -139,6 +144,8 @@ class Diagnosis:
     broke_at: int | None = None
     layers: tuple[LayerRow, ...] = ()
     notes: tuple[str, ...] = ()
+    rank: int | None = None
+    verdicts: Mapping[int, Verdict] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -162,6 +169,8 @@ class Diagnosis:
             "broke_at": self.broke_at,
             "layers": [row.to_dict() for row in self.layers],
             "notes": list(self.notes),
+            "rank": self.rank,
+            "verdicts": _plain(dict(self.verdicts)),
         }
 
     def to_json(self) -> str:
@@ -169,7 +178,7 @@ class Diagnosis:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        lines = [self._headline()]
+        lines = [self._headline(), *self._ranks()]
         for number, cause in enumerate(self.causes, 1):
             lines += ["", f"{number}. {cause.kind} ({cause.severity}): {cause.place}", f"   {cause.explanation}"]
             if cause.evidence:
@@ -183,7 +192,7 @@ class Diagnosis:
         return "\n".join(lines)
 
     def _headline(self) -> str:
-        words = [f"verdict: {self.verdict}"]
+        words = [f"{'' if self.rank is None else f'rank {self.rank}, '}verdict: {self.verdict}"]
         if self.broke_at is not None:
             words.append(f"broke in step {self.broke_at}")
         if self.losses:
@@ -193,6 +202,14 @@ class Diagnosis:
         if (row := self.tightest) is not None:
             words.append(f"headroom {row.headroom:.2g}x ({row.name or 'the model itself'}, {row.dtype})")
         return ", ".join(words)
+
+    def _ranks(self) -> Iterator[str]:
+        alike: dict[Verdict, list[int]] = {}
+        for rank, verdict in self.verdicts.items():
+            alike.setdefault(verdict, []).append(rank)
+        if alike:
+            told = (f"{verdict} on {listed(ranks)}" for verdict, ranks in sorted(alike.items(), key=itemgetter(1)))
+            yield f"of {len(self.verdicts)} ranks: {'; '.join(told)}"
 
     def _table(self) -> str:
         head = ("layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient")

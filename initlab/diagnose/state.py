@@ -34,7 +34,7 @@ class Snapshot:
         groups = list(optimizer.param_groups) if optimizer is not None else []
         inner = list(optimizer.state.values()) if optimizer is not None else []
         values += [v for held in (*groups, *inner) if isinstance(held, dict) for v in held.values()]
-        self.containers = [_Contents(value) for value in (*values, *groups, *inner) if isinstance(value, _CONTAINERS)]
+        self.containers = [Contents(value) for value in (*values, *groups, *inner) if isinstance(value, CONTAINERS)]
         found = [*tensors, *_tensors_in(values), *_tensors_in(c.items for c in self.containers)]
         self.tensors = [_Kept(tensor) for tensor in {id(t): t for t in found}.values()]
         self.generators = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
@@ -77,10 +77,10 @@ def companions(function: Any, depth: int = 3) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-_CONTAINERS = (dict, list, set, deque)
+CONTAINERS = (dict, list, set, deque)
 
 
-class _Contents:
+class Contents:
     """What a container holds, one level deep."""
 
     def __init__(self, container: Any) -> None:
@@ -88,17 +88,29 @@ class _Contents:
         self.items = list(container.items()) if isinstance(container, dict) else list(container)
 
     def restore(self) -> None:
+        """Make it what it was."""
+        self.put(self.items)
+
+    def replace(self, others: dict[int, Any]) -> None:
+        """Put others, by the id of what they stand for, in its place."""
+        if isinstance(self.container, dict):
+            self.put([(others.get(id(key), key), others.get(id(value), value)) for key, value in self.items])
+        else:
+            self.put([others.get(id(item), item) for item in self.items])
+
+    def put(self, items: list[Any]) -> None:
+        """Make these its contents; what is so already is not touched."""
         container = self.container
         if isinstance(container, dict):
-            _put_back(container, dict(self.items))
+            _put_back(container, dict(items))
             return
-        if len(container) == len(self.items) and all(map(operator.is_, container, self.items)):
+        if len(container) == len(items) and all(map(operator.is_, container, items)):
             return
         container.clear()
         if isinstance(container, list | deque):
-            container.extend(self.items)
+            container.extend(items)
         else:
-            container.update(self.items)
+            container.update(items)
 
 
 def _put_back(held: dict[Any, Any], before: dict[Any, Any]) -> None:
