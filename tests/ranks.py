@@ -1,9 +1,9 @@
 """Scenarios that run on several ranks: real processes, gloo between them.
 
 A module of scenarios, tests/ranks_*.py, holds functions marked `@on(2, 4)`: every rank of a world of 2, then of 4,
-calls them. test_ranks.py runs each world once, with all its scenarios, and reports them one by one.
+calls them. test_ranks.py starts each world once, with all scenarios for it, and reports them one by one.
 
-By hand: python tests/ranks.py WORLD MODULE [SCENARIO ...], with PYTHONPATH at the checkout.
+By hand: python tests/ranks.py WORLD MODULE[:SCENARIO] ..., with PYTHONPATH at the checkout.
 """
 
 import functools
@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 _SECONDS = 60  # how long a collective waits for a rank that does not come
 _LONGEST = 600  # how long a world may take
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+_NOT_REACHED = "did not get here"
 
 
 def on(*worlds: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -40,24 +41,37 @@ def modules() -> list[str]:
 
 
 @functools.cache
-def scenarios(module: str) -> dict[str, tuple[int, ...]]:
-    """A module's scenarios and their worlds, in order, read without importing anything that torch.distributed needs."""
+def scenarios(module: str, world: int) -> list[str]:
+    """A module's scenarios for worlds of so many ranks, as module:name."""
     found = vars(importlib.import_module(module))
-    return {name: f.worlds for name, f in found.items() if hasattr(f, "worlds")}
+    return [f"{module}:{name}" for name, f in found.items() if world in getattr(f, "worlds", ())]
 
 
-def run(world: int, module: str, names: Sequence[str]) -> dict[str, str]:
-    """Run scenarios one after the other in a world of their own. By name: what went wrong; empty if nothing did."""
+def run(world: int, names: Sequence[str]) -> dict[str, str]:
+    """Run scenarios one after the other in one world. By name: what went wrong; empty if nothing did.
+
+    What goes wrong ends a world; the scenarios that come after get another.
+    """
+    found: dict[str, str] = {}
+    while len(found) < len(names):
+        left = [name for name in names if name not in found]
+        told = _start(world, left)
+        for name in left:
+            each = [rank.get(name, _NOT_REACHED) for rank in told]
+            if name is not left[0] and _NOT_REACHED in each and any(found[n] for n in left if n in found):
+                break
+            found[name] = "\n".join(f"rank {rank}: {wrong}" for rank, wrong in enumerate(each) if wrong)
+    return found
+
+
+def _start(world: int, names: Sequence[str]) -> list[dict[str, str]]:
+    """For each rank what it tells of the scenarios that it got to."""
     with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, str(world), *names]
         ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, str(world), module, *names],
-                env={
-                    **os.environ,
-                    "INITLAB_RANK": f"{rank} {folder}",
-                    "OMP_NUM_THREADS": "1",
-                    "GLOO_SOCKET_IFNAME": "lo",
-                },
+                command,
+                env={**os.environ, **_ENVIRONMENT, "INITLAB_RANK": f"{rank} {folder}"},
                 stdin=subprocess.DEVNULL,
             )
             for rank in range(world)
@@ -72,20 +86,11 @@ def run(world: int, module: str, names: Sequence[str]) -> dict[str, str]:
             for process in ranks:
                 process.kill()
                 process.wait()
-        told = [dict(_told(Path(folder) / f"{rank}.jsonl")) for rank in range(world)]
-    found = {}
-    for name in names:
-        wrong = [f"rank {rank}: {t.get(name, 'did not get here')}" for rank, t in enumerate(told) if t.get(name) != ""]
-        found[name] = "\n".join(wrong)
-    return found
+        files = [Path(folder) / f"{rank}.jsonl" for rank in range(world)]
+        return [dict(map(json.loads, file.read_text().splitlines())) if file.exists() else {} for file in files]
 
 
-def _told(path: Path) -> Iterator[tuple[str, str]]:
-    for line in path.read_text().splitlines() if path.exists() else ():
-        yield tuple(json.loads(line))  # type: ignore[misc]
-
-
-def _be_a_rank(rank: int, world: int, module: str, names: Sequence[str], folder: str) -> None:
+def _be_a_rank(rank: int, world: int, names: Sequence[str], folder: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -97,13 +102,13 @@ def _be_a_rank(rank: int, world: int, module: str, names: Sequence[str], folder:
         world_size=world,
         timeout=timedelta(seconds=_SECONDS),
     )
-    found = importlib.import_module(module)
     with open(f"{folder}/{rank}.jsonl", "w") as out:
         for name in names:
             torch.manual_seed(0)
+            module, _, function = name.partition(":")
             wrong = ""
             try:
-                getattr(found, name)()
+                getattr(importlib.import_module(module), function)()
                 dist.barrier()
             except BaseException:
                 wrong = traceback.format_exc()
@@ -117,10 +122,11 @@ def _be_a_rank(rank: int, world: int, module: str, names: Sequence[str], folder:
 
 
 if __name__ == "__main__":
-    world, module, names = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    world, names = int(sys.argv[1]), sys.argv[2:]
     if "INITLAB_RANK" in os.environ:
         rank, folder = os.environ["INITLAB_RANK"].split(" ", 1)
-        _be_a_rank(int(rank), world, module, names, folder)
+        _be_a_rank(int(rank), world, names, folder)
     else:
-        for name, wrong in run(world, module, names or [n for n, w in scenarios(module).items() if world in w]).items():
+        names = [one for name in names for one in ([name] if ":" in name else scenarios(name, world))]
+        for name, wrong in run(world, names).items():
             print(f"{name}: {wrong or 'passed'}")
