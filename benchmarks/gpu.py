@@ -184,6 +184,45 @@ def check_clipping(findings: Findings) -> None:
     findings.check("GradClipper with fused AdamW trains as clip_grad_norm_ before it, and never waits", close)
 
 
+def check_sharded(findings: Findings) -> None:
+    """One rank of eight, without the others: its shards from meta, and clipping them without a wait for the device."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    from initlab.distributed import blocks, local
+
+    whole = torch.nn.Sequential(torch.nn.Linear(63, 129), torch.nn.Linear(129, 63))
+    _with_backend("auto" if not DRY else "torch", lambda: initlab.init_model_(whole, 3, "gpt2"))
+    dist.init_process_group("fake", rank=5, world_size=8)  # its collectives do nothing
+    try:
+        with torch.device("meta"):
+            mine = torch.nn.Sequential(torch.nn.Linear(63, 129), torch.nn.Linear(129, 63))
+        fully_shard(mine, mesh=dist.init_device_mesh(DEVICE.type, (8,)))
+        initlab.init_model_(mine, 3, "gpt2", device=DEVICE)
+        same = True
+        for name, parameter in mine.named_parameters():
+            for part, region in blocks(parameter):
+                where = zip(region.offsets, region.sizes, strict=True)
+                expected = whole.get_parameter(name)[tuple(slice(start, start + size) for start, size in where)]
+                same &= torch.equal(part.cpu(), expected)
+            parameter.grad = parameter.detach().clone()
+        findings.check("a rank of eight fills its shards with its part of the CPU's bits", same)
+        exact = torch.cat([local(p).double().flatten().cpu() for p in mine.parameters()]).norm()
+        initlab.clip_grad_norm_(mine.parameters(), 1e9)  # compiles
+        if not DRY:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            norm = initlab.clip_grad_norm_(mine.parameters(), float(exact) / 2, nonfinite="skip")
+        finally:
+            if not DRY:
+                torch.cuda.set_sync_debug_mode("default")
+        after = torch.cat([local(p.grad).double().flatten().cpu() for p in mine.parameters()]).norm()
+        good = abs(float(norm) / exact - 1) < 1e-6 and abs(2 * after / exact - 1) < 3e-6
+        findings.check("its gradients are clipped by their norm, and nothing waits", good)
+    finally:
+        dist.destroy_process_group()
+
+
 def _with_gradients(gradients: list[torch.Tensor]) -> list[torch.nn.Parameter]:
     params = [torch.nn.Parameter(torch.empty_like(g)) for g in gradients]
     for p, g in zip(params, gradients, strict=True):
@@ -749,7 +788,7 @@ def main() -> int:
     for name, value in findings.environment.items():
         print(f"{name:12s} {value}")
     began = time.perf_counter()
-    for step in (check_golden, check_bits, check_clipping, check_watch, check_linear_relu, check_tests):
+    for step in (check_golden, check_bits, check_clipping, check_sharded, check_watch, check_linear_relu, check_tests):
         step(findings)
     green = all(findings.checks.values())
     for step in (time_tensors, time_model, time_clipping, time_linear_relu, time_watch) if green else ():

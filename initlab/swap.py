@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import init
-from .collectives import check_agreement, differing, group_axes, refuse_differing
+from .collectives import check_agreement, differing, group_axes, groups_of, refuse_differing
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -205,6 +205,8 @@ class _Swap(ContextDecorator):
         self.entered: list[tuple[ExitStack, list[Any]]] = []
 
     def __enter__(self) -> None:
+        if not isinstance(self.check_ranks, bool):
+            groups_of(self.check_ranks, "check_ranks")  # for its errors, before anything is drawn
         with ExitStack() as stack:
             drawn = stack.enter_context(init.noting()) if self.check_ranks else []
             stack.enter_context(Redirect(init))
@@ -281,9 +283,11 @@ def swap(*, check_ranks: Any = False) -> _Swap:
             the keys of all draws, of plain tensors too, over its ranks. False does nothing.
 
     Raises:
-        RuntimeError: on entry, if this torch.nn.init lacks a function that has to be replaced. At the end, on every
-            rank, if check_ranks finds that keys differ; it names the generators and the ranks.
-        TypeError: as a decorator, for classes, generators and coroutines, whose code would run outside it.
+        RuntimeError: on entry, if this torch.nn.init lacks a function that has to be replaced, or check_ranks asks
+            others where torch.distributed is not initialised. At the end, on every rank, if check_ranks finds that
+            keys differ; it names the generators and the ranks.
+        TypeError: on entry, for another check_ranks; as a decorator, for classes, generators and coroutines, whose code
+            would run outside it.
 
     Example:
         >>> import torch, initlab

@@ -124,25 +124,24 @@ def three_dimensional() -> None:
 @on(2)
 def pipeline() -> None:
     """Stages by hand, each a module of its own with names of its own."""
-    expected = whole(GPT)
-    rank = dist.get_rank()
-    with torch.device("meta"):
-        model = GPT()
-    if rank == 0:
-        stage = nn.ModuleDict({"embed": model.embed, "first": model.layers[0]})
-        names = {"first": "layers.0", "embed": "embed"}
-    else:
-        stage = nn.ModuleDict({"last": model.layers[1], "norm": model.norm, "head": model.head})
-        names = {"last": "layers.1", "norm": "norm", "head": "head"}
+    stages = {
+        GPT: ({"embed": "embed", "first": "layers.0"}, {"last": "layers.1", "norm": "norm", "head": "head"}),
+        Conv: ({"first": "stem", "second": "norm"}, {"conv": "mixed", "head": "head"}),
+    }
+    for make, parts in stages.items():
+        mine = parts[dist.get_rank()]
+        with torch.device("meta"):
+            model = make()
+        stage = nn.ModuleDict({name: model.get_submodule(whole_name) for name, whole_name in mine.items()})
 
-    def renamed(name: str) -> str:
-        head, _, rest = name.partition(".")
-        return f"{names[head]}.{rest}"
+        def renamed(name: str, mine: dict[str, str] = mine) -> str:
+            head, _, rest = name.partition(".")
+            return f"{mine[head]}.{rest}"
 
-    initlab.init_model_(stage, 5, names=renamed, device="cpu")
-    theirs = dict(expected.named_parameters())
-    for name, parameter in stage.named_parameters():
-        assert torch.equal(parameter, theirs[renamed(name)]), name
+        initlab.init_model_(stage, 5, names=renamed, device="cpu")
+        theirs = dict(whole(make).named_parameters())
+        for name, parameter in stage.named_parameters():
+            assert torch.equal(parameter, theirs[renamed(name)]), name
 
 
 class Experts(nn.Module):

@@ -24,7 +24,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from initlab import init, swap
+from initlab import init, init_model_, swap
 
 THEIRS = torch.nn.init
 BEFORE = dict(vars(THEIRS))  # captured before any swap(), as a library captures at import
@@ -1426,3 +1426,40 @@ def test_example() -> None:
     result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
     assert result.attempted >= 5
+
+
+def test_check_ranks_alone():
+    """One process agrees with itself, and draws that nobody could compare are passed over."""
+    with swap(check_ranks=True):
+        drawn = torch.empty(3).normal_()
+    assert drawn.isfinite().all()
+    init_model_(torch.nn.Linear(2, 2), 0, check_ranks=True)
+
+
+def test_check_ranks_refuses_what_it_cannot_ask():
+    """Before anything is drawn."""
+    state = torch.get_rng_state()
+    fill = swap(check_ranks=3)(lambda: torch.empty(3).normal_())
+    with pytest.raises(RuntimeError, match=r"check_ranks asks other ranks, but torch\.distributed is not initialised"):
+        fill()
+    torch.distributed.init_process_group("fake", rank=0, world_size=2)
+    try:
+        with pytest.raises(TypeError, match=r"check_ranks is 3; it must be a ProcessGroup, a DeviceMesh"):
+            fill()
+        assert torch.equal(torch.get_rng_state(), state)
+        fill = swap(check_ranks=torch.distributed.group.WORLD)(lambda: torch.empty(3).normal_())
+        assert fill().isfinite().all()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_check_ranks_is_not_asked_where_something_raised(monkeypatch):
+    monkeypatch.setattr("initlab.swap._compare", lambda *args: pytest.fail("compared"))
+
+    @swap(check_ranks=True)
+    def fail():
+        torch.empty(3).normal_()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
