@@ -1454,7 +1454,7 @@ def test_check_ranks_refuses_what_it_cannot_ask():
 
 
 def test_check_ranks_is_not_asked_where_something_raised(monkeypatch):
-    monkeypatch.setattr("initlab.swap._compare", lambda *args: pytest.fail("compared"))
+    monkeypatch.setattr(sys.modules["initlab.swap"], "_compare", lambda *args: pytest.fail("compared"))
 
     @swap(check_ranks=True)
     def fail():
