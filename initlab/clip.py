@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from initlab.kernels import Norm, clip_coefficient, describe
 
 from .collectives import Axis
-from .distributed import is_dtensor, local
+from .distributed import is_dtensor, local, without_elements
 from .mesh_norm import Shares, stages_of
 
 __all__ = [
@@ -149,10 +149,18 @@ def _taken(given: Tensors) -> _Given:
 
 
 def _gradients(parameters: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[int]]:
-    """The gradients that there are, and the places of their parameters."""
+    """The gradients that there are, and the places of their parameters.
+
+    For a DTensor without a gradient there is one of which this rank holds nothing: other ranks may have theirs, as
+    where experts got no tokens here, and would wait.
+    """
     gradients: list[Any] = [p.grad for p in parameters]
     if type(None) not in set(map(type, gradients)):
         return gradients, range(len(gradients))
+    if not torch.compiler.is_compiling():
+        for i, p in enumerate(parameters):
+            if gradients[i] is None and p.requires_grad and is_dtensor(p):
+                gradients[i] = without_elements(p)
     places = [i for i, g in enumerate(gradients) if g is not None]
     return [gradients[i] for i in places], places
 
@@ -300,7 +308,8 @@ def clip_grad_norm_(
     clipped, gradients are not written. Nothing waits for a GPU, unless an error is asked for.
 
     Gradients that are DTensors are scaled where they lie, by the norm of the whole; see `get_total_norm`. What one rank
-    finds, all ranks act on: they skip, zero or raise together.
+    finds, all ranks act on: they skip, zero or raise together. A parameter that is a DTensor may have its gradient on
+    some ranks only; the others take part with nothing.
 
     Args:
         parameters: one, an iterable, or (name, parameter) pairs as named_parameters() gives them, whose names then

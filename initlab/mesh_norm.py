@@ -185,11 +185,14 @@ class Shares:
 
     def _gathered(self, exact: Tensor, over: Sequence[frozenset[int]], bits: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """Where sums of powers could overflow: the norms themselves, of every rank along an axis."""
+        norms = list(exact.unbind())
         for place, axis in enumerate(self.axes):
-            rows = gathered(torch.cat([exact, bits]), axis)
-            columns = [_combined(rows[:, i], p) if place in places else exact[i] for i, places in enumerate(over)]
-            exact, bits = torch.stack(columns), rows[:, len(columns) :].amax(0)
-        return exact, bits
+            mine = [i for i, places in enumerate(over) if place in places]  # ranks need not hold equally many others
+            rows = gathered(torch.stack([*(norms[i] for i in mine), *bits.unbind()]), axis)
+            for column, i in enumerate(mine):
+                norms[i] = _combined(rows[:, column], p)
+            bits = rows[:, len(mine) :].amax(0)
+        return torch.stack(norms), bits
 
 
 def stages_of(group: Any) -> Axis | None:
