@@ -264,7 +264,8 @@ def get_total_norm(
         RuntimeError: for a non-finite norm, if asked to, on every rank; the message names the first bad tensor, and the
             lowest rank that holds one.
         NotImplementedError: for sparse tensors, as in torch; for Partial DTensors other than sums and averages.
-        ValueError: for both report and partial, or partial with p = 0; for a pp_group that is something else.
+        ValueError: for both report and partial, or partial with p = 0; for a pp_group that is something else, or has
+            ranks over which a mesh spreads a DTensor: that would count several times.
 
     Example:
         >>> import torch, initlab
