@@ -532,7 +532,8 @@ class GradClipper:
         norm_type: p, any number, or "inf".
         named_parameters: (name, parameter) pairs, for reports.
         pp_group: pipeline stages to take the norm over; as for `get_total_norm`. All stages must step, whether they
-            have gradients or not.
+            have gradients or not. torch.amp.GradScaler goes by each stage's own gradients, so scales drift apart; use
+            torch's ShardedGradScaler with the process group of the stages, and call its unscale_ before each step.
 
     Attributes:
         max_norm: the largest norm.
@@ -712,11 +713,11 @@ class GradClipper:
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
-    """A number of a GradScaler's: a DTensor where gradients are."""
-    if tensor is None or not is_dtensor(tensor):
-        return tensor
-    whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return whole
+    """A number of a GradScaler's, 0-d: a DTensor where gradients are, one element of ShardedGradScaler's."""
+    if tensor is None:
+        return None
+    whole: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return whole.reshape(())
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:

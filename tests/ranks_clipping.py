@@ -14,6 +14,7 @@ from ranks import on
 from sharded_models import GPT, Conv
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import utils
@@ -377,6 +378,29 @@ def pipeline_of_shards() -> None:
         local(given[1])[0, 0] = math.nan
     parameters = [(f"stage{stage}.{i}", parameter(g)) for i, g in enumerate(given)]
     assert raised(parameters, pp_group=mesh["pp"]) == "stage1.1, on rank 3,"
+    for wrong in (mesh["dp"], dist.group.WORLD):  # every rank of "dp" has the norm over it already
+        with pytest.raises(ValueError, match="would count 2 times"):
+            initlab.get_total_norm(given, pp_group=wrong)
+
+
+@on(2)
+def stages_under_a_scaler() -> None:
+    """An overflow in one stage: all skip the step and lower the scale."""
+    for optimizer in (fused, momentum):
+        weight = nn.Parameter(torch.ones(4))
+        ours = optimizer([weight])
+        clipper = initlab.GradClipper(ours, 1.0, pp_group=dist.group.WORLD)
+        scaler = ShardedGradScaler("cpu", init_scale=64.0, process_group=dist.group.WORLD)
+        for step in range(3):
+            ours.zero_grad()
+            scaler.scale((weight * (math.inf if step == dist.get_rank() == 1 else 1.0)).square().sum()).backward()
+            scaler.unscale_(ours)
+            before = weight.detach().clone()
+            scaler.step(ours)
+            scaler.update()
+            assert torch.equal(before, weight) == (step == 1)
+            assert scaler.get_scale() == (32.0 if step else 64.0)
+        assert clipper.stats().clipped == 2
 
 
 def whole_in(tensor: DTensor, group: Any) -> Tensor:
