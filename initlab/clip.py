@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from initlab.kernels import Norm, clip_coefficient, describe
 
 from .collectives import Axis
-from .distributed import is_dtensor, local
+from .distributed import is_dtensor, local, without_elements
 from .mesh_norm import Shares, stages_of
 
 __all__ = [
@@ -149,10 +149,18 @@ def _taken(given: Tensors) -> _Given:
 
 
 def _gradients(parameters: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[int]]:
-    """The gradients that there are, and the places of their parameters."""
+    """The gradients that there are, and the places of their parameters.
+
+    For a DTensor without a gradient there is one of which this rank holds nothing: other ranks may have theirs, as
+    where experts got no tokens here, and would wait.
+    """
     gradients: list[Any] = [p.grad for p in parameters]
     if type(None) not in set(map(type, gradients)):
         return gradients, range(len(gradients))
+    if not torch.compiler.is_compiling():
+        for i, p in enumerate(parameters):
+            if gradients[i] is None and p.requires_grad and is_dtensor(p):
+                gradients[i] = without_elements(p)
     places = [i for i, g in enumerate(gradients) if g is not None]
     return [gradients[i] for i in places], places
 
@@ -256,7 +264,8 @@ def get_total_norm(
         RuntimeError: for a non-finite norm, if asked to, on every rank; the message names the first bad tensor, and the
             lowest rank that holds one.
         NotImplementedError: for sparse tensors, as in torch; for Partial DTensors other than sums and averages.
-        ValueError: for both report and partial, or partial with p = 0; for a pp_group that is something else.
+        ValueError: for both report and partial, or partial with p = 0; for a pp_group that is something else, or has
+            ranks over which a mesh spreads a DTensor: that would count several times.
 
     Example:
         >>> import torch, initlab
@@ -300,7 +309,8 @@ def clip_grad_norm_(
     clipped, gradients are not written. Nothing waits for a GPU, unless an error is asked for.
 
     Gradients that are DTensors are scaled where they lie, by the norm of the whole; see `get_total_norm`. What one rank
-    finds, all ranks act on: they skip, zero or raise together.
+    finds, all ranks act on: they skip, zero or raise together. A parameter that is a DTensor may have its gradient on
+    some ranks only; the others take part with nothing.
 
     Args:
         parameters: one, an iterable, or (name, parameter) pairs as named_parameters() gives them, whose names then
@@ -522,7 +532,8 @@ class GradClipper:
         norm_type: p, any number, or "inf".
         named_parameters: (name, parameter) pairs, for reports.
         pp_group: pipeline stages to take the norm over; as for `get_total_norm`. All stages must step, whether they
-            have gradients or not.
+            have gradients or not. torch.amp.GradScaler goes by each stage's own gradients, so scales drift apart; use
+            torch's ShardedGradScaler with the process group of the stages, and call its unscale_ before each step.
 
     Attributes:
         max_norm: the largest norm.
@@ -702,11 +713,11 @@ class GradClipper:
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
-    """A number of a GradScaler's: a DTensor where gradients are."""
-    if tensor is None or not is_dtensor(tensor):
-        return tensor
-    whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return whole
+    """A number of a GradScaler's, 0-d: a DTensor where gradients are, one element of ShardedGradScaler's."""
+    if tensor is None:
+        return None
+    whole: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return whole.reshape(())
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -55,6 +55,16 @@ def local(tensor: Tensor) -> Tensor:
     return mine if wait is None else wait()
 
 
+def without_elements(tensor: Tensor) -> Tensor:
+    """A DTensor on the same mesh, of the same shape, dtype and placements, of which this rank holds nothing."""
+    module = sys.modules["torch.distributed.tensor"]
+    mine = torch.empty(0, dtype=tensor.dtype, device=local(tensor).device)
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    shape = {"shape": tensor.shape, "stride": tensor.stride()}
+    found: Tensor = module.DTensor.from_local(mine, mesh, placements, run_check=False, **shape)
+    return found
+
+
 def count_as_written(tensor: Tensor) -> None:
     """Move the version counter of a DTensor on, whose local tensor has been filled: autograd goes by the DTensor's."""
     if is_dtensor(tensor) and not tensor.is_inference():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from initlab.kernels import NAN, NEGATIVE_INF, POSITIVE_INF, Gathered, Norm, clip_, grad_norm
 
-from .collectives import Axes, Axis, everywhere, gather, gathered, group_axis, mesh_axis, reduced
+from .collectives import Axes, Axis, everywhere, gather, gathered, group_axis, listed, mesh_axis, reduced
 from .distributed import is_dtensor, local
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -46,6 +46,7 @@ class Shares:
     Raises:
         RuntimeError: for a tensor that is neither floating nor complex.
         NotImplementedError: for one that is not strided, or Partial with another operation than a sum or an average.
+        ValueError: if a mesh spreads a tensor over ranks that are stages.
 
     Example:
         >>> import torch
@@ -72,6 +73,8 @@ class Shares:
             places.setdefault((over, _is_partial(tensor)), []).append(i)
         self.local = [local(t) for t in tensors]
         self.axes = found.axes
+        if stages is not None:
+            _refuse_overlap(stages, self.axes)
         self._parts = []
         for key, of in places.items():
             named = [numbers[i] for i in of]
@@ -185,11 +188,14 @@ class Shares:
 
     def _gathered(self, exact: Tensor, over: Sequence[frozenset[int]], bits: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """Where sums of powers could overflow: the norms themselves, of every rank along an axis."""
+        norms = list(exact.unbind())
         for place, axis in enumerate(self.axes):
-            rows = gathered(torch.cat([exact, bits]), axis)
-            columns = [_combined(rows[:, i], p) if place in places else exact[i] for i, places in enumerate(over)]
-            exact, bits = torch.stack(columns), rows[:, len(columns) :].amax(0)
-        return exact, bits
+            mine = [i for i, places in enumerate(over) if place in places]  # ranks need not hold equally many others
+            rows = gathered(torch.stack([*(norms[i] for i in mine), *bits.unbind()]), axis)
+            for column, i in enumerate(mine):
+                norms[i] = _combined(rows[:, column], p)
+            bits = rows[:, len(mine) :].amax(0)
+        return torch.stack(norms), bits
 
 
 def stages_of(group: Any) -> Axis | None:
@@ -219,6 +225,17 @@ def stages_of(group: Any) -> Axis | None:
             "dimension, as mesh['pp'] is"
         )
     return axis if len(axis.ranks) > 1 else None
+
+
+def _refuse_overlap(stages: Axis, axes: Sequence[Axis]) -> None:
+    """Raise where ranks that hold parts or copies of the same tensors are to count as stages, which hold others."""
+    for axis in axes:
+        both = set(stages.ranks).intersection(axis.ranks)
+        if len(both) > 1:
+            raise ValueError(
+                f"pp_group has ranks {listed(both)}, and the mesh of a gradient spreads it over these: it would count "
+                f"{len(both)} times. Give the group of ranks that hold other stages, as mesh['pp'] is, or leave it out"
+            )
 
 
 def _is_partial(tensor: Tensor) -> bool:

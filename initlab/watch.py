@@ -555,10 +555,8 @@ class _Watcher:
     def find(self, look: _Look, tensor: Tensor) -> None:
         """Find a tensor's flag word, or have the device find it."""
         device = tensor.device
-        # Modes that count or cache what the model does, as selective checkpointing does, must not see what we do.
-        modes = torch._C._len_torch_dispatch_stack()
         try:
-            with _disable_current_modes() if modes else _NOTHING:
+            with _unseen():
                 if device.type in _AT_ONCE:
                     if not looks_finite(tensor):
                         self.step.note(look, int(flag_of(tensor)))
@@ -580,7 +578,11 @@ class _Watcher:
         # What was offloaded to the host would cost it a read in each step.
         if shard is not None and shard.device == parameter.device:
             look.shard = _Look(look.call, "shard", look.name, look.path, shard.dtype)
-            self.find(look.shard, local_part(shard))
+            mine = local_part(shard)
+            if torch.finfo(parameter.dtype).max < torch.finfo(torch.bfloat16).max:  # the cast may have made the inf
+                with _unseen():
+                    mine = mine.to(parameter.dtype)
+            self.find(look.shard, mine)
 
     def gradient(self, of: _Look, gradient: Tensor) -> None:
         if self.looking:
@@ -698,6 +700,11 @@ def _device_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _local(tensor: Tensor) -> Tensor | None:
     """What this process holds of a tensor of a subclass: a shard of a DTensor; nothing of fake and lazy tensors."""
     return None if is_lazy(tensor) or hasattr(tensor, "fake_mode") else local_part(tensor)
+
+
+def _unseen() -> contextlib.AbstractContextManager[Any]:
+    """Modes that count or cache what the model does, as selective checkpointing does, must not see what we do."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
 
 
 def _nothing() -> None:

@@ -14,6 +14,7 @@ from ranks import on
 from sharded_models import GPT, Conv
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import utils
@@ -222,6 +223,45 @@ def every_order() -> None:
         close(norm, 4.0 if p == 0.0 else norm_of(wholes[: len(some)], p))
 
 
+@on(2)
+def gradients_on_some_ranks_only() -> None:
+    """Experts that got no tokens on one rank, and plain tensors that it alone holds: nobody waits."""
+    mesh, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    first = dist.get_rank() == 0
+    wholes = [random_like((6, 5), 1), random_like((5, 3), 2, torch.float64), random_like((2, 4), 3)]
+    meshes = ((mesh, [Shard(0)]), (square, [Shard(0), Replicate()]), (mesh, [Shard(1)]))
+    shards = [distribute_tensor(w, *where) for w, where in zip(wholes, meshes, strict=True)]
+    alone = random_like((3,), 4)
+    held = [*(local(shards[0]), local(shards[2])), local(shards[1])] if first else [local(shards[2])]
+    told: list[Any] = [None] * 2
+    dist.all_gather_object(told, held)
+    for p in (2.0, 1.0, 0.0, math.inf, 3.0, -1.0):
+        for some in (shards[:1], shards):
+            parameters = [nn.Parameter(torch.zeros_like(s)) for s in some]
+            for q, s in zip(parameters, some, strict=True):
+                if first or s is shards[2]:
+                    q.grad = s.clone()
+            mine = [parameter(alone.clone())] if first and len(some) == 3 else []
+            expected = [x for rank in told for x in rank] if len(some) == 3 else told[0][:1]
+            with collectives(1):
+                norm = initlab.clip_grad_norm_([*mine, *parameters], 1e30, p)
+            close(norm, float(len(some) + len(mine)) if p == 0.0 else norm_of([*expected, *[alone] * len(mine)], p))
+            assert [q.grad is None for q in parameters] == [not first and s is not shards[2] for s in some]
+    for optimizer in (fused, momentum):
+        weight = nn.Parameter(torch.zeros_like(shards[0]))
+        ours = optimizer([weight])
+        clipper = initlab.GradClipper(ours, 1e-3)
+        for bad in (False, True):
+            if first:
+                weight.grad = shards[0].clone()
+                plant(weight.grad, 0 if bad else -1, math.nan)
+            ours.step()
+        stats = clipper.stats()
+        assert (stats.steps, stats.clipped, stats.nonfinite, stats.first_bad_step) == (2, 1, 1, 1), stats
+        assert local(weight).isfinite().all()
+        assert bool(local(weight).any()) == first
+
+
 @on(3)
 def outside() -> None:
     """A rank that is no member of a mesh has nothing of it, and takes no part."""
@@ -338,6 +378,29 @@ def pipeline_of_shards() -> None:
         local(given[1])[0, 0] = math.nan
     parameters = [(f"stage{stage}.{i}", parameter(g)) for i, g in enumerate(given)]
     assert raised(parameters, pp_group=mesh["pp"]) == "stage1.1, on rank 3,"
+    for wrong in (mesh["dp"], dist.group.WORLD):  # every rank of "dp" has the norm over it already
+        with pytest.raises(ValueError, match="would count 2 times"):
+            initlab.get_total_norm(given, pp_group=wrong)
+
+
+@on(2)
+def stages_under_a_scaler() -> None:
+    """An overflow in one stage: all skip the step and lower the scale."""
+    for optimizer in (fused, momentum):
+        weight = nn.Parameter(torch.ones(4))
+        ours = optimizer([weight])
+        clipper = initlab.GradClipper(ours, 1.0, pp_group=dist.group.WORLD)
+        scaler = ShardedGradScaler("cpu", init_scale=64.0, process_group=dist.group.WORLD)
+        for step in range(3):
+            ours.zero_grad()
+            scaler.scale((weight * (math.inf if step == dist.get_rank() == 1 else 1.0)).square().sum()).backward()
+            scaler.unscale_(ours)
+            before = weight.detach().clone()
+            scaler.step(ours)
+            scaler.update()
+            assert torch.equal(before, weight) == (step == 1)
+            assert scaler.get_scale() == (32.0 if step else 64.0)
+        assert clipper.stats().clipped == 2
 
 
 def whole_in(tensor: DTensor, group: Any) -> Tensor:

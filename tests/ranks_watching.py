@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ranks import on
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -174,6 +174,18 @@ def a_shard_under_fsdp() -> None:
             assert told(report) == (last(), "forward", "held", "up", "weight"), (spread, options, report)
             assert [fault.rank for fault in report.others] == list(range(last()))  # all have gathered it
             assert {(fault.cause, fault.module, fault.gathered) for fault in report.others} == {("held", "up", True)}
+
+
+@on(2)
+def a_shard_that_overflows_when_it_is_gathered() -> None:
+    """Finite in float32 on its own rank, infinite in float16 on all."""
+    for options in ways():
+        model = MLP()
+        with torch.no_grad():
+            model.up.weight[-1, -1] = 1e6
+        report = watched(sharded.fsdp(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16)), **options)
+        assert told(report) == (1, "forward", "held", "up", "weight"), report
+        assert [(fault.rank, fault.gathered) for fault in report.others] == [(0, True)]
 
 
 def by_layers(model: MLP) -> nn.Module:
