@@ -520,8 +520,9 @@ class GradClipper:
     Works under torch.amp.GradScaler: scaled gradients are measured as what they stand for, and a step that the scaler
     gives up stays given up. Parameter groups count as one vector; parameters without a gradient are passed over.
 
-    Works with DTensors on any meshes (FSDP2, tensor, expert and hybrid parallelism): every rank takes the same norm,
-    and a NaN on one rank makes all skip the step. See `get_total_norm`.
+    Works with DTensors on any meshes (FSDP2, tensor, expert and hybrid parallelism): every rank of the meshes takes the
+    same norm, and a NaN on one makes all skip the step. Ranks that share no mesh know nothing of each other, unless
+    pp_group joins them. See `get_total_norm`.
 
     Args:
         optimizer: any whose step() takes no closure. Its names are used if it was made of named_parameters().
