@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 import initlab
 from initlab.distributed import blocks, local
@@ -274,6 +275,24 @@ def refused() -> None:
     assert mine == initlab.model_digest(whole(lambda: nn.Linear(3, 4), seed=0)).total
 
 
+@on(2)
+def hidden() -> None:
+    """Parts that are plain tensors: of DistributedDataParallel over tensor parallelism, and gathered copies."""
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), mesh["tp"], {"0": ColwiseParallel()})
+    DistributedDataParallel(model, device_mesh=mesh["dp"])
+    assert not hasattr(model[0].weight, "placements")
+    raises("0.weight is the local part of a DTensor placed (S(0))", initlab.init_model_, model, 0)
+    raises("before the model is wrapped", initlab.model_digest, model)
+    model = spread.fsdp(Conv())
+    initlab.init_model_(model.head, 5, names="head")
+    model.loss()
+    raises("weight belongs to a module above this model", initlab.init_model_, model.head, 0)
+    raises("call its reshard()", initlab.model_digest, model.head)
+    model.reshard()
+    assert torch.equal(gathered(model.head.weight), whole(Conv).head.weight)
+
+
 def raises(message: str, function: Callable[..., object], *args: object) -> None:
     with pytest.raises((NotImplementedError, RuntimeError), match=re.escape(message)):
         function(*args)
@@ -360,6 +379,44 @@ def while_gathered() -> None:
     digest = initlab.model_digest(model)
     model.loss()
     assert initlab.model_digest(model) == digest
+
+
+@on(2)
+def without_gradients() -> None:
+    """In inference mode too the parameters become such as can be trained."""
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with torch.device("meta"):
+            model = Conv()
+        model = spread.fsdp(model)
+        with mode:
+            initlab.init_model_(model, 4, device="cpu")
+            initlab.init_model_(model, 5)
+        same(model, whole(Conv))
+        model.loss().backward()
+
+
+@on(2, 3)
+def buffers() -> None:
+    """Buffers that are DTensors have laws, and values that the caller gives, as any other."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    values = {"table": torch.arange(35.0).view(7, 5), "scale": torch.tensor(3.0)}
+
+    def plain(name: str, _: Tensor) -> Tensor | None:
+        return values.get(name)
+
+    def spread_out(name: str, _: Tensor) -> Tensor | None:
+        return distribute_tensor(values[name].expand(7, 5), mesh, [Shard(1)]) if name in values else None
+
+    for given in (plain, spread_out):
+        with torch.device("meta"):
+            model = nn.BatchNorm1d(7)
+            model.running_var = distribute_tensor(torch.empty(7), mesh, [Shard(0)])
+            for name in values:
+                model.register_buffer(name, distribute_tensor(torch.empty(7, 5), mesh, [Shard(0)]))
+        initlab.init_model_(model, 5, device="cpu", buffers=given)
+        assert torch.equal(gathered(model.running_var), torch.ones(7))
+        for name, value in values.items():
+            assert torch.equal(gathered(getattr(model, name)), value.expand(7, 5)), name
 
 
 @on(2, 3, 4)
