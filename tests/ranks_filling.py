@@ -236,6 +236,36 @@ def calls() -> None:
 
 
 @on(2, 3)
+def in_pieces() -> None:
+    """A view of a DTensor may be a _StridedShard on its own: a rank holds several pieces of it."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def flat() -> Tensor:
+        return distribute_tensor(torch.zeros(4, 6, 5), mesh, [Shard(1)]).view(24, 5)
+
+    assert len(blocks(flat())) == 4
+    assert torch.equal(gathered(initlab.init.eye_(flat())), torch.eye(24, 5))
+    model = nn.Embedding(24, 5, padding_idx=13)
+    model.weight = nn.Parameter(flat())
+    initlab.init_model_(model, 5)
+    expected = whole(lambda: nn.Embedding(24, 5, padding_idx=13))
+    same(model, expected)
+    assert initlab.model_digest(model) == initlab.model_digest(expected)
+
+
+@on(2)
+def under_way() -> None:
+    """A local tensor that a collective is still writing is waited for."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    tensor = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(0)]).redistribute(mesh, [Replicate()], async_op=True)
+    torch.manual_seed(3)
+    expected = initlab.init.normal_(torch.empty(7, 5))
+    torch.manual_seed(3)
+    initlab.init.normal_(tensor)
+    assert torch.equal(gathered(tensor), expected)
+
+
+@on(2, 3)
 def placed_ones() -> None:
     """eye_ and dirac_; torch's own write each rank's part as if it were the whole."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
