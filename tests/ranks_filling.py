@@ -404,6 +404,7 @@ def while_gathered() -> None:
     loss = model.loss()
     assert not hasattr(model.head.weight, "placements")
     initlab.init_model_(model, 5)
+    model.reshard()
     same(model, whole(Conv))
     del loss
     digest = initlab.model_digest(model)
