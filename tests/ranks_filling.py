@@ -484,6 +484,9 @@ def agreement() -> None:
     assert traffic.get_total_counts() == 1
     odd = int(rank == world - 1)
     raises(f"head.weight: rank {world - 1} of {world}", lambda: initlab.init_model_(model, 6 + odd, check_ranks=True))
+    if world == 4:  # over both dimensions of a mesh
+        square = spread.hybrid(Conv())
+        raises("head.weight: rank 3 of 4", lambda: initlab.init_model_(square, 6 + odd, check_ranks=True))
     recipe = {"head": "he", "*": "torch"} if odd else "torch"
     raises(f"stem.weight: rank {world - 1}", lambda: initlab.init_model_(model, 5 + odd, recipe, check_ranks=True))
     same(model, whole(Conv))
