@@ -505,6 +505,12 @@ def agreement() -> None:
         fill(None, own)
     assert traffic.get_total_counts() == 1
     raises("generator 2 (cpu), first used for shape (7, 5)", initlab.swap(check_ranks=True)(fill), None, own, mine)
+
+    def seeded_again() -> None:
+        fill(mine)
+        fill(mine.manual_seed(3))
+
+    raises("generator 1 (cpu)", initlab.swap(check_ranks=True)(seeded_again))
     torch.manual_seed(rank)
     raises("torch's default CPU generator", initlab.swap(check_ranks=True)(fill), None)
     plain = torch.empty(3)
