@@ -517,6 +517,11 @@ def agreement() -> None:
     with initlab.swap(check_ranks=True):  # no DTensor: there is nobody to compare with
         initlab.init.normal_(plain)
     raises("keys differ", initlab.swap(check_ranks=dist.group.WORLD)(initlab.init.normal_), plain)
+    if world == 4:  # over a part of the ranks
+        half = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("far", "near"))
+        torch.manual_seed(rank // 2)
+        initlab.swap(check_ranks=half["near"])(initlab.init.normal_)(plain)
+        raises("keys differ", initlab.swap(check_ranks=half["far"])(initlab.init.normal_), plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------
