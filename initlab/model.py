@@ -531,7 +531,7 @@ def _swapped(old: Tensor, new: Tensor) -> Tensor:
         torch.utils.swap_tensors(old, new)
     except RuntimeError:  # somebody holds a weak reference to it
         return new
-    if gradient is not None:
+    if gradient is not None and not gradient.is_meta:
         old.grad = gradient.to(old.device)
     return old
 

@@ -426,6 +426,20 @@ def without_gradients() -> None:
         model.loss().backward()
 
 
+@on(2)
+def gradients_on_meta() -> None:
+    """They go, as nothing is in them, and the parameters stay the same objects."""
+    with torch.device("meta"):
+        model = Conv()
+    model = spread.fsdp(model)
+    held = list(model.parameters())
+    for parameter in held:
+        parameter.grad = torch.empty_like(parameter)
+    initlab.init_model_(model, 5, device="cpu")
+    same(model, whole(Conv))
+    assert all(a is b and a.grad is None for a, b in zip(model.parameters(), held, strict=True))
+
+
 @on(2, 3)
 def buffers() -> None:
     """Buffers that are DTensors have laws, and values that the caller gives, as any other."""
