@@ -427,6 +427,32 @@ def without_gradients() -> None:
 
 
 @on(2)
+def kept() -> None:
+    """What is said of parameters stays: frozen, labelled, with the laws and classes of the whole; autograd notices."""
+
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3).requires_grad_(False))
+        model[0].weight.label = "first"
+        return model
+
+    with torch.device("meta"):
+        model = make()
+    for layer in model:
+        fully_shard(layer, mesh=dist.init_device_mesh("cpu", (2,)))
+        layer.weight.label = "first"
+    report = initlab.init_model_(model, 5, device="cpu")
+    assert str(report) == str(initlab.plan_model(make(), 5))
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, False]
+    assert model[0].weight.label == "first"
+    loss = model[0].weight.square().sum().full_tensor()
+    initlab.init_model_(model, 5)
+    raises("modified by an inplace operation", loss.backward)
+    model.again = nn.Parameter(model[0].weight.detach().T)
+    with pytest.raises(ValueError, match="share memory"):
+        initlab.init_model_(model, 5, {"again": "he", "*": "torch"})
+
+
+@on(2)
 def gradients_on_meta() -> None:
     """They go, as nothing is in them, and the parameters stay the same objects."""
     with torch.device("meta"):
@@ -503,6 +529,8 @@ def agreement() -> None:
         raises("head.weight: rank 3 of 4", lambda: initlab.init_model_(square, 6 + odd, check_ranks=True))
     recipe = {"head": "he", "*": "torch"} if odd else "torch"
     raises(f"stem.weight: rank {world - 1}", lambda: initlab.init_model_(model, 5 + odd, recipe, check_ranks=True))
+    recipe = {"head": "trunc_normal", "*": "torch"} if odd else {"head": "gpt2", "*": "torch"}
+    raises(f"head.weight: rank {world - 1}", lambda: initlab.init_model_(model, 5, recipe, check_ranks=True))
     same(model, whole(Conv))
     tensor = model.head.weight
     own = torch.Generator().manual_seed(3)
