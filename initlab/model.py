@@ -418,7 +418,12 @@ def _given(slot: Slot, value: Any, buffer: Tensor) -> Tensor:
     with torch.no_grad():
         value = torch.as_tensor(value, device=buffer.device)
         try:
-            return buffer.copy_(value.expand(buffer.shape))
+            if not is_dtensor(buffer) or is_dtensor(value):
+                return buffer.copy_(value.expand(buffer.shape))
+            whole = value.expand(buffer.shape)
+            for mine, region in blocks(buffer):
+                mine.copy_(region.of(whole))
+            return buffer
         except RuntimeError:
             raise ValueError(
                 f"buffers: {slot.name} has shape {tuple(buffer.shape)}, and the value given has {tuple(value.shape)}"
@@ -526,7 +531,7 @@ def _swapped(old: Tensor, new: Tensor) -> Tensor:
         torch.utils.swap_tensors(old, new)
     except RuntimeError:  # somebody holds a weak reference to it
         return new
-    if gradient is not None:
+    if gradient is not None and not gradient.is_meta:
         old.grad = gradient.to(old.device)
     return old
 
@@ -546,10 +551,12 @@ def _fill(plan: _Plan, new: dict[int, Tensor], ready: Set[int], advance: Callabl
             if task.rule is None or id(task.slot.tensor) in ready:
                 continue
             current = task.slot.name
-            tensor = new.get(id(task.slot.tensor), task.slot.tensor).detach()
+            tensor = new.get(id(task.slot.tensor), task.slot.tensor)
+            filled.append(tensor)
+            if not is_dtensor(tensor):  # which inference mode would not let detach
+                tensor = tensor.detach()
             for block, law in task.rule.fills:
                 yield from draws_of(tensor, law, task.key, block)
-            filled.append(tensor)
         current = ""
 
     try:

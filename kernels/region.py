@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Run(NamedTuple):
     """`rows` runs of `length` elements that follow each other in memory; row r begins at element start + r * stride."""
@@ -52,6 +54,11 @@ class Region:
     def numel(self) -> int:
         """Elements in the block."""
         return math.prod(self.sizes)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The view of a logical tensor, all of which is here, that is the block."""
+        ends = (offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
+        return whole[tuple(map(slice, self.offsets, ends))]
 
     def narrow(self, dim: int, offset: int, size: int) -> Region:
         """The part of the block that begins at `offset` within it and is `size` long in dimension `dim`."""

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 import initlab
 from initlab.distributed import blocks, local
@@ -234,6 +235,36 @@ def calls() -> None:
 
 
 @on(2, 3)
+def in_pieces() -> None:
+    """A view of a DTensor may be a _StridedShard on its own: a rank holds several pieces of it."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def flat() -> Tensor:
+        return distribute_tensor(torch.zeros(4, 6, 5), mesh, [Shard(1)]).view(24, 5)
+
+    assert len(blocks(flat())) == 4
+    assert torch.equal(gathered(initlab.init.eye_(flat())), torch.eye(24, 5))
+    model = nn.Embedding(24, 5, padding_idx=13)
+    model.weight = nn.Parameter(flat())
+    initlab.init_model_(model, 5)
+    expected = whole(lambda: nn.Embedding(24, 5, padding_idx=13))
+    same(model, expected)
+    assert initlab.model_digest(model) == initlab.model_digest(expected)
+
+
+@on(2)
+def under_way() -> None:
+    """A local tensor that a collective is still writing is waited for."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    tensor = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(0)]).redistribute(mesh, [Replicate()], async_op=True)
+    torch.manual_seed(3)
+    expected = initlab.init.normal_(torch.empty(7, 5))
+    torch.manual_seed(3)
+    initlab.init.normal_(tensor)
+    assert torch.equal(gathered(tensor), expected)
+
+
+@on(2, 3)
 def placed_ones() -> None:
     """eye_ and dirac_; torch's own write each rank's part as if it were the whole."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -271,6 +302,24 @@ def refused() -> None:
         initlab.init_model_(flat, 0, names=lambda name: name.removeprefix("_flat_param."))
         mine = initlab.model_digest(flat).total
     assert mine == initlab.model_digest(whole(lambda: nn.Linear(3, 4), seed=0)).total
+
+
+@on(2)
+def hidden() -> None:
+    """Parts that are plain tensors: of DistributedDataParallel over tensor parallelism, and gathered copies."""
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), mesh["tp"], {"0": ColwiseParallel()})
+    DistributedDataParallel(model, device_mesh=mesh["dp"])
+    assert not hasattr(model[0].weight, "placements")
+    raises("0.weight is the local part of a DTensor placed (S(0))", initlab.init_model_, model, 0)
+    raises("before the model is wrapped", initlab.model_digest, model)
+    model = spread.fsdp(Conv())
+    initlab.init_model_(model.head, 5, names="head")
+    model.loss()
+    raises("weight belongs to a module above this model", initlab.init_model_, model.head, 0)
+    raises("call its reshard()", initlab.model_digest, model.head)
+    model.reshard()
+    assert torch.equal(gathered(model.head.weight), whole(Conv).head.weight)
 
 
 def raises(message: str, function: Callable[..., object], *args: object) -> None:
@@ -354,11 +403,90 @@ def while_gathered() -> None:
     loss = model.loss()
     assert not hasattr(model.head.weight, "placements")
     initlab.init_model_(model, 5)
+    model.reshard()
     same(model, whole(Conv))
     del loss
     digest = initlab.model_digest(model)
     model.loss()
     assert initlab.model_digest(model) == digest
+
+
+@on(2)
+def without_gradients() -> None:
+    """In inference mode too the parameters become such as can be trained."""
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with torch.device("meta"):
+            model = Conv()
+        model = spread.fsdp(model)
+        with mode:
+            initlab.init_model_(model, 4, device="cpu")
+            initlab.init_model_(model, 5)
+        same(model, whole(Conv))
+        model.loss().backward()
+
+
+@on(2)
+def kept() -> None:
+    """What is said of parameters stays: frozen, labelled, with the laws and classes of the whole; autograd notices."""
+
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3).requires_grad_(False))
+        model[0].weight.label = "first"
+        return model
+
+    with torch.device("meta"):
+        model = make()
+    for layer in model:
+        fully_shard(layer, mesh=dist.init_device_mesh("cpu", (2,)))
+        layer.weight.label = "first"
+    report = initlab.init_model_(model, 5, device="cpu")
+    assert str(report) == str(initlab.plan_model(make(), 5))
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, False]
+    assert model[0].weight.label == "first"
+    loss = model[0].weight.square().sum().full_tensor()
+    initlab.init_model_(model, 5)
+    raises("modified by an inplace operation", loss.backward)
+    model.again = nn.Parameter(model[0].weight.detach().T)
+    with pytest.raises(ValueError, match="share memory"):
+        initlab.init_model_(model, 5, {"again": "he", "*": "torch"})
+
+
+@on(2)
+def gradients_on_meta() -> None:
+    """They go, as nothing is in them, and the parameters stay the same objects."""
+    with torch.device("meta"):
+        model = Conv()
+    model = spread.fsdp(model)
+    held = list(model.parameters())
+    for parameter in held:
+        parameter.grad = torch.empty_like(parameter)
+    initlab.init_model_(model, 5, device="cpu")
+    same(model, whole(Conv))
+    assert all(a is b and a.grad is None for a, b in zip(model.parameters(), held, strict=True))
+
+
+@on(2, 3)
+def buffers() -> None:
+    """Buffers that are DTensors have laws, and values that the caller gives, as any other."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    values = {"table": torch.arange(35.0).view(7, 5), "scale": torch.tensor(3.0)}
+
+    def plain(name: str, _: Tensor) -> Tensor | None:
+        return values.get(name)
+
+    def spread_out(name: str, _: Tensor) -> Tensor | None:
+        return distribute_tensor(values[name].expand(7, 5), mesh, [Shard(1)]) if name in values else None
+
+    for given in (plain, spread_out):
+        with torch.device("meta"):
+            model = nn.BatchNorm1d(7)
+            model.running_var = distribute_tensor(torch.empty(7), mesh, [Shard(0)])
+            for name in values:
+                model.register_buffer(name, distribute_tensor(torch.empty(7, 5), mesh, [Shard(0)]))
+        initlab.init_model_(model, 5, device="cpu", buffers=given)
+        assert torch.equal(gathered(model.running_var), torch.ones(7))
+        for name, value in values.items():
+            assert torch.equal(gathered(getattr(model, name)), value.expand(7, 5)), name
 
 
 @on(2, 3, 4)
@@ -395,8 +523,13 @@ def agreement() -> None:
     assert traffic.get_total_counts() == 1
     odd = int(rank == world - 1)
     raises(f"head.weight: rank {world - 1} of {world}", lambda: initlab.init_model_(model, 6 + odd, check_ranks=True))
+    if world == 4:  # over both dimensions of a mesh
+        square = spread.hybrid(Conv())
+        raises("head.weight: rank 3 of 4", lambda: initlab.init_model_(square, 6 + odd, check_ranks=True))
     recipe = {"head": "he", "*": "torch"} if odd else "torch"
     raises(f"stem.weight: rank {world - 1}", lambda: initlab.init_model_(model, 5 + odd, recipe, check_ranks=True))
+    recipe = {"head": "trunc_normal", "*": "torch"} if odd else {"head": "gpt2", "*": "torch"}
+    raises(f"head.weight: rank {world - 1}", lambda: initlab.init_model_(model, 5, recipe, check_ranks=True))
     same(model, whole(Conv))
     tensor = model.head.weight
     own = torch.Generator().manual_seed(3)
@@ -413,12 +546,23 @@ def agreement() -> None:
         fill(None, own)
     assert traffic.get_total_counts() == 1
     raises("generator 2 (cpu), first used for shape (7, 5)", initlab.swap(check_ranks=True)(fill), None, own, mine)
+
+    def seeded_again() -> None:
+        fill(mine)
+        fill(mine.manual_seed(3))
+
+    raises("generator 1 (cpu)", initlab.swap(check_ranks=True)(seeded_again))
     torch.manual_seed(rank)
     raises("torch's default CPU generator", initlab.swap(check_ranks=True)(fill), None)
     plain = torch.empty(3)
     with initlab.swap(check_ranks=True):  # no DTensor: there is nobody to compare with
         initlab.init.normal_(plain)
     raises("keys differ", initlab.swap(check_ranks=dist.group.WORLD)(initlab.init.normal_), plain)
+    if world == 4:  # over a part of the ranks
+        half = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("far", "near"))
+        torch.manual_seed(rank // 2)
+        initlab.swap(check_ranks=half["near"])(initlab.init.normal_)(plain)
+        raises("keys differ", initlab.swap(check_ranks=half["far"])(initlab.init.normal_), plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------

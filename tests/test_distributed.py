@@ -247,6 +247,7 @@ def test_two_readings():
     splits = [(4, 3, 2), (2, 0, 1)]  # nine elements: in two, and the first of those in four; or the fourth of _S first
     assert held(9, splits, size=0) == []
     assert held(9, splits, size=1) == [(8, 1)]
+    assert held(38, [(4, 3, 4), (4, 2, 1)], size=1) == [(29, 1)]  # both fit: FSDP's counts, not torch's (37, 1)
     everywhere = Counter()
     for dp, tp in itertools.product(range(4), range(2)):
         for offset, size in held(9, [(4, dp, 2), (2, tp, 1)]):
