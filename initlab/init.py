@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
-import torch.nn.init as nn_init
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
@@ -29,6 +28,8 @@ from torch.nn.init import (
     ones_,
     zeros_,
 )
+from torch.nn.init import dirac_ as _torchs_dirac_  # now, since swap() puts ours in their places
+from torch.nn.init import eye_ as _torchs_eye_
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from initlab.kernels import Draw, Law, Normal, Region, TruncatedNormal, Uniform, eagerly, fill_, generator_key
@@ -374,7 +375,7 @@ def eye_(tensor: Tensor) -> Tensor:
                 [0., 1., 0.]])
     """
     if not is_dtensor(tensor) or tensor.ndimension() != 2:
-        return nn_init.eye_(tensor)
+        return _torchs_eye_(tensor)
     return _fill_by_place(tensor, lambda row, column: row == column)
 
 
@@ -398,8 +399,8 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
                 [0., 1.]])
     """
     if not is_dtensor(tensor):
-        return nn_init.dirac_(tensor, groups)
-    nn_init.dirac_(torch.empty(tensor.shape, device="meta"), groups)  # for its errors
+        return _torchs_dirac_(tensor, groups)
+    _torchs_dirac_(torch.empty(tensor.shape, device="meta"), groups)  # for its errors
     out, inputs, *kernel = tensor.shape
     each = out // groups
 

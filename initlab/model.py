@@ -5,6 +5,7 @@ import functools
 import math
 import operator
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -52,7 +53,8 @@ def init_model_(
     activation checkpointing) nor what else is filled changes a parameter's values. No generator is touched.
 
     Of a DTensor (FSDP2, HSDP, tensor and expert parallelism) each rank fills what it holds, its part of the values of
-    the whole; nothing is communicated, and no rank ever holds a whole tensor, from the meta device neither.
+    the whole; nothing is communicated, and no rank ever holds a whole tensor, from the meta device neither. A DTensor
+    that gets memory stays the same object, with a warning where torch does not allow it.
 
     Args:
         model: filled in place, outside autograd. Parameters on the meta device become new parameters on `device`, with
@@ -506,7 +508,7 @@ def _attach(plan: _Plan, new: dict[int, Tensor], target: torch.device | None) ->
                 continue
             moved = old.detach().to(target)
         if is_dtensor(old):
-            moved = _swapped(old, moved)
+            moved = _swapped(old, moved, slot.name)
         elif slot.is_parameter and torch._has_compatible_shallow_copy_type(old, moved):
             old.data = moved.detach()  # the same Parameter, as Module.to keeps it for an optimizer
             if old.grad is not None:
@@ -522,14 +524,19 @@ def _attach(plan: _Plan, new: dict[int, Tensor], target: torch.device | None) ->
         module._init_flat_weights()  # it keeps a list of its parameters
 
 
-def _swapped(old: Tensor, new: Tensor) -> Tensor:
+def _swapped(old: Tensor, new: Tensor, name: str) -> Tensor:
     """A DTensor that is `old` to those who hold it and has what `new` has, as Module.to leaves it for an optimizer."""
     gradient, old.grad = old.grad, None  # which would keep it from being swapped
     if not isinstance(new, nn.Parameter) and isinstance(old, nn.Parameter):
         new = nn.Parameter(new, old.requires_grad)
     try:
         torch.utils.swap_tensors(old, new)
-    except RuntimeError:  # somebody holds a weak reference to it
+    except RuntimeError as error:
+        warnings.warn(
+            f"{name} is a new parameter now, as torch could not change the old one in place ({error}); make anew what "
+            "holds the old one, such as an optimizer",
+            stacklevel=2,
+        )
         return new
     if gradient is not None and not gradient.is_meta:
         old.grad = gradient.to(old.device)

@@ -412,6 +412,14 @@ class _Notes:
         self.recorder.no_law(tensor, "sparse_")
         return tensor
 
+    def eye_(self, tensor: Tensor) -> Tensor:
+        self.recorder.no_law(tensor, "eye_")
+        return tensor
+
+    def dirac_(self, tensor: Tensor, groups: int = 1) -> Tensor:
+        self.recorder.no_law(tensor, "dirac_")
+        return tensor
+
 
 _IN_PLACE = ("__setitem__", "__set__", "__imul__", "__itruediv__", "__iadd__", "__isub__")
 

@@ -2,8 +2,8 @@
 
 A TorchFunctionMode sees `Tensor.normal_`, `Tensor.uniform_` and the functions of torch.nn.init that ask for it,
 however they were imported. `trunc_normal_` does not ask, but calls a helper that it looks up in torch.nn.init;
-`orthogonal_` and `sparse_` are looked up there by their callers. Those three names are replaced while any thread is
-inside a swap().
+`orthogonal_`, `sparse_`, `eye_` and `dirac_` are looked up there by their callers. Those names are replaced while any
+thread is inside a swap().
 """
 
 import functools
@@ -39,6 +39,8 @@ class Sink(Protocol):
     ) -> Tensor: ...
     def orthogonal_(self, tensor: Tensor, gain: float = ..., generator: Any = ...) -> Tensor: ...
     def sparse_(self, tensor: Tensor, sparsity: float, std: float = ..., generator: Any = ...) -> Tensor: ...
+    def eye_(self, tensor: Tensor) -> Tensor: ...
+    def dirac_(self, tensor: Tensor, groups: int = ...) -> Tensor: ...
 
 
 class Redirect(TorchFunctionMode):
@@ -125,7 +127,13 @@ def _sinks() -> list[Sink]:
     return sinks
 
 
-_TARGETS = {"_no_grad_trunc_normal_": "trunc_normal_", "orthogonal_": "orthogonal_", "sparse_": "sparse_"}
+_TARGETS = {
+    "_no_grad_trunc_normal_": "trunc_normal_",
+    "orthogonal_": "orthogonal_",
+    "sparse_": "sparse_",
+    "eye_": "eye_",  # these two for DTensors alone, which torch's own fill wrongly
+    "dirac_": "dirac_",
+}
 
 
 class _Patches:
@@ -270,7 +278,7 @@ def swap(*, check_ranks: Any = False) -> _Swap:
 
     - every function of torch.nn.init, also where a library has imported it by name. Of `orthogonal_` and `sparse_`
       imported by name, or called by their deprecated names, the random numbers come from the stream and the rest is
-      torch's;
+      torch's; so are `eye_` and `dirac_`, which must not be given DTensors then;
     - `Tensor.normal_` and `Tensor.uniform_` of floating and complex tensors, also on `.data`.
 
     What makes new tensors, such as `torch.randn`, `torch.normal` or `nn.Parameter(torch.rand(n))`, is not swapped.

@@ -275,6 +275,12 @@ def placed_ones() -> None:
             tensor = distribute_tensor(torch.ones(shape), mesh, [Shard(dim)])
             expected = torch.nn.init.dirac_(torch.empty(shape), groups)
             assert torch.equal(gathered(initlab.init.dirac_(tensor, groups)), expected), (shape, groups)
+            with initlab.swap():
+                torch.nn.init.constant_(tensor, 3.0)
+                assert torch.equal(gathered(torch.nn.init.dirac_(tensor, groups)), expected)
+        tensor = distribute_tensor(torch.ones(7, 5), mesh, [Shard(dim)])
+        with initlab.swap():
+            assert torch.equal(gathered(torch.nn.init.eye_(tensor)), torch.eye(7, 5))
 
 
 @on(2)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 from collections import Counter
 
 import pytest
@@ -184,6 +185,19 @@ def test_a_rank_of_512(world, rank):
             where = zip(region.offsets, region.sizes, strict=True)
             expected = whole.get_parameter(name)[tuple(slice(offset, offset + size) for offset, size in where)]
             assert torch.equal(mine, expected), name
+
+
+def test_a_parameter_that_cannot_stay_the_same_object(world):
+    """torch swaps no tensor to which there is a weak reference."""
+    world(4, 1)
+    with torch.device("meta"):
+        model = Layer()
+    model = SPREADS["fsdp"](model, 4)
+    held = weakref.ref(model.up.weight)
+    with pytest.warns(UserWarning, match=r"up\.weight is a new parameter now.*weakref.*make anew"):
+        initlab.init_model_(model, 3, device="cpu")
+    assert held() is not model.up.weight
+    assert not model.up.weight.is_meta
 
 
 def test_an_order_that_placements_alone_do_not_tell(world):

@@ -43,7 +43,7 @@ RANDOM: dict[str, dict[str, Any]] = {
 CONSTANT: dict[str, dict[str, Any]] = {"constant_": {"val": 0.3}, "ones_": {}, "zeros_": {}, "eye_": {}, "dirac_": {}}
 EVERY = RANDOM | CONSTANT
 ALIASES = {name for name in THEIRS.__all__ if not name.endswith("_")} - {"calculate_gain"}
-REPLACED = ("_no_grad_trunc_normal_", "orthogonal_", "sparse_")
+REPLACED = ("_no_grad_trunc_normal_", "eye_", "dirac_", "orthogonal_", "sparse_")  # in their order there
 STEERED = sorted(set(RANDOM) - {"sparse_"})  # torch's sparse_ takes its places from the default generator
 METHODS = ("normal_", "uniform_")
 
@@ -658,7 +658,7 @@ def test_inside_and_outside() -> None:
     assert not is_patched()
 
 
-def test_only_three_names_are_replaced() -> None:
+def test_only_these_names_are_replaced() -> None:
     before = patchable()
     with swap():
         inside = patchable()
