@@ -96,7 +96,7 @@ def reshard(model: Any) -> None:
                 )
 
 
-def refuse_flat_shards(model: nn.Module) -> None:
+def refuse_hidden_shards(model: nn.Module) -> None:
     """Raise where this rank's parts of parameters are plain tensors, whose shapes are not the parameters'.
 
     FullyShardedDataParallel, the first FSDP, holds flat pieces; DistributedDataParallel with a device_mesh puts local
@@ -187,9 +187,7 @@ def draws(tensor: Tensor, law: Law, key: int, part: tuple[int, int, int] | None 
         if part is None:
             yield Draw(tensor, law, key)
             return
-        shape = tuple(tensor.shape)
-        whole = Region(shape, (0,) * len(shape), shape)
-        yield Draw(tensor.narrow(*part), law, key, whole.narrow(*part))
+        yield Draw(tensor.narrow(*part), law, key, Region.whole(tensor.shape).narrow(*part))
         return
     for mine, region in blocks(tensor):
         if part is None:

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from initlab.kernels import Constant, Draw, eagerly, fill_, named_key
 
 from .collectives import check_agreement
-from .distributed import blocks, count_as_written, is_dtensor, local, refuse_flat_shards, reshard
+from .distributed import blocks, count_as_written, is_dtensor, local, refuse_hidden_shards, reshard
 from .distributed import draws as draws_of
 from .layers import Rule, reset_function
 from .naming import Names, Slot, class_name, matches, shared_memory, slots
@@ -243,7 +243,7 @@ def _plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None, na
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     seed = operator.index(seed)
     chosen = resolve(recipe)
-    refuse_flat_shards(model)
+    refuse_hidden_shards(model)
     parameters, buffers = slots(model, names)
     selected = _selection(only, [*parameters, *buffers])
     _refuse(parameters, selected)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from initlab.kernels import STREAM_VERSION, Constant, Law, Normal, Uniform, content_sum
 
 from .collectives import Axes, reduced
-from .distributed import blocks, is_dtensor, local, refuse_flat_shards, reshard
+from .distributed import blocks, is_dtensor, local, refuse_hidden_shards, reshard
 from .layers import Block
 from .naming import Names, slots
 
@@ -127,7 +127,7 @@ def model_digest(model: nn.Module, names: Names | None = None) -> ModelDigest:
         '01b61b64d6384019'
     """
     reshard(model)
-    refuse_flat_shards(model)
+    refuse_hidden_shards(model)
     parameters = slots(model, names)[0]
     sums = _summed([slot.tensor for slot in parameters], [_content_of(slot.tensor, slot.name) for slot in parameters])
     digests: dict[str, str] = {}

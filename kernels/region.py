@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +54,18 @@ class Region:
     def numel(self) -> int:
         """Elements in the block."""
         return math.prod(self.sizes)
+
+    @staticmethod
+    def whole(shape: Iterable[int]) -> Region:
+        """All of a logical tensor.
+
+        Example:
+            >>> from initlab.kernels import Region
+            >>> Region.whole((4, 6))
+            Region(shape=(4, 6), offsets=(0, 0), sizes=(4, 6))
+        """
+        shape = tuple(shape)
+        return Region(shape, (0,) * len(shape), shape)
 
     def of(self, whole: Tensor) -> Tensor:
         """The view of a logical tensor, all of which is here, that is the block."""

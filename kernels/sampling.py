@@ -379,8 +379,7 @@ def _fill_one(job: _Job) -> None:
             torch.autograd.graph.increment_version(tensor)
         return
     with torch.no_grad():
-        shape = tuple(tensor.shape)
-        _fill_strided(job, tensor, job.region or Region(shape, (0,) * len(shape), shape))
+        _fill_strided(job, tensor, job.region or Region.whole(tensor.shape))
 
 
 def _fill_strided(job: _Job, part: Tensor, region: Region) -> None:

@@ -39,7 +39,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
     A plain tensor is taken as a copy.
     """
-    parts = [(tensor.detach().clone(), Region(tensor.shape, (0,) * tensor.ndim, tensor.shape))]
+    parts = [(tensor.detach().clone(), Region.whole(tensor.shape))]
     if hasattr(tensor, "placements"):
         parts = [(mine.detach().clone(), region) for mine, region in blocks(tensor)]
     every = [None] * dist.get_world_size()
