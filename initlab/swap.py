@@ -3,7 +3,8 @@
 A TorchFunctionMode sees `Tensor.normal_`, `Tensor.uniform_` and the functions of torch.nn.init that ask for it,
 however they were imported. `trunc_normal_` does not ask, but calls a helper that it looks up in torch.nn.init;
 `orthogonal_`, `sparse_`, `eye_` and `dirac_` are looked up there by their callers. Those names are replaced while any
-thread is inside a swap().
+thread is inside a swap(). So is the method with which embeddings set their padding row to zero, for DTensors: torch
+writes into a copy of the row.
 """
 
 import functools
@@ -16,11 +17,14 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from initlab.kernels import Constant, fill_
 
 from . import init
 from .collectives import check_agreement, differing, group_axes, groups_of, refuse_differing
+from .distributed import count_as_written, draws, is_dtensor
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -137,12 +141,12 @@ _TARGETS = {
 
 
 class _Patches:
-    """torch.nn.init's functions that must be replaced by name, replaced while at least one Redirect is entered."""
+    """What must be replaced by name, in torch.nn.init above all, replaced while at least one Redirect is entered."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.entered = 0
-        self.replaced: dict[str, tuple[Any, Any]] = {}  # name: (what was there, what is there now)
+        self.replaced: list[tuple[Any, str, Any, Any]] = []  # (owner, name, what was there, what is there now)
 
     def add(self) -> None:
         with self.lock:
@@ -159,9 +163,15 @@ class _Patches:
                     # tensors to leave alone, and reaches torch's own in the end.
                     if name == target and not _is_torchs(module[name]):
                         continue
-                    self.replaced[name] = module[name], _ask_first(module[name], target)
-                    setattr(torch.nn.init, name, self.replaced[name][1])
+                    self.replace(torch.nn.init, name, _ask_first(module[name], target))
+                for owner in (nn.Embedding, nn.EmbeddingBag):
+                    if _PADDING in vars(owner):
+                        self.replace(owner, _PADDING, _zero_in_place(vars(owner)[_PADDING]))
             self.entered += 1
+
+    def replace(self, owner: Any, name: str, ours: Any) -> None:
+        self.replaced.append((owner, name, vars(owner)[name], ours))
+        setattr(owner, name, ours)
 
     def remove(self) -> None:
         with self.lock:
@@ -170,9 +180,9 @@ class _Patches:
                 self.restore()
 
     def restore(self) -> None:
-        for name, (original, ours) in self.replaced.items():
-            if vars(torch.nn.init).get(name) is ours:  # else somebody has patched on top of it, and will restore it
-                setattr(torch.nn.init, name, original)
+        for owner, name, original, ours in self.replaced:
+            if vars(owner).get(name) is ours:  # else somebody has patched on top of it, and will restore it
+                setattr(owner, name, original)
         self.replaced.clear()
 
     def after_fork(self) -> None:
@@ -195,6 +205,21 @@ def _ask_first(original: _F, target: str) -> _F:
         return (getattr(sinks[-1], target) if sinks else original)(*args, **kwargs)
 
     return redirected  # type: ignore[return-value]
+
+
+_PADDING = "_fill_padding_idx_with_zero"  # of embeddings, at the end of reset_parameters
+
+
+def _zero_in_place(original: _F) -> _F:
+    @functools.wraps(original)
+    def zero_padding(self: Any) -> None:
+        if self.padding_idx is None or not _sinks() or not is_dtensor(self.weight):
+            original(self)
+            return
+        fill_(draws(self.weight, Constant(0.0), 0, (0, self.padding_idx, 1)))
+        count_as_written(self.weight)
+
+    return zero_padding  # type: ignore[return-value]
 
 
 _patches = _Patches()
@@ -279,7 +304,8 @@ def swap(*, check_ranks: Any = False) -> _Swap:
     - every function of torch.nn.init, also where a library has imported it by name. Of `orthogonal_` and `sparse_`
       imported by name, or called by their deprecated names, the random numbers come from the stream and the rest is
       torch's; so are `eye_` and `dirac_`, which must not be given DTensors then;
-    - `Tensor.normal_` and `Tensor.uniform_` of floating and complex tensors, also on `.data`.
+    - `Tensor.normal_` and `Tensor.uniform_` of floating and complex tensors, also on `.data`;
+    - the zeros of an embedding's padding row, where its weight is a DTensor: torch writes them into a copy.
 
     What makes new tensors, such as `torch.randn`, `torch.normal` or `nn.Parameter(torch.rand(n))`, is not swapped.
     Each call takes one key from its generator, as in initlab.init, so the values depend on the order of the calls;

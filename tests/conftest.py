@@ -16,6 +16,8 @@ from initlab.kernels import engines, sampling
 
 import initlab
 
+collect_ignore_glob = ["ranks*.py", "sharded_models.py"]  # run on ranks of their own, by test_ranks.py
+
 
 @pytest.fixture(scope="session")
 def serving():
