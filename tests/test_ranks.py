@@ -1,6 +1,8 @@
 """Scenarios on real ranks, over gloo: tests/ranks_*.py, run by tests/ranks.py."""
 
 import functools
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,3 +27,22 @@ def test_scenario(world, name, request):
     chosen = [item.callspec.params for item in items]
     wrong = outcome(world, tuple(params["name"] for params in chosen if params["world"] == world))[name]
     assert not wrong, wrong
+
+
+def test_the_example_of_the_docs():
+    """docs/distributed.md shows what it prints."""
+    docs = Path(__file__).parent.parent / "docs"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    done = subprocess.run(
+        [*command, docs / "sharded_training.py"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.strip()]
+    assert len(said) == 6
+    page = (docs / "distributed.md").read_text()
+    assert "\n".join(said) in page
