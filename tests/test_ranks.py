@@ -32,9 +32,9 @@ def test_scenario(world, name, request):
 def test_the_example_of_the_docs():
     """docs/distributed.md shows what it prints."""
     docs = Path(__file__).parent.parent / "docs"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     done = subprocess.run(
-        [*command, docs / "sharded_training.py"],
+        [*command, "--nproc-per-node", "4", docs / "sharded_training.py"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
