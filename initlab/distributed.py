@@ -270,7 +270,7 @@ def held(length: int, splits: Sequence[tuple[int, int, int]], size: int | None =
             right. The factor is 1 for Shard, and _StridedShard's split_factor.
         size: how many elements the rank does hold; None to leave it unchecked. FSDP shards what tensor parallelism has
             sharded before, and writes it as a _StridedShard on its left. Where sizes do not divide, that is not what
-            torch reads from the placements; the size tells which of the two a tensor is.
+            distribute_tensor makes of the same placements; the size tells which of the two a tensor is.
 
     Returns:
         (offset, size) pairs without empty ones; None if no reading of the splits gives `size` elements.
@@ -300,7 +300,7 @@ def _in_order(length: int, splits: Sequence[tuple[int, int, int]]) -> list[Inter
 
 
 def _from_left(length: int, splits: Sequence[tuple[int, int, int]]) -> list[Interval]:
-    """By mesh dimension from left to right, as torch reads placements; a factor cuts before its parts are taken."""
+    """By mesh dimension from left to right, as distribute_tensor does; a factor cuts before its parts are taken."""
     stretches = [(0, length)]
     for parts, index, factor in splits:
         stretches = [one for i in range(factor) for one in _chunk(_chunk(stretches, factor, i), parts, index)]
