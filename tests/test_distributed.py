@@ -257,7 +257,7 @@ def test_content_sums_of_parts_add_up(data):
 
 
 def test_two_readings():
-    """Where sizes do not divide, distribute_tensor and FSDP cut one pair of placements in two ways; the size decides."""
+    """Where sizes do not divide, distribute_tensor and FSDP cut one pair of placements in two ways; size decides."""
     splits = [(4, 3, 2), (2, 0, 1)]  # nine elements: in two, and the first of those in four; or the fourth of _S first
     assert held(9, splits, size=0) == []
     assert held(9, splits, size=1) == [(8, 1)]
