@@ -12,6 +12,10 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 from setuptools import find_packages, setup  # noqa: E402
 
 setup(
-    packages=["initlab.kernels", *find_packages(str(ROOT), include=["initlab", "initlab.*"])],
+    packages=[
+        *find_packages(str(ROOT), include=["initlab", "initlab.*"]),
+        "initlab.kernels",
+        *(f"initlab.kernels.{name}" for name in find_packages(str(ROOT / "kernels"))),
+    ],
     package_dir={"initlab": "initlab", "initlab.kernels": "kernels"},
 )

@@ -1,14 +1,15 @@
 """initlab.init against torch.nn.init on one large CPU tensor: 2^26 elements, 4 bytes or 2 written for each.
 
 ``pytest benchmarks --benchmark-only``; INITLAB_BENCH_ELEMENTS sets another size. Nothing is timed before the bits
-of the engine that serves it equal the reference's.
+of the backend that serves it equal the reference's.
 """
 
 import os
 
 import pytest
 import torch
-from initlab.kernels import Draw, Normal, TruncatedNormal, Uniform, fill_, sampling, stream
+from initlab.kernels import Draw, Normal, TruncatedNormal, Uniform, fill_
+from initlab.kernels.sampling import fill, stream
 
 from initlab import init
 
@@ -23,21 +24,21 @@ CASES = {
 }
 
 
-def gate(law, dtype):
-    """The engine in use gives the reference's bits, first and last elements of a tensor included."""
-    if law is None:
+def gate(distribution, dtype):
+    """The backend in use gives the reference's bits, first and last elements of a tensor included."""
+    if distribution is None:
         return
     x = torch.full((10_007,), float("nan"), dtype=dtype)
-    fill_([Draw(x, law, 42)])
-    reference = stream.block_values(sampling.map_of(law, dtype), 42, torch.arange(10_008 // 4), dtype).view(-1)
+    fill_([Draw(x, distribution, 42)])
+    reference = stream.block_values(fill.map_of(distribution, dtype), 42, torch.arange(10_008 // 4), dtype).view(-1)
     assert torch.equal(x, reference[: len(x)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_sampling(versus, case, dtype):
-    law, call = CASES[case]
-    gate(law, dtype)
+    distribution, call = CASES[case]
+    gate(distribution, dtype)
     x = torch.empty(ELEMENTS, dtype=dtype)
     slow = case == "trunc_normal_ at 2 sigma"  # torch takes seconds
     versus(

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402, I001
 
 import initlab  # noqa: E402 - in a checkout it makes initlab.kernels importable
-from initlab.kernels import Draw, Normal, Region, TruncatedNormal, Uniform, engine_of, fill_, named_key  # noqa: E402
+from initlab.kernels import Draw, Normal, Region, TruncatedNormal, Uniform, backend_of, fill_, named_key  # noqa: E402
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 GOLDEN = ROOT / "tests" / "golden" / "stream_v1.json"
@@ -90,7 +90,7 @@ def environment() -> dict[str, str]:
         "capability": f"{major}.{minor}, {properties.multi_processor_count} processors",
         "memory": f"{properties.total_memory / 2**30:.0f} GiB",
         "cuda": str(torch.version.cuda or torch.version.hip),
-        "engine": engine_of(DEVICE),
+        "backend": backend_of(DEVICE),
     }
 
 
@@ -114,8 +114,8 @@ def check_golden(findings: Findings) -> None:
     regions = {name: Region(*map(tuple, sizes)) for name, sizes in next(_values(golden, "regions")).items()}
     names = {"Uniform": Uniform, "Normal": Normal, "TruncatedNormal": TruncatedNormal, "inf": float("inf")}
     wrong, total = [], 0
-    for name, entry in golden["laws"].items():
-        law = eval(entry["law"], {"__builtins__": {}}, names)
+    for name, entry in golden["distributions"].items():
+        distribution = eval(entry["distribution"], {"__builtins__": {}}, names)
         for dtype_name, values in entry["values"].items():
             if dtype_name not in dtypes or (DRY and dtype_name not in ("float32", "bfloat16")):
                 continue
@@ -123,7 +123,7 @@ def check_golden(findings: Findings) -> None:
                 if DRY and region_name == "whole":
                     continue
                 x = torch.empty(region.sizes, dtype=dtypes[dtype_name], device=DEVICE)
-                fill_([Draw(x, law, int(entry["key"], 16), None if region_name == "whole" else region)])
+                fill_([Draw(x, distribution, int(entry["key"], 16), None if region_name == "whole" else region)])
                 raw = x.cpu().contiguous().view(torch.uint8).numpy().tobytes()
                 total += 1
                 if hashlib.sha256(raw).hexdigest() != values[region_name]:
@@ -139,14 +139,14 @@ def _values(document: dict[str, Any], prefix: str) -> Iterator[Any]:
 def check_bits(findings: Findings) -> None:
     """Large tensors, unaligned ones and a whole model, against the CPU."""
     sizes = (1000,) if DRY else (1 << 24, (1 << 24) + 5, 12_345_677)
-    laws = (Uniform(-1.0, 1.0), Normal(0.0, 0.02), TruncatedNormal(), TruncatedNormal(0.0, 0.02, -2.0, 2.0))
+    distributions = (Uniform(-1.0, 1.0), Normal(0.0, 0.02), TruncatedNormal(), TruncatedNormal(0.0, 0.02, -2.0, 2.0))
     same = True
-    for place, law in enumerate(laws):
+    for place, distribution in enumerate(distributions):
         for size in sizes:
             for dtype in (torch.float32, torch.bfloat16):
                 x, y = torch.empty(size + 3, dtype=dtype, device=DEVICE), torch.empty(size, dtype=dtype)
-                fill_([Draw(x[3:], law, named_key(place, "check"))])
-                _on_cpu([Draw(y, law, named_key(place, "check"))])
+                fill_([Draw(x[3:], distribution, named_key(place, "check"))])
+                _on_cpu([Draw(y, distribution, named_key(place, "check"))])
                 same &= torch.equal(x[3:].cpu(), y)
     findings.check("large and unaligned tensors have the CPU's bits", same)
     ours, theirs = model(), model("cpu")
@@ -178,7 +178,9 @@ def check_clipping(findings: Findings) -> None:
         gradients = [torch.randn(n, device=DEVICE) for n in sizes]
         gradients[1][-1] = value
         report = initlab.get_total_norm(gradients, report=True)
-        findings.check(f"a planted {value} is found", (int(report.flag), int(report.first)) == (word, 1))
+        findings.check(
+            f"a planted {value} is found", (int(report.flag), int(report.first_nonfinite_index)) == (word, 1)
+        )
     one, two = ([p.clone() for p in _trained(clipper)] for clipper in (True, False))
     close = all(torch.allclose(p, q, rtol=1e-5, atol=1e-6) for p, q in zip(one, two, strict=True))
     findings.check("GradClipper with fused AdamW trains as clip_grad_norm_ before it, and never waits", close)
@@ -189,7 +191,7 @@ def check_sharded(findings: Findings) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    from initlab.distributed import blocks, local
+    from initlab.distributed.shards import local, local_shards
 
     whole = torch.nn.Sequential(torch.nn.Linear(63, 129), torch.nn.Linear(129, 63))
     _with_backend("auto" if not DRY else "torch", lambda: initlab.init_model_(whole, 3, "gpt2"))
@@ -201,7 +203,7 @@ def check_sharded(findings: Findings) -> None:
         initlab.init_model_(mine, 3, "gpt2", device=DEVICE)
         same = True
         for name, parameter in mine.named_parameters():
-            for part, region in blocks(parameter):
+            for part, region in local_shards(parameter):
                 where = zip(region.offsets, region.sizes, strict=True)
                 expected = whole.get_parameter(name)[tuple(slice(start, start + size) for start, size in where)]
                 same &= torch.equal(part.cpu(), expected)
@@ -259,7 +261,7 @@ def _trained(clipper: bool) -> list[torch.Tensor]:
 
 def check_watch(findings: Findings) -> None:
     """Flag words of planted values; a fault planted on the device is found, and nothing waits before the report."""
-    from initlab.kernels import add_flag_, flag_of
+    from initlab.kernels import add_flag_, nonfinite_flag
 
     same = True
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -269,7 +271,7 @@ def check_watch(findings: Findings) -> None:
                     x = torch.randn(size + shift, device=DEVICE).to(dtype)
                     x[-1] = value
                     flags = add_flag_(torch.zeros(1, dtype=torch.int32, device=DEVICE), x[shift:])
-                    same &= int(flags) == word == int(flag_of(x[shift:]))
+                    same &= int(flags) == word == int(nonfinite_flag(x[shift:]))
     findings.check("flag words of planted values", same)
     for phase in ("forward", "backward"):
         net, step = watched_mlp()
@@ -332,16 +334,24 @@ def watched_mlp() -> tuple[Any, Callable[[], None]]:
 def check_tests(findings: Findings) -> None:
     """The suite's GPU part, where pytest is at hand."""
     if DRY:
-        findings.notes.append("tests/test_triton.py is left out of a dry run: the test command runs it")
+        findings.notes.append(
+            "tests/kernels/test_sampling_triton.py is left out of a dry run: the test command runs it"
+        )
         return
     try:
         importlib.import_module("pytest")
     except ImportError:
-        findings.notes.append("pytest is not installed: tests/test_triton.py did not run")
+        findings.notes.append("pytest is not installed: tests/kernels/test_sampling_triton.py did not run")
         return
     # Options of pyproject.toml that an older pytest does not know are left out.
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib"]
-    command += ["-p", "no:cacheprovider", "-k", "not hopper and not target", str(ROOT / "tests" / "test_triton.py")]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not hopper and not target",
+        str(ROOT / "tests" / "kernels" / "test_sampling_triton.py"),
+    ]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         command,
@@ -361,14 +371,14 @@ def _on_cpu(draws: list[Draw]) -> None:
 
 
 def _with_backend(name: str, call: Callable[[], Any]) -> None:
-    from initlab.kernels import engines
+    from initlab.kernels import backends
 
-    before = engines.requested
-    engines.requested = lambda: name  # type: ignore[assignment]
+    before = backends.requested
+    backends.requested = lambda: name  # type: ignore[assignment]
     try:
         call()
     finally:
-        engines.requested = before
+        backends.requested = before
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -384,7 +394,7 @@ def linear_relu_operands(rows: int, depth: int, columns: int, dtype: torch.dtype
 
 def check_linear_relu(findings: Findings) -> None:
     """Both candidates: values against float64, gradients, flags, NaN, and a CUDA graph."""
-    from initlab.kernels import _linear_relu_triton as kernels
+    from initlab.kernels import _linear_triton as kernels
 
     units = {torch.float32: 2.0**-10, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # float32: TF32's products
     shapes = ((19, 24, 40),) if DRY else ((4096, 1024, 4096), (1000, 520, 1096), (1, 64, 8), (77, 4096, 264))
@@ -447,7 +457,7 @@ def check_linear_relu(findings: Findings) -> None:
 
 def time_linear_relu(findings: Findings) -> None:
     """Over K, with what it is made of and with its peers; only those that check do the same work."""
-    from initlab.kernels import _linear_relu_triton as kernels
+    from initlab.kernels import _linear_triton as kernels
 
     linear, relu = torch.nn.functional.linear, torch.nn.functional.relu
 
@@ -643,8 +653,8 @@ def time_model(findings: Findings) -> None:
         for p in parameters:
             torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.zeros_(p)
 
-    law = Normal(0.0, 0.02)
-    draws = [Draw(p, law, named_key(0, str(i))) for i, p in enumerate(parameters)]
+    distribution = Normal(0.0, 0.02)
+    draws = [Draw(p, distribution, named_key(0, str(i))) for i, p in enumerate(parameters)]
     race(
         findings,
         f"a model of {len(parameters)} tensors",
@@ -657,7 +667,7 @@ def time_model(findings: Findings) -> None:
         host_seconds,
     )
     small = [torch.empty(64, device=DEVICE) for _ in range(20 if DRY else 2000)]
-    draws = [Draw(x, law, named_key(0, str(i))) for i, x in enumerate(small)]
+    draws = [Draw(x, distribution, named_key(0, str(i))) for i, x in enumerate(small)]
     race(
         findings,
         f"{len(small)} tensors of 64 elements",

@@ -33,11 +33,11 @@ import initlab  # noqa: F401, I001 - in a checkout it makes initlab.kernels impo
 import torch
 import triton
 import triton.language as tl
-from initlab.kernels import _grad_norm_triton as grad_norm
+from initlab.kernels import _norms_triton as grad_norm
 from initlab.kernels import _nonfinite_triton as nonfinite
-from initlab.kernels import _linear_relu_triton as linear_relu
-from initlab.kernels import _sampling_triton as sampling
-from initlab.kernels._shared_triton import find
+from initlab.kernels import _linear_triton as linear_relu
+from initlab.kernels.sampling import _triton as sampling
+from initlab.kernels._common_triton import find
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -14,30 +14,48 @@ from . import _checkout
 
 _checkout.link_kernels()  # before anything imports initlab.kernels
 
-from . import init, recipes  # noqa: E402
-from .clip import (  # noqa: E402
+from . import init  # noqa: E402
+from .clipping import (  # noqa: E402
     ClipReport,
+    ClipStats,
     GradClipper,
+    PartialNorm,
     clip_grad_norm_,
     clip_grad_value_,
     clip_grads_with_norm_,
     get_total_norm,
 )
-from .diagnose import Cause, Diagnosis, Place, diagnose, supervised  # noqa: E402
-from .model import init_model_, not_loaded, plan_model  # noqa: E402
+from .diagnosis import Cause, Diagnosis, LayerRow, Place, diagnose, supervised  # noqa: E402
+from .models import (  # noqa: E402
+    InitReport,
+    ModelDigest,
+    Row,
+    init_model_,
+    model_digest,
+    not_loaded,
+    plan_model,
+    recipes,
+    swap,
+)
 from .nn import LinearReLU, fuse_linear_relu, linear_relu  # noqa: E402
-from .report import InitReport, model_digest  # noqa: E402
-from .swap import swap  # noqa: E402
-from .watch import watch  # noqa: E402
+from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 
 __all__ = [
     "Cause",
     "ClipReport",
+    "ClipStats",
     "Diagnosis",
+    "Fault",
     "GradClipper",
     "InitReport",
+    "LayerRow",
     "LinearReLU",
+    "ModelDigest",
+    "PartialNorm",
     "Place",
+    "Row",
+    "Watch",
+    "WatchReport",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",

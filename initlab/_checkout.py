@@ -25,6 +25,6 @@ class _SiblingFinder(MetaPathFinder):
 
 def link_kernels() -> None:
     """Make `initlab.kernels` importable; does nothing where it already is (a wheel, an editable install)."""
-    # stream.py tells our folder from Hugging Face's `kernels`, which lies beside an installed initlab.
-    if find_spec(_NAME) is None and (_FOLDER / "stream.py").is_file():
+    # _hub_shim.py tells our folder from Hugging Face's `kernels`, which lies beside an installed initlab.
+    if find_spec(_NAME) is None and (_FOLDER / "_hub_shim.py").is_file():
         sys.meta_path.append(_SiblingFinder())

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser("demo", help="bad starts, a good one and equal bits, on real data")
     demo.add_argument("--seed", type=_seed, default=0, help="of every draw in the demo (default: 0)")
-    plan = commands.add_parser("plan", help="which law each parameter of a model gets, without touching it")
+    plan = commands.add_parser("plan", help="which distribution each parameter of a model gets, without touching it")
     plan.add_argument(
         "function",
         metavar="PATH:FUNCTION",
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument("--steps", type=_positive, default=1, help="of training to take and undo (default: 1)")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
-    commands.add_parser("env", help="versions, devices and engines, for a bug report")
+    commands.add_parser("env", help="versions, devices and backends, for a bug report")
     arguments = parser.parse_args(argv)
     if arguments.command == "env":
         return _env()
@@ -102,17 +102,17 @@ def _positive(text: str) -> int:
 def _demo(seed: int) -> int:
     import torch
 
-    from initlab.kernels import engine_of
+    from initlab.kernels import backend_of
 
     from . import demo
 
     try:
-        engine = engine_of(torch.device("cpu"))
+        backend = backend_of(torch.device("cpu"))
     except (RuntimeError, ValueError) as error:
         print(f"initlab demo: error: {error}", file=sys.stderr)
         return EX_USAGE
     try:
-        return 0 if demo.run(demo.Settings(seed=seed), engine) else EX_FAILED
+        return 0 if demo.run(demo.Settings(seed=seed), backend) else EX_FAILED
     except demo.DataMissingError as error:
         print(f"initlab demo: error: {error}", file=sys.stderr)
         return EX_FAILED
@@ -121,8 +121,8 @@ def _demo(seed: int) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .model import plan_model
-    from .recipes import resolve
+    from .models.initialization import plan_model
+    from .models.recipes import resolve
 
     try:
         build = _function(arguments.function)
@@ -143,7 +143,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from .diagnose import CommunicatesError, UsageError, examine
+    from .diagnosis import CommunicatesError, UsageError, examine
 
     def tell(stage: str) -> None:
         print(f"initlab doctor: {stage}", file=sys.stderr, flush=True)
@@ -201,13 +201,13 @@ def _function(place: str) -> Callable[[], Any]:
 def _env() -> int:
     import torch
 
-    from initlab.kernels import STREAM_VERSION, engine_of
+    from initlab.kernels import STREAM_VERSION, backend_of
 
     from . import __version__
 
-    def engine(device: torch.device) -> str:
+    def backend(device: torch.device) -> str:
         try:
-            return engine_of(device)
+            return backend_of(device)
         except (RuntimeError, ValueError) as error:
             return f"none: {error}"  # what a fill would raise
 
@@ -217,13 +217,13 @@ def _env() -> int:
     facts += [("INITLAB_BACKEND", os.environ.get("INITLAB_BACKEND", "not set"))]
     facts += [
         ("cpu", f"{_cpu_model()}, {torch.get_num_threads()} threads"),
-        ("cpu engine", engine(torch.device("cpu"))),
+        ("cpu backend", backend(torch.device("cpu"))),
     ]
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if not gpus:
         facts += [("cuda", "no device")]
     for gpu in gpus:
-        facts += [(str(gpu), torch.cuda.get_device_name(gpu)), (f"{gpu} engine", engine(gpu))]
+        facts += [(str(gpu), torch.cuda.get_device_name(gpu)), (f"{gpu} backend", backend(gpu))]
     for name, fact in facts:
         print(f"{name:<17}{fact}")
     return 0

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from initlab.kernels import (
     STREAM_VERSION,
+    Distribution,
     Draw,
-    Law,
     Normal,
     Region,
     TruncatedNormal,
@@ -31,9 +31,9 @@ from initlab.kernels import (
 )
 
 from . import init
-from .model import init_model_
-from .report import ModelDigest, model_digest
-from .swap import swap
+from .models.initialization import init_model_
+from .models.report import ModelDigest, model_digest
+from .models.swapping import swap
 
 
 class DataMissingError(RuntimeError):
@@ -80,12 +80,12 @@ class Evidence:
         return total > 0 and not failed
 
 
-def run(settings: Settings, engine: str) -> bool:
+def run(settings: Settings, backend: str) -> bool:
     """Print the whole demo.
 
     Args:
         settings: its size and seed.
-        engine: the engine that serves CPU tensors; only numba's is claimed to beat torch.nn.init.
+        backend: the backend that serves CPU tensors; only numba's is claimed to beat torch.nn.init.
 
     Returns:
         Whether every claim that it makes holds.
@@ -96,12 +96,12 @@ def run(settings: Settings, engine: str) -> bool:
     data = load_digits()
     evidence = Evidence()
     threads = torch.get_num_threads()
-    print(f"initlab's stream {STREAM_VERSION}, {engine} engine; torch {torch.__version__}, {threads} threads")
+    print(f"initlab's stream {STREAM_VERSION}, {backend} backend; torch {torch.__version__}, {threads} threads")
     with _threads(1):  # a second thread gains little here, and on a busy machine costs tenfold
         show_starts(data, settings, evidence)
         show_training(data, settings, evidence)
-    show_gpt2(gpt2_shapes(), settings, engine, evidence)
-    show_models(gpt2_model, settings, engine, evidence)
+    show_gpt2(gpt2_shapes(), settings, backend, evidence)
+    show_models(gpt2_model, settings, backend, evidence)
     print()
     return evidence.verdict()
 
@@ -394,12 +394,12 @@ def race(fill: Fill, tensors: Sequence[Tensor], rounds: int) -> tuple[float, flo
 CONTROL = "other seed differs"  # so that an equality of nothing with nothing would show
 
 
-def same_bits(shapes: Shapes, law: Law, seed: int) -> dict[str, bool]:
+def same_bits(shapes: Shapes, distribution: Distribution, seed: int) -> dict[str, bool]:
     """Fill named matrices in several ways and compare the results, bit for bit.
 
     Args:
         shapes: of the matrices; each is keyed by its name.
-        law: what to fill them with.
+        distribution: what to fill them with.
         seed: of the keys.
 
     Returns:
@@ -427,14 +427,14 @@ def same_bits(shapes: Shapes, law: Law, seed: int) -> dict[str, bool]:
     ) -> Tensor:
         shape = region.sizes if region else shapes[name]
         tensor = room.view(dtype)[: math.prod(shape)].view(shape).fill_(math.inf)
-        fill_([Draw(tensor, law, named_key(seed, name), region)])
+        fill_([Draw(tensor, distribution, named_key(seed, name), region)])
         return tensor
 
     with _threads(threads):
-        fill_([Draw(tensor, law, named_key(seed, name)) for name, tensor in whole.items()])
+        fill_([Draw(tensor, distribution, named_key(seed, name)) for name, tensor in whole.items()])
         for name, shape in reversed(list(shapes.items())):
             same[reverse] &= _equal_bits(filled(name), whole[name])
-            same[rounded] &= _equal_bits(filled(name, dtype=torch.bfloat16), _as_bfloat16(whole[name], law))
+            same[rounded] &= _equal_bits(filled(name, dtype=torch.bfloat16), _as_bfloat16(whole[name], distribution))
             same[CONTROL] &= not _equal_bits(filled(name, seed=seed ^ 1), whole[name])
             for way, dim, count in ((rows, 0, 8), (columns, 1, 5)):
                 step = -(-shape[dim] // count)  # the last shard is smaller where it does not come out even
@@ -453,16 +453,16 @@ def _equal_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(integers), b.view(integers))  # as numbers, 0.0 and -0.0 would be equal
 
 
-def _as_bfloat16(tensor: Tensor, law: Law) -> Tensor:
+def _as_bfloat16(tensor: Tensor, distribution: Distribution) -> Tensor:
     """What a bfloat16 tensor should hold: the rounded values; a uniform's upper bound stays outside."""
     rounded = tensor.bfloat16()
-    if not isinstance(law, Uniform):
+    if not isinstance(distribution, Uniform):
         return rounded
-    high = torch.tensor(law.high, dtype=torch.bfloat16)
+    high = torch.tensor(distribution.high, dtype=torch.bfloat16)
     return rounded.clamp(max=torch.nextafter(high, torch.tensor(-math.inf, dtype=torch.bfloat16)))
 
 
-def show_gpt2(shapes: Shapes, settings: Settings, engine: str, evidence: Evidence) -> None:
+def show_gpt2(shapes: Shapes, settings: Settings, backend: str, evidence: Evidence) -> None:
     """Part 3: print the speed of both modules on GPT-2's parameters, and compare bits."""
     total = sum(math.prod(shape) for shape in shapes.values())
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}  # the rest starts at 0 or 1
@@ -494,11 +494,11 @@ def show_gpt2(shapes: Shapes, settings: Settings, engine: str, evidence: Evidenc
         print(f"    {function:<15}{theirs:7.2f}{ours:10.2f}{ratios[-1]:7.1f}x", flush=True)
     del tensors
     print(f"    * at 2 sigma, block 0 only: {sum(math.prod(shapes[name]) for name in block):,} parameters")
-    if engine == "numba":  # the torch engine is a reference, and slow
+    if backend == "numba":  # the torch backend is a reference, and slow
         print()
         evidence.claim("initlab.init is faster, with the same call", min(ratios) > 1)
 
-    laws: dict[str, Law] = {
+    distributions: dict[str, Distribution] = {
         "normal": Normal(0.0, 0.02),
         "uniform": Uniform(-0.02, 0.02),
         "truncated": TruncatedNormal(0.0, 0.02, -0.04, 0.04),
@@ -506,10 +506,10 @@ def show_gpt2(shapes: Shapes, settings: Settings, engine: str, evidence: Evidenc
     print(f"""
   The same matrices, keyed by their names, filled in other ways. Equal bits?
 
-    {"":<24}{"".join(f"{name:>11}" for name in laws)}""")
-    same = {name: same_bits(matrices, law, settings.seed) for name, law in laws.items()}
+    {"":<24}{"".join(f"{name:>11}" for name in distributions)}""")
+    same = {name: same_bits(matrices, distribution, settings.seed) for name, distribution in distributions.items()}
     for way in same["normal"]:
-        print(f"    {way:<24}" + "".join(f"{'yes' if same[name][way] else 'NO':>11}" for name in laws))
+        print(f"    {way:<24}" + "".join(f"{'yes' if same[name][way] else 'NO':>11}" for name in distributions))
     print("    * and a uniform stays below its upper bound, which rounding could reach\n")
     controls = [ways.pop(CONTROL) for ways in same.values()]
     equal = [held for ways in same.values() for held in ways.values()]
@@ -559,7 +559,7 @@ def largest_deviation(model: nn.Module, reference: nn.Module) -> float:
     return worst
 
 
-def show_models(build: Callable[[], nn.Module], settings: Settings, engine: str, evidence: Evidence) -> None:
+def show_models(build: Callable[[], nn.Module], settings: Settings, backend: str, evidence: Evidence) -> None:
     """Part 4: print what swap() and init_model_ make of a model that another library builds."""
     print("""
 4. Whole models
@@ -594,12 +594,12 @@ def show_models(build: Callable[[], nn.Module], settings: Settings, engine: str,
     for way, taken in zip(list(seconds)[1:], ours, strict=True):
         print(f"    {way:<14}{taken:7.2f} s{plain / taken:7.1f}x")
     print()
-    if engine == "numba":
+    if backend == "numba":
         evidence.claim("under swap() the same code builds its model faster", ours[0] < plain)
     deviation = largest_deviation(model, reference)
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     evidence.claim(
-        f"the same laws: standard deviations differ by {deviation:.1f} standard errors at most, less than 5",
+        f"the same distributions: standard deviations differ by {deviation:.1f} standard errors at most, less than 5",
         finite and deviation < 5,
     )
     torch.manual_seed(settings.seed)

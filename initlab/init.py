@@ -32,9 +32,9 @@ from torch.nn.init import dirac_ as _torchs_dirac_  # now, since swap() puts our
 from torch.nn.init import eye_ as _torchs_eye_
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from initlab.kernels import Draw, Law, Normal, Region, TruncatedNormal, Uniform, eagerly, fill_, generator_key
+from initlab.kernels import Distribution, Draw, Normal, Region, TruncatedNormal, Uniform, eagerly, fill_, generator_key
 
-from .distributed import blocks, count_as_written, draws, is_dtensor, local
+from .distributed.shards import count_as_written, draws, is_dtensor, local, local_shards
 
 __all__ = [
     "calculate_gain",
@@ -135,7 +135,7 @@ def normal_(
     Args:
         tensor: any shape and strides; float64, float32, bfloat16, float16, or complex, where the variance is
             shared equally by the real and the imaginary part.
-        mean: mean of the law.
+        mean: mean of the distribution.
         std: standard deviation, >= 0; with 0 every element is the mean.
         generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
 
@@ -174,8 +174,8 @@ def trunc_normal_(
 
     Args:
         tensor: any shape and strides; float64, float32, bfloat16 or float16.
-        mean: mean of the normal law before it is cut.
-        std: standard deviation of the normal law before it is cut, > 0.
+        mean: mean of the normal distribution before it is cut.
+        std: standard deviation of the normal distribution before it is cut, > 0.
         a: smallest value, in the units of the tensor; -inf is allowed.
         b: largest value, in the units of the tensor; inf is allowed.
         generator: where the key is drawn from; None is torch's default CPU generator, whatever the device.
@@ -200,7 +200,7 @@ def trunc_normal_(
     if not tensor.is_meta and (mean < a - 2 * std or mean > b + 2 * std):
         warnings.warn(
             "mean is more than 2 std from [a, b] in nn.init.trunc_normal_. "
-            "The values follow the truncated law, which crowds at the nearer bound.",
+            "The values follow the truncated distribution, which crowds at the nearer bound.",
             stacklevel=2,
         )
     return eagerly(_sample, tensor, generator, TruncatedNormal, mean, std, a, b)
@@ -492,11 +492,13 @@ def sparse_(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# From a law to a filled tensor
+# From a distribution to a filled tensor
 
 
-def _sample(tensor: Tensor, generator: torch.Generator | None, law: Callable[..., Law], *parameters: float) -> Tensor:
-    drawn = law(*parameters)
+def _sample(
+    tensor: Tensor, generator: torch.Generator | None, distribution: Callable[..., Distribution], *parameters: float
+) -> Tensor:
+    drawn = distribution(*parameters)
     if type(tensor) in _PLAIN:
         fill_((Draw(tensor, drawn, _key(tensor, generator)),))  # of a meta or fake tensor it checks the dtype only
     elif not tensor.is_meta:
@@ -525,7 +527,7 @@ def _orthogonal(tensor: Tensor, gain: float, generator: torch.Generator | None) 
 
 
 def _sparse(tensor: Tensor, sparsity: float, std: float, generator: torch.Generator | None) -> Tensor:
-    law = Normal(0.0, std)
+    distribution = Normal(0.0, std)
     if not _holds_values(tensor):
         return tensor
     _refuse_dtensor(tensor, "sparse_")
@@ -537,7 +539,7 @@ def _sparse(tensor: Tensor, sparsity: float, std: float, generator: torch.Genera
     below = -(-rows // 2) * 4
     ranks = torch.empty((rows, cols), dtype=torch.float32, device=tensor.device)
     region = Region((below + rows, cols), (below, 0), (rows, cols))
-    fill_((Draw(tensor, law, key), Draw(ranks, Uniform(0.0, 1.0), key, region)))
+    fill_((Draw(tensor, distribution, key), Draw(ranks, Uniform(0.0, 1.0), key, region)))
     with torch.no_grad():
         tensor.scatter_(0, ranks.argsort(dim=0, stable=True)[:zeros], 0)
     return tensor
@@ -546,7 +548,7 @@ def _sparse(tensor: Tensor, sparsity: float, std: float, generator: torch.Genera
 def _fill_by_place(tensor: Tensor, hit: Callable[..., Tensor]) -> Tensor:
     """Fill a DTensor with 1 where `hit` is true of an element's place in the logical tensor, else with 0."""
     with torch.no_grad():
-        for mine, region in blocks(tensor):
+        for mine, region in local_shards(tensor):
             places = [
                 torch.arange(offset, offset + size, device=mine.device).view(-1, *(1,) * (mine.ndim - 1 - dim))
                 for dim, (offset, size) in enumerate(zip(region.offsets, region.sizes, strict=True))

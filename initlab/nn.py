@@ -18,7 +18,7 @@ __all__ = ["FuseReport", "LinearReLU", "fuse_linear_relu", "linear_relu"]
 class LinearReLU(nn.Module):
     """relu(x @ weight.T + bias): an nn.Linear and its ReLU in one, with nn.Linear's parameters under the same names.
 
-    Weights begin with He's law, normal with std = sqrt(2 / in_features), which keeps the signal through a ReLU, from
+    Weights begin with He's distribution, normal with std = sqrt(2 / in_features), which keeps the signal through a ReLU, from
     initlab's stream; biases begin with 0. (nn.Linear draws both uniformly, the weights at 1 / sqrt 6 of that std.)
     It is no nn.Linear: what replaces every nn.Linear in a model would lose the ReLU.
 
@@ -78,9 +78,9 @@ class LinearReLU(nn.Module):
         if self.bias is not None:
             init.zeros_(self.bias)
 
-    def flag_into(self, slot: Tensor | None) -> None:
-        """Or the flag word of the calls that follow into `slot` too, int32 of shape (1,); None ends it. For `watch`."""
-        self._slot = slot
+    def write_flag_to(self, flag: Tensor | None) -> None:
+        """Or the flag word of the calls that follow into `flag` too, int32 of shape (1,); None ends it. For `watch`."""
+        self._slot = flag
 
     def forward(self, input: Tensor) -> Tensor:
         if self._slot is None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._shared_triton import launching
+from ._common_triton import launching
 
 CHUNK = 4096  # elements that a program of WARPS warps looks at together, 32 a thread
 WARPS = 4

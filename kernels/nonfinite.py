@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import engines
+from . import backends
 
 NAN, POSITIVE_INF, NEGATIVE_INF = 1, 2, 4
 _NAMES = {NAN: "NaN", POSITIVE_INF: "+inf", NEGATIVE_INF: "-inf"}
@@ -34,7 +32,7 @@ def describe(flag: int) -> str:
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
-def flag_of(tensor: Tensor) -> Tensor:
+def nonfinite_flag(tensor: Tensor) -> Tensor:
     """Which kinds of non-finite values a tensor holds: the close look, one read for each kind.
 
     Args:
@@ -45,8 +43,8 @@ def flag_of(tensor: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from initlab.kernels import flag_of
-        >>> int(flag_of(torch.tensor([1.0, float("nan"), float("-inf")])))
+        >>> from initlab.kernels import nonfinite_flag
+        >>> int(nonfinite_flag(torch.tensor([1.0, float("nan"), float("-inf")])))
         5
     """
     reals = _reals(tensor)
@@ -60,19 +58,19 @@ def flag_of(tensor: Tensor) -> Tensor:
     return flag
 
 
-def looks_finite(tensor: Tensor) -> bool:
+def all_finite_fast(tensor: Tensor) -> bool:
     """Whether one cheap read finds nothing non-finite: never True where there is something, False where in doubt.
 
     The sum of a tensor is non-finite whenever an element is; of finite elements near the largest it may be too, so what
-    it says then is for `flag_of` to decide. float16 is asked for its extremes, since sums beyond 65,504 are common.
+    it says then is for `nonfinite_flag` to decide. float16 is asked for its extremes, since sums beyond 65,504 are common.
 
     Args:
-        tensor: as for `flag_of`, and not traced by torch.compile. On a device this waits for it.
+        tensor: as for `nonfinite_flag`, and not traced by torch.compile. On a device this waits for it.
 
     Example:
         >>> import torch
-        >>> from initlab.kernels import looks_finite
-        >>> looks_finite(torch.ones(3)), looks_finite(torch.tensor([float("inf"), float("-inf")]))
+        >>> from initlab.kernels import all_finite_fast
+        >>> all_finite_fast(torch.ones(3)), all_finite_fast(torch.tensor([float("inf"), float("-inf")]))
         (True, False)
     """
     reals = _reals(tensor)
@@ -86,26 +84,26 @@ def looks_finite(tensor: Tensor) -> bool:
     return False
 
 
-def quick_flag(tensor: Tensor) -> Tensor:
-    """`flag_of`, at the cost of one read where all is finite.
+def nonfinite_flag_fast(tensor: Tensor) -> Tensor:
+    """`nonfinite_flag`, at the cost of one read where all is finite.
 
-    On a CPU one cheap read (see `looks_finite`), then the close look only where that is in doubt; on a GPU one launch,
-    for which nothing waits. Under torch.compile, and for subclasses of Tensor, it is `flag_of`, which has no branches.
+    On a CPU one cheap read (see `all_finite_fast`), then the close look only where that is in doubt; on a GPU one launch,
+    for which nothing waits. Under torch.compile, and for subclasses of Tensor, it is `nonfinite_flag`, which has no branches.
 
     Args:
-        tensor: as for `flag_of`.
+        tensor: as for `nonfinite_flag`.
 
     Returns:
         The flag word, 0-d, int32, on the tensor's device.
 
     Example:
         >>> import torch
-        >>> from initlab.kernels import quick_flag
-        >>> int(quick_flag(torch.full((1000,), 3e38)))  # the sum overflows, no element does
+        >>> from initlab.kernels import nonfinite_flag_fast
+        >>> int(nonfinite_flag_fast(torch.full((1000,), 3e38)))  # the sum overflows, no element does
         0
     """
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
-        return flag_of(tensor)
+        return nonfinite_flag(tensor)
     return add_flag_(torch.zeros((), dtype=torch.int32, device=tensor.device), tensor)
 
 
@@ -114,7 +112,7 @@ def add_flag_(flags: Tensor, tensor: Tensor) -> Tensor:
 
     Args:
         flags: int32, one element, on the tensor's device.
-        tensor: as for `flag_of`.
+        tensor: as for `nonfinite_flag`.
 
     Returns:
         flags.
@@ -137,36 +135,27 @@ def add_flag_(flags: Tensor, tensor: Tensor) -> Tensor:
             f"on {tensor.device}, where the tensor is: torch.zeros(1, dtype=torch.int32, device=tensor.device)"
         )
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
-        return flags.bitwise_or_(flag_of(tensor))
-    if tensor.device.type != "cpu" or engines.requested() == "triton":
+        return flags.bitwise_or_(nonfinite_flag(tensor))
+    if tensor.device.type != "cpu" or backends.requested() == "triton":
         _add(flags, tensor)
-    elif not looks_finite(tensor):
-        flags.bitwise_or_(flag_of(tensor))
+    elif not all_finite_fast(tensor):
+        flags.bitwise_or_(nonfinite_flag(tensor))
     return flags
 
 
 def _add(flags: Tensor, tensor: Tensor) -> None:
-    launch = _launch() if engines.choose(tensor.device, ("torch", "triton")) == "triton" else None
-    if launch is None:
-        flags.bitwise_or_(flag_of(tensor))
+    module = backends.load(tensor.device, _MODULES).module
+    if module is None:
+        flags.bitwise_or_(nonfinite_flag(tensor))
         return
     reals = _reals(tensor)
     if reals is not None:
         if reals.itemsize == 1:
             reals = reals.to(torch.float32)
-        launch(flags, reals if is_dense(reals) else reals.contiguous())
+        module.launch(flags, reals if is_dense(reals) else reals.contiguous())
 
 
-@functools.cache
-def _launch() -> Callable[[Tensor, Tensor], None] | None:
-    """The GPU engine; None where Triton is installed, not asked for, and cannot be imported."""
-    try:
-        from ._nonfinite_triton import launch
-    except ImportError:
-        if engines.requested() == "triton":
-            raise
-        return None
-    return launch
+_MODULES = {"triton": "._nonfinite_triton"}
 
 
 def _reals(tensor: Tensor) -> Tensor | None:
@@ -207,7 +196,7 @@ class FlagBuffer:
         >>> from initlab.kernels import FlagBuffer, add_flag_
         >>> buffer = FlagBuffer(torch.device("cpu"))
         >>> for value in (1.0, float("inf")):
-        ...     _ = add_flag_(buffer.slot(), torch.tensor([value]))
+        ...     _ = add_flag_(buffer.new_flag(), torch.tensor([value]))
         >>> buffer.send()
         >>> buffer.landed(), buffer.words()
         (True, [0, 2])
@@ -222,10 +211,10 @@ class FlagBuffer:
         self._sent: list[Tensor] = []
         self._event: torch.Event | None = None
 
-    def slot(self) -> Tensor:
+    def new_flag(self) -> Tensor:
         """The next word, of shape (1,), zero."""
         place = self._used % self._SIZE
-        if place == 0:  # a further block, not a larger one: slots that were handed out stay what they are
+        if place == 0:  # a further block, not a larger one: flags that were handed out stay what they are
             with torch.inference_mode(False):
                 self._blocks.append(torch.zeros(self._SIZE, dtype=torch.int32, device=self.device))
         self._used += 1

@@ -12,16 +12,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
 
-from initlab.kernels import engines, sampling
+from initlab.kernels import backends
+from initlab.kernels.sampling import fill
 
 import initlab
-
-collect_ignore_glob = ["ranks*.py", "sharded_models.py"]  # run on ranks of their own, by test_ranks.py
 
 
 @pytest.fixture(scope="session")
 def serving():
-    """`with serving("torch"):` lets one engine serve every fill inside it, whatever the environment says."""
+    """`with serving("torch"):` lets one backend serve every fill inside it, whatever the environment says."""
 
     @contextlib.contextmanager
     def serving(name):
@@ -29,7 +28,7 @@ def serving():
             pytest.importorskip(name)
         threads = torch.get_num_threads()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engines, "requested", lambda: name)
+            patch.setattr(backends, "requested", lambda: name)
             if name == "torch":
                 torch.set_num_threads(1)  # on a busy machine its threads spin: 10 microseconds an element
             try:
@@ -41,8 +40,8 @@ def serving():
 
 
 @pytest.fixture(params=["torch", "numba"])
-def engine(request, serving):
-    """Runs the test once for each engine of the CPU; `indirect` parametrisation adds triton, in its interpreter."""
+def backend(request, serving):
+    """Runs the test once for each backend of the CPU; `indirect` parametrisation adds triton, in its interpreter."""
     with serving(request.param):
         yield request.param
 
@@ -63,10 +62,10 @@ def bits():
 
 @pytest.fixture
 def forget():
-    """Engine choices are made once in a process: forgets them before and after the test."""
+    """Backend choices are made once in a process: forgets them before and after the test."""
     caches = (
-        *(engines.requested, engines._installed, engines.interpreted, engines._too_old),
-        *(sampling._usable, sampling._numba_fill, sampling._triton, sampling._say_that_it_is_slow),
+        *(backends.requested, backends._installed, backends.interpreted, backends._too_old),
+        *(backends._imported, backends._warn_once, fill._say_that_it_is_slow),
     )
 
     def forget():

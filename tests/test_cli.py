@@ -18,13 +18,13 @@ import initlab
 from initlab import cli, demo
 
 SHAPES = {"wide": (5, 1025), "tall": (63, 37)}
-LAWS = [Normal(0.0, 0.02), Uniform(-0.02, 0.02), TruncatedNormal(0.0, 0.02, -0.04, 0.04)]
+DISTRIBUTIONS = [Normal(0.0, 0.02), Uniform(-0.02, 0.02), TruncatedNormal(0.0, 0.02, -0.04, 0.04)]
 DEEP = demo.Settings(epochs=1, bad_epochs=1)
 
 
 @pytest.fixture
-def torch_engine(serving):
-    """These tests are about the demo; the engine that needs no compiler serves them."""
+def torch_backend(serving):
+    """These tests are about the demo; the backend that needs no compiler serves them."""
     with serving("torch"):
         yield
 
@@ -85,7 +85,7 @@ def test_the_command_loads_only_what_it_needs(python):
 @pytest.mark.parametrize(("held", "status"), [(True, 0), (False, 1)])
 def test_demo_status(held, status, monkeypatch):
     seen = []
-    monkeypatch.setattr(demo, "run", lambda settings, engine: seen.append(settings) or held)
+    monkeypatch.setattr(demo, "run", lambda settings, backend: seen.append(settings) or held)
     assert cli.main(["demo", "--seed", "7"]) == status
     assert seen == [demo.Settings(seed=7)]
 
@@ -111,7 +111,7 @@ def test_backend_that_cannot_be_had(monkeypatch, forget, capsys):
     assert cli.main(["env"]) == 0
     facts = _facts(capsys)
     assert facts["INITLAB_BACKEND"] == "abacus"
-    assert facts["cpu engine"].startswith("none: INITLAB_BACKEND is 'abacus'")
+    assert facts["cpu backend"].startswith("none: INITLAB_BACKEND is 'abacus'")
 
 
 def _facts(capsys):
@@ -120,11 +120,11 @@ def _facts(capsys):
     return {line[:17].strip(): line[17:] for line in lines}
 
 
-@pytest.mark.parametrize("engine", ["torch", "numba"])
-def test_env(engine, monkeypatch, forget, capsys):
-    if engine == "numba":
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_env(backend, monkeypatch, forget, capsys):
+    if backend == "numba":
         pytest.importorskip("numba")
-    monkeypatch.setenv("INITLAB_BACKEND", engine)
+    monkeypatch.setenv("INITLAB_BACKEND", backend)
     forget()
     assert cli.main(["env"]) == 0
     facts = _facts(capsys)
@@ -133,7 +133,7 @@ def test_env(engine, monkeypatch, forget, capsys):
     assert facts["torch"] == torch.__version__
     assert facts["numpy"] == importlib.metadata.version("numpy")
     assert facts["cpu"].endswith(f"{torch.get_num_threads()} threads")
-    assert facts["INITLAB_BACKEND"] == facts["cpu engine"] == engine
+    assert facts["INITLAB_BACKEND"] == facts["cpu backend"] == backend
     assert {"numba", "triton"} <= set(facts)
 
 
@@ -156,7 +156,7 @@ def test_env_on_another_machine(monkeypatch, capsys):
     assert facts["cpu"].startswith("a processor, ")
     assert facts["cuda:0"] == "GPU number 0"
     assert facts["cuda:1"] == "GPU number 1"
-    assert facts["cuda:1 engine"] == "torch"
+    assert facts["cuda:1 backend"] == "torch"
     assert "cuda" not in facts
 
 
@@ -205,7 +205,7 @@ def sources(tmp_path, monkeypatch):
 def test_plan(place, sources, capsys):
     assert cli.main(["plan", place.format(sources), "--recipe", "auto", "--seed", "7"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["name", "shape", "dtype", "law", "fan", "std", "key", "why"]
+    assert lines[0].split() == ["name", "shape", "dtype", "distribution", "fan", "std", "key", "why"]
     assert lines[2].split()[:2] == ["0.weight", "4"]
     assert f"{named_key(7, '0.weight'):016x}" in lines[2]
     assert lines[2].endswith("He, before ReLU")
@@ -216,7 +216,11 @@ def test_plan_as_json(sources, capsys):
     assert cli.main(["plan", "models:on_meta", "--meta", "--json", "--only", "2", "--only", "0.bias"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in plan["rows"]] == ["0.bias", "2.weight", "2.bias"]
-    assert plan["rows"][1]["law"] == {"kind": "Uniform", "low": pytest.approx(-0.5), "high": pytest.approx(0.5)}
+    assert plan["rows"][1]["distribution"] == {
+        "kind": "Uniform",
+        "low": pytest.approx(-0.5),
+        "high": pytest.approx(0.5),
+    }
 
 
 @pytest.mark.parametrize(
@@ -273,21 +277,21 @@ def test_digits():
     assert not {tuple(row) for row in data.train.tolist()} & {tuple(row) for row in data.test.tolist()}
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 def test_starts_of_the_full_network(few, capsys):
     evidence = demo.Evidence()
     demo.show_starts(few, DEEP, evidence)
     assert evidence.held == [True] * 4, capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 def test_a_shallow_network_survives_any_start(few, capsys):
     evidence = demo.Evidence()
     demo.show_starts(few, demo.Settings(depth=5), evidence)
     assert evidence.held == [True, False, False, True], capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 def test_the_starts_are_compared_bit_by_bit(few, monkeypatch):
     def other_draws(weight, generator):
         torch.nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
@@ -311,7 +315,7 @@ def test_signal_names_the_layer_that_overflows():
     assert math.isnan(loss)
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 def test_training_claims(few, capsys):
     """The bad starts fail at once; He's needs longer than an epoch on an eighth of the images."""
     evidence = demo.Evidence()
@@ -320,7 +324,7 @@ def test_training_claims(few, capsys):
     assert evidence.held == [True, True, False], capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 def test_training_a_shallow_network(capsys):
     """It learns from every start: only the claims of failure fail."""
     settings = demo.Settings(depth=2, width=64, epochs=25, bad_epochs=25)
@@ -330,7 +334,7 @@ def test_training_a_shallow_network(capsys):
     assert evidence.held == [False, False, True], capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 def test_training_repeats_itself(few):
     settings = demo.Settings(depth=2, width=16)
     with demo._threads(1):
@@ -366,24 +370,24 @@ def test_race_takes_turns(monkeypatch):
     assert order == [(module, size) for _ in range(4) for module in (torch.nn.init, initlab.init) for size in (1, 2)]
 
 
-@pytest.mark.usefixtures("torch_engine")
-@pytest.mark.parametrize("law", LAWS)
-def test_same_bits(law):
-    same = demo.same_bits(SHAPES, law, seed=0)
+@pytest.mark.usefixtures("torch_backend")
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_same_bits(distribution):
+    same = demo.same_bits(SHAPES, distribution, seed=0)
     assert len(same) == 6
     assert all(same.values())
 
 
 def _ignoring_regions(draw):
-    fill_([Draw(draw.tensor, draw.law, draw.key)])
+    fill_([Draw(draw.tensor, draw.distribution, draw.key)])
 
 
 def _ignoring_keys(draw):
-    fill_([Draw(draw.tensor, draw.law, 0, draw.region)])
+    fill_([Draw(draw.tensor, draw.distribution, 0, draw.region)])
 
 
 def _by_threads(draw):
-    fill_([Draw(draw.tensor, draw.law, draw.key ^ (torch.get_num_threads() == 1), draw.region)])
+    fill_([Draw(draw.tensor, draw.distribution, draw.key ^ (torch.get_num_threads() == 1), draw.region)])
 
 
 def _doing_nothing(draw):
@@ -400,7 +404,7 @@ def _missing_the_last(draw):
 def _cutting_bfloat16(draw):
     if draw.tensor.dtype == torch.bfloat16:
         whole = torch.empty(draw.tensor.shape)
-        fill_([Draw(whole, draw.law, draw.key, draw.region)])
+        fill_([Draw(whole, draw.distribution, draw.key, draw.region)])
         draw.tensor.copy_((whole.view(torch.int32) & -65536).view(torch.float32))
     else:
         fill_([draw])
@@ -414,10 +418,10 @@ class _InOrder:
 
     def __call__(self, draw):
         self.calls += 1
-        fill_([Draw(draw.tensor, draw.law, draw.key ^ self.calls, draw.region)])
+        fill_([Draw(draw.tensor, draw.distribution, draw.key ^ self.calls, draw.region)])
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 @pytest.mark.parametrize(
     ("broken", "fails"),
     [
@@ -438,7 +442,7 @@ def test_same_bits_sees_what_is_broken(broken, fails, monkeypatch):
     assert all(any(word in way for way in failed) for word in fails.split()), same
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 def test_bits_tell_the_zeros_apart():
     zero = torch.tensor([0.0])
     assert demo._equal_bits(zero, zero.clone())
@@ -446,32 +450,32 @@ def test_bits_tell_the_zeros_apart():
     assert not demo._equal_bits(zero.bfloat16(), -zero.bfloat16())
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 def test_a_bfloat16_uniform_keeps_below_its_bound():
     """Plain rounding would not do as what to expect of it: of this many draws, some round up to the bound."""
-    law = Uniform(-0.02, 0.02)
+    distribution = Uniform(-0.02, 0.02)
     key = named_key(0, "weight")
     whole, half = torch.empty(100_000), torch.empty(100_000, dtype=torch.bfloat16)
-    fill_([Draw(whole, law, key), Draw(half, law, key)])
-    assert torch.equal(half, demo._as_bfloat16(whole, law))
+    fill_([Draw(whole, distribution, key), Draw(half, distribution, key)])
+    assert torch.equal(half, demo._as_bfloat16(whole, distribution))
     assert not torch.equal(half, whole.bfloat16())
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 @pytest.mark.parametrize(
-    ("engine", "seconds", "held"),
+    ("backend", "seconds", "held"),
     [("numba", (2.0, 1.0), [True] * 3), ("numba", (1.0, 2.0), [False, True, True]), ("torch", (1.0, 2.0), [True] * 2)],
 )
-def test_gpt2_claims(engine, seconds, held, monkeypatch, capsys):
+def test_gpt2_claims(backend, seconds, held, monkeypatch, capsys):
     monkeypatch.setattr(demo, "race", lambda fill, tensors, rounds: seconds)
     evidence = demo.Evidence()
     shapes = demo.gpt2_shapes(layers=1, width=8, vocabulary=63, positions=10)
-    demo.show_gpt2(shapes, demo.Settings(), engine, evidence)
+    demo.show_gpt2(shapes, demo.Settings(), backend, evidence)
     assert evidence.held == held
     assert "15 of 15" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("torch_engine")
+@pytest.mark.usefixtures("torch_backend")
 def test_gpt2_claims_fail_on_unequal_bits(monkeypatch, capsys):
     monkeypatch.setattr(demo, "fill_", lambda draws: [_ignoring_regions(draw) for draw in draws])
     evidence = demo.Evidence()
@@ -487,17 +491,17 @@ def small_gpt2():
     return demo.gpt2_model(n_layer=2, n_embd=64, n_head=2, vocab_size=300, bos_token_id=0, eos_token_id=0)
 
 
-@pytest.mark.parametrize("engine", ["torch", "numba"])
-def test_whole_models(engine, capsys):
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_whole_models(backend, capsys):
     evidence = demo.Evidence()
-    demo.show_models(small_gpt2, demo.Settings(rounds=1), engine, evidence)
+    demo.show_models(small_gpt2, demo.Settings(rounds=1), backend, evidence)
     claims = [line.split("]", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  [")]
-    assert len(claims) == (4 if engine == "numba" else 3)
+    assert len(claims) == (4 if backend == "numba" else 3)
     assert evidence.held[-3:] == [True] * 3  # whether so small a model is faster says nothing
 
 
 def test_whole_models_sees_what_is_broken(monkeypatch, capsys):
-    """Other laws under swap(), and a fill that takes its seed from the order of the parameters."""
+    """Other distributions under swap(), and a fill that takes its seed from the order of the parameters."""
 
     def by_order(model, seed, recipe, **arguments):
         first = next(iter(dict(model.named_parameters())))

@@ -1,4 +1,4 @@
-"""initlab.init against torch.nn.init's contract, and its values against the laws they should follow."""
+"""initlab.init against torch.nn.init's contract, and its values against the distributions they should follow."""
 
 import doctest
 import inspect
@@ -485,7 +485,7 @@ def shards() -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def test_dtensor_is_filled_in_part(shards: Callable[[Tensor], Tensor]) -> None:
-    """More on real ranks: tests/ranks_filling.py."""
+    """More on real ranks: tests/distributed/scenarios/filling.py."""
     weight = torch.nn.Parameter(shards(torch.ones(63, 37)))
     before = torch.get_rng_state()
     for name in POINTWISE:
@@ -812,28 +812,34 @@ KS_CASES: list[tuple[str, tuple[int, ...], dict[str, Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shape", "arguments", "law"), KS_CASES)
+@pytest.mark.parametrize(("name", "shape", "arguments", "distribution"), KS_CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_law(name: str, shape: tuple[int, ...], arguments: dict[str, Any], law: Any, dtype: torch.dtype) -> None:
+def test_distribution(
+    name: str, shape: tuple[int, ...], arguments: dict[str, Any], distribution: Any, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(20)
     values = getattr(init, name)(torch.full(shape, NAN, dtype=dtype), **arguments, generator=generator)
-    assert stats.kstest(values.flatten().numpy(), law.cdf).pvalue > 1e-3
-    low, high = law.support()
+    assert stats.kstest(values.flatten().numpy(), distribution.cdf).pvalue > 1e-3
+    low, high = distribution.support()
     assert low - 1e-6 <= values.min() <= values.max() <= high + 1e-6
     correlation = torch.corrcoef(torch.stack((values.flatten()[1:], values.flatten()[:-1])))[0, 1]
     assert abs(correlation) < 4 / math.sqrt(values.numel())
 
 
-@pytest.mark.parametrize(("name", "shape", "arguments", "law"), [case for case in KS_CASES if case[0][0] in "xk"])
-def test_fans_and_gains(name: str, shape: tuple[int, ...], arguments: dict[str, Any], law: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape", "arguments", "distribution"), [case for case in KS_CASES if case[0][0] in "xk"]
+)
+def test_fans_and_gains(name: str, shape: tuple[int, ...], arguments: dict[str, Any], distribution: Any) -> None:
     scaled = getattr(init, name)(torch.empty(shape), **arguments, generator=torch.Generator().manual_seed(3))
-    base, parameters = (init.uniform_, law.support()) if "uniform" in name else (init.normal_, (0.0, law.std()))
+    base, parameters = (
+        (init.uniform_, distribution.support()) if "uniform" in name else (init.normal_, (0.0, distribution.std()))
+    )
     expected = base(torch.empty(shape), *parameters, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(scaled, expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore:mean is more than 2 std")
-def test_law_far_from_the_mean() -> None:
+def test_distribution_far_from_the_mean() -> None:
     values = init.trunc_normal_(torch.empty(30_011), a=5.0, b=INF, generator=torch.Generator().manual_seed(1))
     assert values.min() >= 5.0
     assert stats.kstest(values.double().numpy(), stats.truncnorm(5, INF).cdf).pvalue > 1e-3
@@ -899,7 +905,7 @@ def test_sparse_is_normal_where_it_is_not_zero() -> None:
     w = init.sparse_(torch.empty(201, 301), 0.3, std=0.2, generator=torch.Generator().manual_seed(1))
     dense = init.normal_(torch.empty(201, 301), std=0.2, generator=torch.Generator().manual_seed(1))
     assert torch.equal(w, dense * (w != 0))
-    # The places must not depend on the values they hide: what is left has the same law as what is gone.
+    # The places must not depend on the values they hide: what is left has the same distribution as what is gone.
     assert stats.ks_2samp(dense[w == 0].numpy(), dense[w != 0].numpy()).pvalue > 1e-3
 
 

@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # llvmlite is numba's own lower half: an intrinsic's body is written in it.
-ENGINES = {"_triton": {"triton", "numpy", "torch"}, "_numba": {"numba", "llvmlite", "numpy", "torch"}}
-SHARED = {"engines", "region", "stream"}  # the rooms of kernels/ that every op may use; nonfinite joins them for ops
-COMMON = {"_shared_triton", "_shared_numba"}  # what the engines of one kind share
+BACKENDS = {"_triton": {"triton", "numpy", "torch"}, "_numba": {"numba", "llvmlite", "numpy", "torch"}}
+SHARED = {"backends", "region", "stream"}  # the rooms of kernels/ that every op may use; nonfinite joins them for ops
+COMMON = {"_common_triton", "_common_numba"}  # what the backends of one kind share
 
 
 class Import(NamedTuple):
@@ -74,7 +74,7 @@ def violations(path: str, source: str, public: set[str]) -> list[str]:
     elif room.split("/")[0] == "initlab":
         broken = _in_initlab(found, public)
         broken += [
-            (node.lineno, "3: .is_cuda; the engine is chosen in kernels/engines.py")
+            (node.lineno, "3: .is_cuda; the backend is chosen in kernels/backends.py")
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute) and node.attr == "is_cuda"
         ]
@@ -86,7 +86,7 @@ def violations(path: str, source: str, public: set[str]) -> list[str]:
 
 
 def _in_kernels(name: str, found: list[Import]) -> list[tuple[int, str]]:
-    engine_kind = next((kind for kind in ENGINES if name.startswith("_") and name.endswith(kind)), None)
+    backend_kind = next((kind for kind in BACKENDS if name.startswith("_") and name.endswith(kind)), None)
     broken = []
     for i in found:
         if i.root in {"initlab", "kernels"}:
@@ -94,37 +94,39 @@ def _in_kernels(name: str, found: list[Import]) -> list[tuple[int, str]]:
         elif i.module.startswith(".."):
             broken.append((i.line, f"2: {i.module} reaches out of kernels/"))
         elif i.module.startswith("."):
-            broken += [(i.line, why) for sibling in i.siblings if (why := _sibling(name, engine_kind, sibling, i.lazy))]
+            broken += [
+                (i.line, why) for sibling in i.siblings if (why := _sibling(name, backend_kind, sibling, i.lazy))
+            ]
         elif i.root not in sys.stdlib_module_names:
-            allowed = ENGINES[engine_kind] if engine_kind else {"torch"}
+            allowed = BACKENDS[backend_kind] if backend_kind else {"torch"}
             if i.root not in allowed:
-                rule = 1 if engine_kind or i.root in {"llvmlite", "numba", "triton"} else 2
+                rule = 1 if backend_kind or i.root in {"llvmlite", "numba", "triton"} else 2
                 broken.append((i.line, f"{rule}: imports {i.module}; allowed: {', '.join(sorted(allowed))}"))
     return broken
 
 
-def _sibling(name: str, engine_kind: str | None, sibling: str, lazy: bool) -> str | None:
+def _sibling(name: str, backend_kind: str | None, sibling: str, lazy: bool) -> str | None:
     """Why module `name` of kernels/ may not import its neighbour `sibling`; None where it may."""
     if sibling in COMMON:
-        fits = engine_kind is not None and sibling.endswith(engine_kind)
-        return None if fits else f"1: imports {sibling}, which serves engines of its kind"
-    owner = next((sibling.removesuffix(kind)[1:] for kind in ENGINES if sibling.endswith(kind)), None)
+        fits = backend_kind is not None and sibling.endswith(backend_kind)
+        return None if fits else f"1: imports {sibling}, which serves backends of its kind"
+    owner = next((sibling.removesuffix(kind)[1:] for kind in BACKENDS if sibling.endswith(kind)), None)
     if owner is not None:
         if owner != name:
             return f"1: imports {sibling}, which belongs to {owner}.py"
         return None if lazy else f"1: imports {sibling} at import time; do it inside a function"
     if name == "__init__" or sibling in SHARED:
         return None
-    if name not in SHARED and engine_kind is None and sibling == "nonfinite":
+    if name not in SHARED and backend_kind is None and sibling == "nonfinite":
         return None
-    return f"2: imports {sibling}; allowed: {', '.join(sorted(SHARED))}, for an op also nonfinite and its own engines"
+    return f"2: imports {sibling}; allowed: {', '.join(sorted(SHARED))}, for an op also nonfinite and its own backends"
 
 
 def _in_initlab(found: list[Import], public: set[str]) -> list[tuple[int, str]]:
     broken = []
     for i in found:
         if i.root in {"llvmlite", "numba", "triton", "?"}:
-            broken.append((i.line, f"3: imports {i.module}; only kernels/ knows the engines"))
+            broken.append((i.line, f"3: imports {i.module}; only kernels/ knows the backends"))
         elif i.module.startswith(".") and "kernels" in (*i.siblings, *i.module.split(".")):
             broken.append((i.line, f"4: imports {i.module}; say initlab.kernels"))
         elif i.module == "initlab.kernels":
@@ -158,8 +160,8 @@ def test_imports(path: str) -> None:
         ("kernels/_op_numba.py", "from ._op_triton import x", 1),
         ("kernels/_op_numba.py", "from . import sampling", 2),
         ("kernels/op.py", "from . import _op_numba", 1),
-        ("kernels/op.py", "def f():\n    from ._shared_numba import share", 1),
-        ("kernels/_op_triton.py", "from ._shared_numba import share", 1),
+        ("kernels/op.py", "def f():\n    from ._common_numba import share", 1),
+        ("kernels/_op_triton.py", "from ._common_numba import share", 1),
         ("kernels/op.py", "if True:\n    from ._op_triton import fill", 1),
         ("kernels/op.py", "class A:\n    from . import _op_numba", 1),
         ("kernels/op.py", "def f():\n    from . import _other_numba", 1),
@@ -169,9 +171,9 @@ def test_imports(path: str) -> None:
         ("kernels/op.py", "from .sampling import fill_", 2),
         ("kernels/op.py", "from .. import init", 2),
         ("kernels/op.py", "def f(name):\n    import_module(name)", 2),
-        ("kernels/engines.py", "from . import nonfinite", 2),
-        ("kernels/stream.py", "from .sampling import Law", 2),
-        ("kernels/stream.py", "def f():\n    from . import _sampling_numba", 1),
+        ("kernels/backends.py", "from . import nonfinite", 2),
+        ("kernels/sampling/stream.py", "from .sampling import Distribution", 2),
+        ("kernels/sampling/stream.py", "def f():\n    from . import _numba", 1),
         ("kernels/__init__.py", "from . import _op_numba", 1),
         ("kernels/op.py", "from initlab.kernels import stream", 4),
         ("kernels/op.py", "import kernels", 4),
@@ -180,7 +182,7 @@ def test_imports(path: str) -> None:
         ("initlab/room.py", "importlib.import_module('numba')", 3),
         ("initlab/room.py", "x = tensor.is_cuda", 3),
         ("initlab/room.py", "import initlab.kernels.sampling", 3),
-        ("initlab/room.py", "from initlab.kernels.stream import philox", 3),
+        ("initlab/room.py", "from initlab.kernels.sampling.stream import philox", 3),
         ("initlab/room.py", "from initlab.kernels import fill_, sampling", 3),
         ("initlab/room.py", "from initlab import kernels", 3),
         ("initlab/diagnose/room.py", "from initlab.kernels import _private", 3),
@@ -201,19 +203,19 @@ def test_a_broken_rule_is_seen(path: str, source: str, rule: int) -> None:
     [
         ("kernels/_op_triton.py", "import torch, triton\nimport triton.language as tl\nfrom .stream import TABLE"),
         ("kernels/_op_numba.py", "import math\nimport numba, numpy as np, torch\nfrom . import stream"),
-        ("kernels/_op_triton.py", "from ._shared_triton import find"),
-        ("kernels/op.py", "import torch\nfrom . import engines, nonfinite\ndef f():\n    from . import _op_triton"),
+        ("kernels/_op_triton.py", "from ._common_triton import find"),
+        ("kernels/op.py", "import torch\nfrom . import backends, nonfinite\ndef f():\n    from . import _op_triton"),
         (
             "kernels/nonfinite.py",
-            "from .engines import choose\ndef f():\n    from ._nonfinite_triton import raise_flag",
+            "from .backends import choose\ndef f():\n    from ._nonfinite_triton import raise_flag",
         ),
-        ("kernels/engines.py", "import os\nimport torch\nfrom importlib.util import find_spec"),
+        ("kernels/backends.py", "import os\nimport torch\nfrom importlib.util import find_spec"),
         ("kernels/__init__.py", "from .sampling import fill_\nfrom .stream import named_key"),
         (
             "initlab/room.py",
             "import torch\nfrom initlab.kernels import fill_\nfrom . import init\nfrom .init import ones_",
         ),
-        ("tests/test_room.py", "import numba\nfrom initlab.kernels import _sampling_numba"),
+        ("tests/test_room.py", "import numba\nfrom initlab.kernels.sampling import _numba"),
     ],
 )
 def test_what_the_rules_allow(path: str, source: str) -> None:

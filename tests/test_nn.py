@@ -1,4 +1,4 @@
-"""LinearReLU and fuse_linear_relu: nn.Linear's state, He's law, and models that do what they did before."""
+"""LinearReLU and fuse_linear_relu: nn.Linear's state, He's distribution, and models that do what they did before."""
 
 import collections
 import copy
@@ -25,7 +25,7 @@ def test_the_state_is_that_of_a_linear_layer(bias):
     assert not isinstance(ours, nn.Linear)  # what swaps those would lose the ReLU
 
 
-def test_he_law_from_the_stream():
+def test_he_distribution_from_the_stream():
     torch.manual_seed(3)
     layer = LinearReLU(400, 300)
     torch.manual_seed(3)
@@ -72,7 +72,7 @@ def test_in_a_model_that_is_compiled_or_called_functionally():
 
 @pytest.mark.parametrize("recipe", ["torch", "own", "he", "xavier", "lecun", "auto", "gpt2", "trunc_normal"])
 def test_recipes_know_the_module(recipe):
-    """Fused or not, a model gets the same values; but recipes that ask the module give it the law of its own."""
+    """Fused or not, a model gets the same values; but recipes that ask the module give it the distribution of its own."""
 
     def model():
         layers = (nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.Linear(16, 8), nn.ReLU(), nn.Tanh())
@@ -86,7 +86,7 @@ def test_recipes_know_the_module(recipe):
             fan_in = 64 if ours.name[0] == "0" else 16
             assert ours.std == (0 if "bias" in ours.name else pytest.approx((2 / fan_in) ** 0.5))
         else:
-            assert (ours.name, ours.law, ours.fan) == (theirs.name, theirs.law, theirs.fan)
+            assert (ours.name, ours.distribution, ours.fan) == (theirs.name, theirs.distribution, theirs.fan)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ IMPORTED_FROM = Path(initlab.__file__).parent.parent
 USE = """
     import importlib.util, pickle
     import torch, initlab
-    import initlab.kernels.stream
+    import initlab.kernels.sampling.stream
     from initlab.kernels import Normal, fill_
 
     x = initlab.init.normal_(torch.empty(7))
@@ -181,7 +181,7 @@ def test_a_process_that_never_imported_initlab_can_unpickle_from_a_checkout() ->
     pickled = "import pickle; from initlab.kernels import named_key; print(pickle.dumps(named_key).hex())"
     data = python(pickled, cwd=ROOT).strip()
     name = python(f"import pickle; print(pickle.loads(bytes.fromhex('{data}')).__module__)", cwd=ROOT)
-    assert name.strip() == "initlab.kernels.stream"
+    assert name.strip() == "initlab.kernels.sampling.stream"
 
 
 def test_import_is_light(tmp_path: Path) -> None:

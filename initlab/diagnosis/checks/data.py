@@ -1,0 +1,154 @@
+"""Rules about the batch: values that are not finite, targets out of range, odd scales."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .. import fixes
+from ..batch import Leaf
+from ..evidence import Evidence
+from ..limits import LIMITS
+from ..report import Place, Severity
+from ..symptoms import diverges, odd_scale
+from .finding import Finding, short
+
+
+def bad_input(evidence: Evidence) -> Finding | None:
+    """NaN and infinities in what the model reads."""
+    if evidence.broke_at is None:
+        return None
+    for leaf in evidence.leaves:
+        if leaf.is_target or leaf.features is None or not leaf.features.bad or not _is_to_blame(evidence, leaf):
+            continue
+        found = leaf.features
+        facts = {"rows": f"{found.bad_rows} of {found.rows}", "features": len(found.bad)}
+        return Finding(
+            "input",
+            "broken",
+            Place(feature=found.bad[0] if len(found.bad) == 1 else found.bad),
+            f"{leaf.code} holds NaN or infinities; every row that has one becomes NaN, and with it the mean loss.",
+            facts,
+            [fixes.impute(leaf, evidence.batch)],
+        )
+    return None
+
+
+def _is_to_blame(evidence: Evidence, leaf: Leaf) -> bool:
+    """Whether a tensor that is not finite is no mask: it holds more than -inf, or the search ended at it."""
+    origin = evidence.origin
+    if origin is not None and origin.source == "leaf" and origin.op == leaf.code:
+        return True
+    low, high = leaf.tensor.detach().aminmax()
+    return not (low == -math.inf and high < math.inf)
+
+
+def bad_index(evidence: Evidence) -> Finding | None:
+    """An index of an embedding that is out of range."""
+    if evidence.error is None or evidence.trace.failed is None or evidence.trace.failed[1] != "embedding":
+        return None
+    module = evidence.trace.failed[0]
+    ids = [leaf for leaf in evidence.leaves if not leaf.is_target and not leaf.tensor.is_floating_point()]
+    facts: dict[str, Any] = {"error": short(evidence.error)}
+    if ids and ids[0].tensor.numel():
+        facts |= {"smallest": int(ids[0].tensor.min()), "largest": int(ids[0].tensor.max())}
+    return Finding(
+        "input",
+        "broken",
+        Place(module=module, op="embedding"),
+        "an index in the batch is outside the embedding's rows.",
+        facts,
+    )
+
+
+def bad_target(evidence: Evidence) -> Finding | None:
+    """NaN and infinities in what the loss compares with."""
+    if evidence.broke_at is None:
+        return None
+    for leaf in evidence.leaves:
+        if leaf.is_target and leaf.features is not None and leaf.features.bad and _is_to_blame(evidence, leaf):
+            return Finding(
+                "target",
+                "broken",
+                Place(),
+                f"{leaf.code}, which the model does not read, holds NaN or infinities: so does the loss.",
+                {"rows": f"{leaf.features.bad_rows} of {leaf.features.rows}"},
+                [code for code in (fixes.drop_rows(leaf, evidence.batch),) if code],
+            )
+    return None
+
+
+def target_out_of_range(evidence: Evidence) -> Finding | None:
+    """Classes that the model has no output for, and labels outside [0, 1]."""
+    target = next((leaf for leaf in evidence.leaves if leaf.is_target), None)
+    for call in evidence.trace.losses:
+        if call.problem == "classes":
+            low, high, count = call.facts["smallest"], call.facts["largest"], call.facts["classes"]
+            fix = fixes.shift_classes(target, evidence.batch, low, high, count) if target is not None else ""
+            why = (
+                f"targets run from {low} to {high}, and a model with {count} outputs has the classes 0 to {count - 1}."
+            )
+            return Finding("target", "broken", Place(op=call.name), why, dict(call.facts), [fix] if fix else [])
+        if call.problem == "range":
+            low, high = call.facts["smallest"], call.facts["largest"]
+            fix = fixes.into_unit_range(target, evidence.batch, low, high) if target is not None and high > low else ""
+            why = f"targets run from {low:g} to {high:g}; {call.name} takes probabilities, and has no minimum outside."
+            return Finding("target", "broken", Place(op=call.name), why, dict(call.facts), [fix] if fix else [])
+    error, failed = evidence.error, evidence.trace.failed
+    if error is None or failed is None or failed[0] is not None or target is None or target.tensor.is_floating_point():
+        return None
+    text = str(error)
+    if not any(words in text for words in ("out of bounds", "out of range", "must be smaller", "non-negative")):
+        return None
+    facts = {"error": short(error)}
+    if target.tensor.numel():
+        facts |= {"smallest": str(int(target.tensor.min())), "largest": str(int(target.tensor.max()))}
+    return Finding("target", "broken", Place(op=failed[1]), "a target is used as an index, and is out of range.", facts)
+
+
+def log_of_target(evidence: Evidence) -> Finding | None:
+    """An operation on targets alone makes the first value that is not finite."""
+    origin = evidence.origin
+    if origin is None or origin.source != "op" or origin.weights or origin.module is not None or not origin.sources:
+        return None
+    targets = {leaf.code: leaf for leaf in evidence.leaves if leaf.is_target}
+    if not origin.sources <= targets.keys() or origin.op in ("mean", "std", "var"):
+        return None
+    leaf = targets[min(origin.sources)]
+    if not leaf.tensor.is_floating_point():  # counts of classes, say: the loss function's own arithmetic
+        return None
+    low = float(leaf.tensor.min()) if leaf.tensor.numel() else math.nan
+    return Finding(
+        "target",
+        "broken",
+        Place(op=origin.op),
+        f"{origin.op} of the targets alone is not finite: {leaf.code} goes down to {low:g}.",
+        {"smallest": low, **origin.facts},
+        [fixes.positive(leaf, evidence.batch)],
+    )
+
+
+def scale(evidence: Evidence) -> Finding | None:
+    """Inputs that are not scaled for the weights in use, and what that does."""
+    odd = odd_scale(evidence)
+    if odd is None:
+        return None
+    broke, cured = evidence.broke_at is not None, evidence.standardised
+    first = next((c for c in evidence.layers if c.activation in ("tanh", "sigmoid")), None)
+    saturated = first is not None and first is evidence.layers[0] and first.edge >= LIMITS.saturated
+    hurts = saturated or evidence.excess >= LIMITS.loss_excess or diverges(evidence)
+    if broke:
+        hurts = cured is not None and cured.finite
+    if cured is not None and evidence.broke_at != 1:  # where the first pass is in order, this one has to be better
+        before, after = evidence.first_loss, cured.loss
+        hurts = hurts and after is not None and (before is None or after <= before)
+    if not hurts and not odd.strong:
+        return None
+    facts: dict[str, Any] = {"factor between features": odd.spread, "root mean square": odd.rms}
+    if cured is not None:
+        facts["loss"] = evidence.first_loss
+        facts["loss if standardised"] = cured.loss
+    place = Place(feature=odd.features[0] if len(odd.features) == 1 else odd.features or None)
+    why = f"{odd.text}: the largest decide the first step, and saturate or blow up what follows."
+    severity: Severity = "broken" if (broke or diverges(evidence)) and hurts else "warning"
+    return Finding("input", severity, place, why, facts, [fixes.standardise(odd.leaf, evidence.batch)])

@@ -1,0 +1,34 @@
+"""What a rule finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from ..evidence import Evidence
+from ..report import Kind, Place, Severity
+
+
+@dataclass
+class Finding:
+    """A cause before its remedies have been tried.
+
+    Args:
+        remedies: code, best first; the first that lets the loss fall is the one to print.
+    """
+
+    kind: Kind
+    severity: Severity
+    place: Place
+    explanation: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    remedies: list[str] = field(default_factory=list)
+
+
+Check: TypeAlias = Callable[[Evidence], Finding | None]
+
+
+def short(error: BaseException) -> str:
+    """The first line of an error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,40 @@
+"""Rules about the loss function, by the arguments that torch's own were called with."""
+
+from __future__ import annotations
+
+from .. import fixes
+from ..evidence import Evidence
+from ..report import Place, Severity
+from .finding import Finding
+
+_PROBLEMS = {
+    "cross_entropy, probabilities": "cross_entropy takes logits and is given probabilities: a softmax of a softmax.",
+    "nll_loss, probabilities": "nll_loss takes log-probabilities and is given probabilities: there is no log in it.",
+    "nll_loss, logits": "nll_loss takes log-probabilities and is given logits: it has no minimum.",
+    "binary_cross_entropy, logits": "binary_cross_entropy takes probabilities and is given raw outputs.",
+    "binary_cross_entropy_with_logits, probabilities": "binary_cross_entropy_with_logits has a sigmoid in it, and is "
+    "given the output of another.",
+    "kl_div, probabilities": "kl_div takes log-probabilities as its input and is given probabilities.",
+}
+
+
+def wrong_space(evidence: Evidence) -> Finding | None:
+    """A loss function that is given logits for probabilities, or the other way round."""
+    for call in evidence.trace.losses:
+        why = _PROBLEMS.get(f"{call.name}, {call.problem}")
+        if why is not None:
+            written = fixes.stable_losses(evidence, call.name)
+            severity: Severity = "broken" if call.fatal or evidence.broke_at is not None else "warning"
+            return Finding("loss", severity, Place(op=call.name), why, dict(call.facts), written)
+    return None
+
+
+def empty_reduction(evidence: Evidence) -> Finding | None:
+    """A mean over nothing."""
+    if evidence.broke_at is None:
+        return None
+    for call in evidence.trace.losses:
+        if call.problem == "empty":
+            why = f"{call.name} averages over no elements: 0 / 0."
+            return Finding("loss", "broken", Place(op=call.name), why, dict(call.facts), [])
+    return None

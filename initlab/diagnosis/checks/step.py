@@ -1,0 +1,82 @@
+"""Rules about gradients, and about the step that is taken along them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .. import fixes
+from ..evidence import Evidence, ParameterStats
+from ..limits import LIMITS
+from ..report import Place
+from ..symptoms import diverges, overflows
+from .finding import Finding
+
+
+def exploding_gradient(evidence: Evidence) -> Finding | None:
+    """Gradients out of proportion, though weights and data are in order."""
+    if not evidence.steps:
+        return None
+    norm, loss, origin = evidence.steps[0].gradient, evidence.first_loss, evidence.origin
+    overflowed = overflows(evidence)
+    repeats = {path: n for path, n in evidence.trace.repeats.items() if n >= LIMITS.recurrence}
+    usual = max(1.0, evidence.baseline or abs(loss or 0.0))
+    limit = LIMITS.gradient_norm_in_time if repeats else LIMITS.gradient_norm
+    huge = norm is not None and not norm < limit * usual
+    if not (huge and evidence.broke_at != 1) and not overflowed:
+        return None
+    if overflowed and not repeats and origin is not None and origin.phase == "forward":
+        return None
+    worst = max((h for h in evidence.parameters if h.grad_norm is not None), key=_norm_of, default=None)
+    inside = [p for p in repeats if worst is not None and (worst.ref.path == p or worst.ref.path.startswith(f"{p}."))]
+    path = inside[0] if inside else worst.ref.path if worst is not None else None
+    steps = max(repeats.values(), default=0)
+    facts: dict[str, Any] = {"norm": norm}
+    if worst is not None:
+        facts |= {"worst": worst.name, "its norm": worst.grad_norm}
+    if steps:
+        facts["steps in time"] = steps
+    if norm and math.isfinite(norm):
+        facts["factor at max_norm 1"] = 1.0 / norm
+    why = "gradients explode" + (f" over {steps} steps in time: each multiplies them again." if steps else ".")
+    return Finding(
+        "gradient",
+        "broken" if evidence.broke_at is not None or diverges(evidence) else "warning",
+        Place(module=path, parameter=worst.name if worst is not None else None),
+        why,
+        facts,
+        [fixes.clip(evidence.optimizer)],
+    )
+
+
+def _norm_of(held: ParameterStats) -> float:
+    norm = held.grad_norm or 0.0
+    return math.inf if math.isnan(norm) else norm
+
+
+def too_fast(evidence: Evidence) -> Finding | None:
+    """A step that is too large."""
+    if not diverges(evidence) or evidence.optimizer is None:
+        return None
+    first = evidence.first_loss
+    assert first is not None
+    falls = next((factor for factor, loss in evidence.rates if loss < first), None)
+    rate = max(float(group["lr"]) for group in evidence.optimizer.param_groups)
+    facts: dict[str, Any] = {"rate": rate, "update against weights": evidence.steps[0].update}
+    facts["losses"] = " -> ".join(f"{x:.3g}" for x in (first, *(evidence.further[1:] or [evidence.after or math.nan])))
+    written = []
+    if falls is not None:
+        factor = falls / 3 if falls < 1 else 0.1
+        facts["rate that would not diverge"] = rate * factor
+        written = [
+            fixes.smaller_rate(factor, evidence.optimizer),
+            fixes.smaller_rate(factor / 10, evidence.optimizer),
+        ]
+    return Finding(
+        "learning rate",
+        "broken",
+        Place(),
+        "the loss rises along the update, and does not come back: the step is longer than the slope it was taken from.",
+        facts,
+        written,
+    )

@@ -1,0 +1,180 @@
+"""Rules about starting weights: symmetry, dead units, signals that explode or vanish over depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from .. import fixes
+from ..evidence import Evidence
+from ..limits import LIMITS
+from ..report import Place, Severity
+from ..symptoms import diverges, gains, is_zero
+from ..trace import Call
+from .finding import Finding
+
+
+def symmetric(evidence: Evidence) -> Finding | None:
+    """Weights whose rows are all equal, and stay so."""
+    layers = {call.path for call in evidence.layers}
+    alike = [h for h in evidence.parameters if h.alike and h.ref.path in layers and h.distribution is not None]
+    zero_heads = [h for h in evidence.parameters if is_zero(h) and h.grad is not None and not h.alike]
+    weights = [h for h in evidence.parameters if h.distribution is not None]
+    mostly = sum(map(is_zero, weights)) > LIMITS.zero_weights * len(weights)
+    if zero_heads and not mostly:  # heads and branches that start at zero on purpose: one step lets the others move
+        alike = [h for h in alike if not (h.grad_norm == 0 and is_zero(h))]
+    if not alike:
+        return _nothing_but_zeros(evidence)
+    held = alike[0]
+    assert held.stats is not None
+    what = "zero" if is_zero(held) else "equal"
+    norm = evidence.steps[0].gradient if evidence.steps else None
+    return Finding(
+        "weights",
+        "broken" if norm == 0 else "warning",
+        Place(module=held.ref.path, parameter=held.name),
+        f"all rows of {held.name} are {what} and get the same gradient: its units never become different.",
+        {"weights": len(alike), "value": held.stats.mean},
+        fixes.restart(evidence),
+    )
+
+
+def _nothing_but_zeros(evidence: Evidence) -> Finding | None:
+    """Weights that a model holds by itself, in no layer that is known, and that are all zero."""
+    matrices = [h for h in evidence.parameters if h.ref.tensor.dim() > 1]
+    if len(matrices) < 2 or not all(map(is_zero, matrices)):
+        return None
+    return Finding(
+        "weights",
+        "broken",
+        Place(module=matrices[0].ref.path, parameter=matrices[0].name),
+        f"all {len(matrices)} weight matrices are zero: each keeps the gradient from the others.",
+        {"weights": len(matrices)},
+        [fixes.fresh_matrices()],
+    )
+
+
+def dead(evidence: Evidence) -> Finding | None:
+    """Rectified units that are zero for every row."""
+    for call in evidence.layers:
+        out = call.activated
+        if call.activation not in ("relu", "relu6") or out is None or out.rows < 8 or out.dead < LIMITS.dead:
+            continue
+        bias = next((h for h in evidence.parameters if h.ref.path == call.path and h.ref.leaf == "bias"), None)
+        by_bias = bias is not None and bias.stats is not None and bias.stats.mean < -3 * bias.stats.std < 0
+        if bias is not None and bias.stats is not None and bias.stats.std == 0 and bias.stats.mean < 0:
+            by_bias = True
+        weight = next(iter(evidence.weights_of(call.path)), None)
+        blamed = bias if by_bias else weight
+        return Finding(
+            "weights",
+            "broken" if evidence.steps[0].gradient == 0 else "warning",
+            Place(module=call.path, parameter=blamed.name if blamed is not None else None),
+            f"{out.dead:.0%} of the units after {call.path!r} are zero for every row, as are their gradients.",
+            {"dead": out.dead, "mean of bias": bias.stats.mean if bias is not None and bias.stats is not None else 0.0},
+            [
+                *([fixes.fresh(evidence, [bias])] if by_bias and bias is not None else []),
+                *fixes.restart(evidence),
+            ],
+        )
+    return None
+
+
+def growing(evidence: Evidence) -> Finding | None:
+    """A signal that explodes over depth."""
+    along = gains(evidence)
+    if not along:
+        return None
+    growth = max(total for _, _, total in along)
+    ratios = _distribution_ratios(evidence)
+    far = [(call, ratio) for call, ratio in ratios if ratio >= LIMITS.distribution_factor]
+    edge = max((c.edge for c in evidence.layers if c.activation == "tanh"), default=0.0)
+    hurts = evidence.excess >= LIMITS.loss_excess or diverges(evidence) or evidence.broke_at is not None
+    saturates = edge >= LIMITS.saturated and 2 * len(far) >= len(ratios) > 0
+    exploding = growth >= LIMITS.growth and (far or _is_deep(evidence))
+    if not exploding and not saturates and not (growth >= LIMITS.growth_suspect and far and hurts):
+        return None
+    if evidence.trace.repeats and not far:
+        return None
+    call = _blamed(far, [c for c, _, _ in along], max)
+    weight = next(iter(evidence.weights_of(call.path)), None)
+    severity: Severity = "broken" if evidence.broke_at is not None or diverges(evidence) else "warning"
+    return Finding(
+        "weights",
+        severity,
+        Place(module=call.path, parameter=weight.name if weight is not None else None),
+        f"the signal grows {growth:.2g}-fold from the input to the widest layer: the weights are too large for their "
+        "fan-in.",
+        {
+            "gain": growth,
+            "weights against their distribution": max((r for _, r in ratios), default=1.0),
+            "saturated": edge,
+        },
+        fixes.restart(evidence),
+    )
+
+
+def shrinking(evidence: Evidence) -> Finding | None:
+    """A signal, or a gradient, that vanishes over depth."""
+    if evidence.broke_at is not None or len(evidence.layers) < 2:
+        return None
+    along = [(call, gain, total) for call, gain, total in gains(evidence) if not _zero_layer(evidence, call)]
+    forward = min((total for _, _, total in along), default=1.0)
+    backward = _backward_ratio(evidence)
+    if forward > LIMITS.shrink and backward > LIMITS.shrink:
+        return None
+    small = [
+        (call, ratio) for call, ratio in _distribution_ratios(evidence) if 0 < ratio <= 1 / LIMITS.distribution_factor
+    ]
+    call = _blamed(small, [c for c, _, _ in along] or evidence.layers, min)
+    weight = next(iter(evidence.weights_of(call.path)), None)
+    return Finding(
+        "weights",
+        "warning",
+        Place(module=call.path, parameter=weight.name if weight is not None else None),
+        f"the signal shrinks to {forward:.2g} of the input's, gradients to {backward:.2g}: nothing arrives at the "
+        "other end.",
+        {"gain": forward, "gradient first to last": backward},
+        fixes.restart(evidence),
+    )
+
+
+def _is_deep(evidence: Evidence) -> bool:
+    return len(evidence.layers) > 2
+
+
+def _distribution_ratios(evidence: Evidence) -> list[tuple[Call, float]]:
+    """For each layer: the root mean square of its weight against the distribution that its activation wants."""
+    found = []
+    for call in evidence.layers:
+        for held in evidence.weights_of(call.path):
+            distribution = held.distribution
+            if distribution and held.stats is not None and held.stats.finite and held.stats.numel >= 16:
+                found.append((call, held.stats.rms / distribution))
+    return found
+
+
+def _zero_layer(evidence: Evidence, call: Call) -> bool:
+    return any(is_zero(held) for held in evidence.weights_of(call.path))
+
+
+def _blamed(far: list[tuple[Call, float]], others: list[Call], worst: Callable[..., Any]) -> Call:
+    """The first layer that is nearly as far from its distribution as the worst."""
+    if not far:
+        return others[0]
+    extreme = abs(math.log(worst(ratio for _, ratio in far)))
+    return next(call for call, ratio in far if abs(math.log(ratio)) >= 0.7 * extreme)
+
+
+def _backward_ratio(evidence: Evidence) -> float:
+    """Gradient times weight of the first layers against the largest: equal over depth where nothing is lost."""
+    sizes = []
+    for call in evidence.layers:
+        for held in evidence.weights_of(call.path):
+            if held.grad_norm is not None and held.stats is not None and not is_zero(held):
+                sizes.append(held.grad_norm * held.stats.rms * math.sqrt(held.stats.numel))
+    if len(sizes) < 3 or any(is_zero(h) for h in evidence.parameters):
+        return 1.0
+    largest = max(sizes)
+    return sizes[0] / largest if largest > 0 else 1.0

@@ -1,0 +1,272 @@
+"""Remedies: code to paste, with model, batch, loss_fn, optimizer, torch and initlab in scope.
+
+Where one of several may fit, they are given best first; the doctor tries them on the user's own batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..models.initialization import plan_model
+from .batch import Leaf
+from .evidence import Evidence, ParameterStats
+from .trace import Call
+
+
+def _rows(leaf: Leaf) -> str:
+    """The dimensions that a feature's statistics run over, as code: all but the last, or all of an image's."""
+    dims = leaf.tensor.dim()
+    return "()" if dims > 3 else "0" if dims <= 2 else str(tuple(range(dims - 1)))
+
+
+def standardise(leaf: Leaf, batch: Any) -> str:
+    """Mean 0 and standard deviation 1 for each feature."""
+    rows = _rows(leaf)
+    return "\n".join(
+        [
+            f"x = {leaf.code}  # for the whole data set: sklearn.preprocessing.StandardScaler",
+            f"spread = x.std({rows}, correction=0, keepdim=True)",
+            leaf.rebind(batch, f"(x - x.mean({rows}, keepdim=True)) / torch.where(spread > 0, spread, 1.0)"),
+        ]
+    )
+
+
+def fresh_matrices() -> str:
+    """Xavier's distribution for every matrix, whichever way round it lies."""
+    return "\n".join(
+        [
+            "for p in model.parameters():",
+            "    if p.dim() > 1:",
+            "        initlab.init.xavier_normal_(p)",
+        ]
+    )
+
+
+def impute(leaf: Leaf, batch: Any) -> str:
+    """The mean of what is known for what is not, then mean 0 and standard deviation 1."""
+    rows = _rows(leaf)
+    return "\n".join(
+        [
+            f"x = {leaf.code}  # for the whole data set: sklearn.impute.SimpleImputer and StandardScaler, or drop rows",
+            "known = x.isfinite()",
+            f"count = known.sum({rows}, keepdim=True).clamp_min(1)",
+            f"mean = torch.where(known, x, 0.0).sum({rows}, keepdim=True) / count",
+            "x = torch.where(known, x, mean)",
+            f"spread = x.std({rows}, correction=0, keepdim=True)",
+            leaf.rebind(batch, "(x - mean) / torch.where(spread > 0, spread, 1.0)"),
+        ]
+    )
+
+
+def drop_rows(leaf: Leaf, batch: Any) -> str:
+    """The batch without the rows whose target is not finite."""
+    keep = f"keep = {leaf.code}.isfinite().reshape(len({leaf.code}), -1).all(1)  # rows with a target"
+    rows = len(leaf.tensor)
+    if isinstance(batch, dict):
+        fits = "v[keep] if isinstance(v, torch.Tensor) and len(v) == len(keep) else v"
+        return f"{keep}\nbatch = {{k: {fits} for k, v in batch.items()}}"
+    if type(batch) in (tuple, list) and all(hasattr(t, "shape") and len(t) == rows for t in batch):
+        return f"{keep}\nbatch = tuple(t[keep] for t in batch)"
+    return ""
+
+
+def shift_classes(leaf: Leaf, batch: Any, smallest: int, largest: int, classes: int) -> str:
+    """Classes from 0."""
+    if largest - smallest >= classes:
+        return f"# {leaf.code} has classes up to {largest}; the model needs {largest + 1} outputs, not {classes}"
+    return leaf.rebind(batch, f"{leaf.code} - {smallest}")
+
+
+def into_unit_range(leaf: Leaf, batch: Any, low: float, high: float) -> str:
+    """Targets between 0 and 1."""
+    return leaf.rebind(batch, f"({leaf.code} - {low:g}) / {high - low:g}")
+
+
+def positive(leaf: Leaf, batch: Any) -> str:
+    """Targets whose logarithm exists."""
+    return leaf.rebind(batch, f"{leaf.code}.clamp_min(1e-6)") + "  # or predict log1p of the target"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def restart(evidence: Evidence) -> list[str]:
+    """Fresh weights by the distribution that each layer's activation wants."""
+    distributions = {call.path: _distribution(call) for call in evidence.layers}
+    whole = [f"initlab.init_model_(model, seed=0, recipe={_mapping(distributions)})"] if distributions else []
+    whole += [f'initlab.init_model_(model, seed=0, recipe="{name}")' for name in ("auto", "torch", "own")]
+    usable = [code for code in whole if _plans(evidence.model, code)]
+    return usable or [fresh(evidence, [h for h in evidence.parameters if h.ref.tensor.dim() > 1])]
+
+
+def _distribution(call: Call) -> str:
+    if call.activation in ("tanh", "sigmoid", ""):
+        return "xavier"
+    return "lecun" if call.activation == "selu" else "he"
+
+
+def _mapping(distributions: dict[str, str]) -> str:
+    kinds = set(distributions.values())
+    if len(kinds) == 1:
+        return repr(kinds.pop())
+    common = max(kinds, key=list(distributions.values()).count)
+    special = {path: distribution for path, distribution in distributions.items() if distribution != common}
+    return repr({**special, "*": common})
+
+
+def _plans(model: nn.Module, code: str) -> bool:
+    """Whether init_model_ has a distribution for every parameter that a call of it would fill."""
+    try:
+        eval(code.replace("initlab.init_model_(", "plan("), {"plan": plan_model, "model": model})
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _has_distribution(model: nn.Module, held: ParameterStats) -> bool:
+    """Whether init_model_ fills a parameter or buffer: buffers without a distribution are left as they are."""
+    try:
+        plan = plan_model(model, only=lambda name, tensor: tensor is held.ref.tensor)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return bool(plan.rows)
+
+
+def fresh(evidence: Evidence, held: Sequence[ParameterStats], buffer: str = "zero_()") -> str:
+    """New values for some parameters and buffers only: by their layers' distributions, where there are any."""
+    model = evidence.model
+    lines, redrawn = [], []
+    for one in held:
+        if _has_distribution(model, one):
+            redrawn.append(one.name)
+            continue
+        getter = f"model.get_{'parameter' if one.ref.is_parameter else 'buffer'}({one.name!r})"
+        if one.ref.is_parameter and one.ref.tensor.dim() > 1:
+            lines.append(f"initlab.init.xavier_uniform_({getter})")
+        elif one.ref.is_parameter:
+            lines.append(f"initlab.init.zeros_({getter})")
+        else:
+            lines.append(f"{getter}.{buffer}")
+    if redrawn:
+        lines.insert(0, f"initlab.init_model_(model, seed=0, only={redrawn if redrawn[1:] else redrawn[0]!r})")
+    return "\n".join(lines)
+
+
+def forget_state(evidence: Evidence, held: Sequence[ParameterStats]) -> str:
+    """The optimizer without the state that is not right."""
+    return "\n".join(f"optimizer.state.pop(model.get_parameter({one.name!r}))" for one in held)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def stable_losses(evidence: Evidence, op: str) -> list[str]:
+    """Loss functions that cannot overflow, for models with logits and for models with probabilities."""
+    targets = [leaf for leaf in evidence.leaves if leaf.is_target]
+    if type(evidence.batch) not in (tuple, list) or len(evidence.batch) != 2 or len(targets) != 1:
+        return []
+    y = targets[0].tensor
+    last = _last_of(evidence.model, (nn.Softmax, nn.LogSoftmax, nn.Sigmoid))
+    identity = f"model.set_submodule({last!r}, torch.nn.Identity())  # the loss takes logits\n" if last else ""
+    functional = "torch.nn.functional"
+    if not y.is_floating_point() and y.dim() == 1 and op not in ("binary_cross_entropy",):
+        classes = "loss_fn = initlab.supervised(torch.nn.CrossEntropyLoss())"
+        by_hand = f"lambda p, y: {functional}.nll_loss(p.clamp_min(1e-7).log(), y)"
+        return [*([identity + classes] if last else []), classes, f"loss_fn = initlab.supervised({by_hand})"]
+    binary = "loss_fn = initlab.supervised(torch.nn.BCEWithLogitsLoss())"
+    shaped = f"lambda z, y: {functional}.binary_cross_entropy_with_logits(z.flatten(), y.float().flatten())"
+    found = [identity + binary] if last else []
+    return [*found, binary, f"loss_fn = initlab.supervised({shaped})"]
+
+
+def _last_of(model: nn.Module, kinds: tuple[type, ...]) -> str | None:
+    """The path of the last leaf module, if it is one of some kinds."""
+    leaves = [(path, module) for path, module in model.named_modules() if not module._modules and path]
+    return leaves[-1][0] if leaves and isinstance(leaves[-1][1], kinds) else None
+
+
+_STABLE = {
+    "log": "torch.log(x.clamp_min(eps)), or a loss that takes logits: log_softmax, logsigmoid",
+    "div": "x / d.clamp_min(eps), or torch.where(d > 0, x / torch.where(d > 0, d, 1.0), 0.0)",
+    "reciprocal": "1 / d.clamp_min(eps)",
+    "sqrt": "torch.sqrt(x.clamp_min(eps)): at 0 its slope is infinite",
+    "rsqrt": "torch.rsqrt(x + eps)",
+    "pow": "x.clamp_min(eps).pow(p): a root has no slope at 0, a negative power no value",
+    "exp": "torch.softmax or torch.logsumexp, which subtract the maximum, or x.clamp_max(80)",
+    "softmax": "leave one entry of each row unmasked, or torch.where(mask.any(-1, keepdim=True), softmax, 0.0)",
+    "norm": "torch.sqrt(x.square().sum(-1) + eps)",
+    "std": "x.std(correction=0), with more than one sample",
+    "var": "x.var(correction=0), with more than one sample",
+    "batch_norm": "more than one value per channel: drop_last=True, GroupNorm, or eval mode",
+    "where": "replace the argument first: torch.log(torch.where(ok, x, 1.0)), then torch.where(ok, ..., 0.0)",
+    "mean": "x.sum() / max(1, x.numel()), for a selection that may be empty",
+    "acos": "torch.acos(x.clamp(-1 + eps, 1 - eps))",
+    "asin": "torch.asin(x.clamp(-1 + eps, 1 - eps))",
+    "atan2": "torch.atan2(y, x + eps)",
+    "cosine_similarity": "its own eps, above 0",
+}
+
+
+def rewrite(op: str, module: str | None) -> str:
+    """The stable form of an operation, as a comment for the user's own code."""
+    form = _STABLE.get(op)
+    where = "the loss function" if module is None else f"forward() of {module!r}" if module else "the model's forward()"
+    return f"# in {where}: {form}" if form else ""
+
+
+def drop_batch_statistics(path: str) -> str:
+    """Batch normalisation by its running statistics, where a batch has none."""
+    return f"model.get_submodule({path!r}).eval()  # or batches of more than one: DataLoader(..., drop_last=True)"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The step
+
+
+def smaller_rate(factor: float, optimizer: Any) -> str:
+    """A learning rate by a factor smaller."""
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    assign = f'group["lr"] = {max(rates) * factor:.1g}' if len(rates) == 1 else f'group["lr"] *= {factor:.1g}'
+    return f"for group in optimizer.param_groups:\n    {assign}"
+
+
+def clip(optimizer: Any) -> str:
+    """Gradients of norm 1 at most."""
+    if optimizer is None:
+        return "initlab.clip_grad_norm_(model.parameters(), max_norm=1.0)  # after each backward()"
+    return "clipper = initlab.GradClipper(optimizer, max_norm=1.0)"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+def wider(evidence: Evidence) -> list[str]:
+    """Float32, or bfloat16's range."""
+    found = []
+    if any(h.ref.tensor.dtype.itemsize == 2 and h.ref.tensor.is_floating_point() for h in evidence.held):
+        lines = ["model.float()  # or model.bfloat16(): the range of float32 in 16 bits"]
+        for leaf in evidence.leaves:
+            if leaf.tensor.is_floating_point() and leaf.tensor.dtype.itemsize == 2:
+                lines.append(leaf.rebind(evidence.batch, f"{leaf.code}.float()"))
+        found.append("\n".join(lines))
+    return [*found, "# torch.autocast(..., dtype=torch.bfloat16): the range of float32 in 16 bits, and no loss scale"]
+
+
+def scaled(evidence: Evidence, power: int) -> list[str]:
+    """A scaled loss, and gradients that are scaled back before the step: what torch.amp.GradScaler does."""
+    lines = [
+        f"scale = 2.0**{power}  # what torch.amp.GradScaler does",
+        "unscaled = loss_fn",
+        "loss_fn = lambda model, batch: unscaled(model, batch) * scale",
+        "def unscale(optimizer, args, kwargs):",
+        '    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]',
+        "    torch._foreach_div_(grads, scale)",
+        "optimizer.register_step_pre_hook(unscale)",
+    ]
+    return [*wider(evidence)[:-1], *(["\n".join(lines)] if evidence.optimizer is not None else [])]

@@ -1,0 +1,55 @@
+"""The numbers that the rules compare with, in one table, each with its reason."""
+
+from typing import NamedTuple
+
+
+class Limits(NamedTuple):
+    """Thresholds; a ratio unless it says otherwise."""
+
+    # How much is read
+    sample: int = 1 << 14  # elements behind a mean or a standard deviation: good to one percent
+    most_features: int = 1 << 14  # wider inputs are images or one-hot, which no feature table helps
+    most_input_elements: int = 1 << 22
+    calls_measured: int = 64  # of one module in one pass; a recurrence shows its trend in these
+
+    # Inputs
+    scale_spread: float = 100.0  # of one feature against the median feature; two orders of magnitude
+    spread_harmful: float = 1000.0  # at three, one feature has a million times the say in the first step
+    input_rms: float = 50.0  # raw pixels (about 130) and prices exceed it, counts and z-scores do not
+    input_rms_suspect: float = 8.0  # worth a look where the run shows symptoms
+    offset: float = 30.0  # mean over reach: years, temperatures in kelvin
+
+    # Weights
+    growth: float = 1e3  # of the signal's standard deviation from the input to the worst layer
+    growth_suspect: float = 30.0  # where weights are also far from their distribution
+    shrink: float = 1e-5  # of the signal, or of gradients, from one end to the other: nothing is left for 16-bit types
+    distribution_factor: float = 4.0  # standard deviation against the distribution; trained weights stay within 3
+    dead: float = 0.9  # of a layer's units zero for every row of the batch
+    zero_weights: float = 0.7  # of all layers; zero heads and branches on purpose are at most every other layer
+    saturated: float = 0.5  # of tanh or sigmoid outputs within 1 % of their ends; unit inputs leave 1 % there
+
+    # Parameters that nobody wrote
+    garbage: float = 1e6  # magnitude of a starting weight; no distribution draws one
+    denormal: float = 1e-25  # memory read as float is often this small; a distribution reaches it once in 1e20 draws
+    denormal_share: float = 0.05
+
+    # Gradients
+    gradient_ratio: float = 1e4  # largest against smallest typical gradient over depth
+    gradient_norm: float = 1e3  # per unit of loss: a step at a rate of 1e-3 moves weights by their own size
+    gradient_norm_in_time: float = 1e2  # likewise, where a module runs again and again: each run multiplies
+    recurrence: int = 10  # calls, or time steps, that make depth in time the suspect
+
+    # Learning rate
+    update_ratio: float = 0.5  # of an update to its weight; usual is 1e-3
+    blow_up: float = 5.0  # of the loss along the steps: no further steps are needed to see it
+    recovery: float = 0.1  # what the loss must have lost again, of its first value, for a rise to be a passing one
+    rise: float = 1.15  # of the loss along one update; dropout and momentum make it rise by a few percent
+    loss_excess: float = 3.0  # first loss against that of knowing nothing
+
+    # Low precision
+    headroom: float = 8.0  # three bits: what a few steps, or a less ordinary batch, use up
+    zero_gradients: float = 0.1  # share of exact zeros in a 16-bit gradient that float32 does not have
+    smallest_normal: float = 2.0**-14  # of float16: gradients below it lose bits, and below 2**-25 they are zero
+
+
+LIMITS = Limits()

@@ -1,0 +1,435 @@
+"""The passes: one of the user's code under observation, and closer looks where that one leaves a suspicion."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from ..models.naming import tensor_refs
+from .batch import Leaf, features, leaves, standardised
+from .evidence import (
+    Evidence,
+    ParameterStats,
+    Replay,
+    Step,
+    distribution_of,
+    half,
+    nearly_alike,
+    rows_alike,
+    state_faults,
+    tiny_share,
+    zero_share,
+)
+from .origin import Search
+from .ranks import CommunicatesError
+from .state import Snapshot, companions
+from .stats import measure
+from .symptoms import gains
+from .trace import Trace, storage_of
+
+LossFn = Callable[[Any, Any], Any]
+
+
+class TrainingStep:
+    """The user's objects, and a snapshot that every probe starts from and returns to."""
+
+    def __init__(self, model: nn.Module, batch: Any, loss_fn: LossFn, optimizer: Optimizer | None) -> None:
+        self.model, self.batch, self.loss_fn, self.optimizer = model, batch, loss_fn, optimizer
+        self.leaves = leaves(batch)
+        self.companions = companions(loss_fn)
+        self.snapshot = Snapshot([model, *self.companions], optimizer, [leaf.tensor for leaf in self.leaves])
+
+    def loss(self) -> Tensor:
+        """The user's loss, from the same random numbers each time."""
+        self.snapshot.random.restore()
+        loss = self.loss_fn(self.model, self.batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise UsageError(f"loss_fn returned {what}; it must return the loss, a tensor with one element")
+        return loss
+
+    def gradients_anew(self) -> Tensor:
+        """The loss, with its gradients and no others."""
+        self.forget_gradients()
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+    def forget_gradients(self) -> None:
+        """Detach all gradients; the snapshot keeps them."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else ()
+        parameters: list[Tensor] = [p for m in (self.model, *self.companions) for p in m.parameters()]
+        parameters += [p for group in groups for p in group["params"]]
+        parameters += [leaf.tensor for leaf in self.leaves if leaf.tensor.is_leaf]
+        for parameter in parameters:
+            parameter.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that there are, by name."""
+        return {
+            name: p.grad for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.is_sparse
+        }
+
+
+class UsageError(TypeError):
+    """The arguments of diagnose break its contract: raised to the caller, never a diagnosis."""
+
+
+_FOR_THE_CALLER = (CommunicatesError, UsageError)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Gradients on, warnings off, compiled code run as it was written."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if "_dynamo" in vars(torch):  # nothing is compiled where this has not been imported, and it is slow to
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Before anything runs
+
+
+def gather(training_step: TrainingStep) -> Evidence:
+    """What the batch, the parameters and the optimizer say at rest."""
+    for leaf in training_step.leaves:
+        leaf.features = features(leaf.tensor)
+    parameters, buffers = tensor_refs(training_step.model)
+    held = [ParameterStats(s, None if is_lazy(s.tensor) else measure(s.tensor)) for s in (*parameters, *buffers)]
+    for one in held:
+        if one.stats is not None and one.ref.is_parameter:
+            one.tiny = tiny_share(one.ref.tensor)
+        if training_step.optimizer is not None:
+            one.state = state_faults(training_step.optimizer.state.get(one.ref.tensor, {}))
+    storages = {storage_of(leaf.tensor): leaf.path for leaf in training_step.leaves}
+    return Evidence(
+        training_step.model,
+        training_step.batch,
+        training_step.optimizer,
+        training_step.leaves,
+        held,
+        Trace(training_step.model, storages),
+    )
+
+
+def runnable(evidence: Evidence) -> bool:
+    """Whether the model can run at all: nothing on the meta device, nothing lazy."""
+    return not any(h.ref.tensor.is_meta or is_lazy(h.ref.tensor) for h in evidence.held)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Screening
+
+
+def screen(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
+    """Take the steps that were asked for, the first under observation, until something breaks."""
+    for number in range(1, steps + 1):
+        training_step.forget_gradients()
+        first = number == 1
+        step = Step(None)
+        evidence.steps.append(step)
+        try:
+            if first:
+                with evidence.trace:
+                    loss = training_step.loss()
+            else:
+                loss = training_step.loss()
+            step.before = float(loss)
+            loss.backward()
+        except _FOR_THE_CALLER:
+            raise
+        except Exception as error:
+            evidence.error, evidence.broke_at = error, number
+            if first:
+                _roles(evidence)
+            return
+        del loss
+        gradients = training_step.gradients()
+        step.gradient = _norm(list(gradients.values()))
+        if first:
+            _roles(evidence)
+            _read_gradients(evidence)
+        if not step.finite:
+            evidence.broke_at = number
+            return
+        if training_step.optimizer is None:
+            return
+        try:
+            step.update = _update(training_step)
+        except _FOR_THE_CALLER:
+            raise
+        except Exception as error:
+            evidence.error, evidence.broke_at = error, number
+            return
+    evidence.after = _value(training_step)
+    if evidence.after is None or not math.isfinite(evidence.after):
+        evidence.broke_at = steps + 1
+
+
+def _roles(evidence: Evidence) -> None:
+    """What modules read as it lies in the batch is input, and then the rest is target."""
+    read = {path for call in evidence.trace.calls for path in call.reads_batch}
+    for leaf in evidence.leaves:
+        if leaf.path in read:
+            leaf.is_target = False
+
+
+def _read_gradients(evidence: Evidence) -> None:
+    activations = {call.path: call.activation for call in evidence.layers}
+    with torch.no_grad():
+        norms = _norms([h.ref.tensor.grad for h in evidence.parameters if h.ref.tensor.grad is not None])
+        for held in evidence.parameters:
+            tensor, grad = held.ref.tensor, held.ref.tensor.grad
+            held.distribution = distribution_of(held.ref, activations.get(held.ref.path, ""))
+            if grad is not None and grad.layout == torch.strided:
+                held.grad_norm, held.grad = next(norms), measure(grad)
+            if rows_alike(tensor):
+                held.alike = grad is not None and nearly_alike(grad)
+
+
+def _norms(tensors: list[Any]) -> Iterator[float]:
+    """2-norms of dense tensors; infinite only where an element is."""
+    dense = [t.float() if half(t.dtype) else t for t in tensors if t.layout == torch.strided]
+    for tensor, norm in zip(dense, torch._foreach_norm(dense) if dense else (), strict=True):
+        size = float(norm)
+        yield size if math.isfinite(size) else float(torch.linalg.vector_norm(_wide(tensor)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _norm(tensors: list[Any]) -> float | None:
+    return math.hypot(*_norms(tensors)) if tensors else None
+
+
+def _update(training_step: TrainingStep) -> float | None:
+    """Let the optimizer take its step; the size of the update against the weights."""
+    assert training_step.optimizer is not None
+    weights = [
+        p for g in training_step.optimizer.param_groups for p in g["params"] if p.dim() > 1 and p.grad is not None
+    ]
+    with torch.no_grad():
+        before = [p.detach().clone() for p in weights]
+    _step(training_step.optimizer, training_step.gradients_anew)
+    with torch.no_grad():
+        moved = torch._foreach_sub([p.detach() for p in weights], before) if weights else []
+        size = _norm(before)
+        change = _norm(list(moved))
+    return change / size if size and change is not None else None
+
+
+def _step(optimizer: Optimizer, again: Callable[[], Tensor]) -> None:
+    """Let an optimizer take its step; `again` computes loss and gradients anew, for those that search a line."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        optimizer.step(again)  # type: ignore[arg-type]
+    else:
+        optimizer.step()
+
+
+def _value(training_step: TrainingStep) -> float | None:
+    """The loss as it is now; None where an error is raised."""
+    try:
+        return float(training_step.loss())
+    except _FOR_THE_CALLER:
+        raise
+    except Exception:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Closer looks. Each begins and ends with the training_step as the snapshot has it.
+
+
+def find_origin(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Look for the operation behind the first value that is not finite, in the step that broke, or in the first."""
+    training_step.snapshot.restore()
+    for _ in range((evidence.broke_at or 1) - 1):
+        training_step.gradients_anew()
+        assert training_step.optimizer is not None
+        _step(training_step.optimizer, training_step.gradients_anew)
+    training_step.forget_gradients()
+    held = dict((*training_step.model.named_parameters(), *training_step.model.named_buffers()))
+    search = Search(training_step.model, {leaf.code: leaf.tensor for leaf in training_step.leaves}, held)
+    try:
+        loss = search.forward(training_step.loss)
+        if evidence.broke_at is None:  # it is hidden: nothing that is not finite reaches the loss
+            evidence.origin = search.first
+        elif math.isfinite(float(loss)):
+            evidence.origin = search.backward(loss)
+        else:
+            evidence.origin = search.origin(loss)
+    except Exception:
+        evidence.origin = search.first
+    evidence.largest_low = search.largest
+    training_step.snapshot.restore()
+
+
+class _InFloat32(TorchDispatchMode):
+    """Casts to 16-bit floats give float32: autocast and .half() do nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in (torch.float16, torch.bfloat16):
+            kwargs["dtype"] = torch.float32
+        return func(*args, **kwargs)
+
+
+def replay_in_float32(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Run the same pass with every 16-bit number as float32."""
+    training_step.snapshot.restore()
+    training_step.forget_gradients()
+    for tensor in (*training_step.model.parameters(), *training_step.model.buffers()):
+        if half(tensor.dtype):
+            tensor.data = tensor.data.float()
+    widened = tree_map(lambda x: x.float() if isinstance(x, Tensor) and half(x.dtype) else x, training_step.batch)
+    evidence.float32 = _pass(training_step, widened, _InFloat32())
+    training_step.snapshot.restore()
+
+
+def replay_standardised(training_step: TrainingStep, evidence: Evidence, leaf: Leaf) -> None:
+    """Run the same pass on an input that is brought to mean 0 and standard deviation 1."""
+    training_step.snapshot.restore()
+    training_step.forget_gradients()
+    batch = tree_map(lambda x: standardised(x) if x is leaf.tensor else x, training_step.batch)
+    evidence.standardised = _pass(training_step, batch, None)
+    training_step.snapshot.restore()
+
+
+def _pass(training_step: TrainingStep, batch: Any, mode: Any) -> Replay:
+    training_step.snapshot.random.restore()
+    loss = None
+    try:
+        with mode if mode is not None else ExitStack():
+            value = training_step.loss_fn(training_step.model, batch)
+            loss = float(value)
+            value.backward()
+    except Exception:
+        return Replay(loss if loss is not None and not math.isfinite(loss) else None, None, {})
+    gradients = training_step.gradients()
+    zeros = {name: zero_share(g) for name, g in gradients.items()}
+    return Replay(loss, _norm(list(gradients.values())), zeros)
+
+
+def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
+    """The loss along the first update, shorter and shorter, until it falls."""
+    assert training_step.optimizer is not None
+    training_step.snapshot.restore()
+    training_step.gradients_anew()
+    parameters = [p for group in training_step.optimizer.param_groups for p in group["params"]]
+    with torch.no_grad():
+        start = [p.detach().clone() for p in parameters]
+        _step(training_step.optimizer, training_step.gradients_anew)
+        moved = [p.detach() - before for p, before in zip(parameters, start, strict=True)]
+    evidence.rates.append((1.0, _or_inf(evidence.losses[1] if len(evidence.losses) > 1 else None)))
+    for factor in (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
+        with torch.no_grad():
+            for p, before, move in zip(parameters, start, moved, strict=True):
+                p.copy_(before + factor * move)
+        evidence.rates.append((factor, _or_inf(_value(training_step))))
+        first = evidence.first_loss
+        if first is not None and evidence.rates[-1][1] < first:
+            break
+    training_step.snapshot.restore()
+
+
+def _or_inf(loss: float | None) -> float:
+    """A loss that compares as it should: none and NaN are larger than any."""
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def keep_going(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
+    """Losses of further steps from the start, at the rate in use."""
+    training_step.snapshot.restore()
+    evidence.further = train(training_step, steps)
+    training_step.snapshot.restore()
+
+
+def train(training_step: TrainingStep, steps: int) -> list[float]:
+    """Losses before each of some steps and after the last; they end where one is not finite or an error is raised."""
+    losses: list[float] = []
+    try:
+        for _ in range(steps):
+            losses.append(float(training_step.gradients_anew()))
+            if not math.isfinite(losses[-1]):
+                return losses
+            if training_step.optimizer is not None:
+                _step(training_step.optimizer, training_step.gradients_anew)
+            else:
+                _small_step(training_step.model)
+        losses.append(float(training_step.loss()))
+    except Exception:
+        losses.append(math.nan)
+    return losses
+
+
+@torch.no_grad()
+def _small_step(model: nn.Module) -> None:
+    """A step down the gradient by a thousandth of the weights' norm."""
+    pairs = [(p, p.grad) for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
+    size, slope = _norm([p for p, _ in pairs]), _norm([g for _, g in pairs])
+    if size and slope:
+        for p, g in pairs:
+            p.sub_(g, alpha=1e-3 * size / slope)
+
+
+_NAMES = ("model", "batch", "loss_fn", "optimizer")  # what a remedy may change, beside using torch and initlab
+
+
+@contextmanager
+def under(training_step: TrainingStep, remedy: str) -> Iterator[TrainingStep]:
+    """The training_step after a remedy that is pasted as it is; all is put back afterwards."""
+    import initlab
+
+    training_step.snapshot.restore()
+    scope: dict[str, Any] = {
+        "torch": torch,
+        "initlab": initlab,
+        **{name: getattr(training_step, name) for name in _NAMES},
+    }
+    try:
+        exec(remedy, scope)
+        cured = copy.copy(training_step)
+        cured.model, cured.batch, cured.loss_fn, cured.optimizer = (scope[name] for name in _NAMES)
+        yield cured
+    finally:
+        training_step.snapshot.restore()
+
+
+def growth_under(training_step: TrainingStep, remedy: str) -> float | None:
+    """How far the signal grows from the input to the worst layer after a remedy; None where that cannot be said."""
+    with under(training_step, remedy) as cured:
+        evidence = gather(cured)
+        with evidence.trace:
+            cured.loss()
+        return max((total for _, _, total in gains(evidence)), default=None)
+
+
+def effect(training_step: TrainingStep, remedy: str, steps: int = 2) -> str:
+    """What a remedy does for the loss: "falls", "finite", or "" where it does not even run."""
+    try:
+        with under(training_step, remedy) as cured:
+            losses = train(cured, steps)
+    except Exception:
+        return ""
+    if len(losses) <= steps or not all(map(math.isfinite, losses)):
+        return "finite" if losses and math.isfinite(losses[0]) else ""
+    return "falls" if losses[-1] < losses[0] else "finite"

@@ -1,0 +1,271 @@
+"""What the doctor says: places, causes and the diagnosis."""
+
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from operator import itemgetter
+from typing import Any, Literal, TypeAlias
+
+from ..distributed.collectives import listed
+
+Kind: TypeAlias = Literal[
+    "input", "target", "weights", "operation", "precision", "gradient", "learning rate", "loss", "uninitialised"
+]
+Severity: TypeAlias = Literal["warning", "broken"]
+Verdict: TypeAlias = Literal["healthy", "warning", "broken"]
+
+
+_ROWS = 32  # of a table; .layers has them all
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cause lies; what does not apply is None.
+
+    Args:
+        module: path of a module in the model, "" for the model itself.
+        parameter: full name of a parameter or buffer.
+        feature: index into the last dimension of the input; a list where there are several.
+        op: name of a torch function, as "log" or "div".
+
+    Example:
+        >>> from initlab.diagnosis.report import Place
+        >>> print(Place(module="encoder.2", op="sqrt"))
+        sqrt in encoder.2
+    """
+
+    module: str | None = None
+    parameter: str | None = None
+    feature: int | list[int] | None = None
+    op: str | None = None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.op is not None:
+            parts.append(self.op)
+        if self.parameter is not None:
+            parts.append(self.parameter)
+        elif self.module is not None:
+            parts.append(f"{'in ' if self.op else ''}{self.module or 'the model itself'}")
+        if isinstance(self.feature, list):
+            more = f" and {len(self.feature) - 6} more" if len(self.feature) > 6 else ""
+            parts.append(f"features {', '.join(map(str, self.feature[:6]))}{more}")
+        elif self.feature is not None:
+            parts.append(f"feature {self.feature}")
+        return " ".join(parts) or "the run as a whole"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One thing that is wrong, or about to go wrong.
+
+    Args:
+        kind: which sort of cause.
+        severity: "broken" where the loss or a gradient is not finite or training cannot go on; else "warning".
+        place: where it lies.
+        explanation: what happens, in a sentence or two.
+        evidence: numbers and short strings.
+        remedy: code to paste, with model, batch, loss_fn, optimizer, torch and initlab in scope; may be empty.
+        tried: whether the remedy was tried here, on the user's own batch, and the loss fell.
+    """
+
+    kind: Kind
+    severity: Severity
+    place: Place
+    explanation: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    remedy: str = ""
+    tried: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cause as plain data, for JSON."""
+        place = {name: getattr(self.place, name) for name in ("module", "parameter", "feature", "op")}
+        return {
+            "kind": self.kind,
+            "severity": self.severity,
+            "place": place,
+            "explanation": self.explanation,
+            "evidence": _plain(self.evidence),
+            "remedy": self.remedy,
+            "tried": self.tried,
+        }
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What one module did with the signal.
+
+    Args:
+        name: its path in the model.
+        kind: its class.
+        dtype: of its output.
+        std: of its output.
+        gain: standard deviation over the batch, out over in; None where that makes no sense.
+        largest: the largest magnitude in its output.
+        headroom: how many times larger it could get before the dtype overflows; 0 where it has.
+        gradient: norm of the gradient of its own parameters; None where it has none.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    std: float
+    gain: float | None
+    largest: float
+    headroom: float
+    gradient: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain data, for JSON."""
+        return _plain(dict(self.__dict__))
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found. Printed, it is a verdict, the causes, and a table of the layers.
+
+    Args:
+        causes: most likely first; empty where nothing is wrong.
+        losses: before the first step and after each step that was taken; None where it could not be computed.
+        gradient_norm: of all gradients of the first step; None where there was no backward pass.
+        broke_at: the step, from 1, in which the loss or a gradient was not finite or an error was raised; None if none.
+        layers: one row for each module that put out a floating tensor, in the order of execution.
+        notes: what else there is to say.
+        rank: across ranks, the global rank whose diagnosis it is; None otherwise.
+        verdicts: across ranks, the verdict of each, by global rank; empty otherwise.
+    """
+
+    causes: tuple[Cause, ...]
+    losses: tuple[float | None, ...] = ()
+    gradient_norm: float | None = None
+    broke_at: int | None = None
+    layers: tuple[LayerRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    rank: int | None = None
+    verdicts: Mapping[int, Verdict] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst severity of the causes, or "healthy"."""
+        if not self.causes:
+            return "healthy"
+        return "broken" if any(cause.severity == "broken" for cause in self.causes) else "warning"
+
+    @property
+    def tightest(self) -> LayerRow | None:
+        """The layer that is closest to overflow."""
+        return min(self.layers, key=lambda row: row.headroom, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as plain data, for JSON: numbers that JSON does not have are strings."""
+        return {
+            "verdict": self.verdict,
+            "causes": [cause.to_dict() for cause in self.causes],
+            "losses": _plain(list(self.losses)),
+            "gradient_norm": _plain(self.gradient_norm),
+            "broke_at": self.broke_at,
+            "layers": [row.to_dict() for row in self.layers],
+            "notes": list(self.notes),
+            "rank": self.rank,
+            "verdicts": _plain(dict(self.verdicts)),
+        }
+
+    def to_json(self) -> str:
+        """The diagnosis as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        lines = [self._headline(), *self._ranks()]
+        for number, cause in enumerate(self.causes, 1):
+            lines += ["", f"{number}. {cause.kind} ({cause.severity}): {cause.place}", f"   {cause.explanation}"]
+            if cause.evidence:
+                lines.append("   " + ", ".join(f"{name} {_short(value)}" for name, value in cause.evidence.items()))
+            if cause.remedy:
+                lines.append(f"   remedy{', tried: the loss fell' if cause.tried else ''}:")
+                lines += [f"       {line}" for line in cause.remedy.splitlines()]
+        if self.layers:
+            lines += ["", self._table()]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        words = [f"{'' if self.rank is None else f'rank {self.rank}, '}verdict: {self.verdict}"]
+        if self.broke_at is not None:
+            words.append(f"broke in step {self.broke_at}")
+        if self.losses:
+            words.append("loss " + " -> ".join("none" if x is None else f"{x:.4g}" for x in self.losses))
+        if self.gradient_norm is not None:
+            words.append(f"gradient norm {self.gradient_norm:.3g}")
+        if (row := self.tightest) is not None:
+            words.append(f"headroom {row.headroom:.2g}x ({row.name or 'the model itself'}, {row.dtype})")
+        return ", ".join(words)
+
+    def _ranks(self) -> Iterator[str]:
+        alike: dict[Verdict, list[int]] = {}
+        for rank, verdict in self.verdicts.items():
+            alike.setdefault(verdict, []).append(rank)
+        if alike:
+            told = (f"{verdict} on {listed(ranks)}" for verdict, ranks in sorted(alike.items(), key=itemgetter(1)))
+            yield f"of {len(self.verdicts)} ranks: {'; '.join(told)}"
+
+    def _table(self) -> str:
+        head = ("layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient")
+        rows: list[tuple[str, ...]] = []
+        last = -1
+        for place in _shown(self.layers):
+            if place > last + 1:
+                rows.append((f"... {place - last - 1} more", *[""] * 7))
+            row, last = self.layers[place], place
+            rows.append((row.name or "(model)", row.kind, row.dtype, *(_cell(getattr(row, name)) for name in head[3:])))
+        return _with_rich(head, rows) if find_spec("rich") else _aligned([head, *rows])
+
+
+def _shown(layers: Sequence[LayerRow]) -> list[int]:
+    """Which rows of a long table are worth a line: its ends, and what lies about the layer closest to overflow."""
+    if len(layers) <= _ROWS:
+        return list(range(len(layers)))
+    tightest = min(range(1, len(layers)), key=lambda place: layers[place].headroom)  # the first row is the model's own
+    ends = {*range(8), *range(len(layers) - 4, len(layers))}
+    return sorted(ends | set(range(max(0, tightest - 8), min(len(layers), tightest + 4))))
+
+
+def _with_rich(head: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(head):
+        table.add_column(name, justify="left" if place < 3 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out = io.StringIO()
+    Console(file=out, width=110, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _aligned(table: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Plain data that json.dumps writes as JSON: no NaN and no infinities."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,150 @@
+"""Signs: what the evidence shows, short of a cause. Rules and probes ask the same questions here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .batch import Leaf
+from .evidence import Evidence, ParameterStats, half
+from .limits import LIMITS
+from .trace import Call
+
+
+def uses_half(evidence: Evidence) -> bool:
+    """Whether 16-bit floats were seen."""
+    held = any(half(h.ref.tensor.dtype) for h in evidence.held)
+    origin = evidence.origin is not None and half(evidence.origin.dtype)
+    return held or origin or bool(evidence.trace.low)
+
+
+def lost_gradients(evidence: Evidence) -> bool:
+    """Whether gradients are zero, or so small that float16 may have lost them."""
+    found = [held.grad for held in evidence.parameters if held.grad is not None]
+    return any(g.zeros >= LIMITS.zero_gradients or g.largest < LIMITS.smallest_normal for g in found)
+
+
+def overflows(evidence: Evidence) -> bool:
+    """Whether the first value that is not finite is only a number that has grown too large."""
+    origin = evidence.origin
+    return evidence.broke_at == 1 and origin is not None and origin.grown
+
+
+@dataclass
+class Scale:
+    """What is odd about the scale of an input."""
+
+    leaf: Leaf
+    features: list[int]
+    spread: float
+    rms: float
+    strong: bool
+    text: str
+
+
+def odd_scale(evidence: Evidence) -> Scale | None:
+    """An input whose features differ by orders of magnitude, or that is far from mean 0 and standard deviation 1."""
+    for leaf in evidence.leaves:
+        found = leaf.features
+        if leaf.is_target or found is None or _is_normalised_first(evidence, leaf):
+            continue
+        moving = found.reach > 0
+        if not bool(moving.any()):
+            continue
+        reach = found.reach[moving]
+        rms = float(found.rms.square().mean().sqrt())
+        columns = leaf.tensor.shape[-1] if leaf.tensor.dim() > 1 else 1
+        if columns > 1 and leaf.tensor.dim() <= 3:
+            middle = float(reach.median())
+            far = (found.reach / middle).log10().abs() >= math.log10(LIMITS.scale_spread)
+            odd = (far & moving).nonzero().flatten().tolist()
+            spread = float(reach.max() / reach.min())
+            if not odd and spread >= LIMITS.scale_spread:
+                odd = [int(found.reach.argmax())]
+            if odd:
+                strong = spread >= LIMITS.spread_harmful
+                text = f"features of {leaf.code} differ in scale by a factor of {spread:.2g}"
+                return Scale(leaf, odd, spread, rms, strong, text)
+        else:
+            spread = 1.0
+        offset = float((found.mean.abs() / found.reach.clamp_min(1e-30))[moving].median())
+        text = f"{leaf.code} has a root mean square of {rms:.3g}, and the weights in use expect about 1"
+        if rms >= LIMITS.input_rms_suspect or 0 < rms <= 1 / LIMITS.input_rms_suspect**3 or offset >= LIMITS.offset:
+            return Scale(leaf, [], spread, rms, rms >= LIMITS.input_rms, text)
+    return None
+
+
+def _is_normalised_first(evidence: Evidence, leaf: Leaf) -> bool:
+    """Whether the first thing that the model does with an input is to normalise it."""
+    for call in evidence.trace.calls:
+        if leaf.path in call.reads_batch and not call.module._modules:
+            return "norm" in call.kind.lower()
+    return False
+
+
+def gains(evidence: Evidence) -> list[tuple[Call, float, float]]:
+    """(layer, its own gain, gain from the input) for each layer, of the signal over the batch."""
+    found, base = [], None
+    for call in evidence.layers:
+        if call.given is None or call.made is None or call.given.rows < 2 or not call.given.finite:
+            continue
+        if base is None:
+            base = call.given.signal
+        if base and call.made.finite and call.given.signal:
+            found.append((call, call.made.signal / call.given.signal, call.made.signal / base))
+        elif base and overflows(evidence):
+            found.append((call, math.inf, math.inf))
+    return found
+
+
+def is_zero(held: ParameterStats) -> bool:
+    return held.stats is not None and held.stats.low == 0 == held.stats.high and held.ref.tensor.dim() > 1
+
+
+def diverges(evidence: Evidence) -> bool:
+    """Whether the loss rises along the steps, and does not come back in the further ones."""
+    first = evidence.first_loss
+    if first is None or not math.isfinite(first) or not evidence.rates:
+        return False
+    taken, further = evidence.losses[1:], evidence.further[1:]
+    losses: Sequence[float | None] = taken if len(taken) > len(further) else further
+    known = [x for x in losses if x is not None and math.isfinite(x)]
+    if len(known) < len(losses) or not losses:
+        return True
+    recovered = known[-1] < first - LIMITS.recovery * abs(first)
+    return min(known) >= first or (max(known) > risen(evidence) and not recovered)
+
+
+def ran_away(evidence: Evidence) -> bool:
+    """Whether a run that began well broke in a later step because of the steps."""
+    if (evidence.broke_at or 1) == 1 or not diverges(evidence):
+        return False
+    origin, first = evidence.origin, evidence.steps[0]
+    grown = origin is None or origin.source != "op" or origin.grown
+    rose = any(x is not None and x > risen(evidence) for x in evidence.losses[1:])
+    return grown or rose or (first.update or 0.0) >= LIMITS.update_ratio
+
+
+def risen(evidence: Evidence) -> float:
+    """The loss above which it has risen, and not just moved."""
+    first = evidence.first_loss or 0.0
+    return first + max((LIMITS.rise - 1) * abs(first), 0.05 * (evidence.baseline or 0.0))
+
+
+def blew_up(evidence: Evidence) -> bool:
+    """Whether the loss has risen so far that it needs no second look."""
+    first, last = evidence.first_loss or 0.0, evidence.losses[-1]
+    far = risen(evidence) + (LIMITS.blow_up - LIMITS.rise) * abs(first)
+    return last is None or not last <= far
+
+
+def suspicious_step(evidence: Evidence) -> bool:
+    """Whether the steps that were taken call for a closer look at the learning rate."""
+    if evidence.optimizer is None or not evidence.steps or not evidence.steps[0].finite:
+        return False
+    losses = evidence.losses[1:]
+    rises = any(x is None or not x <= risen(evidence) for x in losses)
+    return (
+        rises or (evidence.broke_at or 1) > 1 or any((s.update or 0.0) >= LIMITS.update_ratio for s in evidence.steps)
+    )

@@ -1,0 +1,251 @@
+"""One pass of the user's code under observation: what each module did, which losses were called, where it stopped."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..models.layers import fans
+from ..models.naming import walk
+from . import names
+from .limits import LIMITS
+from .losses import LossCall, Stopped, look_at
+from .stats import Stats, edge_share, measure
+
+# Functions after which a signal is still the output of the layer before, for the question which activation follows it.
+_PASSING = frozenset(
+    (
+        *("adaptive_avg_pool2d", "add", "avg_pool2d", "batch_norm", "dropout", "flatten", "group_norm", "layer_norm"),
+        *("max_pool2d", "mul", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view", "max_pool1d"),
+    )
+)
+ACTIVATIONS = frozenset(
+    (
+        *("elu", "gelu", "hardswish", "leaky_relu", "mish", "prelu", "relu", "relu6", "selu", "sigmoid", "silu"),
+        *("softplus", "tanh"),
+    )
+)
+
+
+class Call:
+    """One call of one module.
+
+    Attributes:
+        path: of the module in the model.
+        is_layer: whether it has a weight matrix, or is recurrent.
+        given: of its first floating input.
+        made: of its first floating output.
+        activation: the function that its output went through, "" if none was seen.
+        activated: of that function's output.
+        edge: share of that output near the ends of tanh or sigmoid.
+        reads_batch: paths of the leaves of the batch that it was given as they are.
+    """
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path = path
+        self.module = module
+        self.is_layer = has_weight(module, path)
+        self.given: Stats | None = None
+        self.made: Stats | None = None
+        self.activation = ""
+        self.activated: Stats | None = None
+        self.edge = 0.0
+        self.reads_batch: list[tuple[Any, ...]] = []
+        self.steps = 1
+
+    @property
+    def kind(self) -> str:
+        """The module's class."""
+        return type(self.module).__name__
+
+
+def has_weight(module: nn.Module, path: str = "") -> bool:
+    """Whether a module multiplies what it gets with a weight of its own."""
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return True
+    return any(t is not None and fans(module, leaf, t, path) is not None for leaf, t in module._parameters.items())
+
+
+class Modules:
+    """Hooks that keep the stack of modules that are running."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths: dict[nn.Module, str] = {}
+        for path, module in walk(model):
+            self.paths.setdefault(module, path)
+        self.stack: list[str] = []
+        self.error: BaseException | None = None  # the last that passed through a module
+        self.raised_in: str | None = None
+
+    def hooked(self, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None) -> ExitStack:
+        """Puts the hooks in place; they go when the stack is closed."""
+        hooks = ExitStack()
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.stack.append(self.paths[module])
+            if before is not None:
+                before(module, args, kwargs)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            error = sys.exc_info()[1] if output is None else None
+            if error is None and after is not None:
+                after(module, output)
+            if error is not None and error is not self.error:
+                self.error, self.raised_in = error, self.current
+            self.stack.pop()
+
+        for module in self.paths:
+            if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        return hooks
+
+    @property
+    def current(self) -> str | None:
+        """The path of the innermost module that runs; None outside the model."""
+        return self.stack[-1] if self.stack else None
+
+
+class Trace(TorchFunctionMode):
+    """Observes a forward pass. Use as a context manager around the call of loss_fn.
+
+    Attributes:
+        calls: of modules, in the order in which they began.
+        losses: of loss functions.
+        failed: (module, operation) that ran when an exception was raised.
+        low: 16-bit dtypes that modules put out.
+    """
+
+    def __init__(self, model: nn.Module, batch_storages: Mapping[int, tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.modules = Modules(model)
+        self.calls: list[Call] = []
+        self.losses: list[LossCall] = []
+        self.failed: tuple[str | None, str] | None = None
+        self.low: set[torch.dtype] = set()
+        self._raised: Exception | None = None
+        self._open: list[Call] = []
+        self._counts: dict[nn.Module, int] = {}
+        self._makers: dict[int, tuple[weakref.ref[Tensor], Call]] = {}
+        self._batch = batch_storages
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Trace:
+        self._hooks = self.modules.hooked(self._before, self._after)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._hooks.close()
+        if exc[1] is not None and exc[1] is not self._raised:
+            self.failed = self.modules.raised_in if exc[1] is self.modules.error else None, ""
+
+    @property
+    def repeats(self) -> dict[str, int]:
+        """How often each module ran, where that is more than once; a recurrent layer counts its time steps."""
+        counts = {self.modules.paths[m]: n for m, n in self._counts.items() if n > 1}
+        for call in self.calls:
+            if call.steps > 1:
+                counts[call.path] = max(counts.get(call.path, 1), call.steps)
+        return counts
+
+    # Modules
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call(self.modules.paths[module], module)
+        self._open.append(call)
+        count = self._counts[module] = self._counts.get(module, 0) + 1
+        if count > LIMITS.calls_measured:
+            return
+        self.calls.append(call)
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors_in((args, kwargs)):
+                leaf = self._batch.get(storage_of(tensor))
+                if leaf is not None:
+                    call.reads_batch.append(leaf)
+                if call.given is None and call.is_layer:
+                    call.given = measure(tensor)
+                    if isinstance(module, nn.RNNBase) and tensor.dim() > 1:
+                        call.steps = tensor.shape[1 if module.batch_first and tensor.dim() == 3 else 0]
+
+    def _after(self, module: nn.Module, output: Any) -> None:
+        call = self._open.pop()
+        while call.module is not module:  # it raised, and its caller went on
+            call = self._open.pop()
+        if self._counts[module] > LIMITS.calls_measured:
+            return
+        with torch._C.DisableTorchFunction():
+            tensor = next(tensors_in(output), None)
+            if tensor is None or not tensor.is_floating_point():
+                return
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                self.low.add(tensor.dtype)
+            call.made = measure(tensor)
+            if call.is_layer:
+                self._makers[id(tensor)] = weakref.ref(tensor), call
+
+    # Functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = names.of_function(func)
+        loss = look_at(name, args, kwargs)
+        if loss is not None:
+            self.losses.append(loss)
+        try:
+            if loss is not None and loss.fatal:
+                raise Stopped(f"{name}: {loss.problem}")
+            out = func(*args, **kwargs)
+        except Exception as error:
+            self.failed, self._raised = (self.modules.current, name), error
+            raise
+        if name in ACTIVATIONS or name in _PASSING:
+            self._follow(name, args[0] if args else kwargs.get("input"), out)
+        elif name == "matmul" and isinstance(out, Tensor) and out.dtype in (torch.float16, torch.bfloat16):
+            self.low.add(out.dtype)
+        return out
+
+    def _follow(self, name: str, given: Any, out: Any) -> None:
+        """Carry the knowledge of which layer made a tensor through a function."""
+        found = self._makers.get(id(given))
+        if found is None or found[0]() is not given or not isinstance(out, Tensor):
+            return
+        call = found[1]
+        if name not in ACTIVATIONS:
+            self._makers[id(out)] = weakref.ref(out), call
+        elif not call.activation:
+            call.activation = name
+            call.activated = measure(out)
+            if name in ("tanh", "sigmoid"):
+                call.edge = edge_share(out, name)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a structure of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, name, None))
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse, or a wrapper without a storage
+        return id(tensor)

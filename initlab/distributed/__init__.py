@@ -1,0 +1,1 @@
+"""Tensors that are spread over ranks: what this rank holds, small collectives over meshes, and norms over them."""

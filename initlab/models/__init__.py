@@ -1,0 +1,18 @@
+"""Whole models: filling them by name, recipes, redirecting a library's own init calls, reports and digests."""
+
+from . import recipes
+from .initialization import init_model_, not_loaded, plan_model
+from .report import InitReport, ModelDigest, Row, model_digest
+from .swapping import swap
+
+__all__ = [
+    "InitReport",
+    "ModelDigest",
+    "Row",
+    "init_model_",
+    "model_digest",
+    "not_loaded",
+    "plan_model",
+    "recipes",
+    "swap",
+]

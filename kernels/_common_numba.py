@@ -1,0 +1,175 @@
+"""What the CPU backends share: memory by address, 16-bit floats as their bits, and threads.
+
+Numba has neither bfloat16 nor, on CPUs, float16: kernels see both as integers, told apart by a tag's type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core.compiler_lock import global_compiler_lock
+from numba.extending import intrinsic, overload
+
+_T = TypeVar("_T")
+
+# The element types, as a kernel sees them.
+TAGS = {
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+}
+
+_HALF = np.float32(0.5)
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """`function` compiled without the GIL, cached on disk where a place for it can be written.
+
+    Numba's cache knows the function's own file, by date and size, and no other: put what else is compiled in (constants
+    of another module, this file) into its key by giving the function a free variable `fingerprint`.
+    """
+    try:
+        return njit(nogil=True, cache=True, **options)(function)
+    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
+        return njit(nogil=True, **options)(function)
+
+
+SOURCE = Path(__file__).read_bytes() if Path(__file__).is_file() else b""  # for fingerprints
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any, tag: Any) -> Any:
+    """A pointer to elements of the tag's type."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(tag)(address, tag), generate
+
+
+@intrinsic
+def claim(typing_context: Any, address: Any) -> Any:
+    """The int64 at an address, and it is one more from then on, whichever threads ask."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@njit(forceinline=True)
+def real(bits):
+    return np.int32(bits).view(np.float32)
+
+
+@njit(forceinline=True)
+def bits(x):
+    return np.float32(x).view(np.int32)
+
+
+def rounded(x: Any, tag: Any) -> Any: ...
+
+
+@overload(rounded, jit_options={"forceinline": True})
+def _rounded(x, tag):
+    """x, not NaN, rounded once, to nearest even, and as the element type that a kernel stores."""
+    if tag == types.uint16:  # bfloat16
+
+        def rounded(x, tag):
+            b = np.uint32(bits(x))
+            return np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    elif tag == types.int16:  # float16, in integers: not every CPU that numba serves can convert
+
+        def rounded(x, tag):
+            b = np.uint32(bits(x))
+            sign = (b >> np.uint32(16)) & np.uint32(0x8000)
+            b = b & np.uint32(0x7FFFFFFF)
+            odd = (b >> np.uint32(13)) & np.uint32(1)
+            normal = (b - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+            # Below 2^-14 the spacing is 2^-24, that of float32 in [1/2, 1): adding 1/2 rounds.
+            tiny = np.uint32(bits(real(np.int32(b)) + _HALF)) - np.uint32(0x3F000000)
+            half = tiny if b < np.uint32(0x38800000) else normal
+            half = np.uint32(0x7C00) if b >= np.uint32(0x47800000) else half
+            return np.int16(sign | half)
+
+    else:
+
+        def rounded(x, tag):
+            return x
+
+    return rounded
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Threads
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _forget_pool() -> None:
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)  # a fork copies the pool but not its threads
+    # Nor the thread that may be compiling: a fork waits for it, or the child could never compile anything.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
+
+
+def _shared_pool() -> ThreadPoolExecutor:
+    global _pool
+    with _pool_lock:
+        if _pool is None:  # it starts threads only as they are needed
+            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="initlab")
+        return _pool
+
+
+def share(tasks: Iterable[_T], run: Callable[[_T], object], threads: int) -> None:
+    """run(task) for all tasks, on this thread and threads - 1 others; an error in any of them is raised here.
+
+    A pool of our own: numba's parallel layers dislike concurrent callers and forks.
+    """
+    if threads <= 1:
+        for task in tasks:
+            run(task)
+        return
+    left = iter(tasks)
+    lock = threading.Lock()
+    done = object()
+
+    def work() -> None:
+        while True:
+            with lock:
+                task = next(left, done)
+            if task is done:
+                return
+            run(task)  # type: ignore[arg-type]
+
+    helpers: list[Future[None]] = []
+    try:
+        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down: this thread does it all
+            helpers.extend(_shared_pool().submit(work) for _ in range(threads - 1))
+        work()
+    finally:  # also when interrupted: nobody may touch the memory once it can be freed
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()

@@ -1,0 +1,162 @@
+"""Which backend serves a tensor: the only place that decides. And what keeps every backend out of torch.compile."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+_R = TypeVar("_R")
+
+BACKENDS = ("torch", "numba", "triton")
+
+
+@functools.cache
+def requested() -> str:
+    """INITLAB_BACKEND, read once: auto (the default), torch, numba or triton."""
+    value = os.environ.get("INITLAB_BACKEND") or "auto"
+    if value not in ("auto", *BACKENDS):
+        raise ValueError(f"INITLAB_BACKEND is {value!r}; it must be one of auto, {', '.join(BACKENDS)}")
+    return value
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter (TRITON_INTERPRET=1), where they serve CPU tensors, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+class Backend(NamedTuple):
+    """What serves an op on a device.
+
+    Attributes:
+        name: "torch", "numba" or "triton".
+        module: the op's module for it; None where plain torch serves, which needs none.
+    """
+
+    name: str
+    module: Any
+
+
+def load(device: torch.device, modules: Mapping[str, str | None]) -> Backend:
+    """The backend that serves tensors on `device`, imported: the one place where ops choose, import and fall back.
+
+    "numba" serves CPUs, "triton" GPUs of NVIDIA (compute capability 8.0 or later) and AMD, and CPU tensors where it is
+    asked for and TRITON_INTERPRET=1. "torch" serves everything else. It also takes the place of a package that is
+    installed and cannot be imported, with one warning in a process.
+
+    Args:
+        device: where the tensors lie.
+        modules: the op's modules by backend, relative to initlab.kernels, "._norms_triton" for instance. None says
+            that plain torch is what the op has for that backend.
+
+    Raises:
+        RuntimeError: if INITLAB_BACKEND names a backend that the op does not have, that cannot serve this device, is
+            not installed, or cannot be imported.
+        ValueError: if INITLAB_BACKEND is not a known name.
+
+    Example:
+        >>> import torch
+        >>> from initlab.kernels import backends
+        >>> backends.load(torch.device("meta"), {"numba": ".sampling._numba"})
+        Backend(name='torch', module=None)
+    """
+    name = _choose(device, modules)
+    module = None if name == "torch" else modules[name]
+    if module is None:
+        return _TORCH
+    return Backend(name, found) if (found := _imported(name, module)) is not None else _TORCH
+
+
+_TORCH = Backend("torch", None)
+
+
+def _choose(device: torch.device, modules: Mapping[str, str | None]) -> str:
+    wanted = requested()
+    if wanted == "torch":
+        return wanted
+    if wanted == "auto":
+        best = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")  # AMD's GPUs are "cuda" too
+        fits = best in modules and _installed(best) and (best != "triton" or _unfit(device) is None)
+        return best if fits else "torch"
+    way_out = "unset INITLAB_BACKEND, or set it to auto or torch"
+    if wanted not in modules:
+        raise RuntimeError(f"INITLAB_BACKEND={wanted}, but this op has no {wanted} backend; {way_out}")
+    if wanted == "numba" and device.type != "cpu":
+        raise RuntimeError(f"INITLAB_BACKEND=numba serves CPU tensors only, and this one is on {device}; {way_out}")
+    if not _installed(wanted):
+        raise RuntimeError(f"INITLAB_BACKEND={wanted}, but {wanted} is not installed; install it, or {way_out}")
+    if wanted == "triton" and (why := _unfit(device)) is not None:
+        raise RuntimeError(f"INITLAB_BACKEND=triton, but {why}; {way_out}")
+    return wanted
+
+
+@functools.cache
+def _imported(name: str, module: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(module, __package__)
+    except Exception as error:  # whatever a package raises that does not fit the numpy, driver or Python at hand
+        why = f"{type(error).__name__}: {error}"
+        if requested() == name:
+            raise RuntimeError(f"INITLAB_BACKEND={name}, but {name} cannot be imported: {why}") from error
+        _warn_once(name, why)
+        return None
+
+
+@functools.cache
+def _warn_once(name: str, why: str) -> None:
+    warnings.warn(f"{name} cannot be imported, so plain torch takes its place: {why}", stacklevel=2)
+
+
+def _unfit(device: torch.device) -> str | None:
+    """Why Triton cannot serve a device; None if it can."""
+    if device.type == "cpu":
+        return None if interpreted() else f"a tensor on {device} needs its interpreter: set TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return f"it serves CUDA and ROCm devices only, and this tensor is on {device}"
+    return _too_old(device.index or 0)
+
+
+@functools.cache
+def _too_old(index: int) -> str | None:
+    if not torch.cuda.is_available():
+        return "this torch sees no GPU"
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"cuda:{index} has compute capability {major}.{minor}, and it needs 8.0"
+
+
+def eagerly(function: Callable[..., _R], *args: Any) -> _R:
+    """function(*args), as a graph break where torch.compile is tracing: the stream forbids fused arithmetic.
+
+    Example:
+        >>> from initlab.kernels import eagerly
+        >>> eagerly(max, 2, 3)
+        3
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return function(*args)
+    global _uncompiled
+    if _uncompiled is None:  # made on first use, since torch.compiler.disable imports all of dynamo
+        _uncompiled = torch.compiler.disable(_call)
+    return _uncompiled(function, *args)
+
+
+def _call(function: Callable[..., _R], *args: Any) -> _R:
+    return function(*args)
+
+
+_uncompiled: Callable[..., Any] | None = None

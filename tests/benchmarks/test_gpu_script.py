@@ -1,0 +1,32 @@
+"""benchmarks/gpu.py, where there is no GPU: a dry run reaches its end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu does the real thing")
+def test_a_dry_run_of_the_gpu_script(tmp_path):
+    """The script reaches its end, says that its figures mean nothing, and saves what it found."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+    command = [sys.executable, script, "--dry", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert all(found["checks"].values())
+    assert {row["contestant"] for row in found["timings"]} >= {"initlab", "torch.nn.init", "fill_", "init_model_"}
+    assert "A dry run: no GPU" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_script_without_a_gpu():
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 64
+    assert "--dry runs this script without one" in done.stderr

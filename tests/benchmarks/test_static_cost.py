@@ -1,0 +1,123 @@
+"""benchmarks/static_cost.py: what the compiled GPU kernels cost, held to their bounds. No GPU is needed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory):
+    """What static_cost.py finds, in a process where kernels are compiled, not interpreted."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "static_cost.py"
+
+    def costs(targets, *kernels):
+        file = tmp_path_factory.mktemp("cost") / "cost.json"
+        command = [sys.executable, script, "--json", file, *(f"--target={target}" for target in targets), *kernels]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(file.read_text())
+
+    return costs
+
+
+SAMPLING = {  # instructions per element of sm_90's path of full blocks: float32, bfloat16
+    "uniform": (19, 20),
+    "normal": (45, 46),
+    "centre": (65, 65),
+    "narrow": (65, 65),
+    "tail": (100, 100),
+    "far": (100, 100),
+    "constant": (3, 3),
+}
+
+
+def test_sampling_full_blocks_on_hopper(costs):
+    found = costs(["sm_90"], *(f"{name}: full blocks" for name in SAMPLING))
+    for cost in found:
+        name = cost["kernel"].partition(":")[0]
+        assert cost["local_bytes"] == 0, cost
+        assert not cost["fused"], cost
+        assert set(cost["stores"]) == {"STG.E.128"}, cost
+        if cost["element"] in ("fp32", "bf16"):
+            assert cost["per_element"] <= SAMPLING[name][cost["element"] == "bf16"], cost
+    assert {cost["kernel"].partition(":")[0] for cost in found} == set(SAMPLING)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sampling_kernels_compile_for_every_target(target, costs):
+    for cost in costs([target], "normal: full blocks"):
+        assert not cost["fused"], cost
+    for cost in costs([target], "uniform: kernel", "normal: kernel", "tail: kernel", "table lookup"):
+        assert cost["local_bytes"] == 0, cost
+        assert not cost["fused"] or target == "gfx942", cost  # whose integer division goes through floats
+        if cost["kernel"] != "table lookup":
+            assert {"buffer_store_dwordx4", "STG.E.128"} & set(cost["stores"]), cost
+
+
+CLIPPING = {"norm": {"fp32": 5, "bf16": 5, "fp16": 5, "fp64": 8}, "scale": {"fp32": 8, "bf16": 8, "fp16": 8, "fp64": 8}}
+
+
+def test_clipping_full_chunks_on_hopper(costs):
+    """Instructions per element, all memory moved 128 bits at a time."""
+    found = costs(["sm_90"], *(f"{name}: full chunks" for name in CLIPPING))
+    assert len(found) == 8
+    for cost in found:
+        name = cost["kernel"].partition(":")[0]
+        assert cost["local_bytes"] == 0, cost
+        assert {load.removesuffix(".CONSTANT") for load in cost["loads"]} == {"LDG.E.128"}, cost
+        assert set(cost["stores"]) == ({"STG.E.128"} if name == "scale" else {"STG.E.64"}), cost  # a sum
+        assert cost["per_element"] <= CLIPPING[name][cost["element"]], cost
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_clipping_kernels_compile_for_every_target(target, costs):
+    wanted = ["norm: kernel", "norm: finish", "norm: second look", "norm: second finish", "scale: kernel"]
+    found = costs([target], *wanted)
+    assert {cost["kernel"] for cost in found} == set(wanted)
+    for cost in found:
+        assert cost["local_bytes"] == 0, cost
+        wide = {"buffer_load_dwordx4", "global_load_dwordx4", "LDG.E.128"} & set(cost["loads"])
+        assert wide or not cost["kernel"].endswith("kernel"), cost
+
+
+def test_linear_relu_on_hopper(costs):
+    """Matrix products from shared memory, bulk copies both ways, nothing spilled, a flag for 2 instructions or less."""
+    found = {
+        (c["kernel"].partition(": ")[2], c["element"]): c for c in costs(["sm_90"], "linear_relu 128x256: relu, bias")
+    }
+    for element in ("bf16", "fp32"):
+        for variant in ("relu, bias", "relu, bias, glance", "relu, bias, flag"):
+            cost = found[variant, element]
+            assert cost["local_bytes"] == 0, cost
+            assert {op.split(".")[0] for op in cost["products"]} == {"HGMMA", "UTMALDG", "UTMASTG"}, cost
+        flag = found["relu, bias, glance", element]["per_element"] - found["relu, bias", element]["per_element"]
+        assert 0 < flag <= 2, (element, flag)
+
+
+def test_linear_relu_for_other_targets(costs):
+    names = ["linear_relu 64x64: relu, bias, flag", "linear_relu 64x128: relu, bias, flag", "linear_relu backward"]
+    found = costs(["sm_80", "sm_100", "gfx942"], *names)
+    products = {"sm_80": "HMMA", "sm_100": "UTCHMMA"}
+    for cost in found:
+        assert cost["local_bytes"] == 0, cost
+        if "relu," in cost["kernel"]:
+            assert products[cost["target"]] in {op.split(".")[0] for op in cost["products"]}, cost
+    assert {cost["target"] for cost in found} == {"sm_80", "sm_100", "gfx942"}
+
+
+def test_the_flag_kernel_on_hopper(costs):
+    """16-byte loads, nothing spilled, and less than the 20 instructions an element that an H100's memory allows."""
+    found = costs(["sm_90"], "flag")
+    assert len(found) == 8
+    for cost in found:
+        assert cost["local_bytes"] == 0, cost
+        assert "LDG.E.128" in cost["loads"], cost
+        if cost["kernel"] == "flag: chunk":
+            assert set(cost["loads"]) == {"LDG.E.128"}, cost
+            assert cost["per_element"] <= 10, cost

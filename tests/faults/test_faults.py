@@ -1,0 +1,153 @@
+"""The doctor against planted faults, which were written by somebody who knew its contract and not its rules.
+
+The rules were tuned on the first set; whoever wrote the second, `held_out`, had seen neither the rules nor the first.
+
+Each fault and each healthy model is examined once. A remedy is run as it is printed, on a fresh copy of the fault, and
+then the model is trained: `python tests/faults/test_faults.py` prints the table.
+"""
+
+import dataclasses
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import initlab
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faults import FAULTS, HEALTHY
+from faults.held_out import HELD_OUT, HELD_OUT_HEALTHY
+
+STEPS = 10  # of training after a remedy
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What the doctor said of a fault, and whether it was right."""
+
+    fault: Any
+    diagnosis: initlab.Diagnosis
+    kind: bool
+    place: bool
+    losses: list[float]
+
+    @property
+    def cured(self) -> bool:
+        """Whether the remedy makes the loss finite and lets it fall."""
+        finite = len(self.losses) == STEPS + 1 and all(map(math.isfinite, self.losses))
+        return finite and self.losses[-1] < self.losses[0]
+
+    def __str__(self) -> str:
+        said = "; ".join(f"{c.kind} ({c.place}, {c.severity})" for c in self.diagnosis.causes) or "nothing"
+        marks = f"{'kind' if self.kind else '----'} {'place' if self.place else '-----'}"
+        cure = "" if not self.fault.fixable else "cured" if self.cured else "NOT CURED"
+        wanted = f"{'/'.join(self.fault.kinds)} {self.fault.place or ''}"
+        return f"{self.fault.name:40s} {marks} {cure:9s} wanted {wanted}; said {said}"
+
+
+def judge(fault: Any) -> Verdict:
+    diagnosis = initlab.diagnose(*fault.build(), steps=fault.steps)
+    if not diagnosis.causes:
+        return Verdict(fault, diagnosis, False, False, [])
+    top = diagnosis.causes[0]
+    losses = after_remedy(fault, top.remedy) if fault.fixable else []
+    return Verdict(fault, diagnosis, fault.kind_ok(top.kind), fault.place_ok(top.place), losses)
+
+
+def after_remedy(fault: Any, remedy: str) -> list[float]:
+    """The losses of plain training on a fresh copy of a fault, with a remedy pasted before it."""
+    scope = dict(zip(("model", "batch", "loss_fn", "optimizer"), fault.build(), strict=True))
+    scope |= {"torch": torch, "initlab": initlab}
+    losses: list[float] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            exec(remedy, scope)
+            model, batch, loss_fn = scope["model"], scope["batch"], scope["loss_fn"]
+            optimizer = scope["optimizer"] or torch.optim.SGD(model.parameters(), lr=1e-3)
+            for _ in range(STEPS):
+                torch.manual_seed(0)
+                optimizer.zero_grad()
+                loss = loss_fn(model, batch)
+                losses.append(float(loss))
+                loss.backward()
+                optimizer.step()
+            torch.manual_seed(0)
+            losses.append(float(loss_fn(model, batch)))
+        except Exception as error:
+            print(fault.name, "after its remedy:", error)
+    return losses
+
+
+def share(right: list[bool]) -> float:
+    return sum(right) / len(right)
+
+
+@pytest.fixture(scope="module", params=[FAULTS, HELD_OUT], ids=["first set", "held out"])
+def verdicts(request):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield [judge(fault) for fault in request.param]
+    torch.set_num_threads(threads)
+
+
+def told(verdicts: list[Verdict]) -> str:
+    return "\n" + "\n".join(map(str, verdicts))
+
+
+def test_there_are_enough():
+    assert len(FAULTS) >= 40
+    assert len(HEALTHY) >= 20
+    assert {fault.kinds[0] for fault in FAULTS} == set(KINDS)
+
+
+KINDS = ("input", "target", "weights", "operation", "precision", "gradient", "learning rate", "loss", "uninitialised")
+
+
+def test_top_cause(verdicts):
+    assert share([v.kind for v in verdicts]) >= 0.95, told([v for v in verdicts if not v.kind])
+
+
+def test_place(verdicts):
+    assert share([v.place for v in verdicts]) >= 0.90, told([v for v in verdicts if not v.place])
+
+
+def test_remedies(verdicts):
+    fixable = [v for v in verdicts if v.fault.fixable]
+    assert share([v.cured for v in fixable]) >= 0.80, told([v for v in fixable if not v.cured])
+
+
+@pytest.mark.parametrize("model", [*HEALTHY, *HELD_OUT_HEALTHY], ids=lambda model: model.name)
+def test_no_false_alarm(model):
+    found = initlab.diagnose(*model.build(), steps=model.steps)
+    assert found.causes == (), str(found)
+    assert found.verdict == "healthy"
+
+
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)
+    chosen = [fault for fault in (*FAULTS, *HELD_OUT) if not names or fault.name in names]
+    verdicts = [judge(fault) for fault in chosen]
+    fixable = [v.cured for v in verdicts if v.fault.fixable]
+    for verdict in verdicts:
+        print(verdict)
+        if names:
+            print(verdict.diagnosis, verdict.losses)
+    print(f"{len(verdicts)} faults: kind {share([v.kind for v in verdicts]):.1%}", end=", ")
+    print(f"place {share([v.place for v in verdicts]):.1%}, remedies {share(fixable or [True]):.1%} of {len(fixable)}")
+    alarms = 0
+    for model in (*HEALTHY, *HELD_OUT_HEALTHY):
+        if not names or model.name in names:
+            found = initlab.diagnose(*model.build(), steps=model.steps)
+            alarms += bool(found.causes)
+            if found.causes or names:
+                print(model.name, found)
+    print(f"{len(HEALTHY) + len(HELD_OUT_HEALTHY)} healthy models: {alarms} false alarms")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,489 @@
+"""Which backend serves a tensor, and that the CPU backend's values know nothing of threads, forks, caches or CPUs."""
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from initlab.kernels import Constant, Draw, Normal, Region, TruncatedNormal, Uniform, backend_of, backends, fill_
+from initlab.kernels.sampling import fill
+from torch.utils.data import DataLoader, Dataset
+
+import initlab
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+WITH_NUMBA, OFFERED = ("torch", "numba"), ("torch", "numba", "triton")
+KEY = 0x9E3779B97F4A7C15
+DISTRIBUTIONS = [Uniform(-1.0, 1.0), Normal(0.5, 2.0), TruncatedNormal(), TruncatedNormal(0.0, 1.0, -2.0, 5.0)]
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+may_fork_with_threads = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def numba(serving):
+    with serving("numba"):
+        yield
+
+
+@pytest.fixture
+def backend(forget, monkeypatch):
+    """Starts afresh with this INITLAB_BACKEND."""
+
+    def backend(value):
+        monkeypatch.setenv("INITLAB_BACKEND", value)
+        forget()
+
+    return backend
+
+
+@pytest.fixture
+def without_numba(backend, monkeypatch):
+    backend("auto")
+    monkeypatch.setitem(sys.modules, "numba", None)  # what an import system that finds nothing looks like
+
+
+def filled(distribution, n, key=KEY, dtype=torch.float32, region=None):
+    x = torch.empty((n,) if region is None else region.sizes, dtype=dtype)
+    x.numpy().fill(np.nan)  # not by torch, whose own threads hang in a forked child
+    fill_([Draw(x, distribution, key, region)])
+    return x
+
+
+def digest(x):
+    return hashlib.sha256(x.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The choice
+
+
+@pytest.mark.parametrize("value", ["auto", "torch", "numba", "triton"])
+def test_backend_is_read_once(backend, monkeypatch, value):
+    backend(value)
+    assert backends.requested() == value
+    monkeypatch.setenv("INITLAB_BACKEND", "auto" if value == "torch" else "torch")
+    assert backends.requested() == value
+
+
+def test_backend_unset_is_auto(backend, monkeypatch, forget):
+    backend("torch")
+    monkeypatch.delenv("INITLAB_BACKEND")
+    forget()
+    assert backends.requested() == "auto"
+
+
+@pytest.mark.parametrize("value", ["cuda", "Numba", "torch,numba", " auto"])
+def test_an_unknown_backend(backend, value):
+    backend(value)
+    message = rf"INITLAB_BACKEND is '{value}'; it must be one of auto, torch, numba, triton"
+    for _ in range(2):  # the second time too
+        with pytest.raises(ValueError, match=message):
+            fill_([Draw(torch.zeros(3), Normal(), KEY)])
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "offered", "chosen"),
+    [
+        ("auto", CPU, WITH_NUMBA, "numba"),
+        ("auto", CPU, ("torch",), "torch"),
+        ("auto", CUDA, WITH_NUMBA, "torch"),
+        ("auto", torch.device("meta"), WITH_NUMBA, "torch"),
+        ("torch", CPU, WITH_NUMBA, "torch"),
+        ("torch", CUDA, OFFERED, "torch"),
+        ("numba", CPU, WITH_NUMBA, "numba"),
+    ],
+)
+def test_choice(backend, value, device, offered, chosen):
+    pytest.importorskip("numba")
+    backend(value)
+    assert backends.choose(device, offered) == chosen
+    if offered == WITH_NUMBA:
+        assert backend_of(device) == chosen
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "offered", "message"),
+    [
+        ("triton", CPU, WITH_NUMBA, "INITLAB_BACKEND=triton, but this op has no triton backend; unset"),
+        ("numba", CPU, ("torch",), "INITLAB_BACKEND=numba, but this op has no numba backend; unset"),
+        ("numba", CUDA, WITH_NUMBA, "INITLAB_BACKEND=numba serves CPU tensors only, and this one is on cuda; unset"),
+    ],
+)
+def test_a_request_that_cannot_be_honoured(backend, value, device, offered, message):
+    backend(value)
+    with pytest.raises(RuntimeError, match=message):
+        backends.choose(device, offered)
+
+
+def test_a_request_that_cannot_be_honoured_writes_nothing(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backend("triton")
+    tensors = [torch.full((3,), torch.nan) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="INITLAB_BACKEND=triton"):
+        fill_([Draw(tensors[0], Constant(1.0)), Draw(tensors[1], Normal(), KEY)])
+    assert all(x.isnan().all() for x in tensors)
+
+
+def test_each_backend_is_the_one_that_runs(serving, monkeypatch):
+    monkeypatch.setattr(fill, "_fill_torch", lambda tensor, *_: tensor.zero_())
+    with serving("torch"):
+        assert torch.all(filled(Normal(), 9) == 0)
+    with serving("numba"):
+        assert torch.all(filled(Normal(), 9) != 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without numba
+
+
+def test_numba_asked_for_but_absent(without_numba, backend):
+    backend("numba")
+    with pytest.raises(RuntimeError, match="INITLAB_BACKEND=numba, but numba is not installed; install it, or unset"):
+        filled(Normal(), 3)
+
+
+def test_torch_serves_where_numba_is_absent(without_numba, serving):
+    assert backends.choose(CPU, WITH_NUMBA) == "torch"
+    x = filled(Normal(), 1001)
+    with serving("torch"):
+        assert torch.equal(x, filled(Normal(), 1001))
+
+
+def test_one_warning_above_2_to_24_elements(without_numba, monkeypatch):
+    monkeypatch.setattr(fill, "_fill_torch", lambda *_: None)  # its values are not the point, and take seconds
+    limit = torch.empty(2**24, dtype=torch.float16)
+    above = torch.empty(2**24 + 1, dtype=torch.float16)
+    fill_([Draw(limit, Normal(), KEY)])
+    with pytest.warns(UserWarning, match="plain torch backend.*pip install numba") as caught:
+        fill_([Draw(above, Normal(), KEY), Draw(above, Uniform(), KEY)])
+    assert len(caught) == 1
+
+
+def test_no_warning_where_torch_was_asked_for(without_numba, backend, monkeypatch):
+    backend("torch")
+    monkeypatch.setattr(fill, "_fill_torch", lambda *_: None)
+    fill_([Draw(torch.empty(2**24 + 1, dtype=torch.float16), Normal(), KEY)])
+
+
+def test_numba_that_cannot_be_imported(backend, monkeypatch, serving):
+    """Installed, but it fails to import, as with a numpy that is too new for it."""
+    monkeypatch.setitem(sys.modules, "initlab.kernels.sampling._numba", None)
+    monkeypatch.delattr(initlab.kernels.sampling, "_numba", raising=False)
+    backend("auto")
+    with pytest.warns(UserWarning, match="numba cannot be imported, so the plain torch backend fills"):
+        x = filled(Normal(), 1001)
+    with serving("torch"):
+        assert torch.equal(x, filled(Normal(), 1001))
+    backend("numba")
+    with pytest.raises(RuntimeError, match="INITLAB_BACKEND=numba, but numba cannot be imported"):
+        filled(Normal(), 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Threads and processes. 2^19 elements are a task; these tensors have five and a rest.
+
+N = 5 * 2**19 + 4321
+BLOCK = Region((2000, 1700), (7, 3), (1613, 1693))
+
+
+def test_number_of_threads_does_not_matter(numba, threads):
+    for distribution in DISTRIBUTIONS:
+        for region in (None, BLOCK, Region((2**40,), (2**34 - 77,), (N,))):
+            threads(1)
+            expected = filled(distribution, N, region=region)
+            assert expected.isfinite().all()
+            for number in (2, 3, 7):
+                threads(number)
+                assert torch.equal(filled(distribution, N, region=region), expected)
+
+
+def threads_that_fill():
+    """How many share the work where three are asked for: each waits for the others at its first task."""
+    from initlab.kernels.sampling import _numba
+
+    torch.set_num_threads(3)
+    used, meet, kernel = set(), threading.Barrier(3), _numba._kernel
+
+    def watched(*arguments):
+        if threading.get_ident() not in used:
+            used.add(threading.get_ident())
+            meet.wait(timeout=15)
+        kernel(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_numba, "_kernel", watched)
+        filled(Normal(), N)
+    return len(used)
+
+
+def test_more_threads_than_one_do_run(numba, threads):
+    assert threads_that_fill() == 3
+
+
+def test_threads_take_turns_at_the_list_of_tasks(numba, threads, monkeypatch):
+    from initlab.kernels.sampling import _numba
+
+    threads(1)
+    expected, tasks = filled(Normal(), N), _numba._tasks
+
+    def slowly(runs):  # a generator that another thread enters meanwhile raises
+        for task in tasks(runs):
+            time.sleep(0.01)
+            yield task
+
+    monkeypatch.setattr(_numba, "_tasks", slowly)
+    threads(3)
+    assert torch.equal(filled(Normal(), N), expected)
+
+
+def test_an_error_in_a_thread_is_raised(numba, threads, monkeypatch):
+    from initlab.kernels.sampling import _numba
+
+    kernel = _numba._kernel
+
+    def broken(*arguments):
+        if threading.current_thread().name.startswith("initlab"):
+            raise MemoryError("in a helper")
+        meet.wait(timeout=30)
+        kernel(*arguments)
+
+    meet = threading.Event()
+    threading.Timer(0.5, meet.set).start()  # the helpers get a task each before this thread has done its first
+    monkeypatch.setattr(_numba, "_kernel", broken)
+    threads(3)
+    with pytest.raises(MemoryError, match="in a helper"):
+        filled(Normal(), N)
+
+
+def test_concurrent_python_threads(numba, threads):
+    threads(2)
+    jobs = [(distribution, n, key) for distribution in DISTRIBUTIONS for n in (1001, N // 2) for key in (1, 2)]
+    expected = [digest(filled(*job)) for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(2):
+            assert [digest(x) for x in pool.map(lambda job: filled(*job), jobs)] == expected
+
+
+def contiguous():
+    return [digest(filled(distribution, N)) for distribution in DISTRIBUTIONS]
+
+
+def transposed():
+    x = torch.empty_strided((1000, 1001), (1, 1000))
+    fill_([Draw(x, Normal(), KEY)])
+    return digest(x.t())
+
+
+def forked(function, n=1):
+    """What a function returns in `n` children, forked one after the other."""
+    context = multiprocessing.get_context("fork")
+    for _ in range(n):
+        ours, theirs = context.Pipe()
+        child = context.Process(target=lambda to=theirs: to.send(function()))
+        child.start()
+        theirs.close()
+        try:
+            assert ours.poll(20), "a forked child hangs"
+            yield ours.recv()
+        finally:
+            child.kill()
+            child.join()
+
+
+@needs_fork
+@may_fork_with_threads
+@pytest.mark.parametrize("function", [contiguous, transposed, threads_that_fill])
+def test_after_a_fork_with_the_pools_alive(numba, threads, function):
+    """Ours and torch's own, whose operations hang in a forked child where they are large enough to need it."""
+    threads(3)
+    torch.ones(2**20).exp()
+    expected = function()
+    assert [*forked(function)] == [expected]
+    assert function() == expected  # the parent's pool still works
+
+
+@needs_fork
+@may_fork_with_threads
+def test_the_torch_backend_after_a_fork(serving, threads):
+    with serving("torch"):
+        threads(3)
+        torch.ones(2**20).exp()
+        assert [*forked(transposed)] == [transposed()]
+
+
+@needs_fork
+@may_fork_with_threads
+def test_after_a_fork_in_the_middle_of_a_fill(numba, threads):
+    threads(3)
+    expected = contiguous()
+    stop = threading.Event()
+
+    def busy():
+        while not stop.is_set():
+            filled(Normal(), N)
+
+    worker = threading.Thread(target=busy)
+    worker.start()
+    try:
+        assert [*forked(contiguous, 3)] == [expected] * 3
+    finally:
+        stop.set()
+        worker.join()
+
+
+@needs_fork
+@may_fork_with_threads
+def test_a_fork_waits_for_a_thread_that_compiles(numba):
+    filled(Normal(), 8)  # imports the backend, which watches forks
+    lock = pytest.importorskip("numba.core.compiler_lock").global_compiler_lock
+    holds, done = threading.Event(), threading.Event()
+
+    def compile_something():
+        with lock:
+            holds.set()
+            done.wait(0.5)
+
+    worker = threading.Thread(target=compile_something)
+    worker.start()
+    holds.wait()
+    assert [*forked(lambda: lock._lock.acquire(timeout=5))] == [True]  # held for good by nobody in the child
+    worker.join()
+
+
+def test_a_compiled_caller_gets_the_same_bits(backend):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.extend(node for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph
+
+    @torch.compile(backend=backend)
+    def fill_and_add(x):
+        fill_([Draw(x, Normal(0.5, 2.0), KEY)])
+        return x + 1
+
+    assert torch.equal(fill_and_add(torch.zeros(1000)), filled(Normal(0.5, 2.0), 1000) + 1)
+    assert len(compiled) == 1  # the addition: a compiler that saw the stream's arithmetic could fuse it
+
+
+class Filled(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return filled(DISTRIBUTIONS[i], 2**19 + 12_345)
+
+
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=needs_fork)])
+@may_fork_with_threads
+def test_in_data_loader_workers(numba, threads, method):
+    threads(2)
+    expected = [*Filled()]
+    loader = DataLoader(Filled(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=60)
+    for x, y in zip(loader, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Caches and CPUs, each in a process of its own
+
+SCRIPT = textwrap.dedent("""
+    import hashlib
+    import torch
+    from initlab.kernels import Draw, Normal, TruncatedNormal, Uniform, fill_
+    from initlab.kernels.sampling import stream
+
+    torch.set_num_threads(1)
+    {before}
+    for distribution in {distributions}:
+        x = torch.empty(1001)
+        fill_([Draw(x, distribution, {key})])
+        print(hashlib.sha256(x.view(torch.uint8).numpy().tobytes()).hexdigest())
+    {after}
+""")
+CACHE = textwrap.dedent("""
+    from initlab.kernels.sampling import _numba
+    kernel = _numba._kernel
+    print(type(kernel._cache).__name__, sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
+""")
+
+
+@pytest.fixture
+def check(python, serving):
+    """Runs the script; holds what it prints of each distribution to this process's values, returns what else it prints."""
+
+    def check(distributions=DISTRIBUTIONS[1:2], before="", after="", **options):
+        with serving("torch"):
+            expected = [digest(filled(distribution, 1001)) for distribution in distributions]
+        lines = python(
+            SCRIPT.format(distributions=distributions, key=KEY, before=before, after=after), **options
+        ).splitlines()
+        assert lines[: len(distributions)] == expected
+        return lines[len(distributions) :]
+
+    return check
+
+
+def copy_of_the_package(folder):
+    package = Path(initlab.__file__).parent
+    kernels = Path(backends.__file__).parent
+    shutil.copytree(package, folder / "initlab", ignore=shutil.ignore_patterns("__pycache__", "kernels"))
+    shutil.copytree(kernels, folder / "initlab" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "initlab" / "kernels"
+
+
+def test_a_second_process_uses_the_cache_on_disk(check, tmp_path):
+    pytest.importorskip("numba")
+    for hits, misses, change in ((0, 1, ""), (1, 0, ""), (0, 1, "stream.NOTE = 1")):
+        # The third has another constant: other code, which must not come from the cache.
+        assert check(before=change, after=CACHE, NUMBA_CACHE_DIR=tmp_path) == [f"FunctionCache {hits} {misses}"]
+    assert [*tmp_path.rglob("*.nbi")]
+
+
+def test_where_no_cache_can_be_written(check, tmp_path):
+    """No cache folder of ours, none of the user's, none that the environment names: compiled, and not kept."""
+    pytest.importorskip("numba")
+    kernels = copy_of_the_package(tmp_path)
+    (kernels / "sampling" / "__pycache__").write_text(
+        "a file, where the folder should be; root may write into any folder"
+    )
+    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), "/dev/null/nowhere")
+    assert check(after=CACHE, root=tmp_path, PYTHONDONTWRITEBYTECODE=1, **nowhere) == ["NullCache 0 1"]
+
+
+@pytest.mark.parametrize("name", ["torch", "numba"])
+def test_another_cpu_gives_the_same_bits(check, tmp_path, name):
+    """Code for the plainest CPU of this architecture, without its vector and fused instructions."""
+    if name == "numba":
+        pytest.importorskip("numba")
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": tmp_path}
+    assert check(DISTRIBUTIONS, INITLAB_BACKEND=name, ATEN_CPU_CAPABILITY="default", **plain) == []
+
+
+def test_a_fill_while_the_interpreter_shuts_down(check):
+    """Then no thread can be started: the calling one does all of it."""
+    pytest.importorskip("numba")
+    late = (
+        "import atexit; torch.set_num_threads(3); late = torch.full((2**20 + 7,), torch.nan); "
+        "atexit.register(lambda: print(bool(late.isnan().any()))); "
+        "atexit.register(lambda: fill_([Draw(late, Normal(), 1)]))"
+    )
+    assert check(before=late) == ["False"]
