@@ -34,10 +34,12 @@ else:
         generator_key,
         named_key,
     )
+    from .tensors import PLAIN, all_plain
 
     __all__ = [
         "NAN",
         "NEGATIVE_INF",
+        "PLAIN",
         "POSITIVE_INF",
         "STREAM_VERSION",
         "Constant",
@@ -52,6 +54,7 @@ else:
         "Uniform",
         "add_flag_",
         "all_finite_fast",
+        "all_plain",
         "backend_of",
         "clip_",
         "clip_coefficient",
