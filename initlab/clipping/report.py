@@ -19,8 +19,9 @@ ON_ANOTHER_RANK = "one on another rank"
 class ClipReport:
     """A norm, and what was found on the way. Nothing is read from the device until a property, str() or == asks.
 
-    With DTensors norm and flag are the same on all ranks, and all three are plain tensors. Reports can be copied,
-    pickled and sent to other ranks; they hold no gradients.
+    With DTensors norm and flag are the same on all ranks, and all three are plain tensors. Reports hold no gradients.
+    They can be copied, pickled and sent to other ranks; to load one from a checkpoint, torch.load needs
+    torch.serialization.safe_globals([initlab.ClipReport]), or weights_only=False.
 
     Attributes:
         norm: the total norm, 0-d, float32, or float64 where a gradient is float64.
