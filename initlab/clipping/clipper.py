@@ -30,13 +30,14 @@ from .report import ON_ANOTHER_RANK, ClipReport, ClipStats, label
 class GradClipper:
     """Clips the gradients of an optimizer's parameters in every step, and keeps bad steps out of weights and moments.
 
-    From then on `optimizer.step()` clips; call nothing else. With an optimizer of torch whose groups are
-    all fused (SGD, Adam, AdamW, Adagrad with fused=True) gradients are read once for the norm; the coefficient rides
-    in the optimizer's own pass, as its grad_scale, and bad steps as its found_inf: no pass that scales, no wait for a
-    GPU. With others gradients are scaled in place, and "skip" waits for the device once a step; "raise" always does.
+    From then on `optimizer.step()` clips; call nothing else. With an optimizer of torch whose groups are all fused
+    (SGD, Adam, AdamW, Adagrad with fused=True) gradients are read once, for the norm. The optimizer applies the coefficient
+    in its own pass, as its grad_scale, and skips bad steps by its found_inf: no pass that scales, no wait for a GPU.
+    With others gradients are scaled in place, and "skip" waits for the device once a step; "raise" always does.
 
-    Works under torch.amp.GradScaler: scaled gradients are measured as what they stand for, and a step that the scaler
-    gives up stays given up. Parameter groups count as one vector; parameters without a gradient are passed over.
+    Works under torch.amp.GradScaler: the norm of gradients that are still scaled is that of the unscaled ones, and a
+    step that the scaler skips stays skipped. Parameter groups count as one vector; parameters without a gradient are
+    passed over.
 
     Works with DTensors on any meshes (FSDP2, tensor, expert and hybrid parallelism): every rank of the meshes takes the
     same norm, and a NaN on one makes all skip the step. Ranks that share no mesh know nothing of each other, unless
@@ -141,7 +142,7 @@ class GradClipper:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):
             raise RuntimeError(
-                "GradClipper clips before step() runs, and a closure makes the gradients inside it; "
+                "GradClipper clips before step() runs, and a closure computes the gradients inside it; "
                 "call initlab.clip_grad_norm_ in the closure, after backward(), and remove() the GradClipper"
             )
         self._undo()
@@ -161,7 +162,7 @@ class GradClipper:
             return None
         classified = classify(gradients.tensors)
         if classified.has_wrapper_subclass:
-            raise NotImplementedError("GradClipper takes no gradients that wrap other tensors, but for DTensors")
+            raise NotImplementedError("GradClipper takes no gradients that wrap other tensors, except DTensors")
         # A GradScaler leaves its scale here where gradients are still scaled, and always what it has found.
         scale, found_inf = (_as_0d(getattr(self._optimizer, name, None)) for name in ("grad_scale", "found_inf"))
         mesh_tensors = mesh_tensors_of(gradients, classified, self._pp_mesh_dim)
@@ -194,14 +195,14 @@ class GradClipper:
             total, mesh_tensors = measured.total, measured.mesh_tensors
             raise nonfinite_error(total, total.norm.dtype, mesh_tensors, measured.gradients, self.norm_type)
         fused = _is_fused(self._optimizer)
-        skip = bad if policy == "skip" or (fused and found_inf is not None) else None
-        if skip is not None and fused and found_inf is not None:
-            skip = skip | (found_inf.to(skip.device) != 0)
-        on_device = fused and not _starts_dampened_momentum(self._optimizer)
+        skip = bad if policy == "skip" else None
+        if fused and found_inf is not None:  # the scaler, or we, or both
+            skip = bad | (found_inf.to(bad.device) != 0)
+        skips_by_itself = fused and not _starts_dampened_momentum(self._optimizer)
         return _Decision(
             fused=fused,
             skip=skip,
-            hide=skip is not None and not on_device and bool(skip),
+            hide=skip is not None and not skips_by_itself and bool(skip),
             zero=policy == "zero",
             norm=measured.total.norm64 if policy == "propagate" else torch.where(bad, math.nan, measured.total.norm64),
             coefficient=measured.coefficient if policy == "propagate" else torch.where(bad, 1.0, measured.coefficient),
@@ -271,7 +272,7 @@ class _Measurement(NamedTuple):
         nonfinite: bool: whether a gradient holds NaN or inf, on any rank.
         coefficient: what clips them: min(1, max_norm / norm).
         scale: of a GradScaler, by which gradients are still multiplied; None if they are not.
-        found_inf: of a GradScaler, not 0 where it gives the step up; None without a GradScaler.
+        found_inf: of a GradScaler, not 0 where it skips the step; None without a GradScaler.
     """
 
     gradients: LabelledTensors

@@ -272,6 +272,34 @@ def test_parameters_that_get_a_gradient_later(recwarn):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+def test_dampened_momentum_beside_another_group():
+    """Its first step is skipped without found_inf; the other group's buffers start as zeros."""
+    for order in (slice(None), slice(None, None, -1)):
+        ours, theirs = net(), net()
+        groups = [
+            [{"params": m[0].parameters(), "dampening": 0.3}, {"params": m[2].parameters()}][order]
+            for m in (ours, theirs)
+        ]
+        mine, other = (torch.optim.SGD(group, 0.05, momentum=0.9, fused=True) for group in groups)
+        clipper = initlab.GradClipper(mine, 0.3)
+        for step in range(5):
+            bad = step in (0, 3)
+            for model, optimizer in ((ours, mine), (theirs, other)):
+                optimizer.zero_grad()
+                model.zero_grad()
+                backward(model, step, bad=1 if bad and model is ours else None)
+            before = [p.detach().clone() for p in ours.parameters()]
+            mine.step()
+            if bad:
+                assert same([p.detach() for p in ours.parameters()], before)
+                continue
+            utils.clip_grad_norm_([*theirs[0].parameters(), *theirs[2].parameters()], 0.3)
+            other.step()
+        assert clipper.stats().nonfinite == 2
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
 def test_a_step_without_gradients_is_none():
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
