@@ -18,9 +18,11 @@ from torch.nn.parameter import is_lazy
 
 from initlab.kernels import Constant, Draw, eagerly, fill_, named_key
 
-from ..distributed.collectives import check_agreement
-from ..distributed.shards import count_as_written, is_dtensor, local, local_shards, refuse_hidden_shards, reshard
+from ..distributed.agreement import check_agreement
+from ..distributed.dtensors import count_as_written, is_dtensor, local
+from ..distributed.fsdp import refuse_hidden_shards, reshard
 from ..distributed.shards import draws as draws_of
+from ..distributed.shards import local_shards
 from .layers import FillSpec, reset_function
 from .naming import Names, TensorRef, class_name, matches, shared_memory, tensor_refs
 from .recipes import RecipeLike, View, keep_padding, resolve

@@ -122,10 +122,6 @@ def ways() -> Iterator[dict[str, Any]]:
         yield {}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# watch()
-
-
 @on(2, 4)
 def nothing_is_wrong_and_no_look_communicates() -> None:
     for spread in (sharded.ddp, sharded.fsdp, tensor_parallel):
@@ -294,10 +290,6 @@ def groups_and_meshes() -> None:
     row = watch.report(across=square["b"])
     assert row.ranks == ((0, 1) if rank < 2 else (2, 3))
     assert (row.fault is None) == (rank < 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The doctor
 
 
 @on(2, 4)
