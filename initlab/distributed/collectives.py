@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._console import listing
 from .shards import is_dtensor
 
 
@@ -301,12 +302,8 @@ def refuse_differing(found: Mapping[str, Mapping[int, str | None]], what: str, a
     if not found:
         return
     lines = []
-    for name, words in list(found.items())[:_LISTED]:
+    for name, words in found.items():
         usual = max(words.values(), key=list(words.values()).count)
         others = [rank for rank, word in words.items() if word != usual]
         lines.append(f"{name}: rank{'s' if len(others) > 1 else ''} {listed(others)} of {len(words)}")
-    more = f"\n  ... and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    raise RuntimeError(f"{what} differ between ranks:\n  " + "\n  ".join(lines) + more + f"\n{advice}")
-
-
-_LISTED = 20
+    raise RuntimeError(f"{what} differ between ranks:{listing(lines)}\n{advice}")
