@@ -191,7 +191,8 @@ def check_sharded(findings: Findings) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    from initlab.distributed.shards import local, local_shards
+    from initlab.distributed.dtensors import local
+    from initlab.distributed.shards import local_shards
 
     whole = torch.nn.Sequential(torch.nn.Linear(63, 129), torch.nn.Linear(129, 63))
     _with_backend("auto" if not DRY else "torch", lambda: initlab.init_model_(whole, 3, "gpt2"))

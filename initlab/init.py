@@ -35,7 +35,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from initlab.kernels import Distribution, Draw, Normal, Region, TruncatedNormal, Uniform, eagerly, fill_, generator_key
 
-from .distributed.shards import count_as_written, draws, is_dtensor, local, local_shards
+from .distributed.dtensors import count_as_written, is_dtensor, local
+from .distributed.shards import draws, local_shards
 
 __all__ = [
     "calculate_gain",

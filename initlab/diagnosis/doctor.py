@@ -18,7 +18,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .._console import inline_listing
-from ..distributed.collectives import gather, groups_of
+from ..distributed.collectives import all_gather_object
+from ..distributed.groups import groups_of
 from ..models.naming import unwrapped
 from . import checks, probes, ranks, symptoms
 from .batch import leaves
@@ -129,9 +130,9 @@ def diagnose(
         found = examine(model, batch, loss_fn, optimizer, steps=steps)
     except Exception as error:
         if groups:  # the others wait for this rank
-            gather(f"{type(error).__name__}: {error}", groups)
+            all_gather_object(f"{type(error).__name__}: {error}", groups)
         raise
-    return ranks.first_of(gather(found, groups)) if groups else found
+    return ranks.first_of(all_gather_object(found, groups)) if groups else found
 
 
 def examine(

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..distributed.shards import is_dtensor
+from ..distributed.dtensors import is_dtensor
 from .report import Diagnosis
 from .state import CONTAINERS, Contents
 

@@ -19,9 +19,11 @@ from initlab.kernels import Constant, Draw, eagerly, fill_, named_key
 
 from .. import _console
 from .._console import listing
-from ..distributed.collectives import check_agreement
-from ..distributed.shards import count_as_written, is_dtensor, local, local_shards, refuse_hidden_shards, reshard
+from ..distributed.agreement import check_agreement
+from ..distributed.dtensors import count_as_written, is_dtensor, local
+from ..distributed.fsdp import refuse_hidden_shards, reshard
 from ..distributed.shards import draws as draws_of
+from ..distributed.shards import local_shards
 from .layers import FillSpec, reset_function
 from .naming import Names, TensorRef, class_name, matches, shared_memory, tensor_refs
 from .recipes import RecipeLike, View, keep_padding, resolve

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from initlab.kernels import STREAM_VERSION, Constant, Distribution, Normal, Uniform, content_sum
 
 from .._console import table
-from ..distributed.collectives import MeshDims, reduced
-from ..distributed.shards import is_dtensor, local, local_shards, refuse_hidden_shards, reshard
+from ..distributed.collectives import all_reduce
+from ..distributed.dtensors import is_dtensor, local
+from ..distributed.fsdp import refuse_hidden_shards, reshard
+from ..distributed.groups import MeshDims
+from ..distributed.shards import local_shards
 from .layers import DimSlice
 from .naming import Names, tensor_refs
 
@@ -159,11 +162,11 @@ def _content_of(tensor: Tensor, name: str) -> int:
 
 def _summed(tensors: list[Tensor], sums: list[int]) -> list[int]:
     """Content sums added up over the ranks among which tensors are sharded."""
-    axes = MeshDims(tensors)
-    if axes.axes:  # in halves: no sum over ranks may overflow int64
+    mesh_dims = MeshDims(tensor if is_dtensor(tensor) else None for tensor in tensors)
+    if mesh_dims.dims:  # in halves: no sum over ranks may overflow int64
         halves = torch.tensor([half for total in sums for half in (total & _HALF, (total >> 32) & _HALF)])
-        over = [places for places in axes.sharded for _ in range(2)]
-        added = reduced(halves, over, axes.axes).tolist()
+        reduce_over = [dims for dims in mesh_dims.sharded for _ in range(2)]
+        added = all_reduce(halves, reduce_over, mesh_dims.dims).tolist()
         sums = [low + (high << 32) for low, high in zip(added[::2], added[1::2], strict=True)]
     return [total & ((1 << 64) - 1) for total in sums]
 

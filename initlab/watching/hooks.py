@@ -27,9 +27,10 @@ from torch.utils.hooks import RemovableHandle
 
 from initlab.kernels import NEGATIVE_INF, FlagBuffer, add_flag_, all_finite_fast, describe, eagerly, nonfinite_flag
 
-from ..distributed.collectives import gather, groups_of, listed
-from ..distributed.shards import is_dtensor
-from ..distributed.shards import local as local_part
+from ..distributed.collectives import all_gather_object, listed
+from ..distributed.dtensors import is_dtensor
+from ..distributed.dtensors import local as local_part
+from ..distributed.groups import groups_of
 from ..models.naming import class_name, matches, walk
 
 Selector: TypeAlias = str | type[nn.Module] | nn.Module
@@ -773,7 +774,7 @@ class Watch:
         watcher = self._watcher
         groups = groups_of(across)
         mine = WatchReport(watcher.read_all(), watcher.step.number, watcher.calls)
-        return _first_of(gather(mine, groups)) if groups else mine
+        return _first_of(all_gather_object(mine, groups)) if groups else mine
 
     def remove(self) -> None:
         """Remove every hook, now; what was seen can still be reported."""

@@ -1,4 +1,4 @@
-"""initlab/clip.py: torch.nn.utils' contracts, policies and names, GradClipper around torch's optimizers."""
+"""initlab/clipping: torch.nn.utils' contracts, policies and names, GradClipper around torch's optimizers."""
 
 import copy
 import importlib
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import utils
 
 import initlab
-from initlab.clipping.clipper import ClipStats, PartialNorm
+from initlab.clipping import ClipStats, PartialNorm
 
 PAIRS = [
     (initlab.clip_grad_norm_, utils.clip_grad_norm_),
@@ -837,11 +837,13 @@ def test_copies_and_checkpoints_of_the_optimizer_are_free_of_it():
 
 
 def test_no_look_at_values_with_a_fused_optimizer(monkeypatch):
-    """Nothing in a step asks a tensor for a number, which would wait for a GPU. The backends on a CPU do, so plain torch
-    stands in, as for a device."""
+    """Nothing in a step asks a tensor for a number, which would wait for a GPU.
+
+    The backends on a CPU do, so plain torch stands in, as for a device.
+    """
     monkeypatch.setattr(backends, "requested", lambda: "torch")
 
-    op = importlib.import_module("initlab.kernels.grad_norm")
+    op = importlib.import_module("initlab.kernels.norms")
     monkeypatch.setattr(op, "_visible", lambda tensor: False)
     for policy in ("skip", "zero", "propagate"):
         model = net()

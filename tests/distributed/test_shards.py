@@ -18,8 +18,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import initlab
-from initlab.distributed.collectives import MeshDims, differing
-from initlab.distributed.shards import local_intervals, local_shards
+from initlab.distributed.agreement import differing
+from initlab.distributed.groups import MeshDims
+from initlab.distributed.intervals import local_intervals
+from initlab.distributed.shards import local_shards
 
 MESHES = [(64,), (512,), (8, 8), (16, 4), (64, 8), (3, 5, 7), (2, 4, 8), (4, 16, 8)]
 
@@ -224,18 +226,18 @@ def test_factors_that_fit_nothing():
     assert local_intervals(12, [(3, 1, 1)], size=5) is None
 
 
-def test_axes(world):
-    """Dimensions of one rank are left out, and equal sets of ranks are one axis."""
+def test_mesh_dims(world):
+    """Dimensions of one rank are left out, and dimensions with equal ranks are one."""
     world(8, 5)
     square, cube = dist.init_device_mesh("cpu", (2, 4)), dist.init_device_mesh("cpu", (2, 1, 4))
     tensors = [
         distribute_tensor(torch.ones(8, 8), square, [Replicate(), Shard(0)]),
         distribute_tensor(torch.ones(8, 8), cube, [Shard(0), Shard(1), Replicate()]),
-        torch.ones(2),
+        None,
     ]
-    axes = MeshDims(tensors)
-    assert [axis.ranks for axis in axes.axes] == [(1, 5), (4, 5, 6, 7)]
-    assert axes.sharded == [frozenset({1}), frozenset({0}), frozenset()]
+    mesh_dims = MeshDims(tensors)
+    assert [mesh_dim.ranks for mesh_dim in mesh_dims.dims] == [(1, 5), (4, 5, 6, 7)]
+    assert mesh_dims.sharded == [frozenset({1}), frozenset({0}), frozenset()]
 
 
 def test_everybody_agrees_with_himself():

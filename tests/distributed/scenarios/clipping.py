@@ -20,7 +20,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import utils
 
 import initlab
-from initlab.distributed.shards import is_dtensor, local, local_shards
+from initlab.distributed.dtensors import is_dtensor, local
+from initlab.distributed.shards import local_shards
 
 ELSEWHERE = "one on another rank"
 

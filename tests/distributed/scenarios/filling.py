@@ -21,7 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import initlab
-from initlab.distributed.shards import local, local_shards
+from initlab.distributed.dtensors import local
+from initlab.distributed.shards import local_shards
 from initlab.models.naming import tensor_refs
 
 RECIPES = ("torch", "gpt2", "he", "trunc_normal", "own")
