@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from .._console import inline_listing
 from ..distributed.collectives import all_gather_object
 from ..distributed.groups import groups_of
 from ..models.naming import unwrapped
@@ -246,8 +247,7 @@ def _bad_gradients(evidence: Evidence) -> Iterator[str]:
     """The parameters whose gradients are not finite, by name."""
     bad = [held.name for held in evidence.parameters if held.grad is not None and not held.grad.finite]
     if bad:
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        yield f"gradients that are not finite in step 1: {', '.join(bad[:_NAMED])}{more}"
+        yield f"gradients that are not finite in step 1: {inline_listing(bad, _NAMED)}"
 
 
 def _close_calls(evidence: Evidence) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .._console import listing
 from .collectives import all_gather_object, all_mesh_dims, all_reduce, listed
 from .dtensors import is_dtensor
 from .groups import MeshDim, MeshDims
@@ -65,12 +66,8 @@ def refuse_differing(found: Mapping[str, Mapping[int, str | None]], what: str, a
     if not found:
         return
     lines = []
-    for name, by_rank in list(found.items())[:_LISTED]:
+    for name, by_rank in found.items():
         usual = max(by_rank.values(), key=list(by_rank.values()).count)
         others = [rank for rank, message in by_rank.items() if message != usual]
         lines.append(f"{name}: rank{'s' if len(others) > 1 else ''} {listed(others)} of {len(by_rank)}")
-    more = f"\n  ... and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    raise RuntimeError(f"{what} differ between ranks:\n  " + "\n  ".join(lines) + more + f"\n{advice}")
-
-
-_LISTED = 20
+    raise RuntimeError(f"{what} differ between ranks:{listing(lines)}\n{advice}")

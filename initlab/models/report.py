@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from initlab.kernels import STREAM_VERSION, Constant, Distribution, Normal, Uniform, content_sum
 
+from .._console import table
 from ..distributed.collectives import all_reduce
 from ..distributed.dtensors import is_dtensor, local
 from ..distributed.fsdp import refuse_hidden_shards, reshard
@@ -235,12 +236,12 @@ class InitReport:
     def __str__(self) -> str:
         total = sum(row.numel for row in self.rows)
         head = ["name", "shape", "dtype", "distribution", "fan", "std", "key", "why"]
-        table = [head, *map(self._cells, self.rows)]
+        rows = [self._cells(row) for row in self.rows]
         if self.digests is not None:
             head.insert(7, "digest")
-            for line, row in zip(table[1:], self.rows, strict=True):
-                line.insert(7, self.digests.parameters.get(row.name, ""))
-        lines = _aligned(table)
+            for cells, row in zip(rows, self.rows, strict=True):
+                cells.insert(7, self.digests.parameters.get(row.name, ""))
+        lines = [table(head, rows)]
         digest = "" if self.digests is None else f", digest {self.digests.total}"
         summary = f"{len(self.rows)} tensors, {total:,} elements: recipe {self.recipe}, seed {self.seed}, "
         lines.append(f"{summary}stream {self.stream}{digest}")
@@ -269,12 +270,6 @@ class InitReport:
 def report_of(model: nn.Module, names: Names | None, seed: int, recipe: str, rows: Sequence[Row]) -> InitReport:
     """The report on a model, which it does not keep alive."""
     return InitReport(seed, recipe, tuple(rows), _model=weakref.ref(model), _names=names)
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def distribution_text(distribution: Distribution) -> str:

@@ -833,12 +833,14 @@ def test_text_and_json():
     assert text.index("1. learning rate") < text.index("headroom", text.index("layer"))
 
 
-def test_text_without_rich(monkeypatch):
+def test_the_text_does_not_depend_on_the_terminal(monkeypatch):
     model = mlp(64, 16, 10)
     found = diagnose(model, digits(), CROSS_ENTROPY)
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
-    monkeypatch.setattr(report, "_with_rich", None)
-    assert "Linear" in str(found)
+    before = str(found)
+    assert "Linear" in before
+    for name, value in {"COLUMNS": "20", "FORCE_COLOR": "1", "TERM": "dumb", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+        assert str(found) == before
 
 
 def test_places_read_well():
