@@ -85,10 +85,9 @@ class Search:
 
     def __init__(self, model: nn.Module, leaves: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
         self.modules = Modules(model)
-        self.marks: dict[int, _Provenance] = {}
+        self.provenance: dict[int, _Provenance] = {}
         self.nodes: dict[Any, tuple[str, str | None]] = {}
         self.function = ""
-        self.depth = 0
         self.first: Origin | None = None  # the first that is no mask, whether or not it reached the loss
         self.largest = 0.0  # magnitude in a 16-bit tensor before the first infinity
         for name, tensor in leaves.items():
@@ -99,25 +98,25 @@ class Search:
     def _start(self, name: str, tensor: Tensor, source: str) -> None:
         if tensor.layout != torch.strided or tensor.is_meta:
             return
-        mark = self._mark(tensor)
+        entry = self._entry(tensor)
         if source == "leaf":
-            mark.sources |= {name}
+            entry.sources |= {name}
         else:
-            mark.weights |= tensor.requires_grad
+            entry.weights |= tensor.requires_grad
         flag = int(nonfinite_flag(tensor))
         if flag:
-            mark.origin = Origin(source, "forward", name, None, flag, tensor.dtype, intended=flag == NEGATIVE_INF)
+            entry.origin = Origin(source, "forward", name, None, flag, tensor.dtype, intended=flag == NEGATIVE_INF)
 
-    def _mark(self, tensor: Tensor) -> _Provenance:
+    def _entry(self, tensor: Tensor) -> _Provenance:
         key = tensor.untyped_storage()._cdata
-        mark = self.marks.get(key)
-        if mark is None:
-            mark = self.marks[key] = _Provenance(tensor)
-        return mark
+        entry = self.provenance.get(key)
+        if entry is None:
+            entry = self.provenance[key] = _Provenance(tensor)
+        return entry
 
-    def _known(self, tensor: Tensor) -> _Provenance | None:
+    def _find(self, tensor: Tensor) -> _Provenance | None:
         try:
-            return self.marks.get(tensor.untyped_storage()._cdata)
+            return self.provenance.get(tensor.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError):
             return None
 
@@ -128,19 +127,19 @@ class Search:
 
     def origin(self, loss: Tensor) -> Origin | None:
         """Where the loss's own value, not finite, comes from."""
-        mark = self._known(loss)
-        found = mark.origin if mark is not None else None
+        entry = self._find(loss)
+        found = entry.origin if entry is not None else None
         return found or self.first
 
     def inspect(self, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """One operation has run."""
-        known = [mark for t in inputs if (mark := self._known(t)) is not None]
-        sources = frozenset().union(*(mark.sources for mark in known))
-        weights = any(mark.weights for mark in known)
+        known = [entry for t in inputs if (entry := self._find(t)) is not None]
+        sources = frozenset().union(*(entry.sources for entry in known))
+        weights = any(entry.weights for entry in known)
         for out in outputs:
-            mark = self._mark(out)
-            mark.sources |= sources
-            mark.weights |= weights
+            entry = self._entry(out)
+            entry.sources |= sources
+            entry.weights |= weights
             if not out.is_floating_point() or out.numel() == 0:
                 continue
             low, high = (float(x) for x in out.aminmax())
@@ -148,17 +147,17 @@ class Search:
                 if out.dtype in (torch.float16, torch.bfloat16) and self.first is None:
                     self.largest = max(self.largest, abs(low), abs(high))
                 if not any(out is t for t in inputs):  # an update of a part leaves the rest as it was
-                    mark.origin = None
+                    entry.origin = None
                 continue
             flag = int(nonfinite_flag(out))
-            bad = [(t, m.origin) for t in inputs if (m := self._known(t)) is not None and m.origin is not None]
+            bad = [(t, m.origin) for t in inputs if (m := self._find(t)) is not None and m.origin is not None]
             bad = [(t, origin) for t, origin in bad if t is out or int(nonfinite_flag(t))]
             inherited = next((origin for _, origin in bad if not origin.intended), None)
             if inherited is None and bad and not flag & ~NEGATIVE_INF:
                 inherited = bad[0][1]
             elif inherited is None and bad and _is_no_mask(op, bad[0][1]):
                 inherited = replace(bad[0][1], intended=False)
-            mark.origin = inherited or self._made(op, inputs, out, flag, sources, weights)
+            entry.origin = inherited or self._made(op, inputs, out, flag, sources, weights)
 
     def _made(
         self, op: str, inputs: list[Tensor], out: Tensor, flag: int, sources: frozenset[str], weights: bool

@@ -1,4 +1,4 @@
-"""The doctor: what it restores, what it finds in models of our own, what it says.
+"""diagnose(): what it restores, what it finds in models of our own, what it says.
 
 The faults in tests/faults were written without sight of its rules and are judged in test_faults.py; these here go
 with the rules, one or two each.

@@ -273,6 +273,16 @@ def test_what_only_passed_it_on(how):
     assert fault.passed_on == ("0.2",)
 
 
+def test_a_parameter_or_buffer_is_named_as_such(how):
+    model = nn.Sequential(OrderedDict(down=nn.Linear(4, 4), norm=nn.BatchNorm1d(4))).eval()
+    for module, name in (("norm", "running_mean"), ("down", "weight")):
+        with torch.no_grad():
+            getattr(model.get_submodule(module), name).view(-1)[0] = NAN
+        kind = type(model.get_submodule(module)).__name__
+        headline = f"step 1, forward: module '{module}' ({kind}): its {name} holds NaN (float32)"
+        assert fault_of(model, torch.randn(2, 4)).headline == headline
+
+
 def test_the_first_of_two(how):
     """What comes after the first and owes nothing to it is not said to pass it on."""
 
