@@ -141,9 +141,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from .diagnosis import CommunicatesError, UsageError, examine
+    from .diagnosis import CommunicatesError, UsageError, diagnose_alone
 
-    def tell(stage: str) -> None:
+    def on_stage(stage: str) -> None:
         say(f"initlab doctor: {stage}", "dim", stderr=True)
 
     try:
@@ -157,7 +157,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
             raise UsageError(
                 f"{arguments.function} returned {what}; it must return (model, batch, loss_fn[, optimizer])"
             )
-        diagnosis = examine(*returned, steps=arguments.steps, tell=tell)
+        diagnosis = diagnose_alone(*returned, steps=arguments.steps, on_stage=on_stage)
     except (CommunicatesError, UsageError) as error:
         return _failed("doctor", error, EX_USAGE)
     status, style = {"healthy": (0, "green"), "warning": (EX_FAILED, "yellow"), "broken": (EX_BROKEN, "bold red")}[

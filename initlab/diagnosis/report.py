@@ -1,4 +1,4 @@
-"""What the doctor says: places, causes and the diagnosis."""
+"""What a diagnosis consists of, and how it is printed: places, causes, layers."""
 
 import json
 import math
@@ -67,7 +67,7 @@ class Cause:
         explanation: what happens, in a sentence or two.
         evidence: numbers and short strings.
         remedy: code to paste, with model, batch, loss_fn, optimizer, torch and initlab in scope; may be empty.
-        tried: whether the remedy was tried here, on the user's own batch, and the loss fell.
+        tried: whether the remedy was run on the user's own batch, and the loss fell.
     """
 
     kind: Kind
@@ -190,24 +190,24 @@ class Diagnosis:
         return "\n".join(lines)
 
     def _headline(self) -> str:
-        words = [f"{'' if self.rank is None else f'rank {self.rank}, '}verdict: {self.verdict}"]
+        parts = [f"{'' if self.rank is None else f'rank {self.rank}, '}verdict: {self.verdict}"]
         if self.broke_at is not None:
-            words.append(f"broke in step {self.broke_at}")
+            parts.append(f"broke in step {self.broke_at}")
         if self.losses:
-            words.append("loss " + " -> ".join("none" if x is None else f"{x:.4g}" for x in self.losses))
+            parts.append("loss " + " -> ".join("none" if x is None else f"{x:.4g}" for x in self.losses))
         if self.gradient_norm is not None:
-            words.append(f"gradient norm {self.gradient_norm:.3g}")
+            parts.append(f"gradient norm {self.gradient_norm:.3g}")
         if (row := self.tightest) is not None:
-            words.append(f"headroom {row.headroom:.2g}x ({row.name or 'the model itself'}, {row.dtype})")
-        return ", ".join(words)
+            parts.append(f"headroom {row.headroom:.2g}x ({row.name or 'the model itself'}, {row.dtype})")
+        return ", ".join(parts)
 
     def _ranks(self) -> Iterator[str]:
         alike: dict[Verdict, list[int]] = {}
         for rank, verdict in self.verdicts.items():
             alike.setdefault(verdict, []).append(rank)
         if alike:
-            told = (f"{verdict} on {listed(ranks)}" for verdict, ranks in sorted(alike.items(), key=itemgetter(1)))
-            yield f"of {len(self.verdicts)} ranks: {'; '.join(told)}"
+            parts = (f"{verdict} on {listed(ranks)}" for verdict, ranks in sorted(alike.items(), key=itemgetter(1)))
+            yield f"of {len(self.verdicts)} ranks: {'; '.join(parts)}"
 
     def _table(self) -> str:
         head = ("layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient")
