@@ -257,7 +257,7 @@ class _Step:
     def fault(self) -> Fault | None:
         """The first fault, by the words that were sent; waits for them."""
         for buffer, looks in self.buffers.values():
-            for look, word in zip(looks, buffer.words(), strict=False):  # looks may have joined since
+            for look, word in zip(looks, buffer.flags(), strict=False):  # looks may have joined since
                 self.note(look, word)
         return _first_fault(self) if self.suspect else None
 
