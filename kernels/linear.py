@@ -99,7 +99,8 @@ def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Ten
     if not input.is_floating_point() or input.dtype.itemsize == 1:  # float8 has no ReLU in torch
         raise TypeError(f"input is {input.dtype}; linear_relu needs a real floating-point tensor: convert it")
     for t in (weight, bias):
-        if t is not None and t.device != input.device:  # where one is meta, torch's linear gives what memory holds
+        # With a meta weight torch's linear returns what memory holds. A meta input asks for shapes alone.
+        if t is not None and t.device != input.device and not input.is_meta:
             raise RuntimeError(f"input is on {input.device}, weight or bias on {t.device}: move them to one device")
     if flags is not None and (flags.dtype != torch.int32 or flags.shape != (1,) or flags.device != input.device):
         raise ValueError(
