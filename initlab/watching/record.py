@@ -143,5 +143,5 @@ class StepRecord:
     def read_flags(self) -> None:
         """Note the flags as they were when they were sent; waits for the copy."""
         for buffer, observations in self.buffers.values():
-            for observation, flag in zip(observations, buffer.words(), strict=False):  # more may have come since
+            for observation, flag in zip(observations, buffer.flags(), strict=False):  # more may have come since
                 self.set_flag(observation, flag)
