@@ -26,7 +26,7 @@ bench: $(VENV)/wheel.stamp
 # From the bare checkout, with the python at hand: installs nothing. OUT names a folder for the results; DRY=1 runs it
 # without a GPU, at sizes that say nothing.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(DRY),--dry) $(OUT)
+	$(PYTHON) benchmarks/gpu $(if $(DRY),--dry) $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, where there is no GPU: a dry run reaches its end."""
+"""benchmarks/gpu, where there is no GPU: a dry run reaches its end."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu does the real thing")
 def test_a_dry_run_of_the_gpu_script(tmp_path):
     """The script reaches its end, says that its figures mean nothing, and saves what it found."""
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
     command = [sys.executable, script, "--dry", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -26,7 +26,7 @@ def test_a_dry_run_of_the_gpu_script(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_script_without_a_gpu():
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 64
     assert "--dry runs this script without one" in done.stderr
