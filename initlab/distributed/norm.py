@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from initlab.kernels import NAN, NEGATIVE_INF, POSITIVE_INF, Norm, TensorGroups, clip_, grad_norm
+from initlab.kernels import NAN, NEGATIVE_INF, POSITIVE_INF, Norm, TensorGroups, clip_, combine_norms, grad_norm
 
 from .collectives import all_gather, all_gather_object, all_mesh_dims, all_reduce, listed
 from .dtensors import ClassifiedTensors, local
@@ -114,7 +114,7 @@ class MeshTensors:
             counts, first = norm64.new_zeros(len(_BITS)), torch.full((), -1)
         if self.pp_mesh_dim is not None:
             rows = all_gather(torch.cat([norm64[None], counts]), self.pp_mesh_dim)
-            norm64, counts = _combined(rows[:, 0], p), rows[:, 1:].amax(0)
+            norm64, counts = combine_norms(rows[:, 0], p), rows[:, 1:].amax(0)
         if p != 0.0:  # which counts them
             if p > 0.0:
                 norm64 = torch.where((counts[1] + counts[2]) > 0.0, math.inf, norm64)
@@ -187,7 +187,7 @@ class MeshTensors:
             counts = -counts
         else:
             norm64, counts = self._all_gather(norm64, sharded, counts, p)
-        return _combined(norm64, p), counts
+        return combine_norms(norm64, p), counts
 
     def _all_reduce(
         self, numbers: Tensor, sharded: Sequence[frozenset[int]], counts: Tensor, op: str
@@ -206,7 +206,7 @@ class MeshTensors:
             taking_part = [k for k, dims in enumerate(sharded) if i in dims]  # ranks need not hold equally many others
             rows = all_gather(torch.stack([*(norms[k] for k in taking_part), *counts.unbind()]), mesh_dim)
             for column, k in enumerate(taking_part):
-                norms[k] = _combined(rows[:, column], p)
+                norms[k] = combine_norms(rows[:, column], p)
             counts = rows[:, len(taking_part) :].amax(0)
         return torch.stack(norms), counts
 
@@ -247,13 +247,6 @@ def _moved(norm: Norm, device: torch.device) -> Norm:
         return x.to(device, non_blocking=device.type != "cpu")
 
     return Norm(*map(moved, norm))
-
-
-def _combined(norms: Tensor, p: float) -> Tensor:
-    """The norm of vectors whose norms these are, scaled so that nothing overflows."""
-    if len(norms) == 1:
-        return norms[0]
-    return norms.sum() if p == 0.0 else grad_norm([norms], p, detect_nonfinite=False).norm64
 
 
 def _counts(flags: Sequence[Any]) -> Tensor:
