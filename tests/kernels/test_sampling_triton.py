@@ -332,7 +332,7 @@ def test_triton_that_cannot_be_imported(monkeypatch, forget):
     monkeypatch.setitem(sys.modules, "initlab.kernels.sampling._triton", None)
     monkeypatch.delattr(initlab.kernels.sampling, "_triton", raising=False)
     monkeypatch.delenv("INITLAB_BACKEND", raising=False)
-    with pytest.warns(UserWarning, match="triton cannot be imported, so the plain torch backend fills"):
+    with pytest.warns(UserWarning, match="triton cannot be imported, so plain torch takes its place"):
         assert initlab.kernels.backend_of(torch.device("cuda", 0)) == "torch"
 
 
