@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .region import Region, Run
+from .region import Region, StridedRun
+from .tensors import INTEGERS
 
 _CHUNK = {"cpu": 1 << 14}  # elements: scratch stays in the cache, and below what torch splits over threads
 _CHUNK_ELSEWHERE = 1 << 23
@@ -20,8 +21,6 @@ _MASK64 = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
-
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def content_sum(tensor: Tensor, region: Region | None = None) -> int:
@@ -65,11 +64,11 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
         if region is not None:
-            region = Region((*region.shape, 2), (*region.offsets, 0), (*region.sizes, 2))
+            region = region.as_real()
     if tensor.numel() == 0:
         return 0
     tensor = tensor.resolve_neg()
-    integer = _INTEGER[tensor.element_size()]
+    integer = INTEGERS[tensor.element_size()]
     chunk = min(_CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE), tensor.numel())
     with torch.no_grad():
         steps = torch.arange(chunk, dtype=torch.int64, device=tensor.device).mul_(_signed(_GAMMA))
@@ -88,10 +87,10 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
     return int(total.item()) & _MASK64
 
 
-def _pieces(tensor: Tensor, start: int, chunk: int) -> Iterator[tuple[Tensor, Iterable[Run]]]:
+def _pieces(tensor: Tensor, start: int, chunk: int) -> Iterator[tuple[Tensor, Iterable[StridedRun]]]:
     """A tensor's parts, flat and contiguous, copied where they must be, and which elements of it they are."""
     if tensor.is_contiguous() or tensor.numel() <= chunk:
-        yield _flat(tensor), [Run(start, 1, tensor.numel(), 0)]
+        yield _flat(tensor), [StridedRun(start, 1, tensor.numel(), 0)]
         return
     dim = next(d for d, size in enumerate(tensor.shape) if size > 1)
     each = tensor.numel() // tensor.shape[dim]
@@ -105,7 +104,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1)
 
 
-def _batches(runs: Iterable[Run], chunk: int) -> Iterator[tuple[int, Run]]:
+def _batches(runs: Iterable[StridedRun], chunk: int) -> Iterator[tuple[int, StridedRun]]:
     """Runs cut into such of at most `chunk` elements, each with its place in the flat tensor that they number."""
     at = 0
     for run in runs:
@@ -114,7 +113,7 @@ def _batches(runs: Iterable[Run], chunk: int) -> Iterator[tuple[int, Run]]:
             n, first = min(rows, run.rows - row), run.start + row * run.stride
             for column in range(0, run.length, chunk):
                 length = min(chunk, run.length - column)
-                yield at, Run(first + column, n, length, run.stride)
+                yield at, StridedRun(first + column, n, length, run.stride)
                 at += n * length
 
 

@@ -1,12 +1,14 @@
-"""What kind of tensor it is: one with memory and behaviour of its own, or of a class that changes either."""
+"""What kind of tensor it is: one with memory and behaviour of its own, or of a class that changes either; its bits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 PLAIN = frozenset({Tensor, nn.Parameter})  # the classes whose operations nobody intercepts
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes: what bits are read as
 
 
 def all_plain(tensors: Iterable[object]) -> bool:

@@ -3,7 +3,8 @@
 `stream` is the reference that docs/stream.md describes; `fill` checks draws and chooses a backend.
 """
 
-from .fill import Constant, Distribution, Draw, Normal, TruncatedNormal, Uniform, backend_of, fill_
+from .distributions import Constant, Distribution, Normal, TruncatedNormal, Uniform
+from .fill import Draw, backend_of, fill_
 from .stream import STREAM_VERSION, generator_key, named_key
 
 __all__ = [

@@ -10,7 +10,6 @@ The constants below are the only copy; ``tools/fit_stream.py`` fitted them and m
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import math
 import struct
@@ -18,6 +17,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 STREAM_VERSION = 1
 
@@ -344,8 +344,25 @@ def _narrow_y(m: NarrowMap, w: Tensor) -> Tensor:
 
 def block_values(m: Map, key: int, blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """The four values of each block, shape (n, 4), in `dtype` (float64, float32, bfloat16 or float16)."""
+    return _values(m, block_words(key, blocks), dtype)
+
+
+def extremes(m: Map, dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest value that a map can give, in `dtype`.
+
+    A normal's radius is largest at a = 0, and its cosine at b = 0 and, with the other sign, at b = 2^31. The value of
+    every other map rises with its word.
+    """
+    extreme = (0, 0, 0, 1 << 31) if isinstance(m, NormalMap) else (0, 1, _MASK32 - 1, _MASK32)
+    with _disable_current_modes():  # fake tensors hold no values
+        words = torch.tensor(extreme, dtype=torch.int64, device="cpu")
+        values = _values(m, (words[:1], words[1:2], words[2:3], words[3:]), dtype)
+        return values.min().item(), values.max().item()
+
+
+def _values(m: Map, words: tuple[Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """The four values that a map makes of the four words of each block."""
     with torch.no_grad():
-        words = block_words(key, blocks)
         real = torch.float64 if dtype == torch.float64 else torch.float32
         if isinstance(m, UniformMap):
             k = torch.stack(words, -1) >> 8
@@ -373,7 +390,6 @@ def block_values(m: Map, key: int, blocks: Tensor, dtype: torch.dtype) -> Tensor
 # What the host works out, once per distribution and dtype: float64 + - x / only, so that every host gives the same parameters.
 
 
-@functools.lru_cache(maxsize=1024)
 def uniform_map(low: float, high: float, dtype: torch.dtype) -> UniformMap:
     """Uniform on [low, high)."""
     scale = (high - low) * 2.0**-24
@@ -409,14 +425,12 @@ def _value(bits: int, dtype: torch.dtype) -> float:
     return float(struct.unpack("<f", (bits if dtype == torch.float32 else bits << 16).to_bytes(4, "little"))[0])
 
 
-@functools.lru_cache(maxsize=1024)
 def normal_map(mean: float, std: float, dtype: torch.dtype) -> NormalMap:
     """Normal with this mean and standard deviation."""
     rounded = (lambda x: x) if dtype == torch.float64 else fl32
     return NormalMap(rounded(std), rounded(mean))
 
 
-@functools.lru_cache(maxsize=1024)
 def truncated_normal_map(mean: float, std: float, low: float, high: float, dtype: torch.dtype) -> Map:
     """Normal conditioned on [low, high], low < high, whose nearer bound is within LIMIT_SIGMA."""
     rounded = (lambda x: x) if dtype == torch.float64 else fl32

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from initlab.kernels import Constant, Draw, Normal, Region, TruncatedNormal, Uniform, backend_of, backends, fill_
-from initlab.kernels.sampling import fill
+from initlab.kernels.sampling import _torch
 from torch.utils.data import DataLoader, Dataset
 
 import initlab
@@ -146,7 +146,7 @@ def test_a_request_that_cannot_be_honoured_writes_nothing(backend, monkeypatch):
 
 
 def test_each_backend_is_the_one_that_runs(serving, monkeypatch):
-    monkeypatch.setattr(fill, "_fill_torch", lambda tensor, *_: tensor.zero_())
+    monkeypatch.setattr(_torch, "fill", lambda tensor, *_: tensor.zero_())
     with serving("torch"):
         assert torch.all(filled(Normal(), 9) == 0)
     with serving("numba"):
@@ -171,7 +171,7 @@ def test_torch_serves_where_numba_is_absent(without_numba, serving):
 
 
 def test_one_warning_above_2_to_24_elements(without_numba, monkeypatch):
-    monkeypatch.setattr(fill, "_fill_torch", lambda *_: None)  # its values are not the point, and take seconds
+    monkeypatch.setattr(_torch, "fill", lambda *_: None)  # its values are not the point, and take seconds
     limit = torch.empty(2**24, dtype=torch.float16)
     above = torch.empty(2**24 + 1, dtype=torch.float16)
     fill_([Draw(limit, Normal(), KEY)])
@@ -182,7 +182,7 @@ def test_one_warning_above_2_to_24_elements(without_numba, monkeypatch):
 
 def test_no_warning_where_torch_was_asked_for(without_numba, backend, monkeypatch):
     backend("torch")
-    monkeypatch.setattr(fill, "_fill_torch", lambda *_: None)
+    monkeypatch.setattr(_torch, "fill", lambda *_: None)
     fill_([Draw(torch.empty(2**24 + 1, dtype=torch.float16), Normal(), KEY)])
 
 
