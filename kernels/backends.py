@@ -1,4 +1,4 @@
-"""Which backend serves a tensor: choose, import, fall back, for every op. And what keeps backends out of torch.compile."""
+"""Which backend serves a tensor, for every op: choose, import, fall back. And what keeps it out of torch.compile."""
 
 from __future__ import annotations
 

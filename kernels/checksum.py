@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .region import Region, StridedRun
-from .tensors import INTEGERS
+from .tensors import INTEGERS, PLAIN, is_freed
 
 _CHUNK = {"cpu": 1 << 14}  # elements: scratch stays in the cache, and below what torch splits over threads
 _CHUNK_ELSEWHERE = 1 << 23
@@ -38,7 +39,8 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
         first), mix SplitMix64's finaliser. An empty tensor gives 0.
 
     Raises:
-        NotImplementedError: for a tensor that holds no elements of its own: on the meta device, or not strided.
+        NotImplementedError: for a tensor that holds no plain elements of its own: quantised, nested, of a layout that
+            is not strided, on the meta device, fake, or one whose storage was freed.
         ValueError: for a region of another shape than the tensor's.
 
     Source:
@@ -53,11 +55,7 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
         >>> content_sum(x) == content_sum(x.t())  # the order of the elements does
         False
     """
-    if tensor.is_meta or tensor.layout != torch.strided:
-        raise NotImplementedError(
-            f"a tensor on {tensor.device} of layout {tensor.layout} holds no dense values to digest; "
-            "materialise it first, or digest its dense values"
-        )
+    _check(tensor)
     if region is not None and region.sizes != tensor.shape:
         raise ValueError(f"the tensor's shape is {tuple(tensor.shape)}, its region's sizes are {region.sizes}")
     tensor = tensor.detach()
@@ -85,6 +83,30 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
                 flat_x.add_(_signed(run.start * _GAMMA))
                 total += _mix(flat_x, shifted[: words.numel()]).sum()
     return int(total.item()) & _MASK64
+
+
+def _check(tensor: Tensor) -> None:
+    """Refuse what has no bits to read; reading a quantised tensor's, or a freed storage's, would end the process."""
+    if tensor.is_quantized:
+        raise NotImplementedError(
+            f"a quantised tensor ({tensor.dtype}, {tensor.qscheme()}) has no digest; digest tensor.int_repr() and its "
+            "scales and zero points, or tensor.dequantize()"
+        )
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        raise NotImplementedError(
+            f"a {'fake ' if not tensor.is_meta else ''}tensor on {tensor.device} of layout {tensor.layout} holds no "
+            "dense values to digest; materialise it first"
+        )
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"a tensor on {tensor.device}"
+        raise NotImplementedError(
+            f"{kind} of layout {tensor.layout} holds no dense values to digest; digest its parts or its dense values"
+        )
+    if type(tensor) in PLAIN and is_freed(tensor):
+        raise NotImplementedError(
+            f"the storage of a tensor of shape {tuple(tensor.shape)} is smaller than its elements: it was freed or "
+            "resized, as sharding libraries do between steps; digest it while its values are there"
+        )
 
 
 def _pieces(tensor: Tensor, start: int, chunk: int) -> Iterator[tuple[Tensor, Iterable[StridedRun]]]:

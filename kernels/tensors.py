@@ -1,4 +1,4 @@
-"""What kind of tensor it is: one with memory and behaviour of its own, or of a class that changes either; its bits."""
+"""What kind of tensor it is: one with memory and behaviour of its own, or of a class that changes either."""
 
 from __future__ import annotations
 
@@ -27,3 +27,30 @@ def all_plain(tensors: Iterable[object]) -> bool:
 
 
 _PLAIN_OR_NONE = PLAIN | {type(None)}
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a strided tensor's storage is too small for it, as where a sharding library has freed it.
+
+    Reading or writing such a tensor may end the process. A tensor without a storage, as torch.func makes them, is none.
+
+    Example:
+        >>> import torch
+        >>> from initlab.kernels.tensors import is_freed
+        >>> x = torch.ones(3)
+        >>> _ = x.untyped_storage().resize_(0)
+        >>> is_freed(x)
+        True
+    """
+    if tensor.numel() == 0:
+        return False
+    try:
+        size = tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return False
+    if tensor.is_contiguous():
+        end = tensor.storage_offset() + tensor.numel()
+    else:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
+    return size < end * tensor.element_size()

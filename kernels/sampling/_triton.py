@@ -101,7 +101,7 @@ def _load_column(ptr, num_columns):
 
 @triton.jit
 def load_map(ptr, num_columns, TRANSFORM: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
-    """A run's map, from the address of its first number in the table on: scalars COMPUTE_DTYPE, and uint32 for words."""
+    """A run's map, from the address of its first number in the table on: scalars COMPUTE_DTYPE, uint32 for words."""
     numbers = ()
     for i in tl.static_range(_num_fields(TRANSFORM)):
         numbers = numbers + (_load_number(ptr + i * num_columns, _kind(TRANSFORM, i), COMPUTE_DTYPE),)  # noqa: RUF005

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..region import Region, StridedRun
-from ..tensors import PLAIN
+from ..tensors import PLAIN, is_freed
 from . import _memory, _torch
 from ._maps import Mapped, mapped
 from .distributions import Constant, Distribution
@@ -76,7 +76,8 @@ def fill_(draws: Iterable[Draw], progress: Callable[[int], object] | None = None
 
     Raises:
         NotImplementedError: for a dtype, layout or kind of tensor that its distribution cannot fill.
-        RuntimeError: for a tensor that overlaps itself, an inference tensor outside inference mode, or a distribution
+        RuntimeError: for a tensor that overlaps itself, whose storage was freed, or an inference tensor outside
+            inference mode; and for a distribution
             that the tensor's dtype cannot hold: one of the values that it can draw, however rarely, would be rounded
             to infinity (a normal's largest is 6.77 standard deviations from the mean). A Constant is judged by torch's
             fill_.
@@ -172,6 +173,11 @@ def _checked(draw: Draw, chosen: dict[torch.device, backends.Backend]) -> _Job |
     device = tensor.device
     if tensor.numel() == 0 or device.type == "meta" or (not known and isinstance(tensor, FakeTensor)):
         return None
+    if known and is_freed(tensor):
+        raise RuntimeError(
+            f"the storage of a tensor of shape {tuple(tensor.shape)} is smaller than its elements: it was freed or "
+            "resized, as sharding libraries do between steps; fill it while its storage is there"
+        )
     backend = chosen.get(device)
     if backend is None:
         backend = chosen[device] = backends.load(device, _MODULES)
