@@ -9,7 +9,8 @@ import os
 import pytest
 import torch
 from initlab.kernels import Draw, Normal, TruncatedNormal, Uniform, fill_
-from initlab.kernels.sampling import fill, stream
+from initlab.kernels.sampling import stream
+from initlab.kernels.sampling._maps import map_of
 
 from initlab import init
 
@@ -30,7 +31,7 @@ def gate(distribution, dtype):
         return
     x = torch.full((10_007,), float("nan"), dtype=dtype)
     fill_([Draw(x, distribution, 42)])
-    reference = stream.block_values(fill.map_of(distribution, dtype), 42, torch.arange(10_008 // 4), dtype).view(-1)
+    reference = stream.block_values(map_of(distribution, dtype), 42, torch.arange(10_008 // 4), dtype).view(-1)
     assert torch.equal(x, reference[: len(x)])
 
 

@@ -64,43 +64,44 @@ MAPS = ("uniform", "normal", "centre", "tail", "far", "narrow")
 
 @triton.jit
 def full_blocks(
-    address, block, key, numbers,
-    MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
+    ptr, counter, key, map_ptr,
+    TRANSFORM: tl.constexpr, HAS_MEAN: tl.constexpr, OUT_DTYPE: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    ITEMSIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The path that large tensors take, one chunk of it."""
     chunk = tl.program_id(0).to(tl.int64)
-    m = sampling._numbers(numbers, 1, MAP, KIND)
-    block += chunk * BLOCKS
+    m = sampling.load_map(map_ptr, 1, TRANSFORM, COMPUTE_DTYPE)
+    counter += chunk * BLOCK_SIZE
     sampling.full_chunk(
-        address + chunk * (BLOCKS * 4 * SIZE), block.to(tl.uint32), (block >> 32).to(tl.uint32), key.to(tl.uint32),
-        (key >> 32).to(tl.uint32), m, MAP, SHIFTED, ELEMENT, KIND, BLOCKS, INTERPRETED,
+        ptr + chunk * (BLOCK_SIZE * 4 * ITEMSIZE), counter.to(tl.uint32), (counter >> 32).to(tl.uint32),
+        key.to(tl.uint32), (key >> 32).to(tl.uint32), m,
+        TRANSFORM, HAS_MEAN, OUT_DTYPE, COMPUTE_DTYPE, BLOCK_SIZE, INTERPRETED,
     )  # fmt: skip
 
 
 @triton.jit
 def tail(
-    row, at, length, block, key, numbers,
-    MAP: tl.constexpr, SHIFTED: tl.constexpr, ELEMENT: tl.constexpr, KIND: tl.constexpr, SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr, INTERPRETED: tl.constexpr,
+    row_ptr, start, length, counter, key, map_ptr,
+    TRANSFORM: tl.constexpr, HAS_MEAN: tl.constexpr, OUT_DTYPE: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    ITEMSIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A chunk at an end of a tensor, masked, with 64-bit block numbers."""
-    m = sampling._numbers(numbers, 1, MAP, KIND)
+    """A chunk at an end of a tensor, masked, with 64-bit counters."""
+    m = sampling.load_map(map_ptr, 1, TRANSFORM, COMPUTE_DTYPE)
     sampling.part_chunk(
-        row, at, length, block, key.to(tl.uint32), (key >> 32).to(tl.uint32), m,
-        MAP, SHIFTED, ELEMENT, KIND, BLOCKS, INTERPRETED,
+        row_ptr, start, length, counter, key.to(tl.uint32), (key >> 32).to(tl.uint32), m,
+        TRANSFORM, HAS_MEAN, OUT_DTYPE, COMPUTE_DTYPE, BLOCK_SIZE, INTERPRETED,
     )  # fmt: skip
 
 
 @triton.jit
-def lookup(table, columns, out):
-    """Finding a unit's column in the table, and reading it."""
-    unit = tl.program_id(0).to(tl.int64)
-    entry = table + find(table, columns, unit)
-    total = tl.load(entry)
+def lookup(table_ptr, num_columns, out_ptr):
+    """Finding a work item's column in the table, and reading it."""
+    item = tl.program_id(0).to(tl.int64)
+    column_ptr = table_ptr + find(table_ptr, num_columns, item)
+    total = tl.load(column_ptr)
     for i in tl.static_range(1, 8):
-        total += tl.load(entry + i * columns)
-    tl.store(out + unit, total)
+        total += tl.load(column_ptr + i * num_columns)
+    tl.store(out_ptr + item, total)
 
 
 @triton.jit
@@ -111,13 +112,13 @@ def flag_block(x_ptr, out_ptr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def randn4x(address, seed, BLOCKS: tl.constexpr, ELEMENT: tl.constexpr):
+def randn4x(ptr, seed, BLOCK_SIZE: tl.constexpr, OUT_DTYPE: tl.constexpr):
     """Triton's own generator, packed and stored as ours is."""
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    x0, x1, x2, x3 = tl.randn4x(seed, block)
-    x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCKS * 4)
-    place = tl.program_id(0).to(tl.int64) * (BLOCKS * 4) + tl.arange(0, BLOCKS * 4)
-    tl.store(address + place, x.to(ELEMENT))
+    counters = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    x0, x1, x2, x3 = tl.randn4x(seed, counters)
+    x = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(BLOCK_SIZE * 4)
+    offsets = tl.program_id(0).to(tl.int64) * (BLOCK_SIZE * 4) + tl.arange(0, BLOCK_SIZE * 4)
+    tl.store(ptr + offsets, x.to(OUT_DTYPE))
 
 
 NUM_BLOCKS = 8  # that a part reads one after the other: what a program does once counts an eighth
@@ -157,7 +158,7 @@ class Case:
     elements: int  # that one program fills; 0 where instructions are not to be divided
     bytes_per_element: int
     aligned: tuple[str, ...] = ()
-    warps: int = sampling.WARPS
+    warps: int = sampling.NUM_WARPS
     options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": False})
     targets: tuple[str, ...] = tuple(TARGETS)
 
@@ -199,35 +200,36 @@ def norm_cases() -> Iterator[Case]:
 
 def sampling_cases() -> Iterator[Case]:
     """The stream's maps, by the paths that elements take."""
-    per_chunk = sampling.BLOCKS * 4
+    per_chunk = sampling.BLOCK_SIZE * 4
     for name in (*MAPS, "constant"):
         for element, (kind, size) in (CONSTANT_ELEMENTS if name == "constant" else ELEMENTS).items():
             constants = {
-                "MAP": name,
-                "SHIFTED": False,
-                "ELEMENT": kind,
-                "KIND": tl.float64 if element == "fp64" else tl.float32,
-                "SIZE": size,
-                "BLOCKS": sampling.BLOCKS,
+                "TRANSFORM": name,
+                "HAS_MEAN": False,
+                "OUT_DTYPE": kind,
+                "COMPUTE_DTYPE": tl.float64 if element == "fp64" else tl.float32,
+                "ITEMSIZE": size,
+                "BLOCK_SIZE": sampling.BLOCK_SIZE,
                 "INTERPRETED": False,
             }
-            scalars = {"address": "i64", "block": "i64", "key": "i64", "numbers": "*i64"}
+            scalars = {"ptr": "i64", "counter": "i64", "key": "i64", "map_ptr": "*i64"}
             yield Case(f"{name}: full blocks", element, full_blocks, scalars, constants, per_chunk, size)
-            table = {"table": "*i64", "columns": "i32", "chunks": "i32"}
-            yield Case(f"{name}: kernel", element, sampling.fill_units, table, constants, 0, size)
+            table = {"table_ptr": "*i64", "num_columns": "i32", "chunks": "i32"}
+            yield Case(f"{name}: kernel", element, sampling.fill_rows, table, constants, 0, size)
             if element in ("fp32", "bf16"):
-                ends = {"row": "i64", "at": "i64", "length": "i64", "block": "i64", "key": "i64", "numbers": "*i64"}
+                ends = dict.fromkeys(("row_ptr", "start", "length", "counter", "key"), "i64") | {"map_ptr": "*i64"}
                 yield Case(f"{name}: tail", element, tail, ends, constants, per_chunk, size)
             if name != "constant":
-                short, block = sampling.fill_short_rows, sampling.BLOCKS // sampling._SHORT_PARTS
-                constants = constants | {"BLOCKS": block}
+                short, block = sampling.fill_short_rows, sampling.SHORT_BLOCK_SIZE
+                constants = constants | {"BLOCK_SIZE": block}
                 yield Case(f"{name}: short rows", element, short, table, constants, block, size)
-    yield Case("table lookup", "", lookup, {"table": "*i64", "columns": "i32", "out": "*i64"}, {}, 0, 0)
+    types = {"table_ptr": "*i64", "num_columns": "i32", "out_ptr": "*i64"}
+    yield Case("table lookup", "", lookup, types, {}, 0, 0)
     for element in ("fp32", "bf16"):
         kind, size = ELEMENTS[element]
-        types = {"address": f"*{element}", "seed": "u64"}
-        constants = {"BLOCKS": sampling.BLOCKS, "ELEMENT": kind}
-        yield Case("tl.randn4x", element, randn4x, types, constants, per_chunk, size, ("address",), options={})
+        types = {"ptr": f"*{element}", "seed": "u64"}
+        constants = {"BLOCK_SIZE": sampling.BLOCK_SIZE, "OUT_DTYPE": kind}
+        yield Case("tl.randn4x", element, randn4x, types, constants, per_chunk, size, ("ptr",), options={})
 
 
 def nonfinite_cases() -> Iterator[Case]:

@@ -15,33 +15,36 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # One compilation, whatever a table's size and address: Triton would make variants for a size of 1, or 16 divides it.
 table_jit = triton.jit(
-    do_not_specialize=["columns", "chunks", "first_unit", "units", "high", "low"],
-    do_not_specialize_on_alignment=["table"],
+    do_not_specialize=["num_columns", "columns", "chunks", "first_unit", "units", "high", "low"],
+    do_not_specialize_on_alignment=["table_ptr", "table"],
 )
 
 
 @triton.jit
-def find(table, columns, unit):
-    """The column whose units include this one: the last whose first unit, in row 0, is not beyond it."""
+def find(table_ptr, num_columns, item):
+    """The column that a work item belongs to: the last whose first item, in row 0 of the table, is not beyond it.
+
+    table_ptr: [rows, num_columns] int64, item: scalar int64 -> scalar int32
+    """
     low = 0
-    high = columns
+    high = num_columns
     while high - low > 1:
         middle = (low + high) // 2
-        beyond = tl.load(table + middle) > unit
+        beyond = tl.load(table_ptr + middle) > item
         high = tl.where(beyond, middle, high)
         low = tl.where(beyond, low, middle)
     return low
 
 
 @triton.jit
-def rounded(x, ELEMENT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x rounded once to the element type, to nearest even."""
-    if INTERPRETED and ELEMENT == tl.bfloat16:  # noqa: SIM300 - the interpreter would cut the low bits off
+def rounded(x, OUT_DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x rounded once to OUT_DTYPE, to nearest even."""
+    if INTERPRETED and OUT_DTYPE == tl.bfloat16:  # noqa: SIM300 - the interpreter would cut the low bits off
         b = x.to(tl.uint32, bitcast=True)
         b = tl.where(x == x, b + 0x7FFF + ((b >> 16) & 1), b | 0x400000)  # a NaN stays one
         return (b >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        return x.to(ELEMENT)
+        return x.to(OUT_DTYPE)
 
 
 @triton.jit

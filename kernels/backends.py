@@ -1,4 +1,4 @@
-"""Which backend serves a tensor: the only place that decides. And what keeps every backend out of torch.compile."""
+"""Which backend serves a tensor, for every op: choose, import, fall back. And what keeps it out of torch.compile."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 _R = TypeVar("_R")
 
 BACKENDS = ("torch", "numba", "triton")
+_BEST = {"cpu": "numba", "cuda": "triton"}  # by device type; AMD's GPUs are "cuda" too. Plain torch serves the others
 
 
 @functools.cache
@@ -29,7 +30,10 @@ def requested() -> str:
 
 @functools.cache
 def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # a stand-in without a spec lies in sys.modules: its import shows what it is worth
+        return True
 
 
 @functools.cache
@@ -81,6 +85,7 @@ def load(device: torch.device, modules: Mapping[str, str | None]) -> Backend:
 
 
 _TORCH = Backend("torch", None)
+_WAY_OUT = "unset INITLAB_BACKEND, or set it to auto or torch"
 
 
 def _choose(device: torch.device, modules: Mapping[str, str | None]) -> str:
@@ -88,18 +93,17 @@ def _choose(device: torch.device, modules: Mapping[str, str | None]) -> str:
     if wanted == "torch":
         return wanted
     if wanted == "auto":
-        best = {"cpu": "numba", "cuda": "triton"}.get(device.type, "torch")  # AMD's GPUs are "cuda" too
+        best = _BEST.get(device.type, "torch")
         fits = best in modules and _installed(best) and (best != "triton" or _unfit(device) is None)
         return best if fits else "torch"
-    way_out = "unset INITLAB_BACKEND, or set it to auto or torch"
     if wanted not in modules:
-        raise RuntimeError(f"INITLAB_BACKEND={wanted}, but this op has no {wanted} backend; {way_out}")
+        raise RuntimeError(f"INITLAB_BACKEND={wanted}, but this op has no {wanted} backend; {_WAY_OUT}")
     if wanted == "numba" and device.type != "cpu":
-        raise RuntimeError(f"INITLAB_BACKEND=numba serves CPU tensors only, and this one is on {device}; {way_out}")
+        raise RuntimeError(f"INITLAB_BACKEND=numba serves CPU tensors only, and this one is on {device}; {_WAY_OUT}")
     if not _installed(wanted):
-        raise RuntimeError(f"INITLAB_BACKEND={wanted}, but {wanted} is not installed; install it, or {way_out}")
+        raise RuntimeError(f"INITLAB_BACKEND={wanted}, but {wanted} is not installed; install it, or {_WAY_OUT}")
     if wanted == "triton" and (why := _unfit(device)) is not None:
-        raise RuntimeError(f"INITLAB_BACKEND=triton, but {why}; {way_out}")
+        raise RuntimeError(f"INITLAB_BACKEND=triton, but {why}; {_WAY_OUT}")
     return wanted
 
 
@@ -107,17 +111,19 @@ def _choose(device: torch.device, modules: Mapping[str, str | None]) -> str:
 def _imported(name: str, module: str) -> ModuleType | None:
     try:
         return importlib.import_module(module, __package__)
-    except Exception as error:  # whatever a package raises that does not fit the numpy, driver or Python at hand
+    except Exception as error:  # a package that does not fit the numpy, driver or Python at hand raises anything
         why = f"{type(error).__name__}: {error}"
         if requested() == name:
-            raise RuntimeError(f"INITLAB_BACKEND={name}, but {name} cannot be imported: {why}") from error
-        _warn_once(name, why)
+            raise RuntimeError(
+                f"INITLAB_BACKEND={name}, but {name} cannot be imported: {why}; repair it, or {_WAY_OUT}"
+            ) from error
+        if name not in _warned:  # by package: the second import of a broken one may raise something else
+            _warned.add(name)
+            warnings.warn(f"{name} cannot be imported, so plain torch takes its place, slower: {why}", stacklevel=2)
         return None
 
 
-@functools.cache
-def _warn_once(name: str, why: str) -> None:
-    warnings.warn(f"{name} cannot be imported, so plain torch takes its place: {why}", stacklevel=2)
+_warned: set[str] = set()
 
 
 def _unfit(device: torch.device) -> str | None:

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .region import Region, Run
+from .region import Region, StridedRun
+from .tensors import INTEGERS, PLAIN, is_freed
 
 _CHUNK = {"cpu": 1 << 14}  # elements: scratch stays in the cache, and below what torch splits over threads
 _CHUNK_ELSEWHERE = 1 << 23
@@ -20,8 +22,6 @@ _MASK64 = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
-
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def content_sum(tensor: Tensor, region: Region | None = None) -> int:
@@ -39,7 +39,8 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
         first), mix SplitMix64's finaliser. An empty tensor gives 0.
 
     Raises:
-        NotImplementedError: for a tensor that holds no elements of its own: on the meta device, or not strided.
+        NotImplementedError: for a tensor that holds no plain elements of its own: quantised, nested, of a layout that
+            is not strided, on the meta device, fake, or one whose storage was freed.
         ValueError: for a region of another shape than the tensor's.
 
     Source:
@@ -54,22 +55,18 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
         >>> content_sum(x) == content_sum(x.t())  # the order of the elements does
         False
     """
-    if tensor.is_meta or tensor.layout != torch.strided:
-        raise NotImplementedError(
-            f"a tensor on {tensor.device} of layout {tensor.layout} holds no dense values to digest; "
-            "materialise it first, or digest its dense values"
-        )
+    _check(tensor)
     if region is not None and region.sizes != tensor.shape:
         raise ValueError(f"the tensor's shape is {tuple(tensor.shape)}, its region's sizes are {region.sizes}")
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
         if region is not None:
-            region = Region((*region.shape, 2), (*region.offsets, 0), (*region.sizes, 2))
+            region = region.as_real()
     if tensor.numel() == 0:
         return 0
     tensor = tensor.resolve_neg()
-    integer = _INTEGER[tensor.element_size()]
+    integer = INTEGERS[tensor.element_size()]
     chunk = min(_CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE), tensor.numel())
     with torch.no_grad():
         steps = torch.arange(chunk, dtype=torch.int64, device=tensor.device).mul_(_signed(_GAMMA))
@@ -88,10 +85,34 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
     return int(total.item()) & _MASK64
 
 
-def _pieces(tensor: Tensor, start: int, chunk: int) -> Iterator[tuple[Tensor, Iterable[Run]]]:
+def _check(tensor: Tensor) -> None:
+    """Refuse what has no bits to read; reading a quantised tensor's, or a freed storage's, would end the process."""
+    if tensor.is_quantized:
+        raise NotImplementedError(
+            f"a quantised tensor ({tensor.dtype}, {tensor.qscheme()}) has no digest; digest tensor.int_repr() and its "
+            "scales and zero points, or tensor.dequantize()"
+        )
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        raise NotImplementedError(
+            f"a {'fake ' if not tensor.is_meta else ''}tensor on {tensor.device} of layout {tensor.layout} holds no "
+            "dense values to digest; materialise it first"
+        )
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"a tensor on {tensor.device}"
+        raise NotImplementedError(
+            f"{kind} of layout {tensor.layout} holds no dense values to digest; digest its parts or its dense values"
+        )
+    if type(tensor) in PLAIN and is_freed(tensor):
+        raise NotImplementedError(
+            f"the storage of a tensor of shape {tuple(tensor.shape)} is smaller than its elements: it was freed or "
+            "resized, as sharding libraries do between steps; digest it while its values are there"
+        )
+
+
+def _pieces(tensor: Tensor, start: int, chunk: int) -> Iterator[tuple[Tensor, Iterable[StridedRun]]]:
     """A tensor's parts, flat and contiguous, copied where they must be, and which elements of it they are."""
     if tensor.is_contiguous() or tensor.numel() <= chunk:
-        yield _flat(tensor), [Run(start, 1, tensor.numel(), 0)]
+        yield _flat(tensor), [StridedRun(start, 1, tensor.numel(), 0)]
         return
     dim = next(d for d, size in enumerate(tensor.shape) if size > 1)
     each = tensor.numel() // tensor.shape[dim]
@@ -105,7 +126,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1)
 
 
-def _batches(runs: Iterable[Run], chunk: int) -> Iterator[tuple[int, Run]]:
+def _batches(runs: Iterable[StridedRun], chunk: int) -> Iterator[tuple[int, StridedRun]]:
     """Runs cut into such of at most `chunk` elements, each with its place in the flat tensor that they number."""
     at = 0
     for run in runs:
@@ -114,7 +135,7 @@ def _batches(runs: Iterable[Run], chunk: int) -> Iterator[tuple[int, Run]]:
             n, first = min(rows, run.rows - row), run.start + row * run.stride
             for column in range(0, run.length, chunk):
                 length = min(chunk, run.length - column)
-                yield at, Run(first + column, n, length, run.stride)
+                yield at, StridedRun(first + column, n, length, run.stride)
                 at += n * length
 
 

@@ -1,4 +1,4 @@
-"""Which elements of a logical tensor a local tensor holds."""
+"""Which elements of a logical tensor a local tensor holds, and the strided runs that they are read as."""
 
 from __future__ import annotations
 
@@ -10,13 +10,25 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Run(NamedTuple):
-    """`rows` runs of `length` elements that follow each other in memory; row r begins at element start + r * stride."""
+class StridedRun(NamedTuple):
+    """Rows of consecutive elements of a logical tensor, which follow each other in the local tensor's memory.
+
+    Attributes:
+        start: the number of the first row's first element.
+        rows: how many rows.
+        length: elements in a row.
+        stride: elements of the logical tensor from one row's start to the next one's.
+    """
 
     start: int
     rows: int
     length: int
     stride: int
+
+    @property
+    def numel(self) -> int:
+        """Elements in all rows."""
+        return self.rows * self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +79,10 @@ class Region:
         shape = tuple(shape)
         return Region(shape, (0,) * len(shape), shape)
 
+    def as_real(self) -> Region:
+        """The block in the real tensor of a complex one's parts, which has one more dimension, of size 2."""
+        return Region((*self.shape, 2), (*self.offsets, 0), (*self.sizes, 2))
+
     def of(self, whole: Tensor) -> Tensor:
         """The view of a logical tensor, all of which is here, that is the block."""
         ends = (offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
@@ -79,7 +95,7 @@ class Region:
         sizes[dim] = size
         return Region(self.shape, tuple(offsets), tuple(sizes))
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self) -> Iterator[StridedRun]:
         """The block in row-major order, as runs of consecutive elements of the logical tensor."""
         if self.numel == 0:
             return
@@ -100,7 +116,7 @@ class Region:
         outer = dims[2:]
         for index in range(math.prod(size for size, _ in outer)):
             place = start
-            for size, along in outer:
-                index, here = divmod(index, size)
-                place += here * along
-            yield Run(place, rows, length, step)
+            for size, step_of_dim in outer:
+                index, i = divmod(index, size)
+                place += i * step_of_dim
+            yield StridedRun(place, rows, length, step)

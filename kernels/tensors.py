@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 PLAIN = frozenset({Tensor, nn.Parameter})  # the classes whose operations nobody intercepts
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes: what bits are read as
 
 
 def all_plain(tensors: Iterable[object]) -> bool:
@@ -25,3 +27,30 @@ def all_plain(tensors: Iterable[object]) -> bool:
 
 
 _PLAIN_OR_NONE = PLAIN | {type(None)}
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a strided tensor's storage is too small for it, as where a sharding library has freed it.
+
+    Reading or writing such a tensor may end the process. A tensor without a storage, as torch.func makes them, is none.
+
+    Example:
+        >>> import torch
+        >>> from initlab.kernels.tensors import is_freed
+        >>> x = torch.ones(3)
+        >>> _ = x.untyped_storage().resize_(0)
+        >>> is_freed(x)
+        True
+    """
+    if tensor.numel() == 0:
+        return False
+    try:
+        size = tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return False
+    if tensor.is_contiguous():
+        end = tensor.storage_offset() + tensor.numel()
+    else:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
+    return size < end * tensor.element_size()

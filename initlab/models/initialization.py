@@ -28,7 +28,7 @@ from .layers import FillSpec, reset_function
 from .naming import Names, TensorRef, class_name, matches, shared_memory, tensor_refs
 from .recipes import RecipeLike, View, keep_padding, resolve
 from .recording import kept_generators, owners_of_init_weights, stand_ins
-from .report import InitReport, Row, distribution_std, report_of
+from .report import InitReport, Row, report_of
 from .swapping import swap
 
 Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
@@ -203,7 +203,7 @@ class _Task(NamedTuple):
         blocks = tuple((block, distribution) for block, distribution in spec.fills if block is not None)
         drawn = any(not isinstance(distribution, Constant) for _, distribution in spec.fills)
         key = self.key if drawn else None
-        std = distribution_std(spec.distribution)
+        std = spec.distribution.stddev
         return Row(ref.name, aliases, shape, dtype, spec.distribution, blocks, spec.fan, std, key, spec.why, spec.guess)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from initlab.kernels import STREAM_VERSION, Constant, Distribution, Normal, Uniform, content_sum
+from initlab.kernels import STREAM_VERSION, Distribution, content_sum
 
 from .._console import table
 from ..distributed.collectives import all_reduce
@@ -250,10 +250,10 @@ class InitReport:
         return "\n".join(lines)
 
     def _cells(self, row: Row) -> list[str]:
-        distribution = "own code" if row.distribution is None else distribution_text(row.distribution)
+        distribution = "own code" if row.distribution is None else str(row.distribution)
         for block, other in row.blocks:
             rows = f"{block.start}" if block.length == 1 else f"{block.start}:{block.start + block.length}"
-            distribution += f"; [{':, ' * block.dim}{rows}] {distribution_text(other)}"
+            distribution += f"; [{':, ' * block.dim}{rows}] {other}"
         why = row.why + ("".join(f", tied: {alias}" for alias in row.aliases))
         return [
             row.name,
@@ -270,62 +270,6 @@ class InitReport:
 def report_of(model: nn.Module, names: Names | None, seed: int, recipe: str, rows: Sequence[Row]) -> InitReport:
     """The report on a model, which it does not keep alive."""
     return InitReport(seed, recipe, tuple(rows), _model=weakref.ref(model), _names=names)
-
-
-def distribution_text(distribution: Distribution) -> str:
-    """A distribution in a few characters.
-
-    Example:
-        >>> from initlab.kernels import Normal
-        >>> from initlab.models.report import distribution_text
-        >>> distribution_text(Normal(0.0, 0.02))
-        'normal(0, 0.02)'
-    """
-    if isinstance(distribution, Constant):
-        value = distribution.value
-        return f"{value:g}" if not isinstance(value, complex) else str(value)
-    if isinstance(distribution, Uniform):
-        return f"uniform[{distribution.low:.4g}, {distribution.high:.4g})"
-    if isinstance(distribution, Normal):
-        return f"normal({distribution.mean:.4g}, {distribution.std:.4g})"
-    return (
-        f"truncated({distribution.mean:.4g}, {distribution.std:.4g}, [{distribution.low:.4g}, {distribution.high:.4g}])"
-    )
-
-
-def distribution_std(distribution: Distribution) -> float:
-    """The standard deviation of a distribution.
-
-    Source:
-        N. Johnson, S. Kotz and N. Balakrishnan, "Continuous univariate distributions", 1994, 13.10.1, for the
-        truncated normal.
-
-    Example:
-        >>> from initlab.kernels import TruncatedNormal
-        >>> from initlab.models.report import distribution_std
-        >>> round(distribution_std(TruncatedNormal(0.0, 1.0, -2.0, 2.0)), 4)
-        0.8796
-    """
-    if isinstance(distribution, Constant):
-        return 0.0
-    if isinstance(distribution, Uniform):
-        return (distribution.high - distribution.low) / math.sqrt(12.0)
-    if isinstance(distribution, Normal):
-        return distribution.std
-    alpha, beta = (
-        (distribution.low - distribution.mean) / distribution.std,
-        (distribution.high - distribution.mean) / distribution.std,
-    )
-    if alpha + beta < 0.0:
-        alpha, beta = -beta, -alpha  # mirrored, so that a far interval lies in the upper tail, where erfc is exact
-    if beta - alpha < 1e-3:
-        return (distribution.high - distribution.low) / math.sqrt(12.0)  # the differences below would cancel
-    mass = (math.erfc(alpha / math.sqrt(2.0)) - math.erfc(beta / math.sqrt(2.0))) / 2
-    density = [math.exp(-x * x / 2) / math.sqrt(2 * math.pi) if math.isfinite(x) else 0.0 for x in (alpha, beta)]
-    moments = [x * d if math.isfinite(x) else 0.0 for x, d in zip((alpha, beta), density, strict=True)]
-    mean = (density[0] - density[1]) / mass
-    variance = 1.0 + (moments[0] - moments[1]) / mass - mean * mean
-    return distribution.std * math.sqrt(max(variance, 0.0))
 
 
 def _distribution_to_dict(distribution: Distribution) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The stream, version 1: which number element i of a parameter with key k is. The reference, in plain torch.
 
-``docs/stream.md`` is the normative text; this file follows it section by section and runs on any device. It is made
-of integer operations and of IEEE float32 ``+ - x``, each rounded on its own, so that every backend can give the same
-bits: no libm, no square root, no division, no fused multiply-add. The faster backends must equal it bit for bit.
+``docs/stream.md`` is the normative text; this file follows its sections 2 to 5 (keys.py is section 1) and runs on any
+device. It is made of integer operations and of IEEE float32 ``+ - x``, each rounded on its own, so that every backend
+can give the same bits: no libm, no square root, no division, no fused multiply-add. The faster backends must equal it
+bit for bit.
 
 The constants below are the only copy; ``tools/fit_stream.py`` fitted them and measures their bounds.
 """
@@ -10,19 +11,15 @@ The constants below are the only copy; ``tools/fit_stream.py`` fitted them and m
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
 import math
 import struct
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-
-STREAM_VERSION = 1
+from torch.utils._python_dispatch import _disable_current_modes
 
 _MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 
 # Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC'11): multipliers and key increments.
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
@@ -60,79 +57,7 @@ NARROW = 0.5  # the narrow map serves (beta - alpha) * max(1, |alpha|, |beta|) b
 NARROW_TERMS = 10
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Keys
-
-
-def named_key(seed: int, name: str) -> int:
-    """The 64-bit key of the parameter called `name` under `seed`.
-
-    Args:
-        seed: any integer in [-2**63, 2**64); negative ones mean what they mean to torch.manual_seed.
-        name: the canonical name, as ``model.named_parameters()`` gives it without wrappers.
-
-    Returns:
-        An int in [0, 2**64): BLAKE2b with an 8-byte digest, personalised ``b"initlab.stream.1"``, over the seed as 8
-        little-endian bytes (two's complement) and the name in UTF-8; the digest read as a little-endian integer.
-
-    Raises:
-        ValueError: if the seed does not fit into 64 bits.
-
-    Example:
-        >>> from initlab.kernels import named_key
-        >>> hex(named_key(0, "transformer.wte.weight"))
-        '0x953ff8ca7c069734'
-    """
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; a seed must fit into 64 bits: -2**63 <= seed < 2**64")
-    return _digest((seed & _MASK64).to_bytes(8, "little") + name.encode())
-
-
-def _digest(message: bytes) -> int:
-    person = b"initlab.stream.%d" % STREAM_VERSION
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8, person=person).digest(), "little")
-
-
-def generator_key(generator: torch.Generator | None = None) -> int:
-    """One 64-bit key drawn from a generator: the key of a fill that has no name.
-
-    Args:
-        generator: on a CPU, the key is one ``random_(-2**63, None)`` draw of an int64 scalar. On another device it
-            is a digest of the generator's seed and offset, and the offset moves on by 4, so nothing synchronises.
-            None means torch's default CPU generator, whatever the device of the tensor to fill: equal
-            ``torch.manual_seed`` then gives equal weights on every device.
-
-    Returns:
-        An int in [0, 2**64).
-
-    Raises:
-        NotImplementedError: for a generator that is not on a CPU and has no offset.
-
-    Example:
-        >>> import torch
-        >>> from initlab.kernels import generator_key
-        >>> a, b = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-        >>> generator_key(a) == generator_key(b)
-        True
-    """
-    if generator is None or generator.device.type == "cpu":
-        # The device is given, so that `with torch.device("meta")` does not make the draw vanish.
-        draw = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
-        return int(draw.item()) & _MASK64
-    try:
-        offset = generator.get_offset()
-        generator.set_offset(offset + 4)
-    except RuntimeError as error:
-        raise NotImplementedError(
-            f"a generator on {generator.device} has no offset to take a key from; pass a CPU generator, "
-            "which serves tensors on every device"
-        ) from error
-    seed = generator.initial_seed() & _MASK64
-    return _digest(b"generator" + seed.to_bytes(8, "little") + offset.to_bytes(8, "little"))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Words: Philox4x32-10, block = element // 4, word = element % 4
+# Section 2: random words. Philox4x32-10, counter block = element // 4, word = element % 4.
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,8 +79,7 @@ def block_words(key: int, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return philox4x32((blocks & _MASK32, (blocks >> 32) & _MASK32, zero, zero), key)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Shared arithmetic. Words are int64 in [0, 2^32); reals are float32.
+# Section 3: shared arithmetic. Words are int64 in [0, 2^32); reals are float32.
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -216,8 +140,7 @@ def _roots(x: Tensor) -> tuple[Tensor, Tensor]:
     return t * g, y * g
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Maps: what the host works out once per distribution and dtype, and what each does to words.
+# Section 4: maps. What the host works out once per distribution and dtype, and what each does to words.
 #
 # Parameters are Python floats: float32 values for float32, bfloat16 and float16 tensors, float64 for float64 ones.
 
@@ -344,8 +267,25 @@ def _narrow_y(m: NarrowMap, w: Tensor) -> Tensor:
 
 def block_values(m: Map, key: int, blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """The four values of each block, shape (n, 4), in `dtype` (float64, float32, bfloat16 or float16)."""
+    return _values(m, block_words(key, blocks), dtype)
+
+
+def extremes(m: Map, dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest value that a map can give, in `dtype`.
+
+    A normal's radius is largest at a = 0, and its cosine at b = 0 and, with the other sign, at b = 2^31. The value of
+    every other map rises with its word.
+    """
+    extreme = (0, 0, 0, 1 << 31) if isinstance(m, NormalMap) else (0, 1, _MASK32 - 1, _MASK32)
+    with _disable_current_modes():  # fake tensors hold no values
+        words = torch.tensor(extreme, dtype=torch.int64, device="cpu")
+        values = _values(m, (words[:1], words[1:2], words[2:3], words[3:]), dtype)
+        return values.min().item(), values.max().item()
+
+
+def _values(m: Map, words: tuple[Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """The four values that a map makes of the four words of each block."""
     with torch.no_grad():
-        words = block_words(key, blocks)
         real = torch.float64 if dtype == torch.float64 else torch.float32
         if isinstance(m, UniformMap):
             k = torch.stack(words, -1) >> 8
@@ -369,11 +309,9 @@ def block_values(m: Map, key: int, blocks: Tensor, dtype: torch.dtype) -> Tensor
         return torch.where(x > m.high, m.high, x).to(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What the host works out, once per distribution and dtype: float64 + - x / only, so that every host gives the same parameters.
+# Section 5: what the host works out. float64 + - x / only, so that every host gives the same parameters.
 
 
-@functools.lru_cache(maxsize=1024)
 def uniform_map(low: float, high: float, dtype: torch.dtype) -> UniformMap:
     """Uniform on [low, high)."""
     scale = (high - low) * 2.0**-24
@@ -409,14 +347,12 @@ def _value(bits: int, dtype: torch.dtype) -> float:
     return float(struct.unpack("<f", (bits if dtype == torch.float32 else bits << 16).to_bytes(4, "little"))[0])
 
 
-@functools.lru_cache(maxsize=1024)
 def normal_map(mean: float, std: float, dtype: torch.dtype) -> NormalMap:
     """Normal with this mean and standard deviation."""
     rounded = (lambda x: x) if dtype == torch.float64 else fl32
     return NormalMap(rounded(std), rounded(mean))
 
 
-@functools.lru_cache(maxsize=1024)
 def truncated_normal_map(mean: float, std: float, low: float, high: float, dtype: torch.dtype) -> Map:
     """Normal conditioned on [low, high], low < high, whose nearer bound is within LIMIT_SIGMA."""
     rounded = (lambda x: x) if dtype == torch.float64 else fl32

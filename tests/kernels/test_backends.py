@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from initlab.kernels import Constant, Draw, Normal, Region, TruncatedNormal, Uniform, backend_of, backends, fill_
-from initlab.kernels.sampling import fill
+from initlab.kernels.sampling import _torch
 from torch.utils.data import DataLoader, Dataset
 
 import initlab
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-WITH_NUMBA, OFFERED = ("torch", "numba"), ("torch", "numba", "triton")
+WITH_NUMBA = {"numba": ".sampling._numba"}
+OFFERED = WITH_NUMBA | {"triton": ".sampling._triton"}
 KEY = 0x9E3779B97F4A7C15
 DISTRIBUTIONS = [Uniform(-1.0, 1.0), Normal(0.5, 2.0), TruncatedNormal(), TruncatedNormal(0.0, 1.0, -2.0, 5.0)]
 
@@ -103,7 +105,7 @@ def test_an_unknown_backend(backend, value):
     ("value", "device", "offered", "chosen"),
     [
         ("auto", CPU, WITH_NUMBA, "numba"),
-        ("auto", CPU, ("torch",), "torch"),
+        ("auto", CPU, {}, "torch"),
         ("auto", CUDA, WITH_NUMBA, "torch"),
         ("auto", torch.device("meta"), WITH_NUMBA, "torch"),
         ("torch", CPU, WITH_NUMBA, "torch"),
@@ -111,10 +113,11 @@ def test_an_unknown_backend(backend, value):
         ("numba", CPU, WITH_NUMBA, "numba"),
     ],
 )
-def test_choice(backend, value, device, offered, chosen):
+def test_choice(backend, monkeypatch, value, device, offered, chosen):
     pytest.importorskip("numba")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     backend(value)
-    assert backends.choose(device, offered) == chosen
+    assert backends.load(device, offered).name == chosen
     if offered == WITH_NUMBA:
         assert backend_of(device) == chosen
 
@@ -123,14 +126,14 @@ def test_choice(backend, value, device, offered, chosen):
     ("value", "device", "offered", "message"),
     [
         ("triton", CPU, WITH_NUMBA, "INITLAB_BACKEND=triton, but this op has no triton backend; unset"),
-        ("numba", CPU, ("torch",), "INITLAB_BACKEND=numba, but this op has no numba backend; unset"),
+        ("numba", CPU, {}, "INITLAB_BACKEND=numba, but this op has no numba backend; unset"),
         ("numba", CUDA, WITH_NUMBA, "INITLAB_BACKEND=numba serves CPU tensors only, and this one is on cuda; unset"),
     ],
 )
 def test_a_request_that_cannot_be_honoured(backend, value, device, offered, message):
     backend(value)
     with pytest.raises(RuntimeError, match=message):
-        backends.choose(device, offered)
+        backends.load(device, offered)
 
 
 def test_a_request_that_cannot_be_honoured_writes_nothing(backend, monkeypatch):
@@ -143,7 +146,7 @@ def test_a_request_that_cannot_be_honoured_writes_nothing(backend, monkeypatch):
 
 
 def test_each_backend_is_the_one_that_runs(serving, monkeypatch):
-    monkeypatch.setattr(fill, "_fill_torch", lambda tensor, *_: tensor.zero_())
+    monkeypatch.setattr(_torch, "fill", lambda tensor, *_: tensor.zero_())
     with serving("torch"):
         assert torch.all(filled(Normal(), 9) == 0)
     with serving("numba"):
@@ -161,14 +164,14 @@ def test_numba_asked_for_but_absent(without_numba, backend):
 
 
 def test_torch_serves_where_numba_is_absent(without_numba, serving):
-    assert backends.choose(CPU, WITH_NUMBA) == "torch"
+    assert backends.load(CPU, WITH_NUMBA) == ("torch", None)
     x = filled(Normal(), 1001)
     with serving("torch"):
         assert torch.equal(x, filled(Normal(), 1001))
 
 
 def test_one_warning_above_2_to_24_elements(without_numba, monkeypatch):
-    monkeypatch.setattr(fill, "_fill_torch", lambda *_: None)  # its values are not the point, and take seconds
+    monkeypatch.setattr(_torch, "fill", lambda *_: None)  # its values are not the point, and take seconds
     limit = torch.empty(2**24, dtype=torch.float16)
     above = torch.empty(2**24 + 1, dtype=torch.float16)
     fill_([Draw(limit, Normal(), KEY)])
@@ -179,7 +182,7 @@ def test_one_warning_above_2_to_24_elements(without_numba, monkeypatch):
 
 def test_no_warning_where_torch_was_asked_for(without_numba, backend, monkeypatch):
     backend("torch")
-    monkeypatch.setattr(fill, "_fill_torch", lambda *_: None)
+    monkeypatch.setattr(_torch, "fill", lambda *_: None)
     fill_([Draw(torch.empty(2**24 + 1, dtype=torch.float16), Normal(), KEY)])
 
 
@@ -188,13 +191,99 @@ def test_numba_that_cannot_be_imported(backend, monkeypatch, serving):
     monkeypatch.setitem(sys.modules, "initlab.kernels.sampling._numba", None)
     monkeypatch.delattr(initlab.kernels.sampling, "_numba", raising=False)
     backend("auto")
-    with pytest.warns(UserWarning, match="numba cannot be imported, so the plain torch backend fills"):
+    with pytest.warns(UserWarning, match="numba cannot be imported, so plain torch takes its place"):
         x = filled(Normal(), 1001)
     with serving("torch"):
         assert torch.equal(x, filled(Normal(), 1001))
     backend("numba")
     with pytest.raises(RuntimeError, match="INITLAB_BACKEND=numba, but numba cannot be imported"):
         filled(Normal(), 3)
+
+
+def test_a_stand_in_without_a_spec_counts_as_installed(backend, monkeypatch):
+    """As a documentation builder mocks modules; find_spec raises ValueError for one."""
+    monkeypatch.setitem(sys.modules, "numba", types.ModuleType("numba"))
+    monkeypatch.setitem(sys.modules, "initlab.kernels.sampling._numba", None)
+    backend("auto")
+    with pytest.warns(UserWarning, match="numba cannot be imported"):
+        assert backends.load(CPU, WITH_NUMBA).name == "torch"
+
+
+# Every op, in a process whose `{package}` raises at import. A CPU's tensors stand for a GPU's where there is none.
+EVERY_OP = textwrap.dedent("""
+    import os, warnings
+    import torch
+    from initlab.kernels import Draw, Normal, Uniform, add_flag_, backends, clip_, fill_, grad_norm, linear_relu
+
+    backends._BEST["cpu"] = "{package}"
+    device = torch.device("cuda" if torch.cuda.is_available() and "{package}" == "triton" else "cpu")
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(s).to(device) for s in ((5, 7), (3, 7), (3,)))
+    x[0, 0] = float("inf")
+
+    def fill():
+        tensors = [torch.empty(101, device=device), torch.empty(9, 8, device=device).t()]
+        fill_([Draw(t, d, 3) for t, d in zip(tensors, (Normal(), Uniform()))])
+        return tensors
+
+    def norm():
+        return [grad_norm([weight, bias]).norm64]
+
+    def clip():
+        gradients = [weight.clone(), bias.clone()]
+        clip_(gradients, grad_norm(gradients).norm64, 0.5)
+        return gradients
+
+    def flag():
+        return [add_flag_(torch.zeros(1, dtype=torch.int32, device=device), x)]
+
+    def linear():
+        operands = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        flags = torch.zeros(1, dtype=torch.int32, device=device)
+        y = linear_relu(*operands, flags=flags)
+        y.sum().backward()
+        return [y.detach(), flags, *(t.grad for t in operands)]
+
+    OPS = [fill, norm, clip, flag, linear]
+    requested, backends.requested = backends.requested, lambda: "torch"
+    expected = [op() for op in OPS]
+    backends.requested = requested
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for op, results in zip(OPS * 2, expected * 2):
+            for got, result in zip(op(), results, strict=True):
+                assert torch.equal(got.nan_to_num(7.0), result.nan_to_num(7.0)), op
+    assert len(caught) == 1, [str(w.message) for w in caught]
+    print(caught[0].message)
+
+    os.environ["INITLAB_BACKEND"] = "{package}"
+    requested.cache_clear()
+    backends._imported.cache_clear()
+    for op in OPS:
+        try:
+            op()
+        except RuntimeError as error:
+            print(op.__name__, error)
+""")
+
+
+@pytest.mark.parametrize(
+    ("package", "raising"),
+    [("triton", ["fill", "norm", "clip", "flag", "linear"]), ("numba", ["fill", "norm", "clip"])],
+)  # numba serves neither flags nor linear_relu
+@pytest.mark.parametrize("error", [RuntimeError("0 active drivers"), ModuleNotFoundError("No module named 'x'")])
+def test_every_op_works_beside_a_package_that_cannot_be_imported(python, tmp_path, package, raising, error):
+    pytest.importorskip(package)
+    broken = tmp_path / "broken" / package
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text(f"raise {error!r}")
+    path = os.pathsep.join([str(broken.parent), str(Path(initlab.__file__).parent.parent)])
+    warning, *errors = python(EVERY_OP.format(package=package), PYTHONPATH=path, TRITON_INTERPRET=1).splitlines()
+    why = f"{type(error).__name__}: {error}"
+    assert warning == f"{package} cannot be imported, so plain torch takes its place, slower: {why}"
+    message = f"INITLAB_BACKEND={package}, but {package} cannot be imported: {why}; repair it, or unset INITLAB_BACKEND"
+    assert [line.split()[0] for line in errors if message in line] == raising
+    assert len(errors) == len(raising)
 
 
 # ---------------------------------------------------------------------------------------------------------------

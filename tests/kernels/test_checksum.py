@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 from initlab.kernels import checksum, content_sum
+from torch._subclasses import FakeTensorMode
+
+import initlab
 
 MASK = (1 << 64) - 1
 
@@ -117,3 +120,60 @@ def test_empty_scalar_and_parameters():
 def test_nothing_to_read(tensor):
     with pytest.raises(NotImplementedError, match="holds no dense values"):
         content_sum(tensor())
+
+
+QUANTISED = {
+    "per tensor, quint8": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
+    "per tensor, qint8": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+    "per tensor, qint32": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint32),
+    "per channel": lambda: torch.quantize_per_channel(
+        torch.ones(2, 4), torch.full((2,), 0.1), torch.zeros(2), 0, torch.qint8
+    ),
+    "four bits": lambda: torch.quantize_per_channel(
+        torch.ones(4, 4), torch.full((4,), 0.1), torch.zeros(4), 0, torch.quint4x2
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", QUANTISED.values(), ids=QUANTISED)
+def test_a_quantised_tensor_is_refused(make):
+    """Reading its bits ended the process with a segmentation fault."""
+    with pytest.raises(NotImplementedError, match=r"a quantised tensor \(torch\.qu?int.*int_repr\(\).*dequantize\(\)"):
+        content_sum(make())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_model_with_a_quantised_tensor_has_no_digest():
+    model = torch.nn.Linear(2, 2)
+    model.packed = torch.nn.Parameter(QUANTISED["per tensor, qint8"](), requires_grad=False)
+    with pytest.raises(NotImplementedError, match="packed: a quantised tensor"):
+        initlab.model_digest(model)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_what_holds_no_values_is_refused():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    freed = torch.ones(10)
+    part = freed[3:]
+    freed.untyped_storage().resize_(0)
+    with FakeTensorMode():
+        fake = torch.ones(3)
+    for tensor, message in (
+        (nested, "a nested tensor .* digest its parts"),
+        (torch.eye(3).to_sparse(), "layout torch.sparse_coo .* digest its parts or its dense values"),
+        (torch.ones(3, device="meta"), "on meta .* materialise it first"),
+        (fake, "a fake tensor on cpu .* materialise it first"),
+        (freed, "freed or resized"),
+        (part, "freed or resized"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            content_sum(tensor)
+
+
+@pytest.mark.parametrize("name", ["float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn_x2", "uint4", "int4", "bits8"])
+def test_dtypes_of_a_byte_or_less_by_their_bytes(name):
+    if not hasattr(torch, name):
+        pytest.skip(f"this torch has no {name}")
+    raw = torch.arange(24, dtype=torch.uint8)
+    assert content_sum(raw.view(getattr(torch, name))) == content_sum(raw)

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import re
 import textwrap
 
 import hypothesis.strategies as st
@@ -12,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from initlab.kernels import Constant, Draw, Normal, Region, TruncatedNormal, Uniform, fill_
-from initlab.kernels.sampling import fill, stream
+from initlab.kernels.sampling import _maps, _memory, _torch, fill, stream
+from initlab.kernels.sampling._maps import map_of
 from torch._subclasses import FakeTensorMode
 
 INF, NAN = math.inf, math.nan
@@ -68,7 +70,7 @@ def values(distribution, dtype, region, key=KEY):
         return torch.view_as_complex(
             values(distribution_of_a_part(distribution), dtype.to_real(), doubled(region), key)
         )
-    blocks = stream.block_values(fill.map_of(distribution, dtype), key, number.flatten() >> 2, dtype)
+    blocks = stream.block_values(map_of(distribution, dtype), key, number.flatten() >> 2, dtype)
     return blocks.gather(1, (number.flatten() & 3)[:, None]).view(region.sizes)
 
 
@@ -83,7 +85,7 @@ def doubled(region):
 
 
 def test_the_distributions_above_meet_every_map():
-    maps = [fill.map_of(distribution, torch.float32) for distribution in DISTRIBUTIONS.values()]
+    maps = [map_of(distribution, torch.float32) for distribution in DISTRIBUTIONS.values()]
     assert [type(m).__name__.removesuffix("Map") for m in maps] == (
         ["Uniform", "Normal", "Normal", "Centre", "Tail", "Tail", "Far", "Far", "Narrow"]
     )
@@ -159,6 +161,107 @@ def test_parameters_that_the_dtype_cannot_hold(distribution, dtype):
         filled((5,), distribution, dtype)
 
 
+def largest_normal():
+    """The largest |z| of the stream: where the radius is largest, and where the cosine is."""
+    a, b = torch.arange(2**20), torch.zeros(2**20, dtype=torch.int64)
+    radius = stream._box_muller(a, b)[0]
+    assert radius.argmax() == 0
+    angles = torch.cat([torch.arange(2**20), 2**31 + torch.arange(-(2**19), 2**19), torch.arange(0, 2**32, 4099)])
+    z = torch.stack(stream._box_muller(torch.zeros_like(angles), angles))
+    assert z.abs().max() == radius[0]
+    return radius[0].item()
+
+
+def first_infinite(dtype):
+    """The least float64 that the dtype, or the float32 before it, rounds to infinity."""
+    info = torch.finfo(dtype)
+    return info.max + info.max / (2 - info.eps) * info.eps / 2  # half a step beyond the largest; exact but for float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 0.25, -0.25])
+def test_the_line_between_what_a_normal_may_and_may_not(dtype, mean):
+    """Refused where the extreme words give infinity, and drawn where they are finite: float32 by float32."""
+    mean *= torch.finfo(dtype).max
+    largest = largest_normal()
+    std = torch.tensor((first_infinite(dtype) - abs(mean)) / largest).float()
+    near = [std]
+    for _ in range(8):
+        near = [torch.nextafter(near[0], torch.tensor(0.0)), *near, torch.nextafter(near[-1], torch.tensor(INF))]
+    refused = []
+    for s in torch.stack(near):
+        ends = torch.tensor([largest, -largest]) * s
+        ends = (ends if mean == 0.0 else ends + torch.tensor(mean)).to(dtype)
+        try:
+            map_of(Normal(mean, s.item()), dtype)
+            refused.append(False)
+        except RuntimeError:
+            refused.append(True)
+        assert refused[-1] == bool(ends.isinf().any())
+    assert refused == sorted(refused)
+    assert {*refused} == {False, True}
+
+
+BEYOND = [
+    (Normal(0.0, 7e4), torch.float16),
+    (Normal(7e4, 0.0), torch.float16),
+    (Normal(6e4, 2e3), torch.float16),
+    (Normal(-6e4, 2e3), torch.float16),
+    (Normal(0.0, 1e38), torch.float32),
+    (Normal(3.3e38, 1e36), torch.bfloat16),
+    (Normal(0.0, 1e308), torch.float64),
+    (Normal(0.0, 1.4e4), torch.complex32),
+    (Normal(0.0, 1e38), torch.complex64),
+    (TruncatedNormal(0.0, 2e4, -INF, INF), torch.float16),
+    (TruncatedNormal(0.0, 2e4, -INF, 0.0), torch.float16),
+    (TruncatedNormal(0.0, 2e4, -1e5, 1e5), torch.float16),
+    (TruncatedNormal(0.0, 5e4, 6.5e4, 7e4), torch.float16),
+    (TruncatedNormal(0.0, 1e4, 7e4, 8e4), torch.float16),
+    (TruncatedNormal(0.0, 1e5, 7e4, 7e4), torch.float16),
+    (TruncatedNormal(0.0, 1e38, -INF, INF), torch.float32),
+    (TruncatedNormal(0.0, 1e308, -INF, INF), torch.float64),
+]
+WITHIN = [
+    (Normal(0.0, 9e3), torch.float16),
+    (Normal(65504.0, 0.0), torch.float16),
+    (Normal(0.0, 5e37), torch.float32),
+    (Normal(0.0, 5e37), torch.bfloat16),
+    (Normal(0.0, 2e307), torch.float64),
+    (TruncatedNormal(0.0, 7e4, -6e4, 6e4), torch.float16),
+    (TruncatedNormal(0.0, 7e4, -65504.0, 65504.0), torch.float16),
+    (TruncatedNormal(0.0, 1.0, -2.0, 1e30), torch.float16),
+    (TruncatedNormal(0.0, 9e3, -INF, INF), torch.float16),
+    (TruncatedNormal(0.0, 9e3, -2e5, 2e5), torch.float16),
+    (TruncatedNormal(0.0, 3e38, -3.4e38, 3.4e38), torch.float32),
+    (TruncatedNormal(0.0, 1e308, -1e308, 1.7e308), torch.float64),
+]
+
+
+@pytest.mark.parametrize(("distribution", "dtype"), BEYOND)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_distribution_that_reaches_beyond_the_dtype(distribution, dtype, device):
+    x = torch.ones(3, dtype=dtype, device=device)
+    largest = f"{torch.finfo(dtype).max:.6g}"
+    with pytest.raises(RuntimeError, match=rf"can draw a value beyond {re.escape(largest)}, .*{dtype}.*use") as raised:
+        fill_([Draw(x, distribution, KEY)])
+    assert repr(distribution) in str(raised.value)
+    assert device == "meta" or torch.all(x == 1)
+
+
+@pytest.mark.parametrize(("distribution", "dtype"), WITHIN)
+def test_a_distribution_that_just_fits_the_dtype(backend, distribution, dtype):
+    assert filled((20_000,), distribution, dtype).isfinite().all()
+
+
+def test_the_range_is_judged_under_a_fake_mode_too():
+    _maps._mapped.cache_clear()
+    for mode in (FakeTensorMode(), torch.device("meta")):
+        with mode:
+            with pytest.raises(RuntimeError, match="can draw a value beyond 65504"):
+                fill_([Draw(torch.empty(3, dtype=torch.float16), Normal(0.0, 7e4), KEY)])
+            fill_([Draw(torch.empty(3, dtype=torch.float16), TruncatedNormal(0.0, 9e3, -INF, INF), KEY)])
+
+
 @every_distribution
 @pytest.mark.parametrize(
     "dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64], ids=str
@@ -196,11 +299,11 @@ def test_short_dtypes_hold_the_rounded_float32(backend, distribution, dtype):
     assert torch.equal(filled((5001,), distribution, dtype), expected)
 
 
-@pytest.mark.parametrize("std", [1e-7, 5e-6, 1e-4, 2e4, 65504.0, 1e5])
-def test_float16_subnormals_and_overflow(backend, bits, std):
+@pytest.mark.parametrize("std", [1e-7, 5e-6, 1e-4, 9.6e3])
+def test_float16_subnormals_and_large_numbers(backend, bits, std):
     x, expected = filled((5001,), Normal(0.0, std), torch.float16), filled((5001,), Normal(0.0, std)).half()
     assert torch.equal(bits(x), bits(expected))  # with the signs of zeros
-    assert x.isinf().any() == (std > 1e4)
+    assert x.isfinite().all()
     assert (x.abs() < 2.0**-14).any() == (std < 1)
 
 
@@ -333,8 +436,7 @@ def test_a_key_of_more_than_64_bits(key):
 @every_distribution
 def test_torchs_default_dtype_does_not_matter(backend, distribution, dtype):
     expected = filled((100,), distribution)
-    for build in (stream.uniform_map, stream.normal_map, stream.truncated_normal_map):
-        build.cache_clear()
+    _maps._mapped.cache_clear()
     torch.set_default_dtype(dtype)
     try:
         assert torch.equal(filled((100,), distribution), expected)
@@ -345,8 +447,7 @@ def test_torchs_default_dtype_does_not_matter(backend, distribution, dtype):
 @every_distribution
 def test_torchs_default_device_does_not_matter(backend, distribution):
     expected = filled((6,), distribution)
-    for build in (stream.uniform_map, stream.normal_map, stream.truncated_normal_map):
-        build.cache_clear()
+    _maps._mapped.cache_clear()
     x = poisoned(6)
     with torch.device("meta"):
         fill_([Draw(x, distribution, KEY)])
@@ -513,7 +614,7 @@ def test_pieces_do_not_show(backend, region, monkeypatch):
     shape = region.sizes if region else (12_345,)
     expected = values(distribution, torch.float32, region or whole(shape))
     monkeypatch.setattr(fill, "_SLAB", 4096)
-    monkeypatch.setattr(fill, "_CHUNK", {"cpu": 512})
+    monkeypatch.setattr(_torch, "CHUNK", {"cpu": 512})
     if backend == "numba":
         from initlab.kernels.sampling import _numba
 
@@ -672,7 +773,7 @@ def test_overlap_is_decided_exactly(seed):
         dims = rng.randint(1, 4)
         size, stride = [rng.randint(1, 4) for _ in range(dims)], [rng.randint(0, 9) for _ in range(dims)]
         places = [sum(i * s for i, s in zip(index, stride, strict=True)) for index in np.ndindex(*size)]
-        assert fill._overlaps(poisoned(128).as_strided(size, stride)) == (len({*places}) < len(places))
+        assert _memory.overlaps_itself(poisoned(128).as_strided(size, stride)) == (len({*places}) < len(places))
 
 
 LAYOUTS = [None, lambda x: x.t(), lambda x: x[:, ::2]]
@@ -809,6 +910,18 @@ def test_fake_tensors_are_left_alone(backend):
     with FakeTensorMode():
         x = torch.empty(3)
     fill_([Draw(x, Normal(), KEY)])
+
+
+@pytest.mark.parametrize("distribution", [Normal(), Constant(1.0)], ids=str)
+def test_a_tensor_whose_storage_was_freed(backend, distribution):
+    """Writing to it ended the process."""
+    for size, view in ((0, lambda x: x), (0, lambda x: x[3:]), (8, lambda x: x), (0, lambda x: x.view(2, 5).t())):
+        storage, good = torch.ones(10), poisoned(3)
+        x = view(storage)
+        storage.untyped_storage().resize_(size)
+        with pytest.raises(RuntimeError, match="freed or resized.*fill it while its storage is there"):
+            fill_([Draw(good, Normal(), KEY), Draw(x, distribution, KEY)])
+        assert good.isnan().all()
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad, torch.func.functionalize])

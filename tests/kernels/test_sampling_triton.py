@@ -79,7 +79,8 @@ def filling(serving, monkeypatch):
         return call
 
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(kernels, "BLOCKS", 256)
+        monkeypatch.setattr(kernels, "BLOCK_SIZE", 256)
+        monkeypatch.setattr(kernels, "SHORT_BLOCK_SIZE", 64)
     monkeypatch.setattr(kernels, "SHORT", 40)
     monkeypatch.setattr(kernels, "_launch", counted("launches", launch))
     monkeypatch.setattr(kernels, "on_device", counted("copies", copy))
@@ -265,15 +266,15 @@ def test_parts_of_one_storage_that_do_not_meet_are_one_launch(filling):
     assert flat.isfinite().all()
 
 
-def test_work_is_cut_into_equal_units(filling, monkeypatch):
-    """However uneven the tensors are: the units of a launch differ by one row's spill at most."""
+def test_work_is_cut_into_equal_items(filling, monkeypatch):
+    """However uneven the tensors are: the items of a launch differ by one row's spill at most."""
     seen = []
-    monkeypatch.setattr(kernels, "_launch", lambda columns, table, units, chunks, device: seen.append((units, chunks)))
+    monkeypatch.setattr(kernels, "_launch", lambda launch, table, items, chunks, device: seen.append((items, chunks)))
     monkeypatch.setattr(kernels, "_BUSY", 4)
     fill_([Draw(nan((100_000,)), Normal(), KEY), *(Draw(nan((64,)), Normal(), KEY) for _ in range(50))])
-    ((units, chunks),) = seen
+    ((items, chunks),) = seen
     assert chunks == kernels.CHUNKS
-    assert units == math.ceil(100_000 / (chunks * kernels.BLOCKS * 4)) + 50
+    assert items == math.ceil(100_000 / (chunks * kernels.BLOCK_SIZE * 4)) + 50
 
 
 def test_versions_progress_and_inference(filling):
@@ -332,7 +333,7 @@ def test_triton_that_cannot_be_imported(monkeypatch, forget):
     monkeypatch.setitem(sys.modules, "initlab.kernels.sampling._triton", None)
     monkeypatch.delattr(initlab.kernels.sampling, "_triton", raising=False)
     monkeypatch.delenv("INITLAB_BACKEND", raising=False)
-    with pytest.warns(UserWarning, match="triton cannot be imported, so the plain torch backend fills"):
+    with pytest.warns(UserWarning, match="triton cannot be imported, so plain torch takes its place"):
         assert initlab.kernels.backend_of(torch.device("cuda", 0)) == "torch"
 
 

@@ -284,6 +284,41 @@ def test_named_key_refuses_a_seed_of_more_than_64_bits(seed):
         named_key(seed, "w")
 
 
+@pytest.mark.parametrize(
+    "seed", [np.int64(-3), np.uint8(7), torch.tensor(5), torch.tensor([5], dtype=torch.int8)], ids=repr
+)
+def test_named_key_takes_every_kind_of_integer(seed):
+    assert named_key(seed, "a") == named_key(int(seed), "a")
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [1.5, 1.0, None, "0", b"0", True, np.float64(1.0), np.bool_(True), torch.tensor(1.0), torch.tensor(True)],
+    ids=repr,
+)
+def test_named_key_refuses_a_seed_that_is_no_integer(seed):
+    message = f"seed is {seed!r}, a {type(seed).__name__}; it must be an integer: pass an int, such as 0"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        named_key(seed, "a")
+
+
+@pytest.mark.parametrize("seed", [np.uint64(2**64 - 1), np.int64(-(2**63))], ids=repr)
+def test_named_key_takes_numpys_extremes(seed):
+    assert named_key(seed, "a") == named_key(int(seed), "a")
+
+
+@pytest.mark.parametrize("name", [None, b"a", 3, ("a",)], ids=repr)
+def test_named_key_refuses_a_name_that_is_no_text(name):
+    with pytest.raises(TypeError, match=re.escape(f"name is {name!r}, a {type(name).__name__}; it must be a str")):
+        named_key(0, name)
+
+
+@pytest.mark.parametrize("generator", [0, "cpu", torch.Generator, np.random.default_rng(0)], ids=type)
+def test_generator_key_refuses_what_is_no_generator(generator):
+    with pytest.raises(TypeError, match=r"generator is .*; it must be a torch\.Generator or None: .*manual_seed"):
+        generator_key(generator)
+
+
 def test_generator_key_draws_one_int64():
     ours, by_hand = (torch.Generator().manual_seed(7) for _ in range(2))
     for _ in range(3):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from initlab.kernels import Constant, Draw, Normal, TruncatedNormal, Uniform, fill_, named_key
-from initlab.kernels.sampling import fill
+from initlab.kernels.sampling._maps import map_of
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -701,4 +701,4 @@ def test_distributions_that_a_dtype_turns_into_constants():
     initlab.init_model_(model, 0, {"weight": TruncatedNormal(0.0, 1.0, 0.5, 0.5), "bias": Uniform(2.0, 2.0)})
     assert (model.weight == 0.5).all()
     assert (model.bias == 2).all()
-    assert fill.map_of(Uniform(2.0, 2.0), torch.float32) == Constant(2.0)
+    assert map_of(Uniform(2.0, 2.0), torch.float32) == Constant(2.0)

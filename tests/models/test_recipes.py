@@ -15,7 +15,6 @@ from torch.nn.modules import activation as activations
 
 import initlab
 from initlab import recipes
-from initlab.models.report import distribution_std
 
 NAMES = ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto")
 ALARM = 1e-10  # p-value of a Kolmogorov-Smirnov test; the seeds are fixed
@@ -862,13 +861,13 @@ def test_std_of_a_distribution_is_scipys(distribution, accuracy):
         if not (isinstance(distribution, Uniform) and distribution.low == distribution.high)
         else 0.0
     )
-    assert distribution_std(distribution) == pytest.approx(expected, rel=accuracy, abs=0.0)
-    assert distribution_std(Constant(3.0)) == 0.0
+    assert distribution.stddev == pytest.approx(expected, rel=accuracy, abs=0.0)
+    assert Constant(3.0).stddev == 0.0
 
 
 def test_std_of_a_narrow_distribution_is_a_uniforms():
     """Where scipy's own cancels."""
     for low in (-12.0, 0.3, 5.0):
-        assert distribution_std(TruncatedNormal(0.0, 1.0, low, low + 1e-6)) == pytest.approx(
+        assert TruncatedNormal(0.0, 1.0, low, low + 1e-6).stddev == pytest.approx(
             1e-6 / math.sqrt(12), rel=1e-5
         )

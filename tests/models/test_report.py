@@ -8,7 +8,6 @@ from initlab.kernels import Constant, Normal, TruncatedNormal, Uniform
 from torch import nn
 
 import initlab
-from initlab.models.report import distribution_text
 
 
 def model():
@@ -118,4 +117,4 @@ def test_what_has_no_digest():
     ],
 )
 def test_distributions_in_a_few_characters(distribution, text):
-    assert distribution_text(distribution) == text
+    assert str(distribution) == text
