@@ -33,7 +33,7 @@ from initlab.kernels import (
 from . import init
 from ._console import say
 from .models.initialization import init_model_
-from .models.report import ModelDigest, model_digest
+from .models.digest import ModelDigest, model_digest
 from .models.swapping import swap
 
 

@@ -24,7 +24,7 @@ from .evidence import (
     ParameterStats,
     Replay,
     Step,
-    distribution_of,
+    expected_std,
     half,
     nearly_alike,
     rows_alike,
@@ -197,7 +197,7 @@ def _read_gradients(evidence: Evidence) -> None:
         norms = _norms([h.ref.tensor.grad for h in evidence.parameters if h.ref.tensor.grad is not None])
         for held in evidence.parameters:
             tensor, grad = held.ref.tensor, held.ref.tensor.grad
-            held.distribution = distribution_of(held.ref, activations.get(held.ref.path, ""))
+            held.distribution = expected_std(held.ref, activations.get(held.ref.module_name, ""))
             if grad is not None and grad.layout == torch.strided:
                 held.grad_norm, held.grad = next(norms), measure(grad)
             if rows_alike(tensor):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..models.layers import fans
+from ..models.fans import fans
 from ..models.naming import walk
 from . import names
 from .limits import LIMITS

@@ -31,7 +31,8 @@ from ..distributed.collectives import all_gather_object, listed
 from ..distributed.dtensors import is_dtensor
 from ..distributed.dtensors import local as local_part
 from ..distributed.groups import groups_of
-from ..models.naming import class_name, matches, walk
+from ..models.naming import class_name, walk
+from ..models.patterns import compile_pattern
 
 Selector: TypeAlias = str | type[nn.Module] | nn.Module
 
@@ -912,7 +913,8 @@ def _select(names: dict[nn.Module, str], selectors: Selector | Iterable[Selector
         elif isinstance(selector, type) and issubclass(selector, nn.Module):
             fits = {module for module in names if isinstance(module, selector)}
         elif isinstance(selector, str):
-            fits = {module for module, name in names.items() if matches(name, selector)}
+            is_selected = compile_pattern(selector, names.values())
+            fits = {module for module, name in names.items() if is_selected(name)}
         else:
             raise TypeError(
                 f"{argument} has {selector!r}; it must be the name of a module, a glob, a class of modules, or a module"

@@ -52,7 +52,7 @@ def underflow(evidence: Evidence) -> Finding | None:
     return Finding(
         "precision",
         "broken" if norm == 0 else "warning",
-        Place(module=held.ref.path, parameter=held.name),
+        Place(module=held.ref.module_name, parameter=held.name),
         "gradients underflow: 16-bit numbers below 6e-8 are zero, and the loss is not scaled.",
         {"zeros in 16 bits": zero_share_of(held), "zeros in float32": again.zeros[held.name]},
         fixes.scaled(evidence, 14),

@@ -20,7 +20,7 @@ def nowhere(evidence: Evidence) -> Finding | None:
     return Finding(
         "uninitialised",
         "broken",
-        Place(module=meta[0].ref.path, parameter=meta[0].name),
+        Place(module=meta[0].ref.module_name, parameter=meta[0].name),
         f"{len(meta)} parameters and buffers are on the meta device: they have shapes, and no values.",
         {"tensors": len(meta)},
         ['initlab.init_model_(model, seed=0, device="cpu")  # or load a checkpoint with load_state_dict(assign=True)'],
@@ -39,7 +39,7 @@ def never_written(evidence: Evidence) -> Finding | None:
     return Finding(
         "uninitialised",
         "broken",
-        Place(module=held.ref.path, parameter=held.name),
+        Place(module=held.ref.module_name, parameter=held.name),
         f"{held.name} {why} before the first step: memory that nobody wrote, or a checkpoint of a run that had failed.",
         facts,
         [fixes.fresh(evidence, [one for one, _ in bad], buffer) for buffer in ("zero_()", "fill_(1.0)")],
@@ -55,9 +55,9 @@ def _why_garbage(held: ParameterStats, evidence: Evidence) -> str:
         blamed = origin is not None and origin.source == "held" and origin.op in held.ref.names
         may_mask = not held.ref.is_parameter and stats.low == -math.inf and math.isfinite(stats.high)
         return "" if may_mask and not blamed else "holds NaN or infinities"
-    if held.ref.leaf == "running_var" and stats.low < 0:
+    if held.ref.attribute == "running_var" and stats.low < 0:
         return "is negative, and no variance is"
-    if held.ref.leaf == "running_mean" and stats.largest > LIMITS.garbage:
+    if held.ref.attribute == "running_mean" and stats.largest > LIMITS.garbage:
         return "holds means that no activation has"
     if held.ref.is_parameter and (stats.largest > LIMITS.garbage or held.tiny > LIMITS.denormal_share):
         return "holds values that no starting distribution draws"
@@ -73,7 +73,7 @@ def spoilt_state(evidence: Evidence) -> Finding | None:
     return Finding(
         "uninitialised",
         "broken",
-        Place(module=held.ref.path, parameter=held.name),
+        Place(module=held.ref.module_name, parameter=held.name),
         f"the optimizer's {' and '.join(held.state)} of {held.name} is not finite, or a negative square, before the "
         "first step, which then writes NaN into the weights.",
         {"parameters": len(bad)},
