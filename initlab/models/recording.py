@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
-from ..init import _kaiming_std
+from .._init_draws import kaiming_std
 from .arithmetic import affine, clamped, inverse_error
 from .layers import reader, reset_function
 from .naming import class_name
@@ -399,7 +399,7 @@ class _RecordingSink:
     ) -> Tensor:
         if 0 in tensor.shape:
             return self.recorder.sampled(tensor, Constant(0.0))
-        bound = 3.0**0.5 * _kaiming_std(tensor, a, mode, nonlinearity)
+        bound = 3.0**0.5 * kaiming_std(tensor, a, mode, nonlinearity)
         return self.recorder.sampled(tensor, Uniform(-bound, bound), _calculate_correct_fan(tensor, mode))
 
     def trunc_normal_(
