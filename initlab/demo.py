@@ -32,8 +32,8 @@ from initlab.kernels import (
 
 from . import init
 from ._console import say
+from .models.digest import ModelDigest, model_digest
 from .models.initialization import init_model_
-from .models.report import ModelDigest, model_digest
 from .models.swapping import swap
 
 

@@ -6,37 +6,24 @@ what it holds, without communication: where ranks agree on `torch.manual_seed`, 
 draws nothing is torch's own function. docs/init.md lists where a call behaves differently from torch's.
 """
 
+# Over 500 lines, most of them docstrings: every public name of torch.nn.init, with its arguments, errors and example.
+
 import math
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
-from torch.nn.init import (
-    _calculate_correct_fan,
-    _calculate_fan_in_and_fan_out,
-    calculate_gain,
-    constant_,
-    ones_,
-    zeros_,
-)
+from torch.nn.init import calculate_gain, constant_, ones_, zeros_
 from torch.nn.init import dirac_ as _torchs_dirac_  # now, since swap() puts ours in their places
 from torch.nn.init import eye_ as _torchs_eye_
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from initlab.kernels import Distribution, Draw, Normal, Region, TruncatedNormal, Uniform, eagerly, fill_, generator_key
+from initlab.kernels import Normal, TruncatedNormal, Uniform, eagerly
 
-from .distributed.dtensors import count_as_written, is_dtensor, local
-from .distributed.shards import draws, local_shards
+from ._init_draws import fill_by_index, fill_orthogonal, fill_sparse, kaiming_std, sample, xavier_std
+from .distributed.dtensors import is_dtensor
 
 __all__ = [
     "calculate_gain",
@@ -86,9 +73,6 @@ _NonlinearityType = Literal[
     "selu",
 ]
 
-_PLAIN = (Tensor, Parameter)
-_QR_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}  # LAPACK and cuSOLVER have neither
-
 
 def uniform_(
     tensor: Tensor,
@@ -123,7 +107,7 @@ def uniform_(
     """
     if has_torch_function_variadic(tensor):
         return handle_torch_function(uniform_, (tensor,), tensor=tensor, a=a, b=b, generator=generator)
-    return eagerly(_sample, tensor, generator, Uniform, a, b)
+    return eagerly(sample, tensor, generator, Uniform, a, b)
 
 
 def normal_(
@@ -161,7 +145,7 @@ def normal_(
     """
     if has_torch_function_variadic(tensor):
         return handle_torch_function(normal_, (tensor,), tensor=tensor, mean=mean, std=std, generator=generator)
-    return eagerly(_sample, tensor, generator, Normal, mean, std)
+    return eagerly(sample, tensor, generator, Normal, mean, std)
 
 
 def trunc_normal_(
@@ -205,7 +189,7 @@ def trunc_normal_(
             "The values follow the truncated distribution, which crowds at the nearer bound.",
             stacklevel=2,
         )
-    return eagerly(_sample, tensor, generator, TruncatedNormal, mean, std, a, b)
+    return eagerly(sample, tensor, generator, TruncatedNormal, mean, std, a, b)
 
 
 def xavier_uniform_(
@@ -237,8 +221,8 @@ def xavier_uniform_(
         >>> w.abs().max().item() <= 5 / 3
         True
     """
-    x = math.sqrt(3.0) * _xavier_std(tensor, gain)
-    return eagerly(_sample, tensor, generator, Uniform, -x, x)
+    x = math.sqrt(3.0) * xavier_std(tensor, gain)
+    return eagerly(sample, tensor, generator, Uniform, -x, x)
 
 
 def xavier_normal_(
@@ -270,7 +254,7 @@ def xavier_normal_(
         >>> round(w.std().item(), 2)  # sqrt(2 / 500) is 0.063
         0.06
     """
-    return eagerly(_sample, tensor, generator, Normal, 0.0, _xavier_std(tensor, gain))
+    return eagerly(sample, tensor, generator, Normal, 0.0, xavier_std(tensor, gain))
 
 
 def kaiming_uniform_(
@@ -317,8 +301,8 @@ def kaiming_uniform_(
     if 0 in tensor.shape:
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
-    x = math.sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
-    return eagerly(_sample, tensor, generator, Uniform, -x, x)
+    x = math.sqrt(3.0) * kaiming_std(tensor, a, mode, nonlinearity)
+    return eagerly(sample, tensor, generator, Uniform, -x, x)
 
 
 def kaiming_normal_(
@@ -355,7 +339,7 @@ def kaiming_normal_(
     if 0 in tensor.shape:
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
-    return eagerly(_sample, tensor, generator, Normal, 0.0, _kaiming_std(tensor, a, mode, nonlinearity))
+    return eagerly(sample, tensor, generator, Normal, 0.0, kaiming_std(tensor, a, mode, nonlinearity))
 
 
 def eye_(tensor: Tensor) -> Tensor:
@@ -378,7 +362,7 @@ def eye_(tensor: Tensor) -> Tensor:
     """
     if not is_dtensor(tensor) or tensor.ndimension() != 2:
         return _torchs_eye_(tensor)
-    return _fill_by_place(tensor, lambda row, column: row == column)
+    return fill_by_index(tensor, lambda row, column: row == column)
 
 
 def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
@@ -406,13 +390,13 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
     out, inputs, *kernel = tensor.shape
     each = out // groups
 
-    def hit(row: Tensor, column: Tensor, *place: Tensor) -> Tensor:
+    def is_one(row: Tensor, column: Tensor, *taps: Tensor) -> Tensor:
         found = (row % each == column) & (row % each < min(each, inputs))
-        for at, size in zip(place, kernel, strict=True):
-            found = found & (at == size // 2)
+        for tap, size in zip(taps, kernel, strict=True):
+            found = found & (tap == size // 2)
         return found
 
-    return _fill_by_place(tensor, hit)
+    return fill_by_index(tensor, is_one)
 
 
 def orthogonal_(
@@ -451,7 +435,7 @@ def orthogonal_(
     """
     if tensor.ndimension() < 2:
         raise ValueError("Only tensors with 2 or more dimensions are supported")
-    return eagerly(_orthogonal, tensor, gain, generator)
+    return eagerly(fill_orthogonal, tensor, gain, generator)
 
 
 def sparse_(
@@ -490,211 +474,7 @@ def sparse_(
     """
     if tensor.ndimension() != 2:
         raise ValueError("Only tensors with 2 dimensions are supported")
-    return eagerly(_sparse, tensor, sparsity, std, generator)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# From a distribution to a filled tensor
-
-
-def _sample(
-    tensor: Tensor, generator: torch.Generator | None, distribution: Callable[..., Distribution], *parameters: float
-) -> Tensor:
-    drawn = distribution(*parameters)
-    if type(tensor) in _PLAIN:
-        fill_((Draw(tensor, drawn, _key(tensor, generator)),))  # of a meta or fake tensor it checks the dtype only
-    elif not tensor.is_meta:
-        parts = list(draws(tensor, drawn, 0))  # raises before a key is drawn
-        fill_(replace(part, key=key) for key in (_key(tensor, generator),) for part in parts)
-        count_as_written(tensor)
-    _zero_tangent(tensor)
-    return tensor
-
-
-def _zero_tangent(tensor: Tensor) -> None:
-    """As torch's samplers do in forward-mode differentiation: what was drawn depends on no input."""
-    if forward_ad._current_level >= 0 and (tangent := forward_ad.unpack_dual(tensor).tangent) is not None:
-        tangent.zero_()
-
-
-def _orthogonal(tensor: Tensor, gain: float, generator: torch.Generator | None) -> Tensor:
-    if not _holds_values(tensor) or tensor.numel() == 0:
-        return tensor
-    _refuse_dtensor(tensor, "orthogonal_")
-    if tensor.layout != torch.strided:
-        raise NotImplementedError(f"cannot fill a tensor of layout {tensor.layout}; fill its dense values")
-    _refuse_inference(tensor)
-    rows = tensor.size(0)
-    with torch.no_grad():
-        flat = torch.empty(
-            (rows, tensor.numel() // rows), dtype=_QR_DTYPE.get(tensor.dtype, tensor.dtype), device=tensor.device
-        )
-        _sample(flat, generator, Normal, 0.0, 1.0)
-        wide = flat.size(0) < flat.size(1)
-        q, r = torch.linalg.qr(flat.t() if wide else flat)
-        q *= r.diagonal().sgn()  # without it Q is not uniform: LAPACK fixes the signs of R
-        q *= gain
-        tensor.copy_((q.t() if wide else q).reshape(tensor.shape))
-    return tensor
-
-
-def _sparse(tensor: Tensor, sparsity: float, std: float, generator: torch.Generator | None) -> Tensor:
-    distribution = Normal(0.0, std)
-    if not _holds_values(tensor):
-        return tensor
-    _refuse_dtensor(tensor, "sparse_")
-    rows, cols = tensor.shape
-    zeros = math.ceil(sparsity * rows)
-    key = _key(tensor, generator)
-    # The places come from the same stream, from rows below those whose words the values take: rows of them, or twice
-    # as many in a complex matrix. Four divides their number, so that no block of four words serves both.
-    below = -(-rows // 2) * 4
-    ranks = torch.empty((rows, cols), dtype=torch.float32, device=tensor.device)
-    region = Region((below + rows, cols), (below, 0), (rows, cols))
-    fill_((Draw(tensor, distribution, key), Draw(ranks, Uniform(0.0, 1.0), key, region)))
-    places = ranks.argsort(dim=0, stable=True)[:zeros]
-    with torch.no_grad():
-        if tensor.is_complex():  # part by part: torch's scatter_ knows no complex32
-            parts = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
-            parts.scatter_(0, places.unsqueeze(-1).expand(-1, -1, 2), 0)
-        else:
-            tensor.scatter_(0, places, 0)
-    _zero_tangent(tensor)
-    return tensor
-
-
-def _fill_by_place(tensor: Tensor, hit: Callable[..., Tensor]) -> Tensor:
-    """Fill a DTensor with 1 where `hit` is true of an element's place in the logical tensor, else with 0."""
-    _refuse_inference(local(tensor))
-    with torch.no_grad():
-        for mine, region in local_shards(tensor):
-            places = [
-                torch.arange(offset, offset + size, device=mine.device).view(-1, *(1,) * (mine.ndim - 1 - dim))
-                for dim, (offset, size) in enumerate(zip(region.offsets, region.sizes, strict=True))
-            ]
-            mine.copy_(hit(*places))
-    count_as_written(tensor)
-    return tensor
-
-
-def _refuse_inference(tensor: Tensor) -> None:
-    """Before copy_ is called: on an inference tensor outside inference mode it writes, and then raises."""
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "Inplace update to inference tensor outside InferenceMode is not allowed; "
-            "fill it inside torch.inference_mode(), or fill a clone"
-        )
-
-
-def _refuse_dtensor(tensor: Tensor, name: str) -> None:
-    if is_dtensor(tensor):
-        raise NotImplementedError(
-            f"{name} needs the whole matrix, and of a DTensor a rank holds a part. Fill a plain tensor with it on "
-            "every rank, from equal seeds, and pass that to distribute_tensor, or fill the model before it is sharded"
-        )
-
-
-def _xavier_std(tensor: Tensor, gain: float) -> float:
-    fan_in, fan_out = _calculate_fan_in_and_fan_out(tensor)
-    return gain * math.sqrt(2.0 / float(fan_in + fan_out))
-
-
-def _kaiming_std(tensor: Tensor, a: float, mode: _FanMode, nonlinearity: _NonlinearityType) -> float:
-    return calculate_gain(nonlinearity, a) / math.sqrt(_calculate_correct_fan(tensor, mode))
-
-
-def _key(tensor: Tensor, generator: torch.Generator | None) -> int:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, not {type(generator).__name__}")
-    if not _holds_values(tensor) or tensor.numel() == 0:
-        return 0  # nothing to draw: the generator stays where it is
-    if generator is None and tensor.device.type == "cuda" and not is_dtensor(tensor):
-        _check_rank_seeds(tensor.device)
-    key = generator_key(generator)
-    log = getattr(_here, "log", None)
-    if log is not None:
-        log.append((tensor, generator, key))
-    return key
-
-
-_here = threading.local()
-
-
-@contextmanager
-def noting() -> Iterator[list[tuple[Tensor, torch.Generator | None, int]]]:
-    """Inside it, this thread's draws are noted: (tensor, generator, key) each. swap() compares them across ranks."""
-    before = getattr(_here, "log", None)
-    log: list[tuple[Tensor, torch.Generator | None, int]] = []
-    _here.log = log
-    try:
-        yield log
-    finally:
-        _here.log = before
-
-
-def _holds_values(tensor: Tensor) -> bool:
-    """False on meta and for fakes; raises for a wrapper, whose memory is not the tensor's, and in a traced graph."""
-    if tensor.is_meta:
-        return False
-    if torch._C._get_tracing_state() is not None or (torch._C._len_torch_dispatch_stack() and _is_traced()):
-        raise NotImplementedError(
-            "initlab.init cannot be recorded by torch.export or make_fx, nor by torch.jit.trace: the graph would lack "
-            "the draw. Fill the tensor outside what is traced"
-        )
-    kind = type(tensor)
-    if kind not in _PLAIN:
-        if isinstance(tensor, FakeTensor):
-            return False
-        if is_dtensor(tensor):
-            return _holds_values(local(tensor))
-        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise NotImplementedError(
-                f"initlab.init does not fill a {kind.__name__}, a wrapper around other tensors. Fill the plain tensor "
-                "before it is wrapped, or use torch.nn.init for it, outside swap()"
-            )
-    if is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
-        raise NotImplementedError(
-            "initlab.init does not fill a tensor that a torch.func transform (vmap, grad, functionalize, ...) has "
-            "wrapped. Fill it before the transform"
-        )
-    if torch._C._len_torch_dispatch_stack() and _fake_mode_is_active():
-        tensor.detach()  # for torch's own error, where the mode does not let real tensors in
-        raise NotImplementedError(
-            "initlab.init does not fill a real tensor under FakeTensorMode, where no value can be drawn. Fill it "
-            "outside the mode"
-        )
-    return True
-
-
-def _fake_mode_is_active() -> bool:
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-
-
-def _is_traced() -> bool:
-    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return tracer is not None and tracer.get_proxy_mode() is not None
-
-
-def _check_rank_seeds(device: torch.device) -> None:
-    """Refuse to give ranks equal values where their CUDA seeds ask for different ones, as in Megatron's code."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return
-    if not torch.cuda.is_initialized():
-        return
-    seed, cuda_seed = torch.initial_seed(), torch.cuda.default_generators[device.index].initial_seed()
-    if seed != cuda_seed:
-        raise RuntimeError(
-            f"the CUDA seed of {device} is {cuda_seed}, the CPU seed {seed}, and there are "
-            f"{distributed.get_world_size()} ranks. Without generator= the CPU generator gives the key, so ranks "
-            "that differ by their CUDA seeds alone, as tensor-parallel ranks do, would get identical values. Pass "
-            f"generator=torch.cuda.default_generators[{device.index}] for the rank's own values, or "
-            "generator=torch.default_generator for the values that every rank shares"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Deprecated aliases
+    return eagerly(fill_sparse, tensor, sparsity, std, generator)
 
 
 def _deprecated(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
-from initlab import init
+from initlab import _init_draws, init
 
 THEIRS = torch.nn.init
 DIFFERENCES = Path(__file__).resolve().parent.parent / "docs" / "init.md"
@@ -726,7 +726,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world_size)
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator().manual_seed(cuda_seed),))
-        monkeypatch.setattr(init, "fill_", lambda draws: None)
+        monkeypatch.setattr(_init_draws, "fill_", lambda draws: None)
 
     return pretend
 
@@ -1013,7 +1013,7 @@ def test_sparse_places_and_values_share_no_words(
     dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(init, "fill_", drawn.extend)
+    monkeypatch.setattr(_init_draws, "fill_", drawn.extend)
     init.sparse_(torch.empty(shape, dtype=dtype), 0.5)
     values, places = drawn
     assert values.key == places.key

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..models.layers import fans
+from ..models.activations import ACTIVATIONS
+from ..models.fans import fans
 from ..models.naming import TensorRef
 from .batch import Leaf
 from .limits import LIMITS
@@ -125,7 +126,7 @@ class Evidence:
 
     def weights_of(self, path: str) -> list[ParameterStats]:
         """The weight matrices of a module."""
-        return [h for h in self.parameters if h.ref.path == path and h.ref.tensor.dim() > 1]
+        return [h for h in self.parameters if h.ref.module_name == path and h.ref.tensor.dim() > 1]
 
     @property
     def first_loss(self) -> float | None:
@@ -147,21 +148,18 @@ class Evidence:
         return loss / baseline if math.isfinite(loss) else math.inf
 
 
-# Gain by the function that follows: torch.nn.init.calculate_gain, He et al. 2015, Klambauer et al. 2017.
-_GAINS = {
-    **dict.fromkeys(("relu", "relu6", "leaky_relu", "gelu", "silu", "elu", "mish", "softplus"), math.sqrt(2)),
-    "hardswish": math.sqrt(2),
-    **dict.fromkeys(("selu", "sigmoid", ""), 1.0),
-    "tanh": 5.0 / 3.0,
-}  # fmt: skip
+def expected_std(ref: TensorRef, activation: str) -> float | None:
+    """The standard deviation that keeps the size of the signal through a weight and the activation after it.
 
-
-def distribution_of(ref: TensorRef, activation: str) -> float | None:
-    """The standard deviation that keeps the signal through a weight and the activation after it."""
-    counted = fans(ref.module, ref.leaf, ref.tensor, ref.path)
+    Args:
+        ref: the weight.
+        activation: the function's name in torch.nn.functional; "" where none was seen, which asks for a gain of 1.
+    """
+    counted = fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
     if counted is None or counted.fan_in <= 0:
         return None
-    return _GAINS.get(activation, 1.0) / math.sqrt(counted.fan_in)
+    start = ACTIVATIONS.get(activation)
+    return (start.gain if start is not None else 1.0) / math.sqrt(counted.fan_in)
 
 
 def rows_alike(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..models.activations import ACTIVATIONS
 from ..models.initialization import plan_model
 from .batch import Leaf
 from .evidence import Evidence, ParameterStats, half
@@ -100,9 +101,7 @@ def restart(evidence: Evidence) -> list[str]:
 
 
 def _distribution(call: Call) -> str:
-    if call.activation in ("tanh", "sigmoid", ""):
-        return "xavier"
-    return "lecun" if call.activation == "selu" else "he"
+    return ACTIVATIONS[call.activation].recipe if call.activation else "xavier"
 
 
 def _mapping(distributions: dict[str, str]) -> str:

@@ -24,7 +24,7 @@ from .evidence import (
     ParameterStats,
     Replay,
     Step,
-    distribution_of,
+    expected_std,
     half,
     nearly_alike,
     rows_alike,
@@ -189,7 +189,7 @@ def _read_gradients(evidence: Evidence) -> None:
         norms = _norms([h.ref.tensor.grad for h in evidence.parameters if h.ref.tensor.grad is not None])
         for parameter in evidence.parameters:
             tensor, grad = parameter.ref.tensor, parameter.ref.tensor.grad
-            parameter.distribution = distribution_of(parameter.ref, activations.get(parameter.ref.path, ""))
+            parameter.distribution = expected_std(parameter.ref, activations.get(parameter.ref.module_name, ""))
             if grad is not None and grad.layout == torch.strided:
                 parameter.grad_norm, parameter.grad = next(norms), measure(grad)
             if rows_alike(tensor):

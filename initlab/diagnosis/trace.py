@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._tree import tensors_in
-from ..models.layers import fans
+from ..models.fans import fans
 from ..models.naming import walk
 from . import names
 from .limits import LIMITS

@@ -249,7 +249,7 @@ def _rows(evidence: Evidence) -> Iterator[LayerRow]:
         gain = None
         if call.is_layer and call.input is not None and call.input.signal:
             gain = call.output.signal / call.input.signal
-        norms = [h.grad_norm for h in evidence.parameters if h.ref.path == call.path and h.grad_norm is not None]
+        norms = [h.grad_norm for h in evidence.parameters if h.ref.module_name == call.path and h.grad_norm is not None]
         gradient = math.hypot(*norms) if norms else None
         dtype = str(call.output.dtype).removeprefix("torch.")
         out = call.output

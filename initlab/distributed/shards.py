@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -85,7 +85,14 @@ def draws(
             return
         yield Draw(tensor.narrow(*part), distribution, key, Region.whole(tensor.shape).narrow(*part))
         return
-    for shard, region in local_shards(tensor):
+    yield from draws_of_shards(local_shards(tensor), distribution, key, part)
+
+
+def draws_of_shards(
+    shards: Iterable[LocalShard], distribution: Distribution, key: int, part: tuple[int, int, int] | None = None
+) -> Iterator[Draw]:
+    """What `draws` gives for a DTensor whose local shards are known."""
+    for shard, region in shards:
         if part is None:
             yield Draw(shard, distribution, key, region)
             continue

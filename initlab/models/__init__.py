@@ -1,8 +1,9 @@
 """Whole models: filling them by name, recipes, redirecting a library's own init calls, reports and digests."""
 
 from . import recipes
+from .digest import ModelDigest, model_digest
 from .initialization import init_model_, not_loaded, plan_model
-from .report import InitReport, ModelDigest, Row, model_digest
+from .report import InitReport, Row
 from .swapping import swap
 
 __all__ = [

@@ -3,15 +3,17 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..distributed.dtensors import local
+from initlab.kernels import PLAIN
+
+from ..distributed.dtensors import is_dtensor
 
 Names: TypeAlias = Callable[[str], str] | str
+Kind: TypeAlias = Literal["plain", "dtensor", "lazy", "other"]
 
 # Modules that only wrap another one: (module that defines the class, its name, the attribute that holds the wrapped).
 # Looked up among the modules already imported, since a model cannot hold an instance of a class nobody has imported.
@@ -37,25 +39,47 @@ class TensorRef:
         names: all of them, in the order in which the model registers them; more than one for a tied weight.
         tensor: the parameter or buffer.
         module: its first owner.
-        leaf: the attribute of `module` that holds it, "weight" for instance.
-        path: the canonical name of `module`; empty for the model itself.
+        attribute: the attribute of `module` that it is, "weight" for instance.
+        module_name: the canonical name of `module`; empty for the model itself.
         places: (owner, attribute) for each of `names`.
         is_parameter: False for a buffer.
+        kind: what kind of tensor it is, see `kind_of`.
     """
 
     name: str
     names: tuple[str, ...]
     tensor: Tensor
     module: nn.Module
-    leaf: str
-    path: str
+    attribute: str
+    module_name: str
     places: tuple[tuple[nn.Module, str], ...]
     is_parameter: bool
+    kind: Kind
 
     @property
     def owner(self) -> str:
         """The class of the first owner, for messages."""
         return class_name(self.module)
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    """What kind of tensor it is, for those who treat kinds differently: asked once, when a TensorRef is made.
+
+    Returns:
+        "plain" for torch's own Tensor and Parameter, "dtensor", "lazy" for a parameter without a shape, or "other" for
+        any other subclass.
+
+    Example:
+        >>> import torch
+        >>> from initlab.models.naming import kind_of
+        >>> kind_of(torch.nn.Parameter(torch.ones(2))), kind_of(torch.nn.UninitializedParameter())
+        ('plain', 'lazy')
+    """
+    if type(tensor) in PLAIN:
+        return "plain"
+    if is_lazy(tensor):
+        return "lazy"
+    return "dtensor" if is_dtensor(tensor) else "other"
 
 
 def class_name(module: nn.Module) -> str:
@@ -89,11 +113,13 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     wrappers = _wrappers()
     stack = [("", model)]
     while stack:
-        path, module = stack.pop()
+        name, module = stack.pop()
         module = _innermost(module, wrappers)
-        yield path, module
-        dot = f"{path}." if path else ""
-        stack += [(dot + name, child) for name, child in reversed(module._modules.items()) if child is not None]
+        yield name, module
+        prefix = f"{name}." if name else ""
+        stack += [
+            (prefix + child_name, child) for child_name, child in reversed(module._modules.items()) if child is not None
+        ]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -150,32 +176,31 @@ def tensor_refs(model: nn.Module, names: Names | None = None) -> tuple[list[Tens
     """
     rename = _renaming(names)
     seen: dict[int, list[tuple[str, str, nn.Module, str, Tensor, bool]]] = {}
-    owners: dict[str, int] = {}
-    for path, module in walk(model):
-        dot = f"{path}." if path else ""
-        held = ((module._parameters, True), (module._buffers, False))
-        for tensors, is_parameter in held:
-            for leaf, tensor in tensors.items():
+    ids: dict[str, int] = {}  # by canonical name
+    for module_name, module in walk(model):
+        prefix = f"{module_name}." if module_name else ""
+        for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for attribute, tensor in tensors.items():
                 if tensor is None:
                     continue
-                name = rename(dot + leaf)
-                if owners.setdefault(name, id(tensor)) != id(tensor):
-                    _, other_path, _, other_leaf, *_ = seen[owners[name]][0]
+                name = rename(prefix + attribute)
+                if ids.setdefault(name, id(tensor)) != id(tensor):
+                    _, other_module, _, other_attribute, *_ = seen[ids[name]][0]
                     raise ValueError(
                         f"two different tensors have one canonical name, {name!r}: "
-                        f"{f'{other_path}.{other_leaf}'.lstrip('.')} and {dot}{leaf}; a name fixes a key, so rename "
-                        "one of the modules, or map the two apart with names="
+                        f"{f'{other_module}.{other_attribute}'.lstrip('.')} and {prefix}{attribute}; a name fixes a "
+                        "key, so rename one of the modules, or map the two apart with names="
                     )
-                seen.setdefault(id(tensor), []).append((name, path, module, leaf, tensor, is_parameter))
+                seen.setdefault(id(tensor), []).append((name, module_name, module, attribute, tensor, is_parameter))
     found: tuple[list[TensorRef], list[TensorRef]] = ([], [])
-    for places in seen.values():
-        every = tuple(dict.fromkeys(name for name, *_ in places))
-        _, path, module, leaf, tensor, is_parameter = places[0]
+    for entries in seen.values():
+        _, module_name, module, attribute, tensor, is_parameter = entries[0]
+        every = tuple(dict.fromkeys(name for name, *_ in entries))
+        places = tuple((owner, of_owner) for _, _, owner, of_owner, *_ in entries)
         # Compared as strings: Python orders them by code point, which is the order of their UTF-8 bytes.
-        where = tuple((owner, attribute) for _, _, owner, attribute, *_ in places)
-        found[0 if is_parameter else 1].append(
-            TensorRef(min(every), every, tensor, module, leaf, path, where, is_parameter)
-        )
+        name = min(every)
+        ref = TensorRef(name, every, tensor, module, attribute, module_name, places, is_parameter, kind_of(tensor))
+        found[0 if is_parameter else 1].append(ref)
     return found
 
 
@@ -195,58 +220,3 @@ def _renaming(names: Names | None) -> Callable[[str], str]:
         return new
 
     return rename
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a name pattern selects a name: a glob, or the name of a module, which selects everything within it.
-
-    Example:
-        >>> from initlab.models.naming import matches
-        >>> [matches("h.0.attn.weight", p) for p in ("h.*.weight", "h.0", "h.1", "weight")]
-        [True, True, False, False]
-    """
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-
-def shared_memory(parameters: list[TensorRef]) -> list[tuple[str, str]]:
-    """Pairs of different parameters that share elements: a fill would write them twice, from two keys.
-
-    Views of one storage that do not meet, such as the weights of an RNN on a GPU, are fine.
-    """
-    storages: dict[int, list[TensorRef]] = {}
-    for ref in parameters:
-        if ref.tensor.layout == torch.strided and ref.tensor.numel() > 0:
-            try:
-                storages.setdefault(local(ref.tensor).untyped_storage()._cdata, []).append(ref)
-            except NotImplementedError:  # a wrapper subclass: it has no storage of its own
-                continue
-    found = []
-    for group in storages.values():
-        if len(group) == 1:
-            continue
-        parts = sorted(((ref, local(ref.tensor)) for ref in group), key=lambda pair: pair[1].storage_offset())
-        reach, last = -1, None
-        for ref, tensor in parts:
-            start, end = tensor.storage_offset() * tensor.element_size(), _end(tensor)
-            if last is not None and start < reach and _meet(last[1], tensor):
-                found.append((last[0].name, ref.name))
-            if end > reach:
-                reach, last = end, (ref, tensor)
-    return found
-
-
-def _end(tensor: Tensor) -> int:
-    """The byte after the last one of a tensor, from the beginning of its storage."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int((tensor.storage_offset() + last + 1) * tensor.element_size())
-
-
-def _meet(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage, whose spans overlap, share an element."""
-    if a.dtype != b.dtype or (a.is_contiguous() and b.is_contiguous()):
-        return True
-    size = max(_end(a), _end(b)) // a.element_size()
-    count = torch.zeros(size, dtype=torch.int8, device="cpu")
-    for tensor in (a, b):
-        count.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).add_(1)
-    return bool((count > 1).any())

@@ -1,14 +1,16 @@
 """Which distribution each parameter of a model gets: the recipes of init_model_.
 
 A recipe is a name ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto"), what a function of the
-same name here returns for other settings, a function from TensorRef to distribution, or a mapping from name patterns to any of
-these or to distributions.
+same name here returns for other settings, a function from TensorRef to distribution, or a mapping from name patterns
+to any of these or to distributions.
 """
 
+import functools
+import inspect
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
@@ -16,72 +18,29 @@ from torch.nn.init import calculate_gain
 
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
-from ..nn import LinearReLU
-from .layers import ONES, ZEROS, Fans, FillSpec, InitTrace, fans, is_embedding, padding, spec
-from .naming import TensorRef, matches, walk
-from .recording import read_init_weights, read_resets
+from .activations import activations_after, start_before
+from .fans import Fans, fans
+from .naming import TensorRef, walk
+from .patterns import compile_pattern
+from .recipe_parts import (
+    DistributionName,
+    DistributionOf,
+    NamedRecipe,
+    RecipeLike,
+    View,
+    by_default,
+    by_fan,
+    centred,
+    every_weight,
+    guess_by_name,
+    short_repr,
+    with_std,
+    zero_bias,
+)
+from .recording import read_init_weights
+from .specs import FillSpec, whole_fill
 
-DistributionName: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
 FanMode: TypeAlias = Literal["fan_in", "fan_out"]
-
-
-class View:
-    """A model, as a recipe sees it.
-
-    Args:
-        model: the model.
-        refs: its parameters, also those that will not be filled.
-        stage: whether the names are those of a larger model, of which this is a part.
-    """
-
-    def __init__(self, model: nn.Module, refs: Sequence[TensorRef], stage: bool) -> None:
-        self.model = model
-        self.refs = refs
-        self.stage = stage
-
-    @cached_property
-    def resets(self) -> InitTrace:
-        """What calling reset_parameters of every module, children first, would write."""
-        trace = InitTrace()
-        read_resets(self.model, trace)
-        return trace
-
-    @cached_property
-    def init_weights(self) -> InitTrace:
-        """What `_init_weights(module)`, where the model has one, would write."""
-        trace = InitTrace()
-        read_init_weights(self.model, trace)
-        return trace
-
-    def is_unreadable(self, ref: TensorRef) -> bool:
-        """Whether the model's own code writes a parameter in a way that is no distribution."""
-        return id(ref.tensor) in self.resets.unreadable or id(ref.tensor) in self.init_weights.unreadable
-
-    def unreadable(self, ref: TensorRef) -> str:
-        """Why the model's own code gives no distribution for a parameter."""
-        reasons = [trace.unreadable.get(id(ref.tensor)) for trace in (self.resets, self.init_weights)]
-        return next(filter(None, reasons), "no code of the model that initlab can read writes it")
-
-
-Recipe: TypeAlias = Callable[[View], Callable[[TensorRef], FillSpec | None]]
-DistributionOf: TypeAlias = Callable[[TensorRef], Distribution | None]
-RecipeLike: TypeAlias = "str | NamedRecipe | Distribution | DistributionOf | Mapping[str, Any]"
-
-
-@dataclass(frozen=True)
-class NamedRecipe:
-    """A recipe with the name that reports give it; called with a View it gives the function from refs to specs."""
-
-    name: str
-    prepare: Recipe
-
-    def __call__(self, view: View) -> Callable[[TensorRef], FillSpec | None]:
-        """The function that gives each parameter of the view its spec."""
-        return self.prepare(view)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Recipes
 
 
 def torch() -> NamedRecipe:
@@ -98,7 +57,7 @@ def torch() -> NamedRecipe:
         >>> print(row.name, row.fan, round(row.distribution.high, 6))
         weight 4 0.5
     """
-    return NamedRecipe("torch", lambda view: lambda ref: _by_default(view, ref))
+    return NamedRecipe("torch", lambda view: lambda ref: by_default(view, ref))
 
 
 def own() -> NamedRecipe:
@@ -120,7 +79,9 @@ def own() -> NamedRecipe:
     def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
         trace = view.resets.copy()  # the view's own trace is asked for buffers, and must not be read twice
         read_init_weights(view.model, trace)
-        return lambda ref: trace.complete(ref.tensor) or _guess(ref) if id(ref.tensor) not in trace.unreadable else None
+        return lambda ref: (
+            trace.complete(ref.tensor) or guess_by_name(ref) if id(ref.tensor) not in trace.unreadable else None
+        )
 
     return NamedRecipe("own", prepare)
 
@@ -140,7 +101,7 @@ def he(
         ValueError: if mode, nonlinearity or distribution is not known.
 
     Source:
-        K. He, X. Zhang, S. Ren and J. Sun, "Delving deep into rectifiers", 2015. Fans: initlab.layers.fans.
+        K. He, X. Zhang, S. Ren and J. Sun, "Delving deep into rectifiers", 2015. Fans: docs/models.md.
 
     Example:
         >>> import torch, initlab
@@ -152,8 +113,8 @@ def he(
     if mode not in ("fan_in", "fan_out"):
         raise ValueError(f"mode is {mode!r}; it must be 'fan_in' or 'fan_out'")
     gain = calculate_gain(nonlinearity, a)  # type: ignore[arg-type]
-    _with_std(1.0, distribution)
-    return _by_fan("he", lambda f: (getattr(f, mode), gain), distribution)
+    with_std(1.0, distribution)
+    return by_fan("he", lambda f: (getattr(f, mode), gain), distribution)
 
 
 def xavier(gain: float = 1.0, distribution: DistributionName = "uniform") -> NamedRecipe:
@@ -175,10 +136,11 @@ def xavier(gain: float = 1.0, distribution: DistributionName = "uniform") -> Nam
         >>> report.rows[0].distribution  # sqrt(6 / (4 + 2))
         Uniform(low=-1.0, high=1.0)
     """
+    gain = _number(gain, "gain")
     if not 0.0 <= gain < math.inf:
         raise ValueError(f"gain is {gain}; it must be finite and not negative")
-    _with_std(1.0, distribution)
-    return _by_fan("xavier", lambda f: ((f.fan_in + f.fan_out) / 2, gain), distribution)
+    with_std(1.0, distribution)
+    return by_fan("xavier", lambda f: ((f.fan_in + f.fan_out) / 2, gain), distribution)
 
 
 def lecun(distribution: DistributionName = "normal") -> NamedRecipe:
@@ -199,8 +161,8 @@ def lecun(distribution: DistributionName = "normal") -> NamedRecipe:
         >>> initlab.init_model_(torch.nn.Linear(4, 2), seed=0, recipe="lecun").rows[0].distribution
         Normal(mean=0.0, std=0.5)
     """
-    _with_std(1.0, distribution)
-    return _by_fan("lecun", lambda f: (f.fan_in, 1.0), distribution)
+    with_std(1.0, distribution)
+    return by_fan("lecun", lambda f: (f.fan_in, 1.0), distribution)
 
 
 _RESIDUAL = (
@@ -230,7 +192,8 @@ def gpt2(std: float = 0.02, layers: int | None = None, residual: Sequence[str] =
 
     Raises:
         RuntimeError: if std is negative.
-        ValueError: in use, if a stage (`names=`) leaves L to be counted: a part would count its own blocks only.
+        ValueError: if layers is no number of blocks; in use, if a stage (`names=`) leaves L to be counted: a part would
+            count its own blocks only.
 
     Source:
         A. Radford et al., "Language models are unsupervised multitask learners", 2019, 2.3, and its published code.
@@ -243,30 +206,21 @@ def gpt2(std: float = 0.02, layers: int | None = None, residual: Sequence[str] =
         >>> sorted({row.std for row in report.rows if row.name.endswith(("linear1.weight", "linear2.weight"))})
         [0.01, 0.02]
     """
-    plain = Normal(0.0, std)
+    plain = Normal(0.0, _number(std, "std"))
+    known = None if layers is None else _layer_count(layers)
+    patterns = (residual,) if isinstance(residual, str) else tuple(residual)
 
     def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
-        blocks, source = layers, "given"
-        if blocks is None:
-            config = getattr(view.model, "config", None)
-            known = (getattr(config, name, None) for name in ("num_hidden_layers", "n_layer"))
-            blocks, source = next((n for n in known if isinstance(n, int)), None), "of model.config"
-        if blocks is None:
-            found = _blocks(view, [ref for ref in view.refs if _within(ref, residual)])
-            if found and view.stage:
-                raise ValueError(
-                    f"recipe 'gpt2' scales residual layers by 1/sqrt(2 L), and a stage shows {found} blocks, not the "
-                    "whole model's L; pass recipe=initlab.recipes.gpt2(layers=L)"
-                )
-            blocks, source = found, "counted"
+        inside = _residual_layers(view, patterns)
+        blocks, source = (known, "given") if known is not None else _count_blocks(view, inside)
+        scaled = Normal(0.0, plain.std / math.sqrt(2 * blocks)) if blocks else plain
 
         def distribution(ref: TensorRef) -> FillSpec:
-            if blocks and _within(ref, residual):
-                scaled = Normal(0.0, std / math.sqrt(2 * blocks))
-                return spec(scaled, f"residual layer, 1/sqrt(2 * {blocks}), L {source}")
-            return spec(plain, ref.owner)
+            if blocks and id(ref) in inside:
+                return whole_fill(scaled, f"residual layer, 1/sqrt(2 * {blocks}), L {source}")
+            return whole_fill(plain, ref.owner)
 
-        return _every_weight(view, distribution)
+        return every_weight(view, distribution)
 
     return NamedRecipe("gpt2", prepare)
 
@@ -294,8 +248,8 @@ def trunc_normal(std: float = 0.02, a: float = -2.0, b: float = 2.0) -> NamedRec
         >>> model.weight.abs().max().item() <= 0.04
         True
     """
-    distribution = TruncatedNormal(0.0, std, a, b)
-    return NamedRecipe("trunc_normal", lambda view: _every_weight(view, lambda ref: spec(distribution, ref.owner)))
+    distribution = TruncatedNormal(0.0, _number(std, "std"), _number(a, "a"), _number(b, "b"))
+    return NamedRecipe("trunc_normal", lambda view: every_weight(view, lambda ref: whole_fill(distribution, ref.owner)))
 
 
 def auto() -> NamedRecipe:
@@ -304,8 +258,8 @@ def auto() -> NamedRecipe:
 
     What follows is read off the order of modules, skipping normalisation, dropout, pooling and reshaping. In an
     nn.Sequential that order is the order of use; anywhere else it is a guess, and the report marks it. Where no
-    activation module is seen before the next weight, the weight keeps the distribution of "torch", and the report says so.
-    Biases of the weights that do get a distribution by their activation are 0, all else is as "torch".
+    activation module is seen before the next weight, the weight keeps the distribution of "torch", and the report says
+    so. Biases of the weights that do get a distribution by their activation are 0, all else is as "torch".
 
     Example:
         >>> import torch, initlab
@@ -321,23 +275,32 @@ def auto() -> NamedRecipe:
     """
 
     def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
-        following = _following(view.model)
+        after = activations_after(view.model)
 
         def choose(ref: TensorRef) -> FillSpec | None:
-            activation, certain = following.get(id(ref.module), (None, True))
-            counted = fans(ref.module, ref.leaf, ref.tensor, ref.path)
-            if activation is not None and counted is not None:
-                return replace(_distribution_before(activation, counted), guess=not certain)
-            if activation is not None and (zeros := _bias_of_a_weight(ref)) is not None:
-                return zeros
-            default = _by_default(view, ref)
-            if default is None or counted is None:
-                return default
-            return replace(default, why=f"no activation seen: {ref.owner}'s own distribution")
+            activation, certain = after.get(id(ref.module), (None, True))
+            counted = fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
+            if activation is None:
+                default = by_default(view, ref)
+                if default is None or counted is None:
+                    return default
+                return replace(default, why=f"no activation seen: {ref.owner}'s own distribution")
+            if counted is not None:
+                return replace(_start(activation, counted), guess=not certain)
+            return zero_bias(ref) or by_default(view, ref)
 
         return choose
 
     return NamedRecipe("auto", prepare)
+
+
+def _start(activation: nn.Module, counted: Fans) -> FillSpec:
+    start, name = start_before(activation), type(activation).__name__
+    assert start is not None
+    if start.recipe == "xavier":
+        return centred("uniform", start.gain, (counted.fan_in + counted.fan_out) / 2, f"Xavier, before {name}")
+    said = "He" if start.recipe == "he" else "LeCun"
+    return centred("normal", start.gain, counted.fan_in, f"{said}, before {name}")
 
 
 _RECIPES: dict[str, Callable[[], NamedRecipe]] = {
@@ -352,18 +315,77 @@ _RECIPES: dict[str, Callable[[], NamedRecipe]] = {
 }
 
 
+def _layer_count(layers: Any) -> int:
+    try:
+        count = operator.index(layers)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"layers is {layers!r}; it must be the number of blocks of the whole model, or None")
+    return count
+
+
+def _residual_layers(view: View, patterns: Sequence[str]) -> dict[int, TensorRef]:
+    """By id: the parameters whose module, or which themselves (experts in one tensor), a pattern selects."""
+    # With a dot before them "*.c_proj" fits a layer of the model itself too, and without one an exact name fits.
+    names = {
+        id(ref): (f".{ref.module_name}.{ref.attribute}", f"{ref.module_name}.{ref.attribute}") for ref in view.refs
+    }
+    fits = [compile_pattern(pattern, [name for both in names.values() for name in both]) for pattern in patterns]
+    return {id(ref): ref for ref in view.refs if any(fit(name) for fit in fits for name in names[id(ref)])}
+
+
+def _count_blocks(view: View, residual: Mapping[int, TensorRef]) -> tuple[int, str]:
+    """L, the number of blocks of the whole model, and where it was found."""
+    config = getattr(view.model, "config", None)
+    for name in ("num_hidden_layers", "n_layer"):
+        if isinstance(count := getattr(config, name, None), int):
+            return count, "of model.config"
+    found = len(_blocks_around(view.model, residual.values()))
+    if found and view.stage:
+        raise ValueError(
+            f"recipe 'gpt2' scales residual layers by 1/sqrt(2 L), and a stage shows {found} blocks, not the "
+            "whole model's L; pass recipe=initlab.recipes.gpt2(layers=L)"
+        )
+    return found, "counted"
+
+
+def _blocks_around(model: nn.Module, refs: Iterable[TensorRef]) -> set[str]:
+    """The blocks that layers lie in: members of the outermost nn.ModuleList above each, or else of whatever numbers
+    its members last on the way to it."""
+    lists = {name for name, module in walk(model) if isinstance(module, nn.ModuleList)}
+    found = set()
+    for ref in refs:
+        parts = ref.module_name.split(".")
+        numbered = [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
+        in_lists = [name for name in numbered if name.rpartition(".")[0] in lists]
+        found |= set(in_lists[:1] or numbered[-1:])
+    return found
+
+
+def _number(value: Any, name: str) -> float:
+    """A setting as a float, or an error that names it."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+
+
 def resolve(recipe: RecipeLike) -> NamedRecipe:
     """The recipe that a caller means.
 
     Args:
-        recipe: a name; a recipe made by a function of this module; a distribution for every parameter; a function that is given
-            a TensorRef and returns a distribution, or None where it has none; or a mapping from name patterns to any of these. Of
-            the patterns that match one of a parameter's names the first that has a distribution for it counts, and then
-            "torch".
+        recipe: a name; a recipe made by a function of this module; a distribution for every parameter; a function that
+            takes a TensorRef and returns a distribution, or None where it has none; or a mapping from name patterns to
+            any of these. Of the patterns that match one of a parameter's names the first that has a distribution for
+            it counts, and then "torch".
 
     Raises:
         ValueError: for a name that is not known.
-        TypeError: for anything else.
+        TypeError: for anything else. Of a function that fills tensors, such as those of torch.nn.init, the error says
+            which recipe does the same.
 
     Example:
         >>> from initlab import recipes
@@ -371,235 +393,119 @@ def resolve(recipe: RecipeLike) -> NamedRecipe:
         >>> recipes.resolve({"*.bias": Constant(0.1), "*": "he"}).name
         'he with rules for *.bias'
     """
+    return _resolve(recipe, "recipe")
+
+
+def _resolve(recipe: Any, where: str) -> NamedRecipe:
+    """`where` is how errors call it: an entry of a mapping by its pattern."""
     if isinstance(recipe, NamedRecipe):
         return recipe
     if isinstance(recipe, str):
-        if recipe not in _RECIPES:
-            raise ValueError(f"recipe is {recipe!r}; it must be one of {', '.join(_RECIPES)}, a function or a mapping")
-        return _RECIPES[recipe]()
-    if isinstance(recipe, Uniform | Normal | TruncatedNormal | Constant):
-        return NamedRecipe(str(recipe), lambda view: lambda ref: spec(recipe, "given"))
+        if recipe in _RECIPES:
+            return _RECIPES[recipe]()
+        instead = _TORCH_INIT.get(recipe, "")
+        raise ValueError(
+            f"{where} is {recipe!r}; it must be one of {', '.join(_RECIPES)}, a function or a mapping"
+            + (f". {instead}" if instead else "")
+        )
+    if isinstance(recipe, _DISTRIBUTIONS):
+        return NamedRecipe(str(recipe), lambda view: lambda ref: whole_fill(recipe, "given"))
     if isinstance(recipe, Mapping):
-        return _by_pattern(recipe)
-    if callable(recipe):
-        return _by_function(recipe)
-    raise TypeError(
-        f"recipe is a {type(recipe).__name__}; it must be a name, a distribution, a function from a TensorRef to a distribution, or "
-        "a mapping from name patterns to any of these"
-    )
+        return _by_pattern(recipe, where)
+    if callable(recipe) and not isinstance(recipe, nn.Module):
+        return _by_function(recipe, where)
+    raise TypeError(f"{where} is {short_repr(recipe)}; {_MUST_BE}")
 
 
-def _by_function(function: DistributionOf) -> NamedRecipe:
+_DISTRIBUTIONS = (Uniform, Normal, TruncatedNormal, Constant)
+_MUST_BE = (
+    'it must be a name such as "torch" or "he", a distribution such as Normal(0.0, 0.02), a function from a TensorRef '
+    "to a distribution, or a mapping from name patterns to any of these"
+)
+_NO_DISTRIBUTION = "No distribution does the same: leave these parameters out with only=, and call it on them yourself"
+_TORCH_INIT = {
+    "uniform_": "The distribution Uniform(low, high) does the same",
+    "normal_": "The distribution Normal(mean, std) does the same",
+    "trunc_normal_": 'recipe="trunc_normal" does the same for weights, TruncatedNormal(mean, std, low, high) for all',
+    "constant_": "The distribution Constant(value) does the same",
+    "ones_": "The distribution Constant(1.0) does the same",
+    "zeros_": "The distribution Constant(0.0) does the same",
+    "xavier_uniform_": 'recipe="xavier" does the same for weights',
+    "xavier_normal_": 'recipe=initlab.recipes.xavier(distribution="normal") does the same for weights',
+    "kaiming_uniform_": 'recipe=initlab.recipes.he(distribution="uniform") does the same for weights',
+    "kaiming_normal_": 'recipe="he" does the same for weights',
+    **dict.fromkeys(("orthogonal_", "sparse_", "eye_", "dirac_"), _NO_DISTRIBUTION),
+}
+
+
+def _refuse_function(function: Any, where: str) -> None:
+    """Raise for functions that are no recipes, and are often taken for one."""
+    called = function.func if isinstance(function, functools.partial) else function
+    home, name = getattr(called, "__module__", None), getattr(called, "__name__", "")
+    if home in ("torch.nn.init", "initlab.init"):
+        raise TypeError(
+            f"{where} is {home}.{name}, which fills a tensor; a recipe says which distribution a parameter gets. "
+            f"{_TORCH_INIT.get(name, _NO_DISTRIBUTION)}. Any rule of your own is a function from a TensorRef to a "
+            "distribution: recipe=lambda ref: Normal(0.0, 0.02) if ref.tensor.dim() > 1 else None"
+        )
+    if _RECIPES.get(name) is called:
+        raise TypeError(f"{where} is the function recipes.{name}; call it, recipe=initlab.recipes.{name}()")
+    if called in _DISTRIBUTIONS:
+        raise TypeError(f"{where} is the class {name}; it must be one distribution, {name}() with its parameters")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin that shows none
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise TypeError(
+            f"{where} is the function {name or type(function).__name__}{signature}; it must take one argument, a "
+            "TensorRef, and return a distribution or None: lambda ref: Normal(0.0, 0.02)"
+        ) from None
+
+
+def _by_function(function: DistributionOf, where: str) -> NamedRecipe:
+    _refuse_function(function, where)
     name = getattr(function, "__name__", type(function).__name__)
 
-    def distribution(ref: TensorRef) -> FillSpec | None:
-        given = function(ref)
-        if given is not None and not isinstance(given, Uniform | Normal | TruncatedNormal | Constant):
-            raise TypeError(f"recipe {name} returned {given!r} for {ref.name}; it must return a distribution or None")
-        return None if given is None else spec(given, name)
+    def choose(ref: TensorRef) -> FillSpec | None:
+        found: Distribution | None = function(ref)
+        if found is not None and not isinstance(found, _DISTRIBUTIONS):
+            raise TypeError(
+                f"recipe {name} returned {short_repr(found)} for {ref.name}; it must return a distribution, such as "
+                "Normal(0.0, 0.02), or None"
+            )
+        return None if found is None else whole_fill(found, name)
 
-    return NamedRecipe(name, lambda view: distribution)
+    return NamedRecipe(name, lambda view: choose)
 
 
-def _by_pattern(patterns: Mapping[str, Any]) -> NamedRecipe:
-    chain = [(pattern, resolve(part)) for pattern, part in patterns.items()]
+def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{where} has the key {short_repr(pattern)}; keys are name patterns: globs or names of modules"
+            )
+    chain = [(pattern, _resolve(part, f"{where}[{pattern!r}]")) for pattern, part in patterns.items()]
     base = next((part.name for pattern, part in chain if pattern == "*"), "torch")
     special = [pattern for pattern, _ in chain if pattern != "*"]
 
     def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
-        idle = [p for p, _ in chain if not any(_selects(p, ref) for ref in view.refs)]
-        if idle:
-            raise ValueError(f"recipe: no parameter is called {idle[0]!r}; patterns are globs or names of modules")
-        prepared = [(pattern, part(view)) for pattern, part in chain] + [("*", torch()(view))]
+        names = [name for ref in view.refs for name in ref.names]
+        fits = {pattern: compile_pattern(pattern, names) for pattern, _ in chain}
+        for pattern, fit in fits.items():
+            if not any(map(fit, names)):
+                raise ValueError(f"{where}: no parameter is called {pattern!r}; patterns are globs or names of modules")
+        prepared = [(fits[pattern], part(view)) for pattern, part in chain]
+        default = torch()(view)
 
-        def distribution(ref: TensorRef) -> FillSpec | None:
-            found = (part(ref) for pattern, part in prepared if _selects(pattern, ref))
-            return next((r for r in found if r is not None), None)
-
-        return distribution
-
-    return NamedRecipe(f"{base} with rules for {', '.join(special)}" if special else base, prepare)
-
-
-def _selects(pattern: str, ref: TensorRef) -> bool:
-    return any(matches(name, pattern) for name in ref.names)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What several recipes share
-
-
-def keep_padding(ref: TensorRef, found: FillSpec) -> FillSpec:
-    """A spec that leaves the padding row of an embedding zero, whatever the others get."""
-    if is_embedding(ref.module) and ref.leaf == "weight" and ref.module.padding_idx is not None:
-        row = (padding(ref.module), ZEROS)
-        if row not in found.fills and ref.tensor.shape[0] > 0:
-            return replace(found, fills=(*found.fills, row))
-    return found
-
-
-def _by_default(view: View, ref: TensorRef) -> FillSpec | None:
-    """The distribution of "torch"."""
-    for read in (lambda: view.resets, lambda: view.init_weights):
-        if (found := read().complete(ref.tensor)) is not None:
-            return found
-    return None if view.is_unreadable(ref) else _guess(ref)
-
-
-def _guess(ref: TensorRef) -> FillSpec | None:
-    if ref.tensor.dim() == 1 and ref.leaf == "weight" and "norm" in ref.owner.lower():
-        return spec(ONES, f"{ref.owner} is called a norm", guess=True)
-    if ref.tensor.dim() == 1 and ref.leaf == "bias":
-        return spec(ZEROS, "called a bias", guess=True)
-    return None
-
-
-def _by_fan(name: str, measure: Callable[[Fans], tuple[float, float]], distribution: DistributionName) -> NamedRecipe:
-    def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
         def choose(ref: TensorRef) -> FillSpec | None:
-            counted = fans(ref.module, ref.leaf, ref.tensor, ref.path)
-            if counted is not None:
-                fan, gain = measure(counted)
-                return _centred(distribution, gain, fan, ref.owner)
-            return _bias_of_a_weight(ref) or _by_default(view, ref)
+            for fit, part in prepared:
+                if any(map(fit, ref.names)) and (found := part(ref)) is not None:
+                    return found
+            return default(ref)
 
         return choose
 
-    return NamedRecipe(name, prepare)
-
-
-def _every_weight(view: View, distribution: Callable[[TensorRef], FillSpec]) -> Callable[[TensorRef], FillSpec | None]:
-    """`distribution` for every weight and embedding, and, as a guess, for whatever else has two dimensions or more.
-
-    No guess is made against the model's own code where that sets a parameter to a constant, or computes it.
-    """
-
-    def choose(ref: TensorRef) -> FillSpec | None:
-        if ref.tensor.dim() < 2:
-            return _bias_of_a_weight(ref) or _by_default(view, ref)
-        if is_embedding(ref.module) or fans(ref.module, ref.leaf, ref.tensor) is not None:
-            return distribution(ref)
-        default = _by_default(view, ref)
-        computed = default is None and view.is_unreadable(ref)
-        return (
-            default
-            if computed or (default and isinstance(default.distribution, Constant))
-            else replace(distribution(ref), guess=True)
-        )
-
-    return choose
-
-
-def _bias_of_a_weight(ref: TensorRef) -> FillSpec | None:
-    """Zero for the one-dimensional parameters of a module that has a weight matrix."""
-    if ref.tensor.dim() != 1 or "bias" not in ref.leaf:
-        return None
-    own = ref.module._parameters.items()
-    if any(t is not None and fans(ref.module, leaf, t) is not None for leaf, t in own):
-        return spec(ZEROS, ref.owner)
-    return None
-
-
-# Standard deviation of a standard normal cut at 2 sigma: sqrt(1 - 4 pdf(2) / (2 cdf(2) - 1)).
-_CUT = 2.0
-_CUT_STD = 0.87962566103423978
-
-
-def _with_std(std: float, distribution: str) -> Distribution:
-    """The centred distribution of a kind that has this standard deviation."""
-    if distribution == "normal":
-        return Normal(0.0, std)
-    if distribution == "uniform":
-        return Uniform(-math.sqrt(3.0) * std, math.sqrt(3.0) * std) if std else ZEROS
-    if distribution == "truncated_normal":
-        parent = std / _CUT_STD
-        return TruncatedNormal(0.0, parent, -_CUT * parent, _CUT * parent) if std else ZEROS
-    raise ValueError(f"distribution is {distribution!r}; it must be 'normal', 'uniform' or 'truncated_normal'")
-
-
-def _within(ref: TensorRef, patterns: Iterable[str]) -> bool:
-    """Whether a pattern names the module of a parameter, or the parameter itself, as experts in one tensor have it."""
-    return any(matches(f".{ref.path}.{ref.leaf}", pattern) for pattern in patterns)
-
-
-def _blocks(view: View, residual: list[TensorRef]) -> int:
-    """The blocks that residual layers lie in: members of the outermost nn.ModuleList above each, or else of whatever
-    numbers its members last on the way to it."""
-    lists = {path for path, module in walk(view.model) if isinstance(module, nn.ModuleList)}
-    found = set()
-    for ref in residual:
-        parts = ref.path.split(".")
-        numbered = [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
-        in_lists = [path for path in numbered if path.rpartition(".")[0] in lists]
-        found |= set(in_lists[:1] or numbered[-1:])
-    return len(found)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# auto: the activation after a weight
-
-_RELU_FAMILY = (nn.ReLU, nn.ReLU6, nn.ELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus)
-_TANH_FAMILY = (nn.Tanh, nn.Hardtanh, nn.Tanhshrink, nn.Softsign)
-_SIGMOID_FAMILY = (nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softmax, nn.LogSoftmax)
-_LEAKY = (nn.LeakyReLU, nn.PReLU, nn.RReLU)
-_ACTIVATIONS = (*_RELU_FAMILY, *_TANH_FAMILY, *_SIGMOID_FAMILY, *_LEAKY, nn.SELU)
-# Files of torch.nn.modules whose layers scale, drop, pool or reshape, and leave the next activation the next.
-_SKIPPED = (
-    *("batchnorm", "channelshuffle", "dropout", "flatten", "fold", "instancenorm", "normalization", "padding"),
-    *("pixelshuffle", "pooling", "upsampling"),
-)
-
-
-def _distribution_before(activation: nn.Module, counted: Fans) -> FillSpec:
-    name, fan_in = type(activation).__name__, counted.fan_in
-    if isinstance(activation, (*_RELU_FAMILY, *_LEAKY)):  # before tanh's family: to torch, ReLU6 is a Hardtanh
-        return _centred("normal", calculate_gain("leaky_relu", _slope(activation)), fan_in, f"He, before {name}")
-    if isinstance(activation, nn.SELU):
-        return _centred("normal", 1.0, fan_in, f"LeCun, before {name}")
-    gain = calculate_gain("tanh") if isinstance(activation, _TANH_FAMILY) else 1.0
-    return _centred("uniform", gain, (fan_in + counted.fan_out) / 2, f"Xavier, before {name}")
-
-
-def _slope(activation: nn.Module) -> float:
-    """The slope on the negative side, where there is one."""
-    if isinstance(activation, nn.LeakyReLU):
-        return activation.negative_slope
-    if isinstance(activation, nn.PReLU):
-        return activation.init
-    if isinstance(activation, nn.RReLU):
-        return (activation.lower + activation.upper) / 2
-    return 0.0
-
-
-def _centred(distribution: DistributionName, gain: float, fan: float, why: str) -> FillSpec:
-    return spec(_with_std(gain / math.sqrt(fan), distribution) if fan else ZEROS, why, fan)
-
-
-def _following(model: nn.Module) -> dict[int, tuple[nn.Module | None, bool]]:
-    """For each module with a weight matrix: the activation after it, if one comes before the next weight, and whether
-    both lie in one nn.Sequential, next to each other but for what is skipped."""
-    parents = {id(child): module for _, module in walk(model) for child in module.children()}
-    found: dict[int, tuple[nn.Module | None, bool]] = {}
-    waiting: tuple[nn.Module, nn.Module | None] | None = None
-    certain = True
-    for _, module in walk(model):
-        parent = parents.get(id(module))
-        if isinstance(module, _ACTIVATIONS):
-            if waiting is not None:
-                layer, home = waiting
-                in_order = isinstance(home, nn.Sequential) and type(home).forward is nn.Sequential.forward
-                found.setdefault(id(layer), (module, certain and in_order and home is parent))
-                waiting = None
-        elif isinstance(module, LinearReLU):
-            found[id(module)], waiting = (nn.ReLU(), True), None
-        elif _has_weight(module):
-            waiting, certain = (module, parent), True
-        else:
-            certain &= (
-                type(module).__module__.removeprefix("torch.nn.modules.") in _SKIPPED or type(module) is nn.Identity
-            )
-    return found
-
-
-def _has_weight(module: nn.Module) -> bool:
-    return any(t is not None and fans(module, leaf, t) is not None for leaf, t in module._parameters.items())
+    return NamedRecipe(f"{base} with rules for {', '.join(special)}" if special else base, prepare)

@@ -1,7 +1,7 @@
-"""Reads distributions off a model's own code: runs it on stand-ins that hold nothing, and notes what it would have written.
+"""Reads distributions off a model's own code: runs it on stand-ins without memory, and records what it would write.
 
-The code runs on the meta device, so it takes no time, draws nothing and writes nothing. What is noted are sampling
-calls, constants, and what scales or shifts them; whatever else is written has no distribution, and is remembered as such.
+The code runs on the meta device, so it takes no time, draws nothing and writes nothing. Recorded are sampling calls,
+constants, and what scales or shifts them. Whatever else is written has no distribution, and is recorded as unreadable.
 """
 
 import inspect
@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -19,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
-from ..init import _kaiming_std
-from .layers import DimSlice, FillSpec, InitTrace, reader, reset_function
+from .._init_draws import kaiming_std
+from .arithmetic import affine, clamped, inverse_error
+from .layers import reader, reset_function
 from .naming import class_name
+from .specs import DimSlice, FillSpec, InitTrace
 from .swapping import Redirect
 
 
@@ -46,7 +47,7 @@ def children_first(model: nn.Module) -> Iterator[nn.Module]:
 def read_resets(model: nn.Module, trace: InitTrace) -> None:
     """Enter into a trace what calling every module's reset_parameters, children first, would write.
 
-    Those of torch.nn are known; any other is recorded.
+    Those of torch.nn are known; any other is run and recorded.
     """
     modules = [(module, function) for module in children_first(model) if (function := reset_function(module))]
     tied = _owned_by_another(model)
@@ -86,8 +87,8 @@ def _owned_by_another(model: nn.Module) -> dict[int, frozenset[int]]:
     first: dict[int, nn.Module] = {}
     found: dict[int, frozenset[int]] = {}
     for module in model.modules():
-        mine = [t for tensors in _registered(module)[:2] for t in tensors.values() if t is not None]
-        others = [id(t) for t in mine if first.setdefault(id(t), module) is not module]
+        own = [t for tensors in _registered(module)[:2] for t in tensors.values() if t is not None]
+        others = [id(t) for t in own if first.setdefault(id(t), module) is not module]
         if others:
             found[id(module)] = frozenset(others)
     return found
@@ -136,20 +137,21 @@ def _takes_a_module(module: nn.Module) -> bool:
 
 
 @contextmanager
-def stand_ins(model: nn.Module, given: dict[int, Tensor] | None = None) -> Iterator["_Recorder"]:
+def stand_ins(model: nn.Module, replacements: dict[int, Tensor] | None = None) -> Iterator["_Recorder"]:
     """Every parameter and buffer of a model replaced by a stand-in on the meta device, and all put back afterwards.
 
     Args:
         model: the model.
-        given: replacements, by the id of what they replace. With it, attributes that code sets meanwhile are kept;
-            without, everything that lies in the modules' dictionaries is put back.
+        replacements: tensors to put there instead of stand-ins, by the id of what they replace. With them, attributes
+            that code sets meanwhile are kept; without, everything that lies in the modules' dictionaries is put back.
     """
+    put_all_back = replacements is None
     modules = list(model.modules())
     saved = [
-        (vars(module).copy(), [(group, group.copy()) for group in _groups(module, given is None)]) for module in modules
+        (vars(module).copy(), [(group, group.copy()) for group in _groups(module, put_all_back)]) for module in modules
     ]
     recorder = _Recorder()
-    replacements = given or {}
+    replacements = replacements or {}
     try:
         for module in modules:
             for tensors in _registered(module)[:2]:
@@ -160,7 +162,7 @@ def stand_ins(model: nn.Module, given: dict[int, Tensor] | None = None) -> Itera
         yield recorder
     finally:
         for module, (everything, groups) in zip(modules, saved, strict=True):
-            if given is None:
+            if put_all_back:
                 vars(module).clear()
                 vars(module).update(everything)
             for group, before in groups:
@@ -187,17 +189,23 @@ def kept_generators() -> AbstractContextManager[None]:
 
 
 class _Recorder(Redirect):
-    """Notes what is written to the stand-ins."""
+    """Records what is written to the stand-ins.
+
+    Attributes:
+        real: by the id of a stand-in, the tensor that it stands for.
+        standing: by the id of that tensor, its stand-in.
+        by_storage: by the storage of a stand-in, the stand-in.
+        real_storages: storages of the tensors that stand-ins stand for.
+        temporaries: by the storage of any other tensor, it and the distribution that it was filled with.
+    """
 
     def __init__(self) -> None:
-        super().__init__(_Notes(self))
-        self.real: dict[int, Tensor] = {}  # id of a stand-in: the tensor it stands for
-        self.standing: dict[int, Tensor] = {}  # id of that tensor: its stand-in
-        self.by_storage: dict[int, Tensor] = {}  # storage of a stand-in: the stand-in
+        super().__init__(_RecordingSink(self))
+        self.real: dict[int, Tensor] = {}
+        self.standing: dict[int, Tensor] = {}
+        self.by_storage: dict[int, Tensor] = {}
         self.real_storages: set[int] = set()
-        self.temporaries: dict[
-            int, tuple[Tensor, Distribution]
-        ] = {}  # storage of another tensor: the distribution it was filled with
+        self.temporaries: dict[int, tuple[Tensor, Distribution]] = {}
         self.trace = InitTrace()
         self.where = ""
 
@@ -219,8 +227,8 @@ class _Recorder(Redirect):
     def transfer(self, found: InitTrace, trace: InitTrace) -> None:
         """Enter what was found for stand-ins into a trace, for the tensors they stand for."""
         for key, spec in found.recorded.items():
-            for block, distribution in spec.fills if key in self.real else ():
-                trace.write(self.real[key], distribution, spec.why, block, spec.fan)
+            for dim_slice, distribution in spec.fills if key in self.real else ():
+                trace.write(self.real[key], distribution, spec.why, dim_slice, spec.fan)
 
     def run(self, code: Callable[[], Any], module: nn.Module, where: str, trace: InitTrace) -> None:
         """Run code of a module, which may reach everything below it; its writes go into the trace."""
@@ -253,9 +261,6 @@ class _Recorder(Redirect):
         for stand_in in stand_ins:
             self.trace.give_up(self.real[id(stand_in)], why)
 
-    # -----------------------------------------------------------------------------------------------------------
-    # What the code does, call by call
-
     def sampled(self, tensor: Tensor, distribution: Distribution, fan: float | None = None) -> Tensor:
         """A sampling call, or a constant."""
         storage = _storage(tensor)
@@ -268,12 +273,12 @@ class _Recorder(Redirect):
             if whole:
                 self.temporaries[storage] = tensor, distribution
             return tensor
-        block = _block(tensor, stand_in)
-        if block is False:
-            self._give_up([stand_in], f"{self.where} fills a part of it that is no block of rows")
+        dim_slice = _slice_of(tensor, stand_in)
+        if dim_slice is False:
+            self._give_up([stand_in], f"{self.where} fills a part of it that is no slice of one dimension")
         else:
             fan = None if isinstance(distribution, Constant) else fan
-            self.trace.write(self.real[id(stand_in)], distribution, self.where, block, fan)
+            self.trace.write(self.real[id(stand_in)], distribution, self.where, dim_slice, fan)
         return tensor
 
     def no_distribution(self, tensor: Tensor, how: str) -> None:
@@ -327,41 +332,41 @@ class _Recorder(Redirect):
         if distribution is None:
             return None
         if name == "erfinv_":
-            return _inverse_error(distribution)
+            return inverse_error(distribution)
         if name == "clamp_":
             bounds = dict(zip(("min", "max"), args, strict=False)) | kwargs
             low, high = bounds.get("min"), bounds.get("max")
             numbers = isinstance(low, int | float | None) and isinstance(high, int | float | None)
             return (
-                _clamped(distribution, -math.inf if low is None else low, math.inf if high is None else high)
+                clamped(distribution, -math.inf if low is None else low, math.inf if high is None else high)
                 if numbers
                 else None
             )
         if number is None:
             return None
         if name in ("mul_", "__imul__"):
-            return _affine(distribution, float(number), 0.0)
+            return affine(distribution, float(number), 0.0)
         if name in ("div_", "__itruediv__") and number != 0:
-            return _affine(distribution, 1.0 / number, 0.0)
+            return affine(distribution, 1.0 / number, 0.0)
         if name in ("add_", "__iadd__"):
-            return _affine(distribution, 1.0, float(number))
+            return affine(distribution, 1.0, float(number))
         if name in ("sub_", "__isub__"):
-            return _affine(distribution, 1.0, -float(number))
+            return affine(distribution, 1.0, -float(number))
         return None
 
     def _distribution(self, tensor: Tensor) -> Distribution | None:
         """The one distribution that all of a tensor has been filled with, if there is one."""
-        found = self._whole_rule(tensor)
+        found = self._whole_spec(tensor)
         if found is not None:
             return found.distribution
         source, distribution = self.temporaries.get(_storage(tensor), (None, None))
         return distribution if source is not None and source.shape == tensor.shape else None
 
     def _fan(self, tensor: Tensor) -> float | None:
-        found = self._whole_rule(tensor)
+        found = self._whole_spec(tensor)
         return found.fan if found is not None else None
 
-    def _whole_rule(self, tensor: Tensor) -> FillSpec | None:
+    def _whole_spec(self, tensor: Tensor) -> FillSpec | None:
         stand_in = self.by_storage.get(_storage(tensor))
         if stand_in is None or stand_in.shape != tensor.shape:
             return None
@@ -369,8 +374,8 @@ class _Recorder(Redirect):
         return found if found is not None and len(found.fills) == 1 and found.fills[0][0] is None else None
 
 
-class _Notes:
-    """The sink of a recorder: the functions of torch.nn.init, which note the distribution of what they would have drawn."""
+class _RecordingSink:
+    """The sink of a recorder: the functions of torch.nn.init, which record the distribution of what they would draw."""
 
     def __init__(self, recorder: _Recorder) -> None:
         self.recorder = recorder
@@ -394,7 +399,7 @@ class _Notes:
     ) -> Tensor:
         if 0 in tensor.shape:
             return self.recorder.sampled(tensor, Constant(0.0))
-        bound = 3.0**0.5 * _kaiming_std(tensor, a, mode, nonlinearity)
+        bound = 3.0**0.5 * kaiming_std(tensor, a, mode, nonlinearity)
         return self.recorder.sampled(tensor, Uniform(-bound, bound), _calculate_correct_fan(tensor, mode))
 
     def trunc_normal_(
@@ -455,8 +460,8 @@ def _storage(tensor: Tensor) -> int:
         return -id(tensor)
 
 
-def _block(view: Tensor, whole: Tensor) -> DimSlice | Literal[False] | None:
-    """Which block of a stand-in a view of it is: None if all of it, False if it is none."""
+def _slice_of(view: Tensor, whole: Tensor) -> DimSlice | Literal[False] | None:
+    """Which slice of a stand-in a view of it is: None if all of it, False if it is none."""
     if view.storage_offset() == whole.storage_offset() and view.numel() == whole.numel():
         # All of it in another shape, or its dimensions in another order: independent draws do not mind.
         dense = view.is_contiguous() and whole.is_contiguous()
@@ -480,43 +485,3 @@ def _block(view: Tensor, whole: Tensor) -> DimSlice | Literal[False] | None:
 def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
     """(size, stride) of the dimensions that are more than one element long, in no order of theirs."""
     return sorted((n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
-
-
-def _inverse_error(distribution: Distribution) -> Distribution | None:
-    """The distribution of erfinv(x): a normal cut by the uniform's bounds, as timm's trunc_normal_ makes it."""
-    if not isinstance(distribution, Uniform) or not -1.0 <= distribution.low < distribution.high <= 1.0:
-        return None
-    normal = NormalDist(0.0, 0.5**0.5)
-    low, high = (
-        math.copysign(math.inf, x) if abs(x) == 1.0 else normal.inv_cdf((x + 1.0) / 2.0)
-        for x in (distribution.low, distribution.high)
-    )
-    return TruncatedNormal(0.0, normal.stdev, low, high)
-
-
-def _clamped(distribution: Distribution, low: float, high: float) -> Distribution | None:
-    """The distribution of a truncated normal after a clamp that moves next to none of it."""
-    if not isinstance(distribution, TruncatedNormal) or not low < high:
-        return None
-    normal = NormalDist(distribution.mean, distribution.std)
-    outside = max(0.0, normal.cdf(low) - normal.cdf(distribution.low)) + max(
-        0.0, normal.cdf(distribution.high) - normal.cdf(high)
-    )
-    inside = normal.cdf(min(high, distribution.high)) - normal.cdf(max(low, distribution.low))
-    if not outside <= 1e-6 * inside:
-        return None
-    return TruncatedNormal(
-        distribution.mean, distribution.std, max(low, distribution.low), min(high, distribution.high)
-    )
-
-
-def _affine(distribution: Distribution, factor: float, shift: float) -> Distribution:
-    """The distribution of x * factor + shift."""
-    if isinstance(distribution, Constant):
-        return Constant(distribution.value * factor + shift)
-    if isinstance(distribution, Normal):
-        return Normal(distribution.mean * factor + shift, distribution.std * abs(factor))
-    low, high = sorted((distribution.low * factor + shift, distribution.high * factor + shift))
-    if isinstance(distribution, Uniform) or factor == 0:
-        return Uniform(low, high) if factor else Constant(shift)
-    return TruncatedNormal(distribution.mean * factor + shift, distribution.std * abs(factor), low, high)

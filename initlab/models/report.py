@@ -1,25 +1,21 @@
-"""InitReport, which says what each parameter was filled with, and the digests that two runs can compare."""
+"""InitReport: what each parameter was filled with, by which rule, as a table or as plain data."""
 
-import hashlib
+import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from initlab.kernels import STREAM_VERSION, Distribution, content_sum
+from initlab.kernels import STREAM_VERSION, Distribution
 
 from .._console import table
-from ..distributed.collectives import all_reduce
-from ..distributed.dtensors import is_dtensor, local
-from ..distributed.fsdp import refuse_hidden_shards, reshard
-from ..distributed.groups import MeshDims
-from ..distributed.shards import local_shards
-from .layers import DimSlice
-from .naming import Names, tensor_refs
+from .digest import ModelDigest, model_digest
+from .naming import Names
+from .specs import DimSlice
 
 
 class Row(NamedTuple):
@@ -30,8 +26,9 @@ class Row(NamedTuple):
         aliases: its other names, where it is tied.
         shape: its shape.
         dtype: its dtype.
-        distribution: the distribution of the whole tensor, or of its first block; None where the owner's own code fills a buffer.
-        blocks: (block, distribution) of the parts that differ, such as the padding row of an embedding.
+        distribution: the distribution of the whole tensor, or of its first slice; None where the owner's own code fills
+            a buffer.
+        slices: (slice, distribution) of the parts that differ, such as the padding row of an embedding.
         fan: the connections that the distribution was derived from; None if it was derived from none.
         std: standard deviation of the distribution.
         key: the 64-bit key of its draws; None where nothing is drawn.
@@ -44,7 +41,7 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     distribution: Distribution | None
-    blocks: tuple[tuple[DimSlice, Distribution], ...] = ()
+    slices: tuple[tuple[DimSlice, Distribution], ...] = ()
     fan: float | None = None
     std: float | None = None
     key: int | None = None
@@ -64,9 +61,9 @@ class Row(NamedTuple):
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "distribution": None if self.distribution is None else _distribution_to_dict(self.distribution),
-            "blocks": [
-                {**block._asdict(), "distribution": _distribution_to_dict(distribution)}
-                for block, distribution in self.blocks
+            "slices": [
+                {**part._asdict(), "distribution": _distribution_to_dict(distribution)}
+                for part, distribution in self.slices
             ],
             "fan": self.fan,
             "std": self.std,
@@ -76,114 +73,15 @@ class Row(NamedTuple):
         }
 
 
-@dataclass(frozen=True)
-class ModelDigest:
-    """Digests of a model's parameters, 64 bits each in hexadecimal.
-
-    Args:
-        total: of all parameters and their names.
-        parameters: of each parameter, by canonical name; of a tied one, by the byte-wise smallest.
-    """
-
-    total: str
-    parameters: dict[str, str]
-
-    def __str__(self) -> str:
-        return self.total
-
-    def differing(self, other: "ModelDigest") -> list[str]:
-        """Names whose parameters differ between two models, or that only one of them has, in order.
-
-        Example:
-            >>> import torch, initlab
-            >>> a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-            >>> report = initlab.init_model_(a, seed=0), initlab.init_model_(b, seed=0, only="weight")
-            >>> initlab.model_digest(a).differing(initlab.model_digest(b))
-            ['bias']
-        """
-        names = sorted(self.parameters.keys() | other.parameters.keys())
-        return [name for name in names if self.parameters.get(name) != other.parameters.get(name)]
-
-
-def model_digest(model: nn.Module, names: Names | None = None) -> ModelDigest:
-    """One digest for each parameter of a model and one for all: equal digests mean equal weights, bit for bit.
-
-    They depend on names, shapes, dtypes and elements only: not on the device, the memory format, wrappers, the order in
-    which the model was built, whether weights are tied by identity or by value under the same names, or how they are
-    sharded. With DTensors every rank of their meshes calls this: each digests what it holds, nothing is gathered, and
-    one all-reduce of 16 bytes a parameter for each dimension of a mesh adds the sums up. Copies are not compared.
-
-    Args:
-        model: a module without parameters on the meta device; wrapped or not.
-        names: maps the names of a part of a model to those in the whole; see init_model_.
-
-    Returns:
-        The digests. A parameter's is BLAKE2b, digest size 8, of kernels.content_sum (8 bytes, little-endian), dtype
-        and shape; the model's is that of names and digests in byte order.
-
-    Raises:
-        NotImplementedError: for a parameter on the meta device, a sparse one, a DTensor placed by Partial, or another
-            wrapper.
-        ValueError: if two parameters have one name.
-
-    Example:
-        >>> import torch, initlab
-        >>> model = torch.nn.Linear(3, 2)
-        >>> report = initlab.init_model_(model, seed=0)
-        >>> str(initlab.model_digest(model))
-        '01b61b64d6384019'
-    """
-    reshard(model)
-    refuse_hidden_shards(model)
-    parameters = tensor_refs(model, names)[0]
-    sums = _summed([ref.tensor for ref in parameters], [_content_of(ref.tensor, ref.name) for ref in parameters])
-    digests: dict[str, str] = {}
-    for ref, contents in zip(parameters, sums, strict=True):
-        dtype, shape = str(ref.tensor.dtype), str(tuple(ref.tensor.shape))
-        digest = _blake(contents.to_bytes(8, "little"), dtype.encode(), shape.encode())
-        digests.update(dict.fromkeys(ref.names, digest))
-    digests = dict(sorted(digests.items()))
-    lines = (f"{name}\0{digest}\n" for name, digest in digests.items())
-    return ModelDigest(_blake(*(line.encode() for line in lines)), digests)
-
-
-def _content_of(tensor: Tensor, name: str) -> int:
-    """The content sum of what this rank holds of a tensor."""
-    mine = local(tensor)
-    if type(mine).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise NotImplementedError(f"{name} is a {type(mine).__name__}, a wrapper around other tensors: no digest")
-    try:
-        if not is_dtensor(tensor):
-            return content_sum(tensor)
-        return sum(content_sum(part, region) for part, region in local_shards(tensor))
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{name}: {error}") from None
-
-
-def _summed(tensors: list[Tensor], sums: list[int]) -> list[int]:
-    """Content sums added up over the ranks among which tensors are sharded."""
-    mesh_dims = MeshDims(tensor if is_dtensor(tensor) else None for tensor in tensors)
-    if mesh_dims.dims:  # in halves: no sum over ranks may overflow int64
-        halves = torch.tensor([half for total in sums for half in (total & _HALF, (total >> 32) & _HALF)])
-        reduce_over = [dims for dims in mesh_dims.sharded for _ in range(2)]
-        added = all_reduce(halves, reduce_over, mesh_dims.dims).tolist()
-        sums = [low + (high << 32) for low, high in zip(added[::2], added[1::2], strict=True)]
-    return [total & ((1 << 64) - 1) for total in sums]
-
-
-_HALF = (1 << 32) - 1
-
-
-def _blake(*parts: bytes) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+def _no_model() -> None:
+    """In the place of a weak reference to a model that is not there."""
 
 
 @dataclass
 class InitReport:
     """What init_model_ did, or plan_model says that it would do. Printed, it is a table.
+
+    It can be pickled, saved and sent to other ranks. The model does not travel with it.
 
     Args:
         seed: the seed of the keys.
@@ -197,14 +95,15 @@ class InitReport:
     rows: tuple[Row, ...]
     stream: int = STREAM_VERSION
     digests: ModelDigest | None = None
-    _model: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
+    _model: Callable[[], nn.Module | None] = field(default=_no_model, repr=False, compare=False)
     _names: Names | None = field(default=None, repr=False, compare=False)
 
     def digest(self) -> ModelDigest:
         """Digest the model as it is now; the report shows the digests from then on.
 
         Raises:
-            RuntimeError: if the model no longer exists. The report does not keep it alive.
+            RuntimeError: if the model no longer exists, since the report does not keep it alive, or if the report has
+                been unpickled.
             NotImplementedError: if a parameter has no digest; see model_digest.
 
         Example:
@@ -216,9 +115,25 @@ class InitReport:
         """
         model = self._model()
         if model is None:
-            raise RuntimeError("the model of this report no longer exists; call model_digest(model) while it does")
+            raise RuntimeError(
+                "the model of this report is not there: it no longer exists, or the report was unpickled, and a model "
+                "does not travel with its report. Call initlab.model_digest(model)"
+            )
         self.digests = model_digest(model, self._names)
         return self.digests
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the reference to the model and `names`, which may be a function of the caller's: neither pickles."""
+        return {name: value for name, value in vars(self).items() if name not in ("_model", "_names")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _model=_no_model, _names=None)
+
+    def __copy__(self) -> "InitReport":
+        return replace(self)  # in this process the model is there, also for a copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InitReport":
+        return replace(self, digests=copy.deepcopy(self.digests, memo))  # all else cannot change
 
     @property
     def guesses(self) -> tuple[Row, ...]:
@@ -251,9 +166,9 @@ class InitReport:
 
     def _cells(self, row: Row) -> list[str]:
         distribution = "own code" if row.distribution is None else str(row.distribution)
-        for block, other in row.blocks:
-            rows = f"{block.start}" if block.length == 1 else f"{block.start}:{block.start + block.length}"
-            distribution += f"; [{':, ' * block.dim}{rows}] {other}"
+        for part, other in row.slices:
+            rows = f"{part.start}" if part.length == 1 else f"{part.start}:{part.start + part.length}"
+            distribution += f"; [{':, ' * part.dim}{rows}] {other!s}"
         why = row.why + ("".join(f", tied: {alias}" for alias in row.aliases))
         return [
             row.name,

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from initlab.kernels import Constant, fill_
 
 from .. import init
+from .._init_draws import record_draws
 from ..distributed.agreement import check_agreement, differing, refuse_differing
 from ..distributed.dtensors import count_as_written, is_dtensor
 from ..distributed.groups import groups_of, mesh_dims_of
@@ -243,7 +244,7 @@ class _Swap(ContextDecorator):
         if not isinstance(self.check_ranks, bool):
             groups_of(self.check_ranks, "check_ranks")  # for its errors, before anything is drawn
         with ExitStack() as stack:
-            drawn = stack.enter_context(init.noting()) if self.check_ranks else []
+            drawn = stack.enter_context(record_draws()) if self.check_ranks else []
             stack.enter_context(Redirect(init))
             self.entered.append((stack.pop_all(), drawn))
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..distributed.collectives import all_gather_object
 from ..distributed.dtensors import is_dtensor
 from ..distributed.groups import groups_of
-from ..models.naming import class_name, matches, walk
+from ..models.naming import class_name, walk
+from ..models.patterns import compile_pattern
 from .hooks import ModelHooks
 from .record import ModuleInfo
 from .report import WatchReport, merge
@@ -226,7 +227,8 @@ def _select(names: dict[nn.Module, str], selectors: Selector | Iterable[Selector
         elif isinstance(selector, type) and issubclass(selector, nn.Module):
             fits = {module for module in names if isinstance(module, selector)}
         elif isinstance(selector, str):
-            fits = {module for module, name in names.items() if matches(name, selector)}
+            is_selected = compile_pattern(selector, names.values())
+            fits = {module for module, name in names.items() if is_selected(name)}
         else:
             raise TypeError(
                 f"{argument} has {selector!r}; it must be the name of a module, a glob, a class of modules, or a module"

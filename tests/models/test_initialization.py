@@ -3,8 +3,10 @@
 import copy
 import functools
 import gc
+import re
 import threading
 
+import numpy as np
 import pytest
 import torch
 from initlab.kernels import Constant, Draw, Normal, TruncatedNormal, Uniform, fill_, named_key
@@ -258,7 +260,11 @@ def test_seeds_are_integers_of_64_bits(refused):
     model = nn.Linear(2, 2)
     assert digest_of(model, -1) == digest_of(model, 2**64 - 1)
     refused(ValueError, "seed is", model, 2**64)
-    refused(TypeError, "float", model, 0.5)
+    for seed in (0.5, None, "0", b"0", [0], torch.tensor(0.5), torch.tensor([1, 2]), torch.tensor(3, device="meta")):
+        refused(TypeError, r"(?s)^seed is .* it must be an integer, .*init_model_\(model, seed=0\)", model, seed)
+        with pytest.raises(TypeError, match="seed is"):
+            initlab.plan_model(model, seed)
+    assert digest_of(model, np.int64(3)) == digest_of(model, np.uint8(3)) == digest_of(model, 3)
     assert digest_of(model, torch.tensor(3)) == digest_of(model, 3)
 
 
@@ -309,7 +315,7 @@ def test_real_parameters_keep_their_identity():
 
 def test_moving_to_another_device(monkeypatch):
     """cpu:0 stands for it: to torch another device than cpu, with the same memory."""
-    monkeypatch.setattr(initialization, "_resolved", torch.device)
+    monkeypatch.setattr(initialization, "resolved_device", torch.device)
     model = net()
     model["norm"].running_mean.fill_(3.0)
     model["conv"].weight.grad = torch.ones_like(model["conv"].weight)
@@ -451,9 +457,20 @@ def test_what_only_the_tensor_shows_names_the_parameter(refused):
     [
         ({"only": "haed"}, ValueError, "only: nothing in the model is called 'haed'"),
         ({"only": ["head", "blocks.7"]}, ValueError, "'blocks.7'; did you mean"),
-        ({"only": [3]}, TypeError, "only holds a int"),
+        ({"only": [3]}, TypeError, r"only holds 3 \(int\); it must be a name pattern .* or a function"),
+        ({"only": ["head", None]}, TypeError, r"only holds None \(NoneType\)"),
+        ({"only": 0}, TypeError, r"only is 0 \(int\); it must be a name pattern .*None selects everything"),
+        ({"only": b"head"}, TypeError, r"only is b'head' \(bytes\)"),
+        ({"only": nn.Linear(2, 2)}, TypeError, "only is .*Linear"),
+        ({"only": torch.ones(2)}, TypeError, "only is .*Tensor"),
+        ({"buffers": 3}, TypeError, r"buffers is 3 \(int\); it must be a function of name and tensor"),
+        ({"recipe": None}, TypeError, r"recipe is None \(NoneType\); it must be a name such as"),
+        ({"recipe": nn.Linear(2, 2)}, TypeError, "recipe is .*Linear"),
+        ({"recipe": {"*": None}}, TypeError, r"recipe\['\*'\] is None"),
+        ({"recipe": {"*": {"head": 3}}}, TypeError, r"recipe\['\*'\]\['head'\] is 3"),
+        ({"recipe": {0: "he"}}, TypeError, r"recipe has the key 0 \(int\); keys are name patterns"),
         ({"recipe": "kaiming"}, ValueError, "recipe is 'kaiming'; it must be one of torch, own, he"),
-        ({"recipe": 3}, TypeError, "recipe is a int"),
+        ({"recipe": 3}, TypeError, r"recipe is 3 \(int\)"),
         ({"recipe": {"haed": "he"}}, ValueError, "no parameter is called 'haed'"),
         ({"names": 3}, TypeError, "names is a int"),
     ],
@@ -462,8 +479,61 @@ def test_bad_arguments(arguments, error, match, refused):
     refused(error, match, net(), 0, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "instead"),
+    [
+        (nn.init.kaiming_normal_, 'recipe="he"'),
+        (nn.init.kaiming_uniform_, r'recipes\.he\(distribution="uniform"\)'),
+        (nn.init.xavier_normal_, r'recipes\.xavier\(distribution="normal"\)'),
+        (nn.init.zeros_, r"Constant\(0\.0\)"),
+        (nn.init.orthogonal_, "No distribution does the same.*only="),
+        (initlab.init.normal_, r"Normal\(mean, std\)"),
+        (functools.partial(nn.init.normal_, std=0.02), r"Normal\(mean, std\)"),
+        ({"*.weight": nn.init.trunc_normal_}, r"recipe\['\*\.weight'\] is torch.*TruncatedNormal"),
+    ],
+)
+def test_a_function_that_fills_is_no_recipe(recipe, instead, refused):
+    message = r"nn\.init\.|initlab\.init\.", instead, "recipe=lambda ref: Normal"
+    said = refused(TypeError, instead, net(), 0, recipe)
+    assert all(re.search(part, said) for part in message)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "match"),
+    [
+        ("kaiming_normal_", ValueError, 'it must be one of torch, .*recipe="he" does the same'),
+        (initlab.recipes.he, TypeError, r"call it, recipe=initlab\.recipes\.he\(\)"),
+        (Normal, TypeError, r"is the class Normal; it must be one distribution, Normal\(\)"),
+        (lambda: Normal(), TypeError, r"<lambda>\(\); it must take one argument, a TensorRef"),
+        (lambda ref, std: Normal(0.0, std), TypeError, r"<lambda>\(ref, std\); it must take one argument"),
+        (lambda ref: "he", TypeError, r"recipe <lambda> returned 'he' \(str\) for emb.weight; it must return a dist"),
+        (lambda ref: torch.ones(20, 20), TypeError, r"returned a Tensor for emb.weight"),
+    ],
+)
+def test_what_is_often_taken_for_a_recipe(recipe, error, match, refused):
+    refused(error, match, net(), 0, recipe)
+
+
+def test_an_exact_name_comes_before_a_glob():
+    def build():
+        return nn.ParameterDict({name: nn.Parameter(torch.zeros(2, 2)) for name in ("w[0]", "w0")})
+
+    model = build()
+    initlab.init_model_(model, 0, Constant(1.0), only="w[0]")
+    assert (model["w[0]"] == 1).all()
+    assert not model["w0"].any()
+    model = build()
+    initlab.init_model_(model, 0, {"w[0]": Constant(1.0), "*": Constant(2.0)})
+    assert (model["w[0]"] == 1).all()
+    assert (model["w0"] == 2).all()
+    nested = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("h[1]", "h1")})
+    for only in ("h[1]", "h[1].*", ["h[1].weight", "h[1].bias"]):
+        report = initlab.init_model_(nested, 0, only=only)
+        assert [row.name for row in report.rows] == ["h[1].weight", "h[1].bias"]
+
+
 def test_no_module():
-    with pytest.raises(TypeError, match=r"model is a dict; it must be a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"model is {} \(dict\); it must be a torch\.nn\.Module"):
         initlab.init_model_({}, 0)
 
 

@@ -24,7 +24,8 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import initlab
-from initlab.models.layers import DimSlice, InitTrace, fans
+from initlab.models.fans import fans
+from initlab.models.specs import DimSlice, InitTrace
 
 SEEDS = range(16)
 SAMPLE = 30_000  # values of each side in a Kolmogorov-Smirnov test
@@ -226,7 +227,7 @@ def test_distributions_are_torchs_to_the_last_digits(build):
                     getattr(distribution, field), rel=1e-14, abs=0.0
                 ), name
             zeros = zero_rows(tensor.detach()[None]).nonzero()[:, -1].tolist() if tensor.dim() > 1 else []
-            assert row.blocks == tuple((DimSlice(0, row, 1), Constant(0.0)) for row in zeros), name
+            assert row.slices == tuple((DimSlice(0, row, 1), Constant(0.0)) for row in zeros), name
 
 
 @lazy

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from initlab.models.naming import matches, shared_memory, tensor_refs, walk
+from initlab.models.memory import shared_memory
+from initlab.models.naming import tensor_refs, walk
+from initlab.models.patterns import compile_pattern, matches
 
 
 def mlp():
@@ -58,7 +60,7 @@ def test_a_tied_weight_has_its_smallest_name_and_its_first_owner():
     model["out"].weight = model["emb"].weight
     (ref,), _ = tensor_refs(model)
     assert (ref.name, ref.names) == ("emb.weight", ("out.weight", "emb.weight"))
-    assert (ref.module, ref.leaf, ref.path) == (model["out"], "weight", "out")
+    assert (ref.module, ref.attribute, ref.module_name) == (model["out"], "weight", "out")
     assert ref.places == ((model["out"], "weight"), (model["emb"], "weight"))
 
 
@@ -117,6 +119,28 @@ def test_junk_names(names):
 def test_patterns(pattern, selected):
     every = ["h.0.w", "h.0.ln.w", "h.10.w", "head.w"]
     assert [name for name in every if matches(name, pattern)] == selected
+    assert list(filter(compile_pattern(pattern, every), every)) == selected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "selected"),
+    [
+        ("w[0]", ["w[0]"]),
+        ("w[1]", ["w1"]),  # no exact name: a glob
+        ("h[0]", ["h[0].w", "h[0].ln.w"]),
+        ("h[0].*", ["h[0].w", "h[0].ln.w"]),
+        ("h[0].ln", ["h[0].ln.w"]),
+        ("h[0].l?.w", ["h[0].ln.w"]),
+        ("h[0", []),
+        ("*.w", ["h[0].w", "h[0].ln.w", "h0.w", "h0.ln.w"]),
+        ("a*b", ["a*b"]),
+        ("a?b", ["a*b", "axb"]),
+    ],
+)
+def test_an_exact_name_comes_before_a_glob(pattern, selected):
+    every = ["w[0]", "w0", "w1", "h[0].w", "h[0].ln.w", "h0.w", "h0.ln.w", "a*b", "axb"]
+    assert list(filter(compile_pattern(pattern, every), every)) == selected
+    assert pattern not in every or matches(pattern, pattern)
 
 
 # ---------------------------------------------------------------------------------------------------------------

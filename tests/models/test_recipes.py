@@ -198,6 +198,14 @@ def test_padding_rows_are_zero_under_every_recipe(recipe):
         (lambda: recipes.he(distribution="cauchy"), ValueError, "distribution is 'cauchy'"),
         (lambda: recipes.xavier(gain=-1.0), ValueError, r"gain is -1\.0"),
         (lambda: recipes.xavier(gain=math.nan), ValueError, "gain is nan"),
+        (lambda: recipes.xavier(gain="2"), TypeError, r"gain is '2' \(str\); it must be a number"),
+        (lambda: recipes.xavier(gain=None), TypeError, r"gain is None \(NoneType\)"),
+        (lambda: recipes.gpt2(std=None), TypeError, r"std is None"),
+        (lambda: recipes.gpt2(layers=-1), ValueError, r"layers is -1; it must be the number of blocks"),
+        (lambda: recipes.gpt2(layers=1.5), ValueError, r"layers is 1\.5"),
+        (lambda: recipes.trunc_normal(std=None), TypeError, r"std is None"),
+        (lambda: recipes.trunc_normal(b="2"), TypeError, r"b is '2'"),
+        (lambda: recipes.he(distribution=None), ValueError, "distribution is None"),
         (lambda: recipes.xavier(gain=math.inf), ValueError, "gain is inf"),
         (lambda: recipes.xavier(distribution="laplace"), ValueError, "distribution is 'laplace'"),
         (lambda: recipes.lecun("laplace"), ValueError, "distribution is 'laplace'"),
@@ -687,6 +695,14 @@ def test_without_them_it_fades():
     assert over_inputs < 1e-3
 
 
+def test_residual_layers_by_any_pattern():
+    """One pattern is a pattern, not its letters; an exact name is one too."""
+    model = nn.ModuleDict({"in": nn.Linear(4, 4), "out": nn.Linear(4, 4)})
+    for residual in ("out", ["out"], "*.out", ("nothing", "o*")):
+        report = initlab.plan_model(model, 0, recipes.gpt2(layers=2, residual=residual))
+        assert {row.name: row.std for row in report.rows if row.std} == {"in.weight": 0.02, "out.weight": 0.01}
+
+
 def test_selus_normalise_themselves():
     stds, _ = signal("auto", nn.SELU)
     assert all(0.7 < std < 1.3 for std in stds)
@@ -709,23 +725,23 @@ def test_every_recipe_has_its_name():
         ("kaiming", ValueError, "recipe is 'kaiming'; it must be one of torch, own, he, "),
         ("", ValueError, "recipe is ''"),
         ("He", ValueError, "recipe is 'He'"),
-        ({"*": "kaiming"}, ValueError, "recipe is 'kaiming'"),
-        (None, TypeError, "recipe is a NoneType"),
-        (0.02, TypeError, "recipe is a float"),
-        (["he"], TypeError, "recipe is a list"),
-        ({"weight": 0.0}, TypeError, "recipe is a float"),
-        ({"weight": None}, TypeError, "recipe is a NoneType"),
+        ({"*": "kaiming"}, ValueError, r"recipe\['\*'\] is 'kaiming'"),
+        (None, TypeError, r"recipe is None \(NoneType\)"),
+        (0.02, TypeError, r"recipe is 0\.02 \(float\)"),
+        (["he"], TypeError, r"recipe is \['he'\] \(list\)"),
+        ({"weight": 0.0}, TypeError, r"recipe\['weight'\] is 0\.0 \(float\)"),
+        ({"weight": None}, TypeError, r"recipe\['weight'\] is None \(NoneType\)"),
         ({"weights": "he"}, ValueError, "no parameter is called 'weights'"),
         ({"weight": "he", "1.*": "he"}, ValueError, r"no parameter is called '1\.\*'"),
         (
             lambda ref: 0.02,
             TypeError,
-            r"recipe <lambda> returned 0\.02 for weight; it must return a distribution or None",
+            r"recipe <lambda> returned 0\.02 \(float\) for weight; it must return a distribution, .* or None",
         ),
-        (lambda ref: "he", TypeError, "returned 'he' for weight"),
+        (lambda ref: "he", TypeError, r"returned 'he' \(str\) for weight"),
         (lambda ref: (Normal(), Normal()), TypeError, "returned .* for weight"),
         (lambda ref: None, ValueError, r"weight \(in Linear\)"),
-        (lambda: Normal(), TypeError, "positional argument"),
+        (lambda: Normal(), TypeError, "must take one argument"),
     ],
 )
 def test_recipes_that_are_none(recipe, error, match):
@@ -767,7 +783,7 @@ def test_none_falls_through_to_the_next_pattern():
 
     def weights(ref):
         asked.append(ref.name)
-        return Constant(1.0) if ref.leaf == "weight" else None
+        return Constant(1.0) if ref.attribute == "weight" else None
 
     found = rows(net(), {"body.0": weights, "body": Constant(2.0), "bodyguard": weights})
     assert asked == ["body.0.weight", "body.0.bias", "bodyguard.weight", "bodyguard.bias"]
@@ -803,9 +819,9 @@ def test_a_function_sees_the_slot():
     model = net()
 
     def distribution(ref):
-        assert ref.tensor is getattr(ref.module, ref.leaf)
-        assert model.get_submodule(ref.path) is ref.module
-        assert ref.name == f"{ref.path}.{ref.leaf}"
+        assert ref.tensor is getattr(ref.module, ref.attribute)
+        assert model.get_submodule(ref.module_name) is ref.module
+        assert ref.name == f"{ref.module_name}.{ref.attribute}"
         return Constant(len(ref.tensor.shape))
 
     report = initlab.init_model_(model, 0, distribution)
@@ -868,6 +884,4 @@ def test_std_of_a_distribution_is_scipys(distribution, accuracy):
 def test_std_of_a_narrow_distribution_is_a_uniforms():
     """Where scipy's own cancels."""
     for low in (-12.0, 0.3, 5.0):
-        assert TruncatedNormal(0.0, 1.0, low, low + 1e-6).stddev == pytest.approx(
-            1e-6 / math.sqrt(12), rel=1e-5
-        )
+        assert TruncatedNormal(0.0, 1.0, low, low + 1e-6).stddev == pytest.approx(1e-6 / math.sqrt(12), rel=1e-5)

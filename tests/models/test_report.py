@@ -1,6 +1,9 @@
 """Reports and digests: what they say, and what they do not depend on."""
 
+import copy
+import io
 import json
+import pickle
 
 import pytest
 import torch
@@ -47,7 +50,7 @@ def test_plain_data_for_json():
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert plain["seed"] == 3
     emb, _, bias, _ = plain["rows"]
-    assert emb["blocks"] == [{"dim": 0, "start": 4, "length": 1, "distribution": {"kind": "Constant", "value": 0.0}}]
+    assert emb["slices"] == [{"dim": 0, "start": 4, "length": 1, "distribution": {"kind": "Constant", "value": 0.0}}]
     assert emb["aliases"] == ["head.weight"]
     assert bias["distribution"]["high"] == "inf"
     assert int(bias["key"], 16) == report.rows[2].key
@@ -65,6 +68,27 @@ def test_digests_on_request():
     plain = report.to_dict()
     assert plain["digest"] == digest.total
     assert [row["digest"] for row in plain["rows"]] == [digest.parameters[row["name"]] for row in plain["rows"]]
+
+
+def test_a_report_travels_without_its_model():
+    start = model()
+    report = initlab.init_model_(start, 3, names=lambda name: f"stage.{name}")
+    for digests in (None, report.digest()):
+        report.digests = digests
+        buffer = io.BytesIO()
+        torch.save(report, buffer)
+        buffer.seek(0)
+        for other in (pickle.loads(pickle.dumps(report)), torch.load(buffer, weights_only=False)):
+            assert other == report
+            assert str(other) == str(report)
+            assert other.to_dict() == report.to_dict()
+            with pytest.raises(RuntimeError, match=r"is not there: .*unpickled.*initlab\.model_digest\(model\)"):
+                other.digest()
+            assert pickle.loads(pickle.dumps(other)) == other
+    for other in (copy.copy(report), copy.deepcopy(report), copy.deepcopy([start, report])[1]):
+        assert other == report
+        assert other.digest() == report.digest()  # in this process the model is there
+    assert pickle.loads(pickle.dumps(report.digest())) == report.digest()
 
 
 def test_a_digest_is_of_names_shapes_dtypes_and_bits():

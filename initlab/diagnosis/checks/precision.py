@@ -52,7 +52,7 @@ def underflow(evidence: Evidence) -> Finding | None:
     return Finding(
         "precision",
         "broken" if norm == 0 else "warning",
-        Place(module=parameter.ref.path, parameter=parameter.name),
+        Place(module=parameter.ref.module_name, parameter=parameter.name),
         "gradients underflow: 16-bit numbers below 6e-8 are zero, and the loss is not scaled.",
         {"zeros in 16 bits": zero_share_of(parameter), "zeros in float32": again.zeros[parameter.name]},
         fixes.scaled(evidence, 14),

@@ -20,7 +20,7 @@ def nowhere(evidence: Evidence) -> Finding | None:
     return Finding(
         "uninitialised",
         "broken",
-        Place(module=meta[0].ref.path, parameter=meta[0].name),
+        Place(module=meta[0].ref.module_name, parameter=meta[0].name),
         f"{len(meta)} parameters and buffers are on the meta device: they have shapes, and no values.",
         {"tensors": len(meta)},
         ['initlab.init_model_(model, seed=0, device="cpu")  # or load a checkpoint with load_state_dict(assign=True)'],
@@ -39,7 +39,7 @@ def never_written(evidence: Evidence) -> Finding | None:
     return Finding(
         "uninitialised",
         "broken",
-        Place(module=parameter.ref.path, parameter=parameter.name),
+        Place(module=parameter.ref.module_name, parameter=parameter.name),
         f"{parameter.name} {why} before the first step: uninitialised memory, or a checkpoint of a run that had "
         "failed.",
         facts,
@@ -56,9 +56,9 @@ def _why_garbage(parameter: ParameterStats, evidence: Evidence) -> str:
         blamed = origin is not None and origin.source == "parameter" and origin.op in parameter.ref.names
         may_mask = not parameter.ref.is_parameter and stats.low == -math.inf and math.isfinite(stats.high)
         return "" if may_mask and not blamed else "holds NaN or infinities"
-    if parameter.ref.leaf == "running_var" and stats.low < 0:
+    if parameter.ref.attribute == "running_var" and stats.low < 0:
         return "is negative, and no variance is"
-    if parameter.ref.leaf == "running_mean" and stats.largest > LIMITS.garbage:
+    if parameter.ref.attribute == "running_mean" and stats.largest > LIMITS.garbage:
         return "holds means that no activation has"
     if parameter.ref.is_parameter and (stats.largest > LIMITS.garbage or parameter.tiny > LIMITS.denormal_share):
         return "holds values that no starting distribution draws"
@@ -74,7 +74,7 @@ def spoilt_state(evidence: Evidence) -> Finding | None:
     return Finding(
         "uninitialised",
         "broken",
-        Place(module=parameter.ref.path, parameter=parameter.name),
+        Place(module=parameter.ref.module_name, parameter=parameter.name),
         f"the optimizer's {' and '.join(parameter.state)} of {parameter.name} is not finite, or a negative square, "
         "before the first step, which then writes NaN into the weights.",
         {"parameters": len(bad)},

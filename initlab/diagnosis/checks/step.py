@@ -28,8 +28,12 @@ def exploding_gradient(evidence: Evidence) -> Finding | None:
     if overflowed and not repeats and origin is not None and origin.phase == "forward":
         return None
     worst = max((h for h in evidence.parameters if h.grad_norm is not None), key=_norm_of, default=None)
-    inside = [p for p in repeats if worst is not None and (worst.ref.path == p or worst.ref.path.startswith(f"{p}."))]
-    path = inside[0] if inside else worst.ref.path if worst is not None else None
+    inside = [
+        p
+        for p in repeats
+        if worst is not None and (worst.ref.module_name == p or worst.ref.module_name.startswith(f"{p}."))
+    ]
+    path = inside[0] if inside else worst.ref.module_name if worst is not None else None
     steps = max(repeats.values(), default=0)
     facts: dict[str, Any] = {"norm": norm}
     if worst is not None:

@@ -18,7 +18,7 @@ from .finding import Finding
 def symmetric(evidence: Evidence) -> Finding | None:
     """Weights whose rows are all equal, and stay so."""
     layers = {call.path for call in evidence.layers}
-    alike = [h for h in evidence.parameters if h.alike and h.ref.path in layers and h.distribution is not None]
+    alike = [h for h in evidence.parameters if h.alike and h.ref.module_name in layers and h.distribution is not None]
     zero_heads = [h for h in evidence.parameters if is_zero(h) and h.grad is not None and not h.alike]
     weights = [h for h in evidence.parameters if h.distribution is not None]
     mostly = sum(map(is_zero, weights)) > LIMITS.zero_weights * len(weights)
@@ -33,7 +33,7 @@ def symmetric(evidence: Evidence) -> Finding | None:
     return Finding(
         "weights",
         "broken" if norm == 0 else "warning",
-        Place(module=parameter.ref.path, parameter=parameter.name),
+        Place(module=parameter.ref.module_name, parameter=parameter.name),
         f"all rows of {parameter.name} are {what} and get the same gradient: its units never become different.",
         {"weights": len(alike), "value": parameter.stats.mean},
         fixes.restart(evidence),
@@ -48,7 +48,7 @@ def _nothing_but_zeros(evidence: Evidence) -> Finding | None:
     return Finding(
         "weights",
         "broken",
-        Place(module=matrices[0].ref.path, parameter=matrices[0].name),
+        Place(module=matrices[0].ref.module_name, parameter=matrices[0].name),
         f"all {len(matrices)} weight matrices are zero: each keeps the gradient from the others.",
         {"weights": len(matrices)},
         [fixes.fresh_matrices()],
@@ -61,7 +61,9 @@ def dead(evidence: Evidence) -> Finding | None:
         out = call.activated
         if call.activation not in ("relu", "relu6") or out is None or out.rows < 8 or out.dead < LIMITS.dead:
             continue
-        bias = next((h for h in evidence.parameters if h.ref.path == call.path and h.ref.leaf == "bias"), None)
+        bias = next(
+            (h for h in evidence.parameters if h.ref.module_name == call.path and h.ref.attribute == "bias"), None
+        )
         by_bias = bias is not None and bias.stats is not None and bias.stats.mean < -3 * bias.stats.std < 0
         if bias is not None and bias.stats is not None and bias.stats.std == 0 and bias.stats.mean < 0:
             by_bias = True

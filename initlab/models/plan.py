@@ -1,0 +1,234 @@
+"""What init_model_ is about to do, worked out and checked before anything is written."""
+
+import difflib
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from initlab.kernels import Constant, Draw, fill_, named_key
+
+from .._console import listing
+from ..distributed.agreement import check_agreement
+from ..distributed.fsdp import refuse_hidden_shards
+from ..distributed.shards import LocalShard, local_shards
+from .memory import shared_memory
+from .naming import Names, TensorRef, tensor_refs
+from .patterns import compile_pattern
+from .recipe_parts import RecipeLike, View, keep_padding, short_repr
+from .recipes import resolve
+from .report import InitReport, Row, report_of
+from .specs import FillSpec
+
+Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
+
+
+class Task(NamedTuple):
+    """One tensor to fill.
+
+    Args:
+        ref: the tensor, and its places in the model.
+        spec: what to fill it with; None for a buffer on the meta device that only its owner's code can set.
+        key: of its draws.
+        shards: of a DTensor, what this rank holds of it; None for any other tensor.
+    """
+
+    ref: TensorRef
+    spec: FillSpec | None
+    key: int
+    shards: list[LocalShard] | None
+
+    @property
+    def numel(self) -> int:
+        """Elements that this rank holds."""
+        return self.ref.tensor.numel() if self.shards is None else sum(s.tensor.numel() for s in self.shards)
+
+    def row(self) -> Row:
+        """What the report says of it."""
+        ref, spec = self.ref, self.spec
+        aliases = tuple(name for name in ref.names if name != ref.name) if len(ref.names) > 1 else ()
+        shape, dtype = tuple(ref.tensor.shape), ref.tensor.dtype
+        if spec is None:
+            return Row(ref.name, aliases, shape, dtype, distribution=None, why=ref.owner)
+        slices = tuple((part, distribution) for part, distribution in spec.fills if part is not None)
+        drawn = any(not isinstance(distribution, Constant) for _, distribution in spec.fills)
+        key = self.key if drawn else None
+        std = spec.distribution.stddev
+        return Row(ref.name, aliases, shape, dtype, spec.distribution, slices, spec.fan, std, key, spec.why, spec.guess)
+
+
+@dataclass
+class Plan:
+    """What is about to be done to a model.
+
+    Attributes:
+        tasks: the parameters and buffers to fill, in the order of the model.
+        others: those that are not filled.
+    """
+
+    model: nn.Module
+    seed: int
+    recipe: str
+    names: Names | None
+    tasks: list[Task]
+    others: list[TensorRef]
+
+    def refuse_meta(self, target: torch.device | None) -> None:
+        """Raise where something to fill is on the meta device, and no device is given to which it could go."""
+        on_meta = [task.ref.name for task in self.tasks if task.ref.tensor.is_meta]
+        if on_meta and target is None:
+            raise ValueError(
+                f"{_first_and_count(on_meta)} on the meta device: say where the model is to lie, device='cpu' or 'cuda'"
+            )
+
+    def compare_ranks(self) -> None:
+        """Raise where ranks are about to fill DTensors differently."""
+        messages = (
+            (t.ref.tensor, t.ref.name, f"{t.key:x} {t.spec and t.spec.fills}")
+            for t in self.tasks
+            if t.shards is not None
+        )
+        check_agreement(
+            messages, "the fills of parameters", "Give init_model_ one seed, recipe and names= on every rank"
+        )
+
+    def report(self) -> InitReport:
+        """The report on it."""
+        return report_of(self.model, self.names, self.seed, self.recipe, [task.row() for task in self.tasks])
+
+
+def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None, names: Names | None) -> Plan:
+    """The plan for a model; arguments and errors as for init_model_."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {short_repr(model)}; it must be a torch.nn.Module")
+    seed = _checked_seed(seed)
+    resolved = resolve(recipe)
+    refuse_hidden_shards(model)
+    parameters, buffers = tensor_refs(model, names)
+    selected = _selected(only, [*parameters, *buffers])
+    shards = {ref: _checked_shards(ref) for ref in parameters if ref in selected}
+    _refuse_shared_memory(list(shards))
+    view = View(model, parameters, stage=names is not None)
+    spec_of = resolved(view)
+    tasks, missing, others = [], [], []
+    checked: dict[tuple[Any, torch.dtype], str] = {}
+    for ref in parameters:
+        if ref not in shards:
+            others.append(ref)
+            continue
+        spec = spec_of(ref)
+        if spec is None:
+            missing.append(f"{ref.name} (in {ref.owner}): {view.unreadable(ref)}")
+            continue
+        spec = keep_padding(ref, spec)
+        for _, distribution in spec.fills:
+            fault = checked.get((distribution, ref.tensor.dtype))
+            if fault is None:
+                fault = checked[distribution, ref.tensor.dtype] = _fault(distribution, ref.tensor.dtype)
+            if fault:
+                missing.append(f"{ref.name} (in {ref.owner}): {fault}")
+                break
+        tasks.append(Task(ref, spec, named_key(seed, ref.name), shards[ref]))
+    if missing:
+        example = missing[0].split(" ")[0]
+        raise ValueError(
+            f"recipe {resolved.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
+            f"written unless all that are selected can be filled:{listing(missing)}\n"
+            f'Give them a distribution by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them out '
+            "with only="
+        )
+    for ref in buffers:
+        found = view.resets.complete(ref.tensor) if ref in selected else None
+        if found is not None or (ref in selected and ref.tensor.is_meta):
+            tasks.append(Task(ref, found, named_key(seed, ref.name), _checked_shards(ref)))
+        else:
+            others.append(ref)
+    return Plan(model, seed, resolved.name, names, tasks, others)
+
+
+def _checked_seed(seed: Any) -> int:
+    """The seed as an int. Integers of numpy and 0-d integer tensors are seeds too."""
+    try:
+        return operator.index(seed)
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without values, on meta for instance
+        raise TypeError(
+            f"seed is {seed!r} ({type(seed).__name__}); it must be an integer, -2**63 <= seed < 2**64: "
+            "init_model_(model, seed=0)"
+        ) from None
+
+
+def _selected(only: Only | None, every: list[TensorRef]) -> set[TensorRef]:
+    if only is None:
+        return set(every)
+    if callable(only) and not isinstance(only, nn.Module):
+        return {ref for ref in every if any(only(name, ref.tensor) for name in ref.names)}
+    if isinstance(only, bytes | Tensor | nn.Module) or not isinstance(only, Iterable):
+        raise TypeError(f"only is {short_repr(only)}; {_ONLY}")
+    patterns = [only] if isinstance(only, str) else list(only)
+    names = [name for ref in every for name in ref.names]
+    chosen: set[TensorRef] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"only holds {short_repr(pattern)}; {_ONLY}")
+        fits = compile_pattern(pattern, names)
+        found = {ref for ref in every if any(map(fits, ref.names))}
+        if not found:
+            near = difflib.get_close_matches(pattern, names, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"only: nothing in the model is called {pattern!r}{hint}")
+        chosen |= found
+    return chosen
+
+
+_ONLY = (
+    "it must be a name pattern ('encoder', '*.bias'), several of them, or a function of name and tensor; None selects "
+    "everything"
+)
+
+
+def _checked_shards(ref: TensorRef) -> list[LocalShard] | None:
+    """Of a DTensor what this rank holds of it, None of any other tensor; an error for what cannot be filled at all."""
+    if ref.kind == "plain":
+        return None
+    if ref.kind == "lazy":
+        raise ValueError(
+            f"{ref.name} has no shape yet, as a lazy module's parameters do; run a batch through the model first"
+        )
+    shards = None
+    if ref.kind == "dtensor":
+        try:
+            shards = local_shards(ref.tensor)
+        except (NotImplementedError, RuntimeError) as error:
+            raise type(error)(f"{ref.name}: {error}") from None
+    cls = type(ref.tensor if shards is None else shards[0].tensor)
+    if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(cls, FakeTensor):
+        raise NotImplementedError(
+            f"{ref.name} is a {cls.__name__}, a wrapper around other tensors; fill the model before it is wrapped"
+        )
+    return shards
+
+
+def _refuse_shared_memory(parameters: list[TensorRef]) -> None:
+    pairs = [f"{a} and {b}" for a, b in shared_memory(parameters)]
+    if pairs:
+        raise ValueError(
+            f"different parameters share memory, and would be filled twice:{listing(pairs)}\n"
+            "Tie them by making them one Parameter, or leave one out with only="
+        )
+
+
+def _fault(distribution: Any, dtype: torch.dtype) -> str:
+    """Why a dtype cannot be filled from a distribution; empty if it can."""
+    try:
+        fill_([Draw(torch.empty(0, dtype=dtype, device="meta"), distribution)])
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        return str(error)
+    return ""
+
+
+def _first_and_count(names: list[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"

@@ -1,0 +1,172 @@
+"""What recipes are made of: a model as a recipe sees it, and the rules that several recipes share."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
+
+from .fans import Fans, fans, has_weight_matrix, is_embedding
+from .layers import padding_row
+from .naming import TensorRef
+from .recording import read_init_weights, read_resets
+from .specs import ONES, ZEROS, FillSpec, InitTrace, whole_fill
+
+DistributionName: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
+
+
+class View:
+    """A model, as a recipe sees it.
+
+    Args:
+        model: the model.
+        refs: its parameters, also those that will not be filled.
+        stage: whether the names are those of a larger model, of which this is a part.
+    """
+
+    def __init__(self, model: nn.Module, refs: Sequence[TensorRef], stage: bool) -> None:
+        self.model = model
+        self.refs = refs
+        self.stage = stage
+
+    @cached_property
+    def resets(self) -> InitTrace:
+        """What calling reset_parameters of every module, children first, would write."""
+        trace = InitTrace()
+        read_resets(self.model, trace)
+        return trace
+
+    @cached_property
+    def init_weights(self) -> InitTrace:
+        """What `_init_weights(module)`, where the model has one, would write."""
+        trace = InitTrace()
+        read_init_weights(self.model, trace)
+        return trace
+
+    def is_unreadable(self, ref: TensorRef) -> bool:
+        """Whether the model's own code writes a parameter in a way that is no distribution."""
+        return id(ref.tensor) in self.resets.unreadable or id(ref.tensor) in self.init_weights.unreadable
+
+    def unreadable(self, ref: TensorRef) -> str:
+        """Why the model's own code gives no distribution for a parameter."""
+        reasons = [trace.unreadable.get(id(ref.tensor)) for trace in (self.resets, self.init_weights)]
+        return next(filter(None, reasons), "no code of the model that initlab can read writes it")
+
+
+Recipe: TypeAlias = Callable[[View], Callable[[TensorRef], FillSpec | None]]
+DistributionOf: TypeAlias = Callable[[TensorRef], Distribution | None]
+RecipeLike: TypeAlias = "str | NamedRecipe | Distribution | DistributionOf | Mapping[str, Any]"
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A recipe with the name that reports give it; called with a View it gives the function from refs to specs."""
+
+    name: str
+    prepare: Recipe
+
+    def __call__(self, view: View) -> Callable[[TensorRef], FillSpec | None]:
+        """The function that gives each parameter of the view its spec."""
+        return self.prepare(view)
+
+
+def keep_padding(ref: TensorRef, found: FillSpec) -> FillSpec:
+    """The spec with zeros in the padding row, where the parameter is the weight of an embedding that has one."""
+    if is_embedding(ref.module) and ref.attribute == "weight" and ref.module.padding_idx is not None:
+        row = (padding_row(ref.module), ZEROS)
+        if row not in found.fills and ref.tensor.shape[0] > 0:
+            return replace(found, fills=(*found.fills, row))
+    return found
+
+
+def by_default(view: View, ref: TensorRef) -> FillSpec | None:
+    """What the recipe "torch" gives a parameter; None where it has nothing."""
+    found = view.resets.complete(ref.tensor) or view.init_weights.complete(ref.tensor)
+    if found is not None:
+        return found
+    return None if view.is_unreadable(ref) else guess_by_name(ref)
+
+
+def guess_by_name(ref: TensorRef) -> FillSpec | None:
+    """1 for the weight of what is called a norm, 0 for what is called a bias; None for anything else."""
+    if ref.tensor.dim() == 1 and ref.attribute == "weight" and "norm" in ref.owner.lower():
+        return whole_fill(ONES, f"{ref.owner} is called a norm", guess=True)
+    if ref.tensor.dim() == 1 and ref.attribute == "bias":
+        return whole_fill(ZEROS, "called a bias", guess=True)
+    return None
+
+
+def by_fan(name: str, measure: Callable[[Fans], tuple[float, float]], distribution: DistributionName) -> NamedRecipe:
+    """Weights with std = gain / sqrt(fan), where `measure` gives (fan, gain); their biases 0, all else as "torch"."""
+
+    def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
+        def choose(ref: TensorRef) -> FillSpec | None:
+            counted = fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
+            if counted is not None:
+                fan, gain = measure(counted)
+                return centred(distribution, gain, fan, ref.owner)
+            return zero_bias(ref) or by_default(view, ref)
+
+        return choose
+
+    return NamedRecipe(name, prepare)
+
+
+def every_weight(view: View, distribution: Callable[[TensorRef], FillSpec]) -> Callable[[TensorRef], FillSpec | None]:
+    """`distribution` for every weight and embedding, and, as a guess, for whatever else has two dimensions or more.
+
+    No guess is made against the model's own code where that sets a parameter to a constant, or computes it.
+    """
+
+    def choose(ref: TensorRef) -> FillSpec | None:
+        if ref.tensor.dim() < 2:
+            return zero_bias(ref) or by_default(view, ref)
+        if is_embedding(ref.module) or fans(ref.module, ref.attribute, ref.tensor) is not None:
+            return distribution(ref)
+        default = by_default(view, ref)
+        if default is None and view.is_unreadable(ref):
+            return None
+        if default is not None and isinstance(default.distribution, Constant):
+            return default
+        return replace(distribution(ref), guess=True)
+
+    return choose
+
+
+def zero_bias(ref: TensorRef) -> FillSpec | None:
+    """Zero for the one-dimensional parameters of a module that has a weight matrix."""
+    if ref.tensor.dim() != 1 or "bias" not in ref.attribute:
+        return None
+    return whole_fill(ZEROS, ref.owner) if has_weight_matrix(ref.module) else None
+
+
+# Standard deviation of a standard normal cut at 2 sigma: sqrt(1 - 4 pdf(2) / (2 cdf(2) - 1)).
+_CUT = 2.0
+_CUT_STD = 0.87962566103423978
+
+
+def with_std(std: float, distribution: str) -> Distribution:
+    """The distribution of that kind with mean 0 and this standard deviation."""
+    if distribution == "normal":
+        return Normal(0.0, std)
+    if distribution == "uniform":
+        return Uniform(-math.sqrt(3.0) * std, math.sqrt(3.0) * std) if std else ZEROS
+    if distribution == "truncated_normal":
+        before = std / _CUT_STD  # of the normal that is cut
+        return TruncatedNormal(0.0, before, -_CUT * before, _CUT * before) if std else ZEROS
+    raise ValueError(f"distribution is {distribution!r}; it must be 'normal', 'uniform' or 'truncated_normal'")
+
+
+def centred(distribution: DistributionName, gain: float, fan: float, why: str) -> FillSpec:
+    """The spec with mean 0 and std = gain / sqrt(fan); zeros where the fan is 0."""
+    return whole_fill(with_std(gain / math.sqrt(fan), distribution) if fan else ZEROS, why, fan)
+
+
+def short_repr(value: object) -> str:
+    """A value and its type for a message; of long values the type only."""
+    text = repr(value)
+    return f"{text} ({type(value).__name__})" if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"

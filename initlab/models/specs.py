@@ -1,0 +1,109 @@
+"""What tensors are filled with, as data: slices, fill specs, and the trace of what a model's code writes."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from initlab.kernels import Constant, Distribution
+
+ZEROS, ONES = Constant(0.0), Constant(1.0)
+
+
+class DimSlice(NamedTuple):
+    """Part of a tensor: the elements from `start` to `start + length` of dimension `dim`."""
+
+    dim: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class FillSpec:
+    """What a parameter is filled with, and why.
+
+    Args:
+        fills: distributions in the order of writing, each of the whole tensor (None) or of a slice of it.
+        fan: the number of connections that the distribution was derived from; None if it was derived from none.
+        why: what the spec was read from.
+        guess: whether it was guessed from names or from the order of modules.
+    """
+
+    fills: tuple[tuple[DimSlice | None, Distribution], ...]
+    fan: float | None = None
+    why: str = ""
+    guess: bool = False
+
+    @property
+    def distribution(self) -> Distribution:
+        """The distribution of the whole tensor, or of its first slice."""
+        return self.fills[0][1]
+
+
+def whole_fill(distribution: Distribution, why: str, fan: float | None = None, guess: bool = False) -> FillSpec:
+    """The spec that fills a whole tensor from one distribution."""
+    return FillSpec(((None, distribution),), fan, why, guess)
+
+
+class InitTrace:
+    """What a model's code writes to its tensors: a later write replaces an earlier one, as in the code itself.
+
+    Attributes:
+        recorded: by the id of a tensor, the spec found so far.
+        unreadable: by the id of a tensor, why no distribution is known for what is written to it.
+        ignored: ids of tensors whose writes are not recorded for now.
+    """
+
+    def __init__(self) -> None:
+        self.recorded: dict[int, FillSpec] = {}
+        self.unreadable: dict[int, str] = {}
+        self.ignored: frozenset[int] = frozenset()
+
+    def copy(self) -> "InitTrace":
+        """Another trace that begins with what this one has recorded."""
+        trace = InitTrace()
+        trace.recorded, trace.unreadable = dict(self.recorded), dict(self.unreadable)
+        return trace
+
+    def write(
+        self,
+        tensor: Tensor,
+        distribution: Distribution,
+        why: str,
+        dim_slice: DimSlice | None = None,
+        fan: float | None = None,
+    ) -> None:
+        """Record that `tensor`, or a slice of it, is filled with `distribution`."""
+        if id(tensor) in self.ignored:
+            return
+        if dim_slice is None:
+            self.unreadable.pop(id(tensor), None)
+            self.recorded[id(tensor)] = whole_fill(distribution, why, fan)
+        elif (before := self.recorded.get(id(tensor))) is not None:
+            self.recorded[id(tensor)] = replace(before, fills=(*before.fills, (dim_slice, distribution)), why=why)
+        elif id(tensor) not in self.unreadable:
+            self.recorded[id(tensor)] = FillSpec(((dim_slice, distribution),), fan, why)
+
+    def give_up(self, tensor: Tensor, why: str) -> None:
+        """Record that `tensor` is written in a way that no distribution describes."""
+        if id(tensor) in self.ignored:
+            return
+        self.recorded.pop(id(tensor), None)
+        self.unreadable[id(tensor)] = why
+
+    def complete(self, tensor: Tensor) -> FillSpec | None:
+        """The spec of a tensor, if it fills all elements; None otherwise."""
+        found = self.recorded.get(id(tensor))
+        if found is None or found.fills[0][0] is None:
+            return found
+        covered: dict[int, list[tuple[int, int]]] = {}
+        for part, _ in found.fills:
+            if part is not None:
+                covered.setdefault(part.dim, []).append((part.start, part.start + part.length))
+        for dim, spans in covered.items():
+            reached = 0
+            for start, end in sorted(spans):
+                reached = max(reached, end) if start <= reached else reached
+            if reached == tensor.shape[dim]:
+                return found
+        return None
