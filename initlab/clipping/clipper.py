@@ -31,9 +31,10 @@ class GradClipper:
     """Clips the gradients of an optimizer's parameters in every step, and keeps bad steps out of weights and moments.
 
     From then on `optimizer.step()` clips; call nothing else. With an optimizer of torch whose groups are all fused
-    (SGD, Adam, AdamW, Adagrad with fused=True) gradients are read once, for the norm. The optimizer applies the coefficient
-    in its own pass, as its grad_scale, and skips bad steps by its found_inf: no pass that scales, no wait for a GPU.
-    With others gradients are scaled in place, and "skip" waits for the device once a step; "raise" always does.
+    (SGD, Adam, AdamW, Adagrad with fused=True) gradients are read once, for the norm. The optimizer applies the
+    coefficient in its own pass, as its grad_scale, and skips bad steps by its found_inf: no pass that scales, no wait
+    for a GPU. With others gradients are scaled in place, and "skip" waits for the device once a step; "raise" always
+    does.
 
     Works under torch.amp.GradScaler: the norm of gradients that are still scaled is that of the unscaled ones, and a
     step that the scaler skips stays skipped. Parameter groups count as one vector; parameters without a gradient are
