@@ -171,11 +171,10 @@ def _kind(name: str) -> str | None:
     return next((kind for kind in COMPILERS if stem.startswith("_") and stem.endswith(f"_{kind}")), None)
 
 
-def _owner(backend: str) -> str:
-    """The module, or for a backend in a package of its own that package, which a backend belongs to."""
+def _op(backend: str) -> str:
+    """The op that a backend belongs to: a module, as `norms` for `_norms_triton`, or a package, as `sampling`."""
     package, _, stem = backend.rpartition(".")
-    op = stem.rpartition("_")[0].lstrip("_")
-    return ".".join(filter(None, [package, op]))
+    return package or stem[1:].split("_")[0]
 
 
 def _neighbour(name: str, target: str, lazy: bool) -> str | None:
@@ -183,23 +182,24 @@ def _neighbour(name: str, target: str, lazy: bool) -> str | None:
     if target.startswith("."):
         return f"op: {target} reaches out of kernels/"
     package = name.rpartition(".")[0]
+    inside_package = package != "" and target.startswith(f"{package}.")
     kind, its_kind = _kind(name), _kind(target)
     if target.startswith("_common_"):
         return None if kind == its_kind else f"backend: imports {target}, which serves backends of its kind"
+    if its_kind is not None and kind is not None:
+        same = (kind, _op(name)) == (its_kind, _op(target))
+        return None if same else f"backend: imports {target}, which belongs to {_op(target)} or is of another kind"
     if its_kind is not None:
-        owner = _owner(target)
-        if kind is not None or owner not in {name, package}:
-            return f"backend: imports {target}, which belongs to {owner}"
+        if _op(target) not in {name, package}:
+            return f"backend: imports {target}, which belongs to {_op(target)}"
         if not lazy and its_kind != "torch":
             return f"backend: imports {target} at import time; name it to backends.load()"
         return None
     if kind is not None:
         # What a backend needs of its op lies on the op's page, or in the op's package.
-        own = target == _owner(name) or (package and target.startswith(f"{package}."))
-        if own or target in FOR_BACKENDS:
+        if target == _op(name) or inside_package or target in FOR_BACKENDS:
             return None
         return f"backend: imports {target}; allowed: its own op, {', '.join(sorted(FOR_BACKENDS))}"
-    inside_package = package and target.startswith(f"{package}.")
     if name == "__init__" or inside_package or target in SHARED:
         return None
     if target == "nonfinite" and name not in SHARED:
@@ -297,6 +297,8 @@ LOAD = "from . import backends\n_MODULES = {}\ndef f(d):\n    backends.load(d, _
         ("kernels/_op_triton.py", "import numba", "backend"),
         ("kernels/_op_numba.py", "import triton", "backend"),
         ("kernels/_op_numba.py", "from ._op_triton import x", "backend"),
+        ("kernels/_op_numba.py", "from ._other_numba import x", "backend"),
+        ("kernels/_op_numba.py", "from .sampling._numba import x", "backend"),
         ("kernels/_op_numba.py", "from . import sampling", "backend"),
         ("kernels/_op_numba.py", "from .sampling.fill import fill_", "backend"),
         ("kernels/_op_numba.py", "from .nonfinite import NAN", "backend"),
@@ -385,6 +387,9 @@ def test_a_violation_is_seen(path: str, source: str, rule: str) -> None:
         ("kernels/_op_numba.py", "import math\nimport numba, numpy as np, torch\nfrom .sampling import stream as s"),
         ("kernels/_op_numba.py", "from .sampling.stream import philox\nfrom .region import Region\nfrom . import op"),
         ("kernels/_op_triton.py", "from ._common_triton import find\nfrom .tensors import all_plain"),
+        ("kernels/_op_triton.py", "from ._op_part_triton import part"),
+        ("kernels/op.py", LOAD.format({"triton": "._op_part_triton"})),
+        ("kernels/sampling/_triton.py", "from ._maps_triton import normal\nfrom ._maps import NormalMap"),
         ("kernels/_common_numba.py", "from llvmlite import ir\nfrom numba import njit"),
         ("kernels/op.py", "import torch\nfrom . import backends, nonfinite\ndef f():\n    from . import _op_triton"),
         ("kernels/op.py", LOAD.format({"numba": "._op_numba", "triton": None})),
