@@ -2,6 +2,8 @@
 
 Parts 1 and 2 start and train a deep network on scikit-learn's digits; part 3 fills the parameters of GPT-2, part 4
 builds GPT-2 with transformers. Nothing is downloaded.
+
+This is one file, of over 500 lines, because it is one story: its parts stand in the order in which they are printed.
 """
 
 import math

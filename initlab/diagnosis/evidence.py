@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..models.activations import ACTIVATIONS
-from ..models.fans import fans
+from ..models.fans import compute_fans
 from ..models.naming import TensorRef
 from .batch import Leaf
 from .limits import LIMITS
@@ -155,7 +155,7 @@ def expected_std(ref: TensorRef, activation: str) -> float | None:
         ref: the weight.
         activation: the function's name in torch.nn.functional; "" where none was seen, which asks for a gain of 1.
     """
-    counted = fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
+    counted = compute_fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
     if counted is None or counted.fan_in <= 0:
         return None
     start = ACTIVATIONS.get(activation)

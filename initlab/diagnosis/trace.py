@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._tree import tensors_in
-from ..models.fans import fans
+from ..models.fans import compute_fans
 from ..models.naming import walk
 from . import names
 from .limits import LIMITS
@@ -71,7 +71,9 @@ def has_weight(module: nn.Module, path: str = "") -> bool:
     """Whether a module multiplies what it gets with a weight of its own."""
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return True
-    return any(t is not None and fans(module, leaf, t, path) is not None for leaf, t in module._parameters.items())
+    return any(
+        t is not None and compute_fans(module, leaf, t, path) is not None for leaf, t in module._parameters.items()
+    )
 
 
 class Modules:

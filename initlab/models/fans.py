@@ -31,7 +31,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
 
 
-def fans(module: nn.Module, attribute: str, weight: Tensor, module_name: str = "") -> Fans | None:
+def compute_fans(module: nn.Module, attribute: str, weight: Tensor, module_name: str = "") -> Fans | None:
     """The fans of a weight matrix, as the layer uses it.
 
     Args:
@@ -48,9 +48,9 @@ def fans(module: nn.Module, attribute: str, weight: Tensor, module_name: str = "
 
     Example:
         >>> import torch
-        >>> from initlab.models.fans import fans
+        >>> from initlab.models.fans import compute_fans
         >>> conv = torch.nn.Conv2d(64, 64, 3, groups=64)
-        >>> fans(conv, "weight", conv.weight)
+        >>> compute_fans(conv, "weight", conv.weight)
         Fans(fan_in=9, fan_out=9)
     """
     if weight.dim() < 2:
@@ -90,4 +90,4 @@ def fans(module: nn.Module, attribute: str, weight: Tensor, module_name: str = "
 def has_weight_matrix(module: nn.Module) -> bool:
     """Whether one of a module's own parameters is a weight matrix, one that has fans."""
     own = module._parameters.items()
-    return any(tensor is not None and fans(module, attribute, tensor) is not None for attribute, tensor in own)
+    return any(tensor is not None and compute_fans(module, attribute, tensor) is not None for attribute, tensor in own)

@@ -10,7 +10,7 @@ from torch import nn
 
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
-from .fans import Fans, fans, has_weight_matrix, is_embedding
+from .fans import Fans, compute_fans, has_weight_matrix, is_embedding
 from .layers import padding_row
 from .naming import TensorRef
 from .recording import read_init_weights, read_resets
@@ -105,7 +105,7 @@ def by_fan(name: str, measure: Callable[[Fans], tuple[float, float]], distributi
 
     def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
         def choose(ref: TensorRef) -> FillSpec | None:
-            counted = fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
+            counted = compute_fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
             if counted is not None:
                 fan, gain = measure(counted)
                 return centred(distribution, gain, fan, ref.owner)
@@ -125,7 +125,7 @@ def every_weight(view: View, distribution: Callable[[TensorRef], FillSpec]) -> C
     def choose(ref: TensorRef) -> FillSpec | None:
         if ref.tensor.dim() < 2:
             return zero_bias(ref) or by_default(view, ref)
-        if is_embedding(ref.module) or fans(ref.module, ref.attribute, ref.tensor) is not None:
+        if is_embedding(ref.module) or compute_fans(ref.module, ref.attribute, ref.tensor) is not None:
             return distribution(ref)
         default = by_default(view, ref)
         if default is None and view.is_unreadable(ref):

@@ -1,6 +1,6 @@
-"""The distributions hold: moments, Kolmogorov-Smirnov, Anderson-Darling, tails, correlations, against closed forms of scipy.
+"""The distributions hold: moments, KS, Anderson-Darling, tails and correlations, against closed forms of scipy.
 
-The default run takes 3 x 10^6 draws of each distribution, ``-m slow`` 10^9. ``python tests/kernels/test_statistics.py`` measures 10^9
+The default run takes 3 x 10^6 draws of each distribution, ``-m slow`` 10^9. This file, run as a script, measures 10^9
 and writes docs/statistics.md and its plot (needs matplotlib).
 """
 

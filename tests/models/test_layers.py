@@ -1,4 +1,4 @@
-"""What initlab knows of layers, against torch: distributions, fans, and the distributions it reads off a reset_parameters of one's own.
+"""What initlab knows of layers, against torch: distributions, fans, and what it reads off a custom reset_parameters.
 
 Torch's distributions come from torch twice: from values that it draws, and from the arguments that reach its kernels.
 """
@@ -24,7 +24,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import initlab
-from initlab.models.fans import fans
+from initlab.models.fans import compute_fans
 from initlab.models.specs import DimSlice, InitTrace
 
 SEEDS = range(16)
@@ -293,7 +293,7 @@ class Wire(NamedTuple):
 
     @property
     def fans(self):
-        return fans(self.layer, self.leaf, getattr(self.layer, self.leaf), self.path)
+        return compute_fans(self.layer, self.leaf, getattr(self.layer, self.leaf), self.path)
 
     def signal(self, draw, scale):
         """Outputs and what comes back to the inputs, where every number is drawn and every weight scaled."""
@@ -397,8 +397,8 @@ def test_fans_of_the_linear_layer_of_transformers():
     outputs, inputs = wire.signal(lambda shape: torch.ones(shape, dtype=torch.float64), 1.0)
     assert wire.fans == (outputs.mean(), inputs.mean()) == (192, 96)
     fused = Conv1D(288, 96)
-    assert fans(fused, "weight", fused.weight, "transformer.h.0.attn.c_attn") == (96, 96)
-    assert fans(fused, "weight", fused.weight, "transformer.h.0.mlp.c_fc") == (96, 288)
+    assert compute_fans(fused, "weight", fused.weight, "transformer.h.0.attn.c_attn") == (96, 96)
+    assert compute_fans(fused, "weight", fused.weight, "transformer.h.0.mlp.c_fc") == (96, 288)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.LSTM, nn.GRU, nn.Conv2d, nn.Linear])
@@ -406,7 +406,7 @@ def test_a_subclass_has_the_fans_of_its_layer(kind):
     arguments = (6, 10, 3) if kind is nn.Conv2d else (6, 10)
     mine, plain = type("Mine", (kind,), {})(*arguments), kind(*arguments)
     for leaf, weight in plain.named_parameters():
-        assert fans(mine, leaf, weight) == fans(plain, leaf, weight), leaf
+        assert compute_fans(mine, leaf, weight) == compute_fans(plain, leaf, weight), leaf
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_a_subclass_has_the_fans_of_its_layer(kind):
 )
 def test_fans_of_ordinary_layers_are_torchs(module, leaf):
     weight = getattr(module, leaf)
-    assert fans(module, leaf, weight) == init._calculate_fan_in_and_fan_out(weight)
+    assert compute_fans(module, leaf, weight) == init._calculate_fan_in_and_fan_out(weight)
 
 
 def test_what_has_no_fans():
@@ -440,11 +440,11 @@ def test_what_has_no_fans():
         (attention, "in_proj_bias"),
         (nn.PReLU(4), "weight"),
     ]:
-        assert fans(module, leaf, getattr(module, leaf)) is None, (module, leaf)
+        assert compute_fans(module, leaf, getattr(module, leaf)) is None, (module, leaf)
     with_more = nn.Linear(3, 4)
     with_more.extra = nn.Parameter(torch.ones(3, 4))
-    assert fans(with_more, "extra", with_more.extra) is None
-    assert fans(nn.Module(), "weight", torch.ones(3, 4)) is None
+    assert compute_fans(with_more, "extra", with_more.extra) is None
+    assert compute_fans(nn.Module(), "weight", torch.ones(3, 4)) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -837,7 +837,7 @@ def test_the_flat_weights_of_an_rnn_stay_what_they_are():
     ids=["weight_norm", "spectral_norm", "weight_norm by hooks", "prune"],
 )
 def test_a_weight_that_is_computed_from_others(change, names, beside):
-    """Nobody draws it; what it is computed from has no distribution, and looking at it must not set a power iteration off."""
+    """Nobody draws it; what it is computed from has no distribution, and reading it must start no power iteration."""
     model = nn.Sequential(beside, change(nn.Linear(3, 4)))
     before = Photograph(model)
     with pytest.raises(ValueError) as caught:  # noqa: PT011

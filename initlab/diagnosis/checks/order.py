@@ -1,0 +1,68 @@
+"""The checks in the order in which one cause leads to the next, and what remains of their findings.
+
+What is not initialised, bad data, low precision, the loss function, the scale of the data, starting weights, gradients,
+operations, the step.
+"""
+
+from __future__ import annotations
+
+from ..evidence import Evidence
+from .data import bad_index, bad_input, bad_target, log_of_target, scale, target_out_of_range
+from .finding import Check, Finding
+from .objective import empty_reduction, wrong_space
+from .operations import raised, unexplained, unsafe
+from .precision import overflow, underflow
+from .start import never_written, nowhere, spoilt_state
+from .step import exploding_gradient, too_fast
+from .weights import dead, growing, shrinking, symmetric
+
+CHECKS: tuple[Check, ...] = (
+    nowhere,
+    never_written,
+    spoilt_state,
+    bad_input,
+    bad_index,
+    bad_target,
+    target_out_of_range,
+    overflow,
+    log_of_target,
+    wrong_space,
+    empty_reduction,
+    scale,
+    symmetric,
+    dead,
+    growing,
+    exploding_gradient,
+    unsafe,
+    raised,
+    shrinking,
+    underflow,
+    too_fast,
+    unexplained,
+)
+
+
+def findings(evidence: Evidence) -> list[Finding]:
+    """What the checks find: what is broken first, and then causes before what they cause; one of each kind."""
+    found: list[Finding] = []
+    for check in CHECKS:
+        one = check(evidence)
+        if check is unexplained and any(other.severity == "broken" for other in found):
+            continue
+        if one is not None and not any(_explains(other, one) for other in found):
+            found.append(one)
+    return sorted(found, key=lambda one: one.severity != "broken")
+
+
+_NONFINITE = ("uninitialised", "input", "target", "precision", "loss", "operation", "weights", "gradient")
+
+
+def _explains(first: Finding, later: Finding) -> bool:
+    """Whether a finding is only what another one leads to."""
+    if later.kind == first.kind:
+        return True
+    if first.severity != "broken":
+        return False
+    if later.kind in ("loss", "operation") and first.kind in _NONFINITE:
+        return True  # the one value that is not finite has one origin
+    return later.kind in ("gradient", "learning rate") and first.kind != "learning rate"
