@@ -19,7 +19,7 @@ class LinearReLU(nn.Module):
     """relu(x @ weight.T + bias): an nn.Linear and its ReLU in one, with nn.Linear's parameters under the same names.
 
     Weights begin with He's distribution, normal with std = sqrt(2 / in_features), which keeps the signal through a
-    ReLU, from initlab's stream; biases begin with 0. (nn.Linear draws both uniformly, weights at 1 / sqrt 6 of that std.)
+    ReLU, from initlab's stream; biases begin with 0. (nn.Linear draws both uniformly, weights at 1 / sqrt 6 of that.)
     It is no nn.Linear: what replaces every nn.Linear in a model would lose the ReLU.
 
     Args:
