@@ -919,7 +919,7 @@ def test_a_tensor_whose_storage_was_freed(backend, distribution):
         storage, good = torch.ones(10), poisoned(3)
         x = view(storage)
         storage.untyped_storage().resize_(size)
-        with pytest.raises(RuntimeError, match="freed or resized.*fill it while its storage is there"):
+        with pytest.raises(RuntimeError, match=r"freed or resized.*fill it while its storage is there"):
             fill_([Draw(good, Normal(), KEY), Draw(x, distribution, KEY)])
         assert good.isnan().all()
 
