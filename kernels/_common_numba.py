@@ -34,7 +34,7 @@ _HALF = np.float32(0.5)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """`function` compiled without the GIL, cached on disk where a place for it can be written.
+    """`function` compiled without the GIL, cached on disk where numba can write.
 
     Numba's cache knows the function's own file, by date and size, and no other: put what else is compiled in (constants
     of another module, this file) into its key by giving the function a free variable `fingerprint`.
@@ -112,9 +112,6 @@ def _rounded(x, tag):
 
     return rounded
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Threads
 
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()

@@ -73,8 +73,8 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
         x, shifted = torch.empty_like(steps), torch.empty_like(steps)
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
         for flat, runs in _pieces(tensor, 0, chunk) if region is None else [(_flat(tensor), region.runs())]:
-            for at, run in _batches(runs, chunk):
-                words = flat[at : at + run.rows * run.length].view(integer).view(run.rows, run.length)
+            for offset, run in _batches(runs, chunk):
+                words = flat[offset : offset + run.numel].view(integer).view(run.rows, run.length)
                 flat_x = x[: words.numel()]
                 torch.add(words, steps[: run.length], out=flat_x.view_as(words))
                 if run.rows > 1:
@@ -117,9 +117,9 @@ def _pieces(tensor: Tensor, start: int, chunk: int) -> Iterator[tuple[Tensor, It
     dim = next(d for d, size in enumerate(tensor.shape) if size > 1)
     each = tensor.numel() // tensor.shape[dim]
     step = max(1, chunk // each)
-    for at in range(0, tensor.shape[dim], step):
-        part = tensor.narrow(dim, at, min(step, tensor.shape[dim] - at))
-        yield from _pieces(part, start + at * each, chunk)
+    for index in range(0, tensor.shape[dim], step):
+        part = tensor.narrow(dim, index, min(step, tensor.shape[dim] - index))
+        yield from _pieces(part, start + index * each, chunk)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -127,16 +127,16 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _batches(runs: Iterable[StridedRun], chunk: int) -> Iterator[tuple[int, StridedRun]]:
-    """Runs cut into such of at most `chunk` elements, each with its place in the flat tensor that they number."""
-    at = 0
+    """Runs cut into pieces of at most `chunk` elements, each with its offset in the flat tensor that they number."""
+    offset = 0
     for run in runs:
         rows = max(1, chunk // run.length)
         for row in range(0, run.rows, rows):
             n, first = min(rows, run.rows - row), run.start + row * run.stride
             for column in range(0, run.length, chunk):
                 length = min(chunk, run.length - column)
-                yield at, StridedRun(first + column, n, length, run.stride)
-                at += n * length
+                yield offset, StridedRun(first + column, n, length, run.stride)
+                offset += n * length
 
 
 def _mix(x: Tensor, shifted: Tensor) -> Tensor:

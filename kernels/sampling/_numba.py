@@ -1,7 +1,7 @@
 """Sampling on the CPU: the maps of stream.py as scalar code that LLVM vectorises.
 
 One kernel template, `_fill_rows`; the type of its `tag` argument selects the dtype and the type of `m` the map.
-Words stay in uint64 lanes and are masked only before a product, so that it becomes one vpmuludq for eight lanes.
+Random words stay in uint64 lanes and are masked only before a product, so that it becomes one vpmuludq for eight lanes.
 No fast-math: every + - x is rounded on its own, as the stream demands.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,9 @@ from numba.extending import overload
 from torch import Tensor
 
 from .._common_numba import SOURCE, TAGS, bits, compiled, pointer, real, rounded, share
+from ..region import StridedRun
 from . import stream
 from .stream import CentreMap, FarMap, Map, NarrowMap, NormalMap, TailMap, UniformMap
-
-Run: TypeAlias = tuple[int, int, int, int]  # start, rows, length, stride
 
 _TASK = 1 << 19  # elements: below it a second thread costs more than it gives
 
@@ -163,37 +162,37 @@ def _values(c0: Any, c1: Any, c2: Any, c3: Any, m: Any, tag: Any) -> Any: ...
 
 @overload(_values, jit_options={"forceinline": True})
 def _values_overload(c0, c1, c2, c3, m, tag):
-    """The four values of a block, in float32 (float64 for float64 tensors)."""
-    kind = np.float64 if tag == types.float64 else np.float32
-    distribution = m.instance_class
+    """The four values of a counter block, in float32 (float64 for float64 tensors)."""
+    cast = np.float64 if tag == types.float64 else np.float32
+    transform = m.instance_class
 
-    if distribution is UniformMap:
-
-        def one(w, m):
-            x = kind(np.float32(np.int32(w >> _U(8)))) * kind(m.scale) + kind(m.low)
-            return kind(m.top) if x > kind(m.top) else x
-
-    elif distribution is NarrowMap:
+    if transform is UniformMap:
 
         def one(w, m):
-            half = kind(m.half)
-            return _clamp(kind(_narrow(w, m)) * half + half + kind(m.low), kind(m.low), kind(m.high))
+            x = cast(np.float32(np.int32(w >> _U(8)))) * cast(m.scale) + cast(m.low)
+            return cast(m.top) if x > cast(m.top) else x
 
-    elif distribution is not NormalMap:
-        deviate = {CentreMap: _centre, TailMap: _tail, FarMap: _far}[distribution]
+    elif transform is NarrowMap:
 
         def one(w, m):
-            x = kind(deviate(w, m)) * kind(m.std)
-            x = x if m.mean == 0.0 else x + kind(m.mean)
-            return _clamp(x, kind(m.low), kind(m.high))
+            half = cast(m.half)
+            return _clamp(cast(_narrow(w, m)) * half + half + cast(m.low), cast(m.low), cast(m.high))
 
-    if distribution is NormalMap:
+    elif transform is not NormalMap:
+        deviate = {CentreMap: _centre, TailMap: _tail, FarMap: _far}[transform]
+
+        def one(w, m):
+            x = cast(deviate(w, m)) * cast(m.std)
+            x = x if m.mean == 0.0 else x + cast(m.mean)
+            return _clamp(x, cast(m.low), cast(m.high))
+
+    if transform is NormalMap:
 
         def values(c0, c1, c2, c3, m, tag):
             z0, z1 = _box_muller(c0, c1)
             z2, z3 = _box_muller(c2, c3)
-            std, mean = kind(m.std), kind(m.mean)
-            x0, x1, x2, x3 = kind(z0) * std, kind(z1) * std, kind(z2) * std, kind(z3) * std
+            std, mean = cast(m.std), cast(m.mean)
+            x0, x1, x2, x3 = cast(z0) * std, cast(z1) * std, cast(z2) * std, cast(z3) * std
             if m.mean != 0.0:
                 x0, x1, x2, x3 = x0 + mean, x1 + mean, x2 + mean, x3 + mean
             return x0, x1, x2, x3
@@ -215,7 +214,7 @@ def _block(block, k0, k1, tag, m):
 
 
 def _make_kernel(fingerprint: int) -> Any:
-    """The kernel, cached on disk where a place for it can be written.
+    """The kernel, cached on disk where numba can write.
 
     Numba's cache knows this file's date and size, not those of stream.py, whose constants are compiled in: as a free
     variable their fingerprint becomes part of the cache's key.
@@ -254,34 +253,34 @@ _constants = {name: value for name, value in vars(stream).items() if name.isuppe
 _kernel = _make_kernel(zlib.crc32(repr(_constants).encode() + SOURCE))
 
 
-def _tasks(runs: Iterable[Run]) -> Iterator[tuple[int, Run]]:
-    """(elements before it in memory, run): pieces of about _TASK elements, cut between blocks."""
-    at = 0
-    for start, rows, length, stride in runs:
-        if length >= _TASK:
-            for r in range(rows):
-                first = start + r * stride
-                end = first + length
+def _tasks(runs: Iterable[StridedRun]) -> Iterator[tuple[int, StridedRun]]:
+    """(elements before it in memory, run): pieces of about _TASK elements, cut between counter blocks."""
+    offset = 0
+    for run in runs:
+        if run.length >= _TASK:
+            for r in range(run.rows):
+                first = run.start + r * run.stride
+                end = first + run.length
                 for low in range(first - first % 4, end, _TASK):
                     begin, stop = max(low, first), min(low + _TASK, end)
-                    yield at, (begin, 1, stop - begin, 0)
-                    at += stop - begin
+                    yield offset, StridedRun(begin, 1, stop - begin, 0)
+                    offset += stop - begin
         else:
-            step = _TASK // length
-            for r in range(0, rows, step):
-                count = min(step, rows - r)
-                yield at, (start + r * stride, count, length, stride)
-                at += count * length
+            step = _TASK // run.length
+            for r in range(0, run.rows, step):
+                piece = StridedRun(run.start + r * run.stride, min(step, run.rows - r), run.length, run.stride)
+                yield offset, piece
+                offset += piece.numel
 
 
-def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
+def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[StridedRun]) -> None:
     """Fill a contiguous CPU tensor on torch.get_num_threads() threads.
 
     Args:
         tensor: float32, bfloat16, float16 or float64, contiguous.
         m: the distribution's map for this dtype.
         key: 64 bits.
-        runs: the tensor's elements in the order of its memory, see region.Run.
+        runs: which elements of the stream the tensor holds, in the order of its memory.
 
     Raises:
         NotImplementedError: for a tensor without memory of its own.
@@ -295,14 +294,14 @@ def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[Run]) -> None:
     key = key - (1 << 64) if key >> 63 else key  # the same bits, as the kernel's int64
     threads = torch.get_num_threads() if tensor.numel() > _TASK else 1
     if threads == 1:
-        at = 0
+        offset = 0
         for run in runs:
-            _kernel(address + at * size, tag, *run, key, m)
-            at += run[1] * run[2]
+            _kernel(address + offset * size, tag, *run, key, m)
+            offset += run.numel
         return
 
-    def work(task: tuple[int, Run]) -> None:
-        at, run = task
-        _kernel(address + at * size, tag, *run, key, m)
+    def work(task: tuple[int, StridedRun]) -> None:
+        offset, run = task
+        _kernel(address + offset * size, tag, *run, key, m)
 
     share(_tasks(runs), work, threads)

@@ -211,9 +211,9 @@ def _fill_strided(job: _Job, part: Tensor, region: Region) -> None:
         return
     dim = next(d for d, size in enumerate(part.shape) if size > 1)
     step = max(1, _SLAB * part.shape[dim] // part.numel())
-    for at in range(0, part.shape[dim], step):
-        size = min(step, part.shape[dim] - at)
-        _fill_strided(job, part.narrow(dim, at, size), region.narrow(dim, at, size))
+    for start in range(0, part.shape[dim], step):
+        size = min(step, part.shape[dim] - start)
+        _fill_strided(job, part.narrow(dim, start, size), region.narrow(dim, start, size))
 
 
 def _fill_contiguous(job: _Job) -> None:

@@ -517,7 +517,7 @@ CACHE = textwrap.dedent("""
 
 @pytest.fixture
 def check(python, serving):
-    """Runs the script; compares what it prints of each distribution with this process, returns what else it prints."""
+    """Runs the script, compares each distribution's digest to this process's, and returns what else it prints."""
 
     def check(distributions=DISTRIBUTIONS[1:2], before="", after="", **options):
         with serving("torch"):

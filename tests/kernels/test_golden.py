@@ -1,7 +1,7 @@
 """Version 1 of the stream: every backend is held to tests/golden/stream_v1.json.
 
-`PYTHONPATH=. python tests/kernels/test_golden.py --write` writes that file anew, with the reference in plain torch.
-Once the version is frozen, a file that differs is another version: see docs/stream.md.
+`PYTHONPATH=. python tests/kernels/test_golden.py --write` writes that file anew, with the reference in plain torch. The
+version is frozen: a file that differs is another version, see docs/stream.md.
 """
 
 import functools

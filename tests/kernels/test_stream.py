@@ -344,10 +344,13 @@ def test_generator_key_in_the_context_of_another_device():
         assert generator_key(torch.Generator().manual_seed(7)) == expected
 
 
-class OtherDevice:
+class OtherDevice(torch.Generator):
     """Stands in for a CUDA generator."""
 
     device = torch.device("cuda", 0)
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
 
     def __init__(self, seed, offset):
         self.seed, self.offset = seed, offset
