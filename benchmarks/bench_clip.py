@@ -16,16 +16,16 @@ ELEMENTS = int(os.environ.get("INITLAB_BENCH_ELEMENTS", 1 << 26))
 
 
 def parameters(count, elements=ELEMENTS, dtype=torch.float32):
-    """`count` parameters without elements of their own to speak of, whose gradients have `elements` in all."""
+    """`count` parameters whose gradients have `elements` elements in all."""
     torch.manual_seed(0)
     sizes = torch.rand(count) + 0.5
     sizes = (sizes / sizes.sum() * elements).long().tolist()
-    made = []
+    params = []
     for n in sizes:
         p = torch.nn.Parameter(torch.empty(n, dtype=dtype))
         p.grad = torch.randn(n).to(dtype)
-        made.append(p)
-    return made
+        params.append(p)
+    return params
 
 
 def gate(params):
@@ -43,10 +43,10 @@ def test_clip_grad_norm(versus, count, clipped, dtype):
     n = sum(p.numel() for p in params)
     norm = float(initlab.get_total_norm(p.grad for p in params))
     flat = torch.ones(n, dtype=dtype)
-    largest = itertools.accumulate(itertools.repeat(0.999), lambda a, b: a * b, initial=norm)  # so that each call clips
+    falling = itertools.accumulate(itertools.repeat(0.999), lambda a, b: a * b, initial=norm)  # so that each call clips
 
     def max_norm():
-        return next(largest) if clipped else 2.0 * norm
+        return next(falling) if clipped else 2.0 * norm
 
     versus(
         ours=lambda: initlab.clip_grad_norm_(params, max_norm()),
@@ -63,13 +63,13 @@ def test_step_with_clipper(versus, fused):
     """A step of AdamW with clipping: GradClipper against clip_grad_norm_ before the same step."""
     n = max(16, ELEMENTS // 4)
     ours, theirs = parameters(16, n), parameters(16, n)
-    mine = torch.optim.AdamW(ours, fused=fused, foreach=not fused)
-    other = torch.optim.AdamW(theirs, fused=fused, foreach=not fused)
-    initlab.GradClipper(mine, max_norm=1.0)
+    our_optimizer = torch.optim.AdamW(ours, fused=fused, foreach=not fused)
+    their_optimizer = torch.optim.AdamW(theirs, fused=fused, foreach=not fused)
+    initlab.GradClipper(our_optimizer, max_norm=1.0)
     flat = torch.ones(n)
 
     def step():
         torch.nn.utils.clip_grad_norm_(theirs, 1.0)
-        other.step()
+        their_optimizer.step()
 
-    versus(ours=mine.step, peer=step, floor=lambda: flat.sum(), elements=n, element_size=4, rounds=11)
+    versus(ours=our_optimizer.step, peer=step, floor=lambda: flat.sum(), elements=n, element_size=4, rounds=11)

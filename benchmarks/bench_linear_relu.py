@@ -1,4 +1,4 @@
-"""initlab.linear_relu against F.relu(F.linear) on the CPU, with and without a look at the result.
+"""initlab.linear_relu against F.relu(F.linear) on the CPU, with and without a check of the result.
 
 ``pytest benchmarks/bench_linear_relu.py --benchmark-only``. Peers: "plain" is F.relu(F.linear), "checked" the same and
 torch.isfinite(y).all(), which it waits for. In the table the column fill_ is the GEMM alone. Nothing is timed before
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from initlab import linear_relu
 
-SHAPES = {"K=1024": (4096, 1024, 1024), "K=128": (4096, 128, 1024), "K=64": (4096, 64, 1024)}
+SHAPES = {"K=1024": (4096, 1024, 1024), "K=128": (4096, 128, 1024), "K=64": (4096, 64, 1024)}  # M, K, N
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -29,10 +29,10 @@ PEERS = {"plain": plain, "checked": checked}
 
 
 def operands(shape, dtype):
-    rows, depth, columns = SHAPES[shape]
+    M, K, N = SHAPES[shape]
     torch.manual_seed(0)
-    w = torch.randn(columns, depth) / depth**0.5
-    return [t.to(dtype) for t in (torch.randn(rows, depth), w, torch.randn(columns))]
+    w = torch.randn(N, K) / K**0.5
+    return [t.to(dtype) for t in (torch.randn(M, K), w, torch.randn(N))]
 
 
 def gate(x, w, b):

@@ -150,8 +150,8 @@ def linear_relu_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     # What lies beyond the matrix is computed from its first rows again: there nothing needs a mask but the store.
     offs_m = (start_m + tl.arange(0, BLOCK_M)) % M
-    offs_n = (start_n + tl.arange(0, BLOCK_N)) % N
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+    offs_n = (start_n + tl.arange(0, BLOCK_N)) % N
     w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start_k in range(0, K, BLOCK_K):

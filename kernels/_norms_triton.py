@@ -176,8 +176,7 @@ def _scaled_sums(address, start, begin, end, blocks, DTYPE: tl.constexpr, BLOCK_
             x = tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0)
             x = widened(x, _INTERPRETED).to(tl.float64)
             inf = float("inf")
-            infinite = tl.where(x == inf, _POSITIVE_INF, tl.where(x == -inf, _NEGATIVE_INF, 0))
-            flags |= tl.where(x != x, _NAN, infinite)
+            flags |= tl.where(x != x, _NAN, tl.where(x == inf, _POSITIVE_INF, tl.where(x == -inf, _NEGATIVE_INF, 0)))
             x = tl.abs(tl.where(tl.abs(x) < inf, x, 0.0))
             up = tl.where(x > _BIG, x * _SHRINK, 0.0)
             down = tl.where(x < _TINY, x * _GROW, 0.0)
@@ -186,7 +185,8 @@ def _scaled_sums(address, start, begin, end, blocks, DTYPE: tl.constexpr, BLOCK_
             mid += x * x
             tiny += down * down
         start += BLOCK_SIZE
-    return tl.sum(big), tl.sum(mid), tl.sum(tiny), _or_of(flags)
+    flag = _or_of(flags)
+    return tl.sum(big), tl.sum(mid), tl.sum(tiny), flag
 
 
 @triton.jit

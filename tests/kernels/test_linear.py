@@ -77,7 +77,7 @@ def laid_out(layout, *shape):
     return torch.randn(*shape, device=DEVICE)
 
 
-SHAPES = {  # rows, K, N
+SHAPES = {  # M, K, N
     "one": (1, 1, 1),
     "odd": (7, 63, 33),
     "K = 1": (9, 1, 17),
@@ -94,29 +94,29 @@ SHAPES = {  # rows, K, N
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients(either, dtype, shape, layout, with_bias):
-    rows, depth, columns = SHAPES[shape]
+    M, K, N = SHAPES[shape]
     torch.manual_seed(0)
-    x = laid_out(layout, rows, depth).to(dtype).requires_grad_()
-    w = laid_out(layout, columns, depth).to(dtype).requires_grad_()
-    b = laid_out(layout, 1, columns)[0].to(dtype).requires_grad_() if with_bias else None
+    x = laid_out(layout, M, K).to(dtype).requires_grad_()
+    w = laid_out(layout, N, K).to(dtype).requires_grad_()
+    b = laid_out(layout, 1, N)[0].to(dtype).requires_grad_() if with_bias else None
     flags = new_flag()
     y = linear_relu(x, w, b, flags=flags)
-    plus = torch.zeros(columns, device=DEVICE) if b is None else b
+    plus = torch.zeros(N, device=DEVICE) if b is None else b
     exact = torch.relu(x.double() @ w.double().T + plus.double())
     assert y.dtype == dtype
-    assert y.shape == (rows, columns)
+    assert y.shape == (M, N)
     assert int(flags) == 0
     assert ((y.double() - exact).abs() <= bound(x, w.T, plus, dtype)).all()
     assert torch.equal(linear_relu(x, w, b), y)
 
-    grad = laid_out(layout, rows, columns).to(dtype)
+    grad = laid_out(layout, M, N).to(dtype)
     y.backward(grad)
     masked = grad.double() * (y > 0)
     none = torch.zeros((), device=DEVICE)
     assert ((x.grad.double() - masked @ w.double()).abs() <= bound(masked, w, none, dtype)).all()
     assert ((w.grad.double() - masked.T @ x.double()).abs() <= bound(masked.T, x, none, dtype)).all()
     if b is not None:
-        ones = torch.ones(rows, 1, device=DEVICE)
+        ones = torch.ones(M, 1, device=DEVICE)
         assert ((b.grad.double() - masked.sum(0)).abs() <= bound(masked.T, ones, none, dtype)[:, 0]).all()
 
 
@@ -160,12 +160,12 @@ PLANTS = [v for n in (1, 2, 3) for v in itertools.combinations((NAN, INF, -INF),
 def test_planted_values_are_flagged(either, dtype, shape):
     """At corners and in the middle, each kind alone and with others: x is 0 but for what is planted in a column of
     its own, where w is 1 in one row only."""
-    rows, depth, columns = shape
-    places = [(0, 0), (0, columns - 1), (rows - 1, 0), (rows - 1, columns - 1), (rows // 2, columns // 2)]
+    M, K, N = shape
+    places = [(0, 0), (0, N - 1), (M - 1, 0), (M - 1, N - 1), (M // 2, N // 2)]
     for plants, shift in [(p, s) for p in PLANTS for s in range(len(places)) if len(p) == 1 or s == len(p)]:
-        b = torch.zeros(columns, dtype=dtype, device=DEVICE)
-        w = torch.zeros(columns, depth, dtype=dtype, device=DEVICE)
-        x = torch.zeros(rows, depth, dtype=dtype, device=DEVICE)
+        b = torch.zeros(N, dtype=dtype, device=DEVICE)
+        w = torch.zeros(N, K, dtype=dtype, device=DEVICE)
+        x = torch.zeros(M, K, dtype=dtype, device=DEVICE)
         for k, value in enumerate(plants):
             i, j = places[(shift + k) % len(places)]
             x[i, k] = value
@@ -527,25 +527,25 @@ TILES = [(major, tile) for major in CAPABILITIES for tile in linear.TILES.get(ma
 def test_every_tile(capability_major, tile, dtype):
     """Shapes that end within a tile, and more tiles than programs; outputs and flags as from float64."""
     torch.manual_seed(0)
-    for rows, depth, columns in ((tile.BLOCK_M + 3, 72, tile.BLOCK_N + 8), (5, 8, 8)):
-        x = torch.randn(rows, depth, device=DEVICE).to(dtype)
-        w = torch.randn(columns, depth, device=DEVICE).to(dtype)
-        b = torch.randn(columns, device=DEVICE).to(dtype)
+    for M, K, N in ((tile.BLOCK_M + 3, 72, tile.BLOCK_N + 8), (5, 8, 8)):
+        x = torch.randn(M, K, device=DEVICE).to(dtype)
+        w = torch.randn(N, K, device=DEVICE).to(dtype)
+        b = torch.randn(N, device=DEVICE).to(dtype)
         for bias in (b, None):
             flags = new_flag()
             y = linear.gemm(x, w, bias, flags, capability_major, tile)
-            plus = torch.zeros(columns, device=DEVICE) if bias is None else bias
+            plus = torch.zeros(N, device=DEVICE) if bias is None else bias
             exact = torch.relu(x.double() @ w.double().T + plus.double())
             loose = 2.0**-10 / 2.0**-24 if dtype == torch.float32 and DEVICE.type == "cuda" else 1.0  # TF32
             assert ((y.double() - exact).abs() <= loose * bound(x, w.T, plus, dtype)).all()
             assert int(flags) == 0
             assert torch.equal(y, linear.gemm(x, w, bias, None, capability_major, tile))
-        for value, (i, j) in zip((NAN, INF, -INF), ((0, 0), (rows - 1, columns - 1), (rows // 2, 0)), strict=True):
+        for value, (i, j) in zip((NAN, INF, -INF), ((0, 0), (M - 1, N - 1), (M // 2, 0)), strict=True):
             planted, of_bias, flags = x.clone(), torch.zeros_like(b), new_flag()
             of_bias[j] = value
             linear.gemm(planted, w, of_bias, flags, capability_major, tile)
             assert int(flags) == kinds(torch.tensor(value)), (value, j)
-            planted[i, depth - 1] = value
+            planted[i, K - 1] = value
             flags = new_flag()
             linear.gemm(planted, w, None, flags, capability_major, tile)
             assert int(flags) == kinds(F.linear(planted.double(), w.double())), (value, i)
@@ -553,8 +553,8 @@ def test_every_tile(capability_major, tile, dtype):
 
 @pytest.mark.parametrize("shape", [(3, 7), (33, 63), (130, 129)], ids=str)
 def test_ordinary_loads_need_no_alignment(shape):
-    rows, depth = shape
-    x, w = torch.randn(rows, depth, device=DEVICE).bfloat16(), torch.randn(65, depth, device=DEVICE).bfloat16()
+    M, K = shape
+    x, w = torch.randn(M, K, device=DEVICE).bfloat16(), torch.randn(65, K, device=DEVICE).bfloat16()
     y = linear.gemm(x, w, None, new_flag(), 8)
     none = torch.zeros((), device=DEVICE)
     exact = torch.relu(x.double() @ w.double().T)
