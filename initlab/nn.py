@@ -18,9 +18,10 @@ __all__ = ["FuseReport", "LinearReLU", "fuse_linear_relu", "linear_relu"]
 class LinearReLU(nn.Module):
     """relu(x @ weight.T + bias): an nn.Linear and its ReLU in one, with nn.Linear's parameters under the same names.
 
-    Weights begin with He's distribution, normal with std = sqrt(2 / in_features), which keeps the signal through a
-    ReLU, from initlab's stream; biases begin with 0. (nn.Linear draws both uniformly, weights at 1 / sqrt 6 of that.)
-    It is no nn.Linear: what replaces every nn.Linear in a model would lose the ReLU.
+    Weights start with He's distribution, normal with std = sqrt(2 / in_features), drawn from initlab's stream. It keeps
+    the size of the signal through a ReLU. Biases start at 0. (nn.Linear draws both uniformly, the weights with
+    1 / sqrt(6) of that std.) It is not a subclass of nn.Linear: code that replaces every nn.Linear in a model would
+    lose the ReLU.
 
     Args:
         in_features: K, the size of the input's last dimension.
@@ -32,9 +33,9 @@ class LinearReLU(nn.Module):
     Attributes:
         weight: (N, K).
         bias: (N,), or None.
-        flags: the flag word that `linear_relu` ors into, an int32 tensor of shape (1,) on the input's device; None,
-            as it is at first, checks nothing. It is no buffer: neither state_dict() nor to() knows it. `watch` reads
-            the flag of this layer's calls without a read of its own.
+        flags: the flag that `linear_relu` ors into, an int32 tensor of shape (1,) on the input's device; None, the
+            default, checks nothing. It is not a buffer: state_dict() and to() leave it out. `watch` takes the flag of
+            this layer's calls from here, and does not read its output.
 
     Source:
         K. He, X. Zhang, S. Ren and J. Sun, "Delving deep into rectifiers", 2015.
@@ -51,7 +52,7 @@ class LinearReLU(nn.Module):
 
     bias: nn.Parameter | None
     flags: Tensor | None
-    _slot: Tensor | None = None
+    _watch_flag: Tensor | None = None
 
     def __init__(
         self,
@@ -79,15 +80,15 @@ class LinearReLU(nn.Module):
             init.zeros_(self.bias)
 
     def write_flag_to(self, flag: Tensor | None) -> None:
-        """Or the flag word of the calls that follow into `flag` too, int32 of shape (1,); None ends it. For `watch`."""
-        self._slot = flag
+        """Or the flag of the calls that follow into `flag` too, int32 of shape (1,); None ends it. For `watch`."""
+        self._watch_flag = flag
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._slot is None:
+        if self._watch_flag is None:
             return linear_relu(input, self.weight, self.bias, flags=self.flags)
-        y = linear_relu(input, self.weight, self.bias, flags=self._slot)
+        y = linear_relu(input, self.weight, self.bias, flags=self._watch_flag)
         if self.flags is not None:
-            self.flags.bitwise_or_(self._slot)
+            self.flags.bitwise_or_(self._watch_flag)
         return y
 
     def extra_repr(self) -> str:
@@ -95,7 +96,7 @@ class LinearReLU(nn.Module):
 
 
 class _Pair(NamedTuple):
-    """A Linear and the ReLU behind it, and what has taken their places."""
+    """A Linear and the ReLU after it, and what has taken their places."""
 
     container: nn.Sequential
     name: str  # the Linear's, within the model
@@ -126,7 +127,7 @@ class FuseReport:
         for pair in self._pairs:
             if tuple(pair.container._modules.get(place) for place in pair.places) != pair.after:
                 raise RuntimeError(f"{pair.name} has been replaced since it was fused; put the LinearReLU back first")
-            if any(map(_hooked, pair.after)):
+            if any(map(_has_hooks, pair.after)):
                 raise RuntimeError(f"{pair.name} has got hooks since it was fused; remove them first")
         for pair in self._pairs:
             for place, before, after in zip(pair.places, pair.before, pair.after, strict=True):
@@ -150,7 +151,7 @@ def fuse_linear_relu(model: nn.Module) -> FuseReport:
     state dict stay as they are; an nn.Identity takes the ReLU's place. A pair is left alone if swapping it could
     change what the model does: if one of the two is of a subclass (parametrised, quantised, wrapped), has hooks, a
     forward or attributes of its own, if the Linear appears elsewhere in the model too, or if the container's forward
-    is not nn.Sequential's. Code that calls a container's layers one by one has to be known to the caller.
+    is not nn.Sequential's. Code that calls a container's layers one by one cannot be seen here: check for it yourself.
 
     Args:
         model: changed in place; it may itself be an nn.Sequential.
@@ -179,29 +180,28 @@ def fuse_linear_relu(model: nn.Module) -> FuseReport:
         places[module] = places.get(module, 0) + 1
     pairs: list[_Pair] = []
     skipped: dict[str, str] = {}
-    for path, container, at, behind in list(_candidates(model)):
-        linear, relu = container._modules[at], container._modules[behind]
+    for container_name, container, first, second in list(_candidates(model)):
+        linear, relu = container._modules[first], container._modules[second]
         assert isinstance(linear, nn.Linear)
         assert isinstance(relu, nn.ReLU)
-        name = f"{path}.{at}" if path else at
+        name = f"{container_name}.{first}" if container_name else first
         why = _why_not(container, linear, relu, places[linear])
         if why is not None:
             skipped[name] = why
         else:
-            pairs.append(_Pair(container, name, (at, behind), (linear, relu), (_fused(linear), _identity(relu))))
+            pairs.append(_Pair(container, name, (first, second), (linear, relu), (_fused(linear), _identity(relu))))
     for pair in pairs:
         pair.container._modules.update(zip(pair.places, pair.after, strict=True))
     return FuseReport(tuple(pair.name for pair in pairs), skipped, pairs)
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Sequential, str, str]]:
-    """(its path, container, place of a Linear, place of the ReLU behind it), subclasses included."""
-    for path, container in model.named_modules():
+    """(name of the container, container, name of a Linear in it, of the ReLU after it), subclasses included."""
+    for container_name, container in model.named_modules():
         if isinstance(container, nn.Sequential):
-            layers = list(container._modules.items())
-            for (at, first), (behind, second) in itertools.pairwise(layers):
-                if isinstance(first, nn.Linear) and isinstance(second, nn.ReLU):
-                    yield path, container, at, behind
+            for (first, layer), (second, after) in itertools.pairwise(container._modules.items()):
+                if isinstance(layer, nn.Linear) and isinstance(after, nn.ReLU):
+                    yield container_name, container, first, second
 
 
 def _why_not(container: nn.Sequential, linear: nn.Linear, relu: nn.ReLU, places: int) -> str | None:
@@ -211,16 +211,16 @@ def _why_not(container: nn.Sequential, linear: nn.Linear, relu: nn.ReLU, places:
     for module, kind in ((linear, nn.Linear), (relu, nn.ReLU)):
         if type(module) is not kind:
             return f"a {type(module).__name__} is more than a {kind.__name__}"
-        if _hooked(module):
+        if _has_hooks(module):
             return f"the {kind.__name__} has hooks"
-        if own := sorted(_attributes(module) - _usual(kind)):
+        if own := sorted(_attributes(module) - _default_attributes(kind)):
             return f"the {kind.__name__} has attributes of its own: {', '.join(own)}"
     if places > 1:
         return f"the Linear appears in {places} places"
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     return any(value for name, value in module.__dict__.items() if name.endswith("_hooks"))
 
 
@@ -228,7 +228,7 @@ def _attributes(module: nn.Module) -> set[str]:
     return {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
 
 
-def _usual(kind: type[nn.Module]) -> set[str]:
+def _default_attributes(kind: type[nn.Module]) -> set[str]:
     return _attributes(nn.Linear(1, 1, device="meta") if kind is nn.Linear else kind())
 
 

@@ -275,5 +275,5 @@ def test_watch_reads_the_layers_own_flag():
     fault = watching.report().fault
     assert (fault.module, fault.cause, fault.flag) == ("1", "produced", 4)
     assert int(model[1].flags) == 4
-    assert model[1]._slot is None
+    assert model[1]._watch_flag is None
     model(torch.ones(2, 3))

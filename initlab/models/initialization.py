@@ -42,7 +42,7 @@ def init_model_(
 
     Of a DTensor (FSDP2, HSDP, tensor and expert parallelism) each rank fills its local shard with its part of the whole
     tensor's values. Nothing is communicated, and no rank ever has a whole tensor in memory, also not when it starts
-    from the meta device. A DTensor that gets memory stays the same object, with a warning where torch forbids it.
+    from the meta device. A DTensor that gets memory stays the same object; where torch does not allow that, it warns.
 
     Args:
         model: filled in place, outside autograd. Parameters on the meta device become new parameters on `device`, with

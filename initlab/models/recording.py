@@ -22,8 +22,8 @@ from .._init_draws import kaiming_std
 from .arithmetic import affine, clamped, inverse_error
 from .layers import reader, reset_function
 from .naming import class_name
+from .redirection import Redirect
 from .specs import DimSlice, FillSpec, InitTrace
-from .swapping import Redirect
 
 
 class _Refused(Exception):

@@ -1,4 +1,4 @@
-"""What initlab knows of layers, against torch: distributions, fans, and what it reads off a custom reset_parameters.
+"""What initlab knows of layers, against torch: distributions, fans, and what it reads off a reset_parameters.
 
 Torch's distributions come from torch twice: from values that it draws, and from the arguments that reach its kernels.
 """
@@ -679,8 +679,8 @@ UNREAD = {
     "out=": (lambda m: torch.normal(0.0, 1.0, (64, 48), out=m.weight.data), "by normal"),
     "foreach": (lambda m: torch._foreach_mul_([m.weight.data.normal_()], 2.0), "_foreach_mul_"),
     "mask": (lambda m: m.weight.data.normal_().__setitem__(torch.ones(64) > 0, 0), "by __setitem__"),
-    "one element": (lambda m: m.weight.data.normal_().__setitem__((0, 0), 1), "no block of rows"),
-    "every second row": (lambda m: init.normal_(m.weight[::2]), "no block of rows"),
+    "one element": (lambda m: m.weight.data.normal_().__setitem__((0, 0), 1), "no slice of one dimension"),
+    "every second row": (lambda m: init.normal_(m.weight[::2]), "no slice of one dimension"),
     "half of it": (lambda m: init.normal_(m.weight[:32]), "no code of the model"),
     "nothing": (lambda m: None, "no code of the model"),
     "item": (lambda m: m.weight.data.fill_(m.weight.sum().item()), r"RuntimeError: .*item\(\)"),

@@ -815,7 +815,7 @@ def test_patterns_go_by_every_name_and_by_mapped_names():
         rows(net(), {"body": Constant(1.0)}, names="stage.2")
 
 
-def test_a_function_sees_the_slot():
+def test_a_function_gets_the_tensor_ref():
     model = net()
 
     def distribution(ref):

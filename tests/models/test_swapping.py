@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab import init, init_model_, swap
-from initlab.models import swapping
+from initlab.models import patches, swapping
 
 THEIRS = torch.nn.init
 BEFORE = dict(vars(THEIRS))  # captured before any swap(), as a library captures at import
@@ -98,8 +98,8 @@ def clean_up(before: dict[tuple[str, str], Any]) -> None:
         setattr(THEIRS, name, before["torch.nn.init", name])
     while modes():
         torch.overrides._pop_mode()
-    swapping._here.__dict__.clear()
-    swapping._patches.__init__()
+    patches._thread.__dict__.clear()
+    patches.INIT_PATCHES.__init__()
 
 
 @pytest.fixture(name="threads")
@@ -995,8 +995,8 @@ def enter_one():
 release = in_another_thread(initlab.swap())
 in_child(enter_one)
 release()
-from initlab.models import swapping
-release = in_another_thread(swapping._patches.lock)
+from initlab.models import patches, swapping
+release = in_another_thread(patches.INIT_PATCHES.lock)
 in_child(enter_one)
 release()
 assert not swapped() and not patched()
