@@ -77,8 +77,8 @@ def main(parameters):
                 subprocess.Popen([*command, str(rank)], env=env, stdout=subprocess.PIPE, text=True)
                 for rank in range(world)
             ]
-            said = [rank.communicate()[0] for rank in ranks]
-        _, shard, ours, torchs = json.loads(said[0].splitlines()[-1])
+            outputs = [rank.communicate()[0] for rank in ranks]
+        _, shard, ours, torchs = json.loads(outputs[0].splitlines()[-1])
         print(f"{world:5d} {shard / 2**20:10.0f} {ours:11.3f} {torchs:8.3f} {torchs / ours:5.1f}x")
 
 

@@ -33,9 +33,10 @@ import initlab  # noqa: F401, I001 - in a checkout it makes initlab.kernels impo
 import torch
 import triton
 import triton.language as tl
-from initlab.kernels import _norms_triton as grad_norm
+from initlab.kernels import _linear_epilogue_triton as epilogue
+from initlab.kernels import _linear_triton as linear
 from initlab.kernels import _nonfinite_triton as nonfinite
-from initlab.kernels import _linear_triton as linear_relu
+from initlab.kernels import _norms_triton as norms
 from initlab.kernels.sampling import _triton as sampling
 from initlab.kernels._common_triton import find
 from triton.backends.compiler import GPUTarget
@@ -103,10 +104,10 @@ def lookup(table, columns, out):
 
 
 @triton.jit
-def flag_chunk(x, out, CHUNK: tl.constexpr):
-    """What the check for non-finite values does with a chunk, and one store to keep it."""
-    place = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    tl.store(out + tl.program_id(0), tl.max(nonfinite.flags_of(tl.load(x + place)), 0))
+def flag_block(x_ptr, out_ptr, BLOCK_SIZE: tl.constexpr):
+    """What the check for non-finite values does with a block, and one store to keep it."""
+    offsets = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    tl.store(out_ptr + tl.program_id(0), tl.max(nonfinite.flags_of(tl.load(x_ptr + offsets)), 0))
 
 
 @triton.jit
@@ -119,25 +120,25 @@ def randn4x(address, seed, BLOCKS: tl.constexpr, ELEMENT: tl.constexpr):
     tl.store(address + place, x.to(ELEMENT))
 
 
-CHUNKS = 8  # that a part reads one after the other: what a program does once counts an eighth
+NUM_BLOCKS = 8  # that a part reads one after the other: what a program does once counts an eighth
 
 
 @triton.jit
-def norm_chunks(address, sums, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def norm_blocks(address, sums_ptr, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr):
     """The path that large gradients take to their norm."""
-    at = tl.program_id(0).to(tl.int64) * (CHUNK * CHUNKS)
-    total = tl.zeros([CHUNK // 8], tl.float64)
-    for i in tl.static_range(CHUNKS):
-        total += grad_norm.full_squares(address, at + i * CHUNK, ELEMENT, CHUNK)
-    tl.store(sums + tl.program_id(0), tl.sum(total))
+    start = tl.program_id(0).to(tl.int64) * (BLOCK_SIZE * NUM_BLOCKS)
+    total = tl.zeros([BLOCK_SIZE // 8], tl.float64)
+    for i in tl.static_range(NUM_BLOCKS):
+        total += norms.full_block_squares(address, start + i * BLOCK_SIZE, DTYPE, BLOCK_SIZE)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
-def scale_chunks(address, a, b, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def scale_blocks(address, a, b, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr):
     """The path that large gradients take when they are scaled."""
-    at = tl.program_id(0).to(tl.int64) * (CHUNK * CHUNKS)
-    for i in tl.static_range(CHUNKS):
-        grad_norm.full_scale(address, at + i * CHUNK, a, b, a == 0.0, ELEMENT, CHUNK)
+    start = tl.program_id(0).to(tl.int64) * (BLOCK_SIZE * NUM_BLOCKS)
+    for i in tl.static_range(NUM_BLOCKS):
+        norms.scale_full_block(address, start + i * BLOCK_SIZE, a, b, a == 0.0, DTYPE, BLOCK_SIZE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -164,34 +165,36 @@ class Case:
 def cases() -> Iterator[Case]:
     """Every kernel of the package."""
     yield from sampling_cases()
-    yield from grad_norm_cases()
+    yield from norm_cases()
     yield from nonfinite_cases()
     yield from linear_relu_cases()
 
 
-def grad_norm_cases() -> Iterator[Case]:
-    chunk, elements = grad_norm.CHUNK, CHUNKS * grad_norm.CHUNK
-    for element, (kind, size) in ELEMENTS.items():
-        constants = {"ELEMENT": kind, "CHUNK": chunk, "CHUNKS": CHUNKS}
-        signature = {"address": "i64", "sums": "*fp64"}
-        yield Case("norm: full chunks", element, norm_chunks, signature, constants, elements, size, options={})
+def norm_cases() -> Iterator[Case]:
+    """The norm and the scaling: paths of full blocks, then whole kernels."""
+    block, elements = norms.BLOCK_SIZE, NUM_BLOCKS * norms.BLOCK_SIZE
+    for element, (dtype, size) in ELEMENTS.items():
+        constants = {"DTYPE": dtype, "BLOCK_SIZE": block, "NUM_BLOCKS": NUM_BLOCKS}
+        signature = {"address": "i64", "sums_ptr": "*fp64"}
+        yield Case("norm: full blocks", element, norm_blocks, signature, constants, elements, size, options={})
         signature = {"address": "i64", "a": "fp64", "b": "fp64"}
-        yield Case("scale: full chunks", element, scale_chunks, signature, constants, elements, 2 * size, options={})
-    table = {"table": "*i64", "columns": "i32", "chunks": "i32"}
-    for wide, element in ((False, ""), (True, "fp64")):
-        signature = {**table, "first_unit": "i32", "sums": "*fp64"}
-        constants = {"WIDE": wide, "CHUNK": chunk}
-        yield Case("norm: kernel", element, grad_norm.norm_units, signature, constants, 0, 0, options={})
-        signature = {**table, "first_unit": "i32", "norm": "*fp64", "high": "fp32", "low": "fp32"}
-        constants = {"POLICY": "zero", "WIDE": wide, "CHUNK": chunk}
-        yield Case("scale: kernel", element, grad_norm.scale_units, signature, constants, 0, 0, options={})
-    signature = {"sums": "*fp64", "units": "i32", "sound": "fp32", "results": "*i64"}
-    yield Case("norm: finish", "", grad_norm.finish_norm, signature, {}, 0, 0, options={})
-    signature = {**table, "units": "i32", "results": "*i64", "sums": "*fp64"}
-    constants = {"CHUNK": chunk, "SMALL": grad_norm.SMALL}
-    yield Case("norm: second look", "", grad_norm.look_units, signature, constants, 0, 0, options={})
-    signature = {"sums": "*fp64", "units": "i32", "results": "*i64"}
-    yield Case("norm: second finish", "", grad_norm.finish_look, signature, {}, 0, 0, options={})
+        yield Case("scale: full blocks", element, scale_blocks, signature, constants, elements, 2 * size, options={})
+    table = {"table_ptr": "*i64", "columns": "i32", "blocks": "i32"}
+    for fp64, element in ((False, ""), (True, "fp64")):
+        signature = {**table, "first_item": "i32", "sums_ptr": "*fp64"}
+        constants = {"FP64": fp64, "BLOCK_SIZE": block}
+        yield Case("norm: kernel", element, norms.norm_kernel, signature, constants, 0, 0, options={})
+        signature = {**table, "first_item": "i32", "norm_ptr": "*fp64"}
+        signature |= {"max_norm_high": "fp32", "max_norm_low": "fp32"}
+        constants = {"POLICY": "zero", "FP64": fp64, "BLOCK_SIZE": block}
+        yield Case("scale: kernel", element, norms.scale_kernel, signature, constants, 0, 0, options={})
+    signature = {"sums_ptr": "*fp64", "items": "i32", "sound": "fp32", "results_ptr": "*i64"}
+    yield Case("norm: finish", "", norms.finish_norm_kernel, signature, {}, 0, 0, options={})
+    signature = {**table, "items": "i32", "results_ptr": "*i64", "scratch_ptr": "*fp64"}
+    constants = {"BLOCK_SIZE": block, "RESCAN_BLOCK": norms.RESCAN_BLOCK}
+    yield Case("norm: rescan", "", norms.rescan_kernel, signature, constants, 0, 0, options={})
+    signature = {"scratch_ptr": "*fp64", "items": "i32", "results_ptr": "*i64"}
+    yield Case("norm: rescan finish", "", norms.finish_rescan_kernel, signature, {}, 0, 0, options={})
 
 
 def sampling_cases() -> Iterator[Case]:
@@ -228,80 +231,82 @@ def sampling_cases() -> Iterator[Case]:
 
 
 def nonfinite_cases() -> Iterator[Case]:
-    """The flag word of a tensor: the whole kernel, and its path of full chunks."""
-    constants, options = {"CHUNK": nonfinite.CHUNK}, {"warps": nonfinite.WARPS, "options": {}}
+    """The non-finite flag of a tensor: the whole kernel, and its path of full blocks."""
+    constants, options = {"BLOCK_SIZE": nonfinite.BLOCK_SIZE}, {"warps": nonfinite.NUM_WARPS, "options": {}}
+    elements, kernel = nonfinite.BLOCK_SIZE, nonfinite.add_flag_kernel
     for element, (_, size) in ELEMENTS.items():
-        kernel = {"flags": "*i32", "x": f"*{element}", "elements": "i64"}
-        yield Case("flag: kernel", element, nonfinite.add_flag, kernel, constants, 0, size, ("flags", "x"), **options)
-        chunk = {"x": f"*{element}", "out": "*i32"}
-        yield Case("flag: chunk", element, flag_chunk, chunk, constants, nonfinite.CHUNK, size, ("x",), **options)
+        signature = {"flag_ptr": "*i32", "x_ptr": f"*{element}", "n_elements": "i64"}
+        yield Case("flag: kernel", element, kernel, signature, constants, 0, size, ("flag_ptr", "x_ptr"), **options)
+        signature = {"x_ptr": f"*{element}", "out_ptr": "*i32"}
+        yield Case("flag: block", element, flag_block, signature, constants, elements, size, ("x_ptr",), **options)
 
 
 @triton.jit
-def glance(flags, v, row, column, rows, columns, LIMIT: tl.constexpr):
-    """In place of the close look, which hardly any tile takes: what is left is the flag's cost for every tile."""
-    tl.atomic_or(flags, 1, sem="relaxed")
+def flag_at_once(flag_ptr, y, start_m, start_n, M, N, LIMIT: tl.constexpr):
+    """In place of the rescan, which hardly any tile takes: what is left is the flag's cost for every tile."""
+    tl.atomic_or(flag_ptr, 1, sem="relaxed")
 
 
 def linear_relu_cases() -> Iterator[Case]:
     """A GEMM's whole kernel by what its epilogue does: each has one more thing to do than the one before it. Then
     the passes over memory."""
     variants: dict[str, dict[str, Any]] = {
-        "relu": {"bias": None, "LOOK": None},
-        "relu, bias": {"LOOK": None},
-        "relu, bias, glance": {"LOOK": glance},
-        "relu, bias, flag": {"LOOK": linear_relu.look},
+        "relu": {"bias_ptr": None, "FLAG_TILE": None},
+        "relu, bias": {"FLAG_TILE": None},
+        "relu, bias, maximum": {"FLAG_TILE": flag_at_once},
+        "relu, bias, flag": {"FLAG_TILE": epilogue.flag_tile},
     }
-    generations = {10: ("sm_100",), 9: ("sm_90",), 8: ("sm_80",)}
+    targets_of = {10: ("sm_100",), 9: ("sm_90",), 8: ("sm_80",)}
     for element, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):  # float16 costs what bfloat16 does
         kind, size = ELEMENTS[element]
-        common = {"LIMIT": linear_relu.LIMITS[dtype], "ELEMENT": kind, "INTERPRETED": False}
-        for generation, targets in generations.items():
-            for tile in linear_relu.TILES[generation]:
-                step = tile.step // size
-                sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": step, "PARTS": tile.parts}
-                if generation >= 9:
-                    function = linear_relu.tiles
-                    shapes = {"x": (tile.rows, step), "w": (tile.columns, step)}
-                    shapes["y"] = (tile.rows, tile.columns // tile.parts)
+        common = {"LIMIT": epilogue.LIMITS[dtype], "DTYPE": kind, "INTERPRETED": False}
+        for capability_major, targets in targets_of.items():
+            for tile in linear.TILES[capability_major]:
+                block_k = tile.BLOCK_K_BYTES // size
+                sizes = {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": block_k}
+                sizes |= {"EPILOGUE_SUBTILE": tile.EPILOGUE_SUBTILE}
+                if capability_major >= 9:
+                    function = linear.linear_relu_tma_kernel
+                    shapes = {"x_desc": (tile.BLOCK_M, block_k), "w_desc": (tile.BLOCK_N, block_k)}
+                    shapes["y_desc"] = (tile.BLOCK_M, tile.BLOCK_N // tile.EPILOGUE_SUBTILE)
                     types = {name: f"tensordesc<{element}[{a},{b}]>" for name, (a, b) in shapes.items()}
-                    integers = ("rows", "columns", "depth", "programs")
-                    aligned: tuple[str, ...] = ("bias", "flags")
+                    integers = ("M", "N", "K", "num_programs")
+                    aligned: tuple[str, ...] = ("bias_ptr", "flag_ptr")
                 else:
-                    function = linear_relu.pointers
-                    types = dict.fromkeys(("x", "w", "y"), f"*{element}")
-                    integers = ("rows", "columns", "depth", "x_stride", "w_stride")
-                    aligned = ("x", "w", "y", "bias", "flags", "columns", "depth", "x_stride", "w_stride")
-                types |= {"bias": f"*{element}", "flags": "*i32"} | dict.fromkeys(integers, "i32")
+                    function = linear.linear_relu_kernel
+                    types = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{element}")
+                    integers = ("M", "N", "K", "stride_xm", "stride_wn")
+                    aligned = ("x_ptr", "w_ptr", "y_ptr", "bias_ptr", "flag_ptr", "N", "K", "stride_xm", "stride_wn")
+                types |= {"bias_ptr": f"*{element}", "flag_ptr": "*i32"} | dict.fromkeys(integers, "i32")
                 for variant, extra in variants.items():
                     constants = sizes | common | extra
                     yield Case(
-                        f"linear_relu {tile.rows}x{tile.columns}: {variant}",
+                        f"linear_relu {tile.BLOCK_M}x{tile.BLOCK_N}: {variant}",
                         element,
                         function,
                         {name: kind for name, kind in types.items() if name not in constants},
                         constants,
-                        tile.rows * tile.columns,
+                        tile.BLOCK_M * tile.BLOCK_N,
                         0,
                         tuple(name for name in aligned if name not in constants),
-                        tile.warps,
-                        {"num_stages": tile.stages},
+                        tile.num_warps,
+                        {"num_stages": tile.num_stages},
                         targets,
                     )
-        types = {"y": f"*{element}", "flags": "*i32", "size": "i64"}
-        for variant, look in {"relu": None, "relu, flag": linear_relu.look}.items():
-            constants = {"BLOCK": linear_relu.PASS, "LIMIT": 0x7F800000, "LOOK": look}
+        types = {"y_ptr": f"*{element}", "flag_ptr": "*i32", "n_elements": "i64"}
+        for variant, flag_tile in {"relu": None, "relu, flag": epilogue.flag_tile}.items():
+            constants = {"BLOCK_SIZE": epilogue.RELU_BLOCK, "LIMIT": 0x7F800000, "FLAG_TILE": flag_tile}
             yield Case(
-                f"linear_relu pass: {variant}", element, linear_relu.relu_in_place, types, constants, 0, 2 * size,
-                ("y", "flags"), 8, {},
+                f"linear_relu pass: {variant}", element, epilogue.relu_in_place_kernel, types, constants, 0, 2 * size,
+                ("y_ptr", "flag_ptr"), 8, {},
             )  # fmt: skip
-        types = dict.fromkeys(("grad", "y", "out"), f"*{element}") | {"sums": "*fp32"}
-        types |= dict.fromkeys(("rows", "columns", "row_stride"), "i32")
-        constants = {"column_stride": 1, "ROWS": linear_relu.SUM_ROWS, "STEP": linear_relu.SUM_STEP}
-        constants |= {"COLUMNS": linear_relu.SUM_COLUMNS}
+        types = dict.fromkeys(("grad_ptr", "y_ptr", "out_ptr"), f"*{element}") | {"sums_ptr": "*fp32"}
+        types |= dict.fromkeys(("M", "N", "stride_grad_m"), "i32")
+        constants = {"stride_grad_n": 1, "ROWS": epilogue.MASK_ROWS, "BLOCK_M": epilogue.MASK_BLOCK_M}
+        constants |= {"BLOCK_N": epilogue.MASK_BLOCK_N}
         yield Case(
-            "linear_relu backward", element, linear_relu.mask_and_sum, types, constants, 0, 3 * size,
-            ("grad", "y", "out", "sums", "columns", "row_stride"), 4, {},
+            "linear_relu backward", element, epilogue.mask_and_sum_kernel, types, constants, 0, 3 * size,
+            ("grad_ptr", "y_ptr", "out_ptr", "sums_ptr", "N", "stride_grad_m"), 4, {},
         )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ._console import say
+
 EX_FAILED, EX_BROKEN, EX_USAGE = 1, 2, 64
 
 
@@ -109,13 +111,11 @@ def _demo(seed: int) -> int:
     try:
         backend = backend_of(torch.device("cpu"))
     except (RuntimeError, ValueError) as error:
-        print(f"initlab demo: error: {error}", file=sys.stderr)
-        return EX_USAGE
+        return _failed("demo", error, EX_USAGE)
     try:
         return 0 if demo.run(demo.Settings(seed=seed), backend) else EX_FAILED
     except demo.DataMissingError as error:
-        print(f"initlab demo: error: {error}", file=sys.stderr)
-        return EX_FAILED
+        return _failed("demo", error, EX_FAILED)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -128,44 +128,54 @@ def _plan(arguments: argparse.Namespace) -> int:
         build = _function(arguments.function)
         recipe = resolve(arguments.recipe)
     except (LookupError, ValueError) as error:
-        print(f"initlab plan: error: {error.args[0]}", file=sys.stderr)
-        return EX_USAGE
+        return _failed("plan", error.args[0], EX_USAGE)
     with torch.device("meta") if arguments.meta else nullcontext():
         model = build()
     model = model[0] if isinstance(model, tuple) and model else model
     try:
         report = plan_model(model, arguments.seed, recipe, only=arguments.only)
     except (NotImplementedError, TypeError, ValueError) as error:
-        print(f"initlab plan: error: {error}", file=sys.stderr)
-        return EX_FAILED
+        return _failed("plan", error, EX_FAILED)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from .diagnosis import CommunicatesError, UsageError, examine
+    from .diagnosis import CommunicatesError, UsageError, diagnose_alone
 
-    def tell(stage: str) -> None:
-        print(f"initlab doctor: {stage}", file=sys.stderr, flush=True)
+    def on_stage(stage: str) -> None:
+        say(f"initlab doctor: {stage}", "dim", stderr=True)
 
     try:
         build = _function(arguments.function)
     except LookupError as error:
-        print(f"initlab doctor: error: {error.args[0]}", file=sys.stderr)
-        return EX_USAGE
-    given = build()
+        return _failed("doctor", error.args[0], EX_USAGE)
+    returned = build()
     try:
-        if not isinstance(given, tuple) or len(given) not in (3, 4):
-            what = f"{len(given)} values" if isinstance(given, tuple) else f"a {type(given).__name__}"
+        if not isinstance(returned, tuple) or len(returned) not in (3, 4):
+            what = f"{len(returned)} values" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
             raise UsageError(
                 f"{arguments.function} returned {what}; it must return (model, batch, loss_fn[, optimizer])"
             )
-        diagnosis = examine(*given, steps=arguments.steps, tell=tell)
+        diagnosis = diagnose_alone(*returned, steps=arguments.steps, on_stage=on_stage)
     except (CommunicatesError, UsageError) as error:
-        print(f"initlab doctor: error: {error}", file=sys.stderr)
-        return EX_USAGE
-    print(diagnosis.to_json() if arguments.json else diagnosis)
-    return {"healthy": 0, "warning": EX_FAILED, "broken": EX_BROKEN}[diagnosis.verdict]
+        return _failed("doctor", error, EX_USAGE)
+    status, style = {"healthy": (0, "green"), "warning": (EX_FAILED, "yellow"), "broken": (EX_BROKEN, "bold red")}[
+        diagnosis.verdict
+    ]
+    if arguments.json:
+        print(diagnosis.to_json())
+    else:
+        headline, _, rest = str(diagnosis).partition("\n")
+        say(headline, style)
+        if rest:
+            print(rest)
+    return status
+
+
+def _failed(command: str, error: object, status: int) -> int:
+    say(f"initlab {command}: error: {error}", "red", stderr=True)
+    return status
 
 
 def _function(place: str) -> Callable[[], Any]:

@@ -31,6 +31,7 @@ from initlab.kernels import (
 )
 
 from . import init
+from ._console import say
 from .models.initialization import init_model_
 from .models.report import ModelDigest, model_digest
 from .models.swapping import swap
@@ -71,12 +72,13 @@ class Evidence:
     def claim(self, text: str, holds: bool) -> None:
         """Print a claim and whether it holds."""
         self.held.append(bool(holds))
-        print(f"  {'[ok]' if holds else '[FAILED]'} {text}")
+        say(f"  {'[ok]' if holds else '[FAILED]'} {text}", "green" if holds else "bold red")
 
     def verdict(self) -> bool:
         """Print the last line; returns whether everything held, of at least one claim."""
         failed, total = self.held.count(False), len(self.held)
-        print(f"Verdict: {failed} of {total} claims FAILED." if failed else f"Verdict: all {total} claims hold.")
+        text = f"Verdict: {failed} of {total} claims FAILED." if failed else f"Verdict: all {total} claims hold."
+        say(text, "bold red" if failed else "bold green")
         return total > 0 and not failed
 
 

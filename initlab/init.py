@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.init import (
     _calculate_correct_fan,
@@ -34,7 +35,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from initlab.kernels import Distribution, Draw, Normal, Region, TruncatedNormal, Uniform, eagerly, fill_, generator_key
 
-from .distributed.shards import count_as_written, draws, is_dtensor, local, local_shards
+from .distributed.dtensors import count_as_written, is_dtensor, local
+from .distributed.shards import draws, local_shards
 
 __all__ = [
     "calculate_gain",
@@ -505,13 +507,23 @@ def _sample(
         parts = list(draws(tensor, drawn, 0))  # raises before a key is drawn
         fill_(replace(part, key=key) for key in (_key(tensor, generator),) for part in parts)
         count_as_written(tensor)
+    _zero_tangent(tensor)
     return tensor
 
 
+def _zero_tangent(tensor: Tensor) -> None:
+    """As torch's samplers do in forward-mode differentiation: what was drawn depends on no input."""
+    if forward_ad._current_level >= 0 and (tangent := forward_ad.unpack_dual(tensor).tangent) is not None:
+        tangent.zero_()
+
+
 def _orthogonal(tensor: Tensor, gain: float, generator: torch.Generator | None) -> Tensor:
-    if tensor.numel() == 0 or not _holds_values(tensor):
+    if not _holds_values(tensor) or tensor.numel() == 0:
         return tensor
     _refuse_dtensor(tensor, "orthogonal_")
+    if tensor.layout != torch.strided:
+        raise NotImplementedError(f"cannot fill a tensor of layout {tensor.layout}; fill its dense values")
+    _refuse_inference(tensor)
     rows = tensor.size(0)
     with torch.no_grad():
         flat = torch.empty(
@@ -540,13 +552,20 @@ def _sparse(tensor: Tensor, sparsity: float, std: float, generator: torch.Genera
     ranks = torch.empty((rows, cols), dtype=torch.float32, device=tensor.device)
     region = Region((below + rows, cols), (below, 0), (rows, cols))
     fill_((Draw(tensor, distribution, key), Draw(ranks, Uniform(0.0, 1.0), key, region)))
+    places = ranks.argsort(dim=0, stable=True)[:zeros]
     with torch.no_grad():
-        tensor.scatter_(0, ranks.argsort(dim=0, stable=True)[:zeros], 0)
+        if tensor.is_complex():  # part by part: torch's scatter_ knows no complex32
+            parts = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+            parts.scatter_(0, places.unsqueeze(-1).expand(-1, -1, 2), 0)
+        else:
+            tensor.scatter_(0, places, 0)
+    _zero_tangent(tensor)
     return tensor
 
 
 def _fill_by_place(tensor: Tensor, hit: Callable[..., Tensor]) -> Tensor:
     """Fill a DTensor with 1 where `hit` is true of an element's place in the logical tensor, else with 0."""
+    _refuse_inference(local(tensor))
     with torch.no_grad():
         for mine, region in local_shards(tensor):
             places = [
@@ -556,6 +575,15 @@ def _fill_by_place(tensor: Tensor, hit: Callable[..., Tensor]) -> Tensor:
             mine.copy_(hit(*places))
     count_as_written(tensor)
     return tensor
+
+
+def _refuse_inference(tensor: Tensor) -> None:
+    """Before copy_ is called: on an inference tensor outside inference mode it writes, and then raises."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed; "
+            "fill it inside torch.inference_mode(), or fill a clone"
+        )
 
 
 def _refuse_dtensor(tensor: Tensor, name: str) -> None:
@@ -608,10 +636,10 @@ def _holds_values(tensor: Tensor) -> bool:
     """False on meta and for fakes; raises for a wrapper, whose memory is not the tensor's, and in a traced graph."""
     if tensor.is_meta:
         return False
-    if torch._C._len_torch_dispatch_stack() and _is_traced():
+    if torch._C._get_tracing_state() is not None or (torch._C._len_torch_dispatch_stack() and _is_traced()):
         raise NotImplementedError(
-            "initlab.init cannot be recorded by torch.export or make_fx: the graph would lack the draw. "
-            "Fill the tensor outside what is traced"
+            "initlab.init cannot be recorded by torch.export or make_fx, nor by torch.jit.trace: the graph would lack "
+            "the draw. Fill the tensor outside what is traced"
         )
     kind = type(tensor)
     if kind not in _PLAIN:
@@ -624,12 +652,22 @@ def _holds_values(tensor: Tensor) -> bool:
                 f"initlab.init does not fill a {kind.__name__}, a wrapper around other tensors. Fill the plain tensor "
                 "before it is wrapped, or use torch.nn.init for it, outside swap()"
             )
-    if is_functorch_wrapped_tensor(tensor):
+    if is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
         raise NotImplementedError(
             "initlab.init does not fill a tensor that a torch.func transform (vmap, grad, functionalize, ...) has "
             "wrapped. Fill it before the transform"
         )
+    if torch._C._len_torch_dispatch_stack() and _fake_mode_is_active():
+        tensor.detach()  # for torch's own error, where the mode does not let real tensors in
+        raise NotImplementedError(
+            "initlab.init does not fill a real tensor under FakeTensorMode, where no value can be drawn. Fill it "
+            "outside the mode"
+        )
     return True
+
+
+def _fake_mode_is_active() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _is_traced() -> bool:

@@ -19,7 +19,7 @@ else:
         nonfinite_flag,
         nonfinite_flag_fast,
     )
-    from .norms import Norm, TensorGroups, clip_, clip_coefficient, grad_norm
+    from .norms import Norm, TensorGroups, clip_, clip_coefficient, combine_norms, grad_norm
     from .region import Region
     from .sampling import (
         STREAM_VERSION,
@@ -58,6 +58,7 @@ else:
         "backend_of",
         "clip_",
         "clip_coefficient",
+        "combine_norms",
         "content_sum",
         "describe",
         "eagerly",

@@ -1,8 +1,8 @@
 """The norm and the scaling on the CPU: sums of squares in float64 lanes, which cost no more than float32's.
 
-Tensors are cut into units of _UNIT elements; each has one sum, and sums are added in order, whatever the threads are.
-Sums may be reordered within a unit (reassoc), so that LLVM vectorises them, and fused with products (contract): the
-same on every run, but not on a CPU with other vectors. No other fast-math flag: NaN and inf must come through.
+Tensors are cut into blocks of BLOCK_SIZE elements; each has one sum, and sums are added in order, whatever the threads
+are. Sums may be reordered within a block (reassoc), so that LLVM vectorises them, and fused with products (contract):
+the same on every run, but not on a CPU with other vectors. No other fast-math flag: NaN and inf must come through.
 """
 
 from __future__ import annotations
@@ -19,20 +19,14 @@ from numba.extending import overload
 from torch import Tensor
 
 from ._common_numba import SOURCE, TAGS, bits, claim, compiled, pointer, real, rounded, share
+from .norms import BIG, DTYPES, GROW, NAN, NEGATIVE_INF, POSITIVE_INF, SHRINK, TINY, Entries
 
 ON_DEVICE = False
 
-_UNIT = 1 << 16  # elements
-_ALONE = 1 << 18  # elements: up to here a second thread costs more than it gives
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # by code
-_WIDE = 3  # the code of float64
-
-# Anderson's scaled sums: beyond BIG a square is taken of x * SHRINK, below TINY of x * GROW.
-_BIG, _TINY = 2.0**486, 2.0**-511
-_SHRINK, _GROW = 2.0**-538, 2.0**537
-
-_F = np.float32
-_HALF_SCALE = _F(2.0**112)
+BLOCK_SIZE = 1 << 16  # elements
+ONE_THREAD = 1 << 18  # elements: up to here a second thread costs more than it gives
+_FLOAT64 = DTYPES.index(torch.float64)
+_HALF_SCALE = np.float32(2.0**112)
 
 
 def _widened(x: Any, tag: Any) -> Any: ...
@@ -40,7 +34,7 @@ def _widened(x: Any, tag: Any) -> Any: ...
 
 @overload(_widened, jit_options={"forceinline": True})
 def _widened_overload(x, tag):
-    """An element as the kernel holds it, as float32, or float64."""
+    """An element, as the kernel loads it, in float32; in float64 if it is of that."""
     if tag == types.uint16:  # bfloat16
 
         def widened(x, tag):
@@ -104,100 +98,101 @@ def _flags(x, tag):
     flag = 0
     for i in range(len(x)):
         y = _widened(x[i], tag)
-        flag |= (y != y) * 1 | (y == np.inf) * 2 | (y == -np.inf) * 4
+        flag |= (y != y) * NAN | (y == np.inf) * POSITIVE_INF | (y == -np.inf) * NEGATIVE_INF
     return flag
 
 
 @njit(forceinline=True)
-def _unit(address, count, ends, tag, unit):
-    """The elements of a unit."""
-    column = np.searchsorted(ends, unit, side="right")
-    before = ends[column - 1] if column > 0 else 0
-    low = (unit - before) * _UNIT
-    memory = carray(pointer(address[column], tag), count[column])
-    return memory[low : min(low + _UNIT, count[column])]
+def _elements(addresses, lengths, ends, tag, block):
+    """The elements of a block. ends: of the tensors, in blocks."""
+    i = np.searchsorted(ends, block, side="right")
+    before = ends[i - 1] if i > 0 else 0
+    start = (block - before) * BLOCK_SIZE
+    x = carray(pointer(addresses[i], tag), lengths[i])
+    return x[start : min(start + BLOCK_SIZE, lengths[i])]
 
 
-_MADE_OF = zlib.crc32(SOURCE)  # what numba's cache does not see: the file whose functions are compiled in
+# What numba's cache does not see: the file whose functions are compiled in, and the constants of the op's page.
+_CONSTANTS = (NAN, POSITIVE_INF, NEGATIVE_INF, BIG, TINY, SHRINK, GROW)
+_FINGERPRINT = zlib.crc32(repr(_CONSTANTS).encode(), zlib.crc32(SOURCE))
 
 
-def _make_sums(fingerprint: int) -> Any:
-    def sums(address, count, ends, tag, counter, out):
+def _make_block_sums(fingerprint: int) -> Any:
+    def block_sums(addresses, lengths, ends, tag, counter, out):
         _ = fingerprint
         while True:
-            unit = claim(counter)
-            if unit >= ends[-1]:
+            block = claim(counter)
+            if block >= ends[-1]:
                 break
-            out[unit] = _sum_squares(_unit(address, count, ends, tag, unit), tag)
+            out[block] = _sum_squares(_elements(addresses, lengths, ends, tag, block), tag)
 
-    return compiled(sums, fastmath={"reassoc", "contract"})
+    return compiled(block_sums, fastmath={"reassoc", "contract"})
 
 
-def _make_looks(fingerprint: int) -> Any:
-    def looks(address, count, ends, tag, units, out):
+def _make_block_flags(fingerprint: int) -> Any:
+    def block_flags(addresses, lengths, ends, tag, blocks, out):
         _ = fingerprint
-        for i in range(len(units)):
-            out[i] = _flags(_unit(address, count, ends, tag, units[i]), tag)
+        for i in range(len(blocks)):
+            out[i] = _flags(_elements(addresses, lengths, ends, tag, blocks[i]), tag)
 
-    return compiled(looks)
+    return compiled(block_flags)
 
 
-def _make_safe_sums(fingerprint: int) -> Any:
-    def safe_sums(address, count, ends, tag, counter, out):
+def _make_scaled_sums(fingerprint: int) -> Any:
+    def scaled_sums(addresses, lengths, ends, tag, counter, out):
         _ = fingerprint
         while True:
-            unit = claim(counter)
-            if unit >= ends[-1]:
+            block = claim(counter)
+            if block >= ends[-1]:
                 break
-            x = _unit(address, count, ends, tag, unit)
+            x = _elements(addresses, lengths, ends, tag, block)
             big = mid = tiny = 0.0
             for i in range(len(x)):
                 y = abs(np.float64(x[i]))
-                if y > _BIG:
-                    big += (y * _SHRINK) * (y * _SHRINK)
-                elif y < _TINY:
-                    tiny += (y * _GROW) * (y * _GROW)
+                if y > BIG:
+                    big += (y * SHRINK) * (y * SHRINK)
+                elif y < TINY:
+                    tiny += (y * GROW) * (y * GROW)
                 else:
                     mid += y * y
-            out[unit, 0], out[unit, 1], out[unit, 2] = big, mid, tiny
+            out[block, 0], out[block, 1], out[block, 2] = big, mid, tiny
 
-    return compiled(safe_sums)
+    return compiled(scaled_sums)
 
 
 def _make_scale(fingerprint: int) -> Any:
-    def scale(address, count, ends, tag, counter, a, b):
+    def scale(addresses, lengths, ends, tag, counter, a, b):
         _ = fingerprint
         while True:
-            unit = claim(counter)
-            if unit >= ends[-1]:
+            block = claim(counter)
+            if block >= ends[-1]:
                 break
             # From the end: what the norm has read last may still be in the cache.
-            x = _unit(address, count, ends, tag, ends[-1] - 1 - unit)
+            x = _elements(addresses, lengths, ends, tag, ends[-1] - 1 - block)
             for i in range(len(x)):
                 x[i] = _scaled(x[i], a, b, tag)
 
     return compiled(scale)
 
 
-_sums, _looks = _make_sums(_MADE_OF), _make_looks(_MADE_OF)
-_safe_sums, _scale = _make_safe_sums(_MADE_OF), _make_scale(_MADE_OF)
+_block_sums, _block_flags = _make_block_sums(_FINGERPRINT), _make_block_flags(_FINGERPRINT)
+_scaled_sums, _scale = _make_scaled_sums(_FINGERPRINT), _make_scale(_FINGERPRINT)
 
 
-class _Group:
-    """The tensors of one dtype, cut into units."""
+class _DtypeGroup:
+    """The tensors of one dtype, cut into blocks."""
 
-    def __init__(self, entries: Any, code: int) -> None:
-        codes = np.array(entries.code, dtype=np.int8)
-        mine = codes == code
-        self.code, self.tag = code, TAGS[_DTYPES[code]]
-        self.address = np.array(entries.address, dtype=np.int64)[mine]
-        self.count = np.array(entries.length, dtype=np.int64)[mine]
-        self.number = np.array(entries.number, dtype=np.int64)[mine]
-        self.ends = ((self.count + (_UNIT - 1)) // _UNIT).cumsum()
-        self.units = int(self.ends[-1])
+    def __init__(self, entries: Entries, code: int) -> None:
+        selected = np.array(entries.codes, dtype=np.int8) == code
+        self.code, self.tag = code, TAGS[DTYPES[code]]
+        self.addresses = np.array(entries.addresses, dtype=np.int64)[selected]
+        self.lengths = np.array(entries.lengths, dtype=np.int64)[selected]
+        self.indices = np.array(entries.indices, dtype=np.int64)[selected]
+        self.ends = ((self.lengths + (BLOCK_SIZE - 1)) // BLOCK_SIZE).cumsum()
+        self.blocks = int(self.ends[-1])
 
     def run(self, kernel: Callable[..., object], *arguments: Any) -> None:
-        """kernel(address, count, ends, tag, counter, ...) on torch.get_num_threads() threads, which claim units.
+        """kernel(addresses, lengths, ends, tag, counter, ...) on torch.get_num_threads() threads, which claim blocks.
 
         They claim them inside compiled code: a thread that has to share its core, as with one of torch's that still
         spins, must not hold up the others by holding Python's lock.
@@ -205,64 +200,64 @@ class _Group:
         counter = np.zeros(1, dtype=np.int64)
 
         def work(_: int) -> None:
-            kernel(self.address, self.count, self.ends, self.tag, counter.ctypes.data, *arguments)
+            kernel(self.addresses, self.lengths, self.ends, self.tag, counter.ctypes.data, *arguments)
 
-        threads = torch.get_num_threads() if int(self.count.sum()) > _ALONE else 1
+        threads = torch.get_num_threads() if int(self.lengths.sum()) > ONE_THREAD else 1
         share(range(threads), work, threads)
 
 
-def _apart(start: np.ndarray[Any, Any], nbytes: np.ndarray[Any, Any]) -> bool:
+class _Plan(NamedTuple):
+    groups: list[_DtypeGroup]
+    disjoint: bool  # whether no two tensors share memory
+
+
+def prepare(entries: Entries, device: torch.device) -> _Plan:
+    """What `norm` and `scale` work by."""
+    groups = [_DtypeGroup(entries, code) for code in sorted(set(entries.codes))]
+    start = np.concatenate([group.addresses for group in groups]) if groups else np.empty(0, dtype=np.int64)
+    nbytes = [group.lengths * DTYPES[group.code].itemsize for group in groups]
+    return _Plan(groups, _disjoint(start, np.concatenate(nbytes) if groups else start))
+
+
+def _disjoint(start: np.ndarray[Any, Any], nbytes: np.ndarray[Any, Any]) -> bool:
     order = start.argsort()
     return bool(((start + nbytes)[order][:-1] <= start[order][1:]).all())
 
 
-class _Plan(NamedTuple):
-    groups: list[_Group]
-    apart: bool  # whether no two tensors share memory
-
-
-def prepare(entries: Any, device: torch.device) -> _Plan:
-    """What `norm` and `scale` work by."""
-    groups = [_Group(entries, code) for code in sorted(set(entries.code))]
-    start = np.concatenate([group.address for group in groups]) if groups else np.empty(0, dtype=np.int64)
-    nbytes = [group.count * _DTYPES[group.code].itemsize for group in groups]
-    return _Plan(groups, _apart(start, np.concatenate(nbytes) if groups else start))
-
-
 def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The 2-norm, its square, the flag word and the number of the first bad tensor; see grad_norm.Norm."""
+    """The 2-norm, its square, the flag and the index of the first tensor with a non-finite value; see norms.Norm."""
     power, flag, first = 0.0, 0, -1
-    wide: _Group | None = None
+    rescanned: _DtypeGroup | None = None
     for group in plan.groups:
-        sums = np.empty(group.units)
-        group.run(_sums, sums)
+        sums = np.empty(group.blocks)
+        group.run(_block_sums, sums)
         total = float(sums.sum())
         bad = None if math.isfinite(total) else np.flatnonzero(~np.isfinite(sums))
         if bad is not None:
             flags = np.empty(len(bad), dtype=np.int64)
-            _looks(group.address, group.count, group.ends, group.tag, bad, flags)
+            _block_flags(group.addresses, group.lengths, group.ends, group.tag, bad, flags)
             flag |= int(np.bitwise_or.reduce(flags, initial=0))
             if flags.any():
-                unit = bad[flags != 0][0]
-                number = int(group.number[np.searchsorted(group.ends, unit, side="right")])
-                first = number if first < 0 else min(first, number)
+                block = bad[flags != 0][0]
+                index = int(group.indices[np.searchsorted(group.ends, block, side="right")])
+                first = index if first < 0 else min(first, index)
         # In float64 squares of finite elements overflow, or lose bits below the normal range.
-        if group.code == _WIDE and not (2.0**-960 * int(group.count.sum()) <= total < math.inf):
-            wide = group
+        if group.code == _FLOAT64 and not (2.0**-960 * int(group.lengths.sum()) <= total < math.inf):
+            rescanned = group
             continue
         power += total
     if flag:
-        power = math.nan if flag & 1 else math.inf
-    exact = math.sqrt(power)
-    if wide is not None and not flag:
-        parts = np.empty((wide.units, 3))
-        wide.run(_safe_sums, parts)
-        big, mid, tiny = parts.sum(0).tolist()
+        power = math.nan if flag & NAN else math.inf
+    norm64 = math.sqrt(power)
+    if rescanned is not None and not flag:
+        sums = np.empty((rescanned.blocks, 3))
+        rescanned.run(_scaled_sums, sums)
+        big, mid, tiny = sums.sum(0).tolist()
         mid = math.sqrt(mid + power)
-        exact = math.hypot(math.sqrt(big) / _SHRINK, mid) if big > 0.0 else math.hypot(mid, math.sqrt(tiny) / _GROW)
-        power = exact * exact
+        norm64 = math.hypot(math.sqrt(big) / SHRINK, mid) if big > 0.0 else math.hypot(mid, math.sqrt(tiny) / GROW)
+        power = norm64 * norm64
     return (
-        torch.tensor(exact, dtype=torch.float64, device="cpu"),
+        torch.tensor(norm64, dtype=torch.float64, device="cpu"),
         torch.tensor(power, dtype=torch.float64, device="cpu"),
         torch.tensor(flag, dtype=torch.int32, device="cpu"),
         torch.tensor(first, dtype=torch.int64, device="cpu"),

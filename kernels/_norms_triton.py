@@ -1,10 +1,10 @@
 """The norm and the scaling on the GPU: one launch for the tensors of a device, whatever their number and dtypes.
 
-A table has a column for each tensor. The work is cut into units of up to `chunks` chunks of CHUNK elements of one
-tensor, from a multiple of 16 bytes on, and a unit finds its column by bisection. Every unit writes one sum; a single
-program adds them up in order, so that equal gradients give equal bits. Where the total overflows or vanishes, a second
-look reads again, in float64; its programs are launched always, read the total, and leave at once where it is sound. So
-nothing waits for the device.
+A table has a column for each tensor. The work is cut into items of up to `blocks` blocks of BLOCK_SIZE elements of one
+tensor, from a multiple of 16 bytes on, and a program finds its item's column by bisection. Every item has one sum; a
+single program adds them up in order, so that equal gradients give equal bits. Where the total overflows or vanishes, a
+rescan reads again, in float64; its programs are launched always, read the total, and leave at once where it is sound.
+So nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -18,135 +18,166 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common_triton import INTERPRETED, find, launching, on_device, rounded, table_jit, widened
+from ._common_triton import INTERPRETED, find, launching, on_device, rounded, widened
+from .norms import (
+    BIG,
+    DTYPES,
+    EPSILON,
+    GROW,
+    NAN,
+    NEGATIVE_INF,
+    POSITIVE_INF,
+    SHRINK,
+    SPLIT_BELOW,
+    SPLIT_FACTOR,
+    TINY,
+    Entries,
+)
 
 ON_DEVICE = True
 
-CHUNK = 4096  # elements that a program of WARPS warps reads at once: 32 a thread
-WARPS = 4
-SMALL = 512  # as CHUNK, in a second look
-UNITS = 1 << 14  # about so many: enough for any GPU, few enough for one program to add up
+BLOCK_SIZE = 4096  # elements that a program of NUM_WARPS warps reads at once: 32 a thread
+NUM_WARPS = 4
+RESCAN_BLOCK = 512  # as BLOCK_SIZE, in a rescan
+WORK_ITEMS = 1 << 14  # about so many: enough for any GPU, few enough for one program to add up
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_PARTS = tl.constexpr(1 if INTERPRETED else 8)  # of a chunk that is not full, so that it doesn't set the register count
+_PARTS = tl.constexpr(1 if INTERPRETED else 8)  # of a block that is not full, so that it doesn't set the register count
 _SUMMED = tl.constexpr(8)  # squares added in float32 before they go to float64
-_BLOCK = tl.constexpr(1024)  # sums that the last program adds at once
+_ADD_BLOCK = tl.constexpr(1024)  # sums that the last program adds at once
 
-_BFLOAT16, _FLOAT16, _FLOAT64 = (tl.constexpr(code) for code in (1, 2, 3))  # float32 is 0
-_ITEMSIZE = np.array([4, 2, 2, 8])  # by code
+# The constants of the op's page, as kernels take them.
+_NAN, _POSITIVE_INF, _NEGATIVE_INF = map(tl.constexpr, (NAN, POSITIVE_INF, NEGATIVE_INF))
+_BFLOAT16, _FLOAT16, _FLOAT64 = (
+    tl.constexpr(DTYPES.index(dtype)) for dtype in (torch.bfloat16, torch.float16, torch.float64)
+)
+_BIG, _TINY, _SHRINK, _GROW = map(tl.constexpr, (BIG, TINY, SHRINK, GROW))
+_SPLIT_BELOW_LOWER, _SPLIT_BELOW = map(tl.constexpr, SPLIT_BELOW)
+_SPLIT_FACTOR_LOWER, _SPLIT_FACTOR = map(tl.constexpr, SPLIT_FACTOR)
+_EPSILON = tl.constexpr(EPSILON)
 
-# Anderson's scaled sums: beyond BIG a square is taken of x * SHRINK, below TINY of x * GROW.
-_BIG, _TINY = tl.constexpr(2.0**486), tl.constexpr(2.0**-511)
-_SHRINK, _GROW = tl.constexpr(2.0**-538), tl.constexpr(2.0**537)
+# Rows of the table. Elements are counted from ADDRESS, which is rounded down to 16 bytes. `find` looks into row 0.
+FIRST_ITEM, ADDRESS, BEGIN, END, CODE, INDEX = map(tl.constexpr, range(6))
+# Rows of the scratch, a column for each work item: sums in float64 (the first pass has one, in row 0), then int64.
+_BIG_SUM, _MID_SUM, _TINY_SUM, _ITEM_FLAG, _ITEM_INDEX = map(tl.constexpr, range(5))
+_NO_INDEX = tl.constexpr((1 << 63) - 1)
+# Results, of 64 bits each: the first two float64, the others int64; RESCAN is 1 where the total calls for a rescan.
+NORM, SUM_OF_SQUARES, FLAG, FIRST_NONFINITE, RESCAN = map(tl.constexpr, range(5))
 
-_SMALL, _FIRST = tl.constexpr(2.0**-100), tl.constexpr(2.0**-64)  # as in norms.py
-_SMALLER, _LEAST = tl.constexpr(2.0**-164), tl.constexpr(2.0**-126)
-_EPSILON = tl.constexpr(1e-6)
-_NOWHERE = tl.constexpr((1 << 63) - 1)
-
-# Rows of the table: 0 the tensor's first unit, 1 its address, rounded down to 16 bytes, 2 where its elements begin,
-# counted from there, 3 where they end, 4 the dtype's code, 5 its number.
+# One compilation, whatever a table's size and address: Triton would make variants for a size of 1, or 16 divides it.
+_table_jit = triton.jit(
+    do_not_specialize=["columns", "blocks", "first_item", "items", "max_norm_high", "max_norm_low"],
+    do_not_specialize_on_alignment=["table_ptr"],
+)
 
 
 @triton.jit
-def _lanes(x):
-    """Squares, in sums of neighbours that one thread holds: in float32 (float64 for float64), then in float64."""
+def _block_sums(x):
+    """(n,) -> (n / 8,): squares, summed by 8 neighbours of one thread in float32 (float64 for float64), as float64."""
     x = widened(x, _INTERPRETED)
     return tl.sum((x * x).reshape(x.shape[0] // _SUMMED, _SUMMED), axis=1).to(tl.float64)
 
 
 @triton.jit
-def full_squares(address, at, ELEMENT: tl.constexpr, CHUNK: tl.constexpr):
-    """A whole chunk at a multiple of 16 bytes."""
-    start = tl.multiple_of((address.to(tl.pointer_type(ELEMENT)) + at), 16)
-    return _lanes(tl.load(start + tl.arange(0, CHUNK)))
+def full_block_squares(address, start, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The sums of squares of a full block at a multiple of 16 bytes: (BLOCK_SIZE / 8,)."""
+    ptr = tl.multiple_of((address.to(tl.pointer_type(DTYPE)) + start), 16)
+    return _block_sums(tl.load(ptr + tl.arange(0, BLOCK_SIZE)))
 
 
 @triton.jit
-def _sum_squares(address, at, begin, end, chunks, ELEMENT: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum of squares of elements [begin, end) that lie in `chunks` chunks from `at` on."""
-    total = tl.zeros([CHUNK // _SUMMED], tl.float64)
-    rest = tl.zeros([CHUNK // _PARTS // _SUMMED], tl.float64)
-    for _ in range(chunks):
-        if at < end:
-            if (at >= begin) & (at + CHUNK <= end):
-                total += full_squares(address, at, ELEMENT, CHUNK)
+def _sum_squares(address, start, begin, end, blocks, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """sum(x[i]^2) over those elements i of [begin, end) that lie in `blocks` blocks from `start` on."""
+    total = tl.zeros([BLOCK_SIZE // _SUMMED], tl.float64)
+    rest = tl.zeros([BLOCK_SIZE // _PARTS // _SUMMED], tl.float64)
+    for _ in range(blocks):
+        if start < end:
+            if (start >= begin) & (start + BLOCK_SIZE <= end):
+                total += full_block_squares(address, start, DTYPE, BLOCK_SIZE)
             else:
                 for i in range(_PARTS):
-                    place = at + i * (CHUNK // _PARTS) + tl.arange(0, CHUNK // _PARTS)
-                    x = tl.load(
-                        address.to(tl.pointer_type(ELEMENT)) + place, mask=(place >= begin) & (place < end), other=0.0
-                    )
-                    rest += _lanes(x)
-        at += CHUNK
+                    offsets = start + i * (BLOCK_SIZE // _PARTS) + tl.arange(0, BLOCK_SIZE // _PARTS)
+                    mask = (offsets >= begin) & (offsets < end)
+                    x = tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0)
+                    rest += _block_sums(x)
+        start += BLOCK_SIZE
     return tl.sum(total) + tl.sum(rest)
 
 
 @triton.jit
-def _unit(table, columns, chunks, unit, CHUNK: tl.constexpr):
-    """Where a unit's work lies: its column, address, place of its first chunk, begin and end of elements, dtype."""
-    entry = table + find(table, columns, unit)
-    at = (unit - tl.load(entry)) * chunks * CHUNK
-    address = tl.load(entry + columns)
-    begin = tl.load(entry + 2 * columns)
-    end = tl.load(entry + 3 * columns)
-    return entry, address, at, begin, end, tl.load(entry + 4 * columns)
+def _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE: tl.constexpr):
+    """An item's column in the table, address, place of its first block, begin and end of its tensor, dtype's code."""
+    column_ptr = table_ptr + find(table_ptr, columns, item)
+    start = (item - tl.load(column_ptr + FIRST_ITEM * columns)) * blocks * BLOCK_SIZE
+    address = tl.load(column_ptr + ADDRESS * columns)
+    begin = tl.load(column_ptr + BEGIN * columns)
+    end = tl.load(column_ptr + END * columns)
+    return column_ptr, address, start, begin, end, tl.load(column_ptr + CODE * columns)
 
 
-@table_jit
-def norm_units(table, columns, chunks, first_unit, sums, WIDE: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum of squares of one unit. WIDE: of float64 tensors, whose arithmetic would cost the others registers."""
-    unit = tl.program_id(0).to(tl.int64) + first_unit
-    _, address, at, begin, end, code = _unit(table, columns, chunks, unit, CHUNK)
-    if WIDE:
-        total = _sum_squares(address, at, begin, end, chunks, tl.float64, CHUNK)
+@_table_jit
+def norm_kernel(
+    table_ptr, columns, blocks, first_item,  # inputs: (6, columns) int64; how the work is cut
+    sums_ptr,  # output: float64, one for each item
+    FP64: tl.constexpr, BLOCK_SIZE: tl.constexpr,  # meta
+):  # fmt: skip
+    """sums[item] = sum(x^2) over the item's elements; a program for each item from first_item on.
+
+    FP64: of float64 tensors, whose arithmetic would cost the others registers.
+    """
+    item = tl.program_id(0).to(tl.int64) + first_item
+    _, address, start, begin, end, code = _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
+    if FP64:
+        total = _sum_squares(address, start, begin, end, blocks, tl.float64, BLOCK_SIZE)
     else:
         if code == _BFLOAT16:
-            total = _sum_squares(address, at, begin, end, chunks, tl.bfloat16, CHUNK)
+            total = _sum_squares(address, start, begin, end, blocks, tl.bfloat16, BLOCK_SIZE)
         elif code == _FLOAT16:
-            total = _sum_squares(address, at, begin, end, chunks, tl.float16, CHUNK)
+            total = _sum_squares(address, start, begin, end, blocks, tl.float16, BLOCK_SIZE)
         else:
-            total = _sum_squares(address, at, begin, end, chunks, tl.float32, CHUNK)
-    tl.store(sums + unit, total)
+            total = _sum_squares(address, start, begin, end, blocks, tl.float32, BLOCK_SIZE)
+    tl.store(sums_ptr + item, total)
 
 
 @triton.jit
-def _add_up(sums, count):
-    total = tl.zeros([_BLOCK], tl.float64)
-    for i in range(0, count, _BLOCK):
-        place = i + tl.arange(0, _BLOCK)
-        total += tl.load(sums + place, mask=place < count, other=0.0)
+def _add_up(sums_ptr, count):
+    """sum(sums[:count]), always in the same order."""
+    total = tl.zeros([_ADD_BLOCK], tl.float64)
+    for i in range(0, count, _ADD_BLOCK):
+        offsets = i + tl.arange(0, _ADD_BLOCK)
+        total += tl.load(sums_ptr + offsets, mask=offsets < count, other=0.0)
     return tl.sum(total)
 
 
-# `results` are 64-bit words: 0 the norm and 1 its square, as float64; 2 the flag word, 3 the number of the first bad
-# tensor, 4 whether the total calls for a second look.
-
-
-@triton.jit(do_not_specialize=["units", "sound"])
-def finish_norm(sums, units, sound, results):
-    """Adds up the units' sums; below `sound`, or beyond float64 or not a number, the total is not to be believed."""
-    total = _add_up(sums, units)
-    tl.store(results.to(tl.pointer_type(tl.float64)), tl.sqrt(total))
-    tl.store(results.to(tl.pointer_type(tl.float64)) + 1, total)
-    tl.store(results + 2, tl.zeros([], tl.int64))
-    tl.store(results + 3, tl.full([], -1, tl.int64))
-    tl.store(results + 4, tl.where((total >= sound) & (total < float("inf")), 0, 1).to(tl.int64))
+@triton.jit(do_not_specialize=["items", "sound"])
+def finish_norm_kernel(
+    sums_ptr, items, sound,  # inputs: (items,) float64; the least total that can be trusted
+    results_ptr,  # output: (5,) int64
+):  # fmt: skip
+    """norm = sqrt(sum(sums)); RESCAN where the sum is below `sound`, infinite or NaN. One program."""
+    total = _add_up(sums_ptr, items)
+    tl.store(results_ptr.to(tl.pointer_type(tl.float64)) + NORM, tl.sqrt(total))
+    tl.store(results_ptr.to(tl.pointer_type(tl.float64)) + SUM_OF_SQUARES, total)
+    tl.store(results_ptr + FLAG, tl.zeros([], tl.int64))
+    tl.store(results_ptr + FIRST_NONFINITE, tl.full([], -1, tl.int64))
+    tl.store(results_ptr + RESCAN, tl.where((total >= sound) & (total < float("inf")), 0, 1).to(tl.int64))
 
 
 @triton.jit
-def _look(address, at, begin, end, chunks, ELEMENT: tl.constexpr, CHUNK: tl.constexpr):
-    """Sums of squares in float64, big, middling and tiny ones apart, of finite elements; and the flag word."""
-    big = tl.zeros([CHUNK], tl.float64)
-    mid = tl.zeros([CHUNK], tl.float64)
-    tiny = tl.zeros([CHUNK], tl.float64)
-    flag = tl.zeros([CHUNK], tl.int32)
-    for _ in range(chunks):
-        if at < end:
-            place = at + tl.arange(0, CHUNK)
-            x = tl.load(address.to(tl.pointer_type(ELEMENT)) + place, mask=(place >= begin) & (place < end), other=0.0)
+def _scaled_sums(address, start, begin, end, blocks, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Sums of squares in float64, big, middling and tiny ones apart, of finite elements; and the flag."""
+    big = tl.zeros([BLOCK_SIZE], tl.float64)
+    mid = tl.zeros([BLOCK_SIZE], tl.float64)
+    tiny = tl.zeros([BLOCK_SIZE], tl.float64)
+    flags = tl.zeros([BLOCK_SIZE], tl.int32)
+    for _ in range(blocks):
+        if start < end:
+            offsets = start + tl.arange(0, BLOCK_SIZE)
+            mask = (offsets >= begin) & (offsets < end)
+            x = tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0)
             x = widened(x, _INTERPRETED).to(tl.float64)
             inf = float("inf")
-            flag |= tl.where(x != x, 1, tl.where(x == inf, 2, tl.where(x == -inf, 4, 0)))
+            infinite = tl.where(x == inf, _POSITIVE_INF, tl.where(x == -inf, _NEGATIVE_INF, 0))
+            flags |= tl.where(x != x, _NAN, infinite)
             x = tl.abs(tl.where(tl.abs(x) < inf, x, 0.0))
             up = tl.where(x > _BIG, x * _SHRINK, 0.0)
             down = tl.where(x < _TINY, x * _GROW, 0.0)
@@ -154,52 +185,67 @@ def _look(address, at, begin, end, chunks, ELEMENT: tl.constexpr, CHUNK: tl.cons
             big += up * up
             mid += x * x
             tiny += down * down
-        at += CHUNK
-    word = tl.max(flag & 1) | tl.max(flag & 2) | tl.max(flag & 4)
-    return tl.sum(big), tl.sum(mid), tl.sum(tiny), word
+        start += BLOCK_SIZE
+    return tl.sum(big), tl.sum(mid), tl.sum(tiny), _or_of(flags)
 
 
-@table_jit
-def look_units(table, columns, chunks, units, results, sums, CHUNK: tl.constexpr, SMALL: tl.constexpr):
-    """The second look at one unit, where the first calls for it."""
-    if tl.load(results + 4) == 0:
+@triton.jit
+def _or_of(flags):
+    """The or of all flags of a tensor."""
+    return tl.max(flags & _NAN) | tl.max(flags & _POSITIVE_INF) | tl.max(flags & _NEGATIVE_INF)
+
+
+@_table_jit
+def rescan_kernel(
+    table_ptr, columns, blocks, items, results_ptr,  # inputs: as norm_kernel; (5,) int64
+    scratch_ptr,  # output: (5, items), float64 and int64
+    BLOCK_SIZE: tl.constexpr, RESCAN_BLOCK: tl.constexpr,  # meta
+):  # fmt: skip
+    """Big, middling and tiny squares, flag and first index of one item, where results[RESCAN]; a program for each."""
+    if tl.load(results_ptr + RESCAN) == 0:
         return
-    unit = tl.program_id(0).to(tl.int64)
-    entry, address, at, begin, end, code = _unit(table, columns, chunks, unit, CHUNK)
-    pieces = chunks * (CHUNK // SMALL)
+    item = tl.program_id(0).to(tl.int64)
+    column_ptr, address, start, begin, end, code = _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
+    blocks = blocks * (BLOCK_SIZE // RESCAN_BLOCK)
     if code == _BFLOAT16:
-        big, mid, tiny, flag = _look(address, at, begin, end, pieces, tl.bfloat16, SMALL)
+        big, mid, tiny, flag = _scaled_sums(address, start, begin, end, blocks, tl.bfloat16, RESCAN_BLOCK)
     elif code == _FLOAT16:
-        big, mid, tiny, flag = _look(address, at, begin, end, pieces, tl.float16, SMALL)
+        big, mid, tiny, flag = _scaled_sums(address, start, begin, end, blocks, tl.float16, RESCAN_BLOCK)
     elif code == _FLOAT64:
-        big, mid, tiny, flag = _look(address, at, begin, end, pieces, tl.float64, SMALL)
+        big, mid, tiny, flag = _scaled_sums(address, start, begin, end, blocks, tl.float64, RESCAN_BLOCK)
     else:
-        big, mid, tiny, flag = _look(address, at, begin, end, pieces, tl.float32, SMALL)
-    tl.store(sums + unit, big)
-    tl.store(sums + units + unit, mid)
-    tl.store(sums + 2 * units + unit, tiny)
-    words = sums.to(tl.pointer_type(tl.int64)) + 3 * units
-    tl.store(words + unit, flag.to(tl.int64))
-    tl.store(words + units + unit, tl.where(flag != 0, tl.load(entry + 5 * columns), _NOWHERE))
+        big, mid, tiny, flag = _scaled_sums(address, start, begin, end, blocks, tl.float32, RESCAN_BLOCK)
+    tl.store(scratch_ptr + _BIG_SUM * items + item, big)
+    tl.store(scratch_ptr + _MID_SUM * items + item, mid)
+    tl.store(scratch_ptr + _TINY_SUM * items + item, tiny)
+    scratch_ptr = scratch_ptr.to(tl.pointer_type(tl.int64))
+    tl.store(scratch_ptr + _ITEM_FLAG * items + item, flag.to(tl.int64))
+    index = tl.where(flag != 0, tl.load(column_ptr + INDEX * columns), _NO_INDEX)
+    tl.store(scratch_ptr + _ITEM_INDEX * items + item, index)
 
 
-@triton.jit(do_not_specialize=["units"])
-def finish_look(sums, units, results):
-    """Adds up the second detect_nonfinite, where there was one."""
-    if tl.load(results + 4) == 0:
+@triton.jit(do_not_specialize=["items"])
+def finish_rescan_kernel(
+    scratch_ptr, items,  # inputs: (5, items), float64 and int64
+    results_ptr,  # input and output: (5,) int64
+):  # fmt: skip
+    """norm = sqrt(big / SHRINK^2 + mid + tiny / GROW^2), flag and first index, where results[RESCAN]. One program."""
+    if tl.load(results_ptr + RESCAN) == 0:
         return
-    big = _add_up(sums, units)
-    mid = _add_up(sums + units, units)
-    tiny = _add_up(sums + 2 * units, units)
-    words = sums.to(tl.pointer_type(tl.int64)) + 3 * units
-    flags = tl.zeros([_BLOCK], tl.int64)
-    firsts = tl.full([_BLOCK], _NOWHERE, tl.int64)
-    for i in range(0, units, _BLOCK):
-        place = i + tl.arange(0, _BLOCK)
-        flags |= tl.load(words + place, mask=place < units, other=0)
-        firsts = tl.minimum(firsts, tl.load(words + units + place, mask=place < units, other=_NOWHERE))
-    flag = tl.max(flags & 1) | tl.max(flags & 2) | tl.max(flags & 4)
-    first = tl.min(firsts)
+    big = _add_up(scratch_ptr + _BIG_SUM * items, items)
+    mid = _add_up(scratch_ptr + _MID_SUM * items, items)
+    tiny = _add_up(scratch_ptr + _TINY_SUM * items, items)
+    scratch_ptr = scratch_ptr.to(tl.pointer_type(tl.int64))
+    flags = tl.zeros([_ADD_BLOCK], tl.int64)
+    indices = tl.full([_ADD_BLOCK], _NO_INDEX, tl.int64)
+    for i in range(0, items, _ADD_BLOCK):
+        offsets = i + tl.arange(0, _ADD_BLOCK)
+        mask = offsets < items
+        flags |= tl.load(scratch_ptr + _ITEM_FLAG * items + offsets, mask=mask, other=0)
+        index = tl.load(scratch_ptr + _ITEM_INDEX * items + offsets, mask=mask, other=_NO_INDEX)
+        indices = tl.minimum(indices, index)
+    flag = _or_of(flags)
+    first = tl.min(indices)
     # What is left out beside a larger sum is below half a unit in its last place, or is added with its scale.
     middle = tl.sqrt(mid)
     a = tl.sqrt(big)
@@ -209,100 +255,94 @@ def finish_look(sums, units, results):
     small = tl.sqrt(mid + (c / _GROW) * (c / _GROW))
     small = tl.where(mid == 0.0, c / _GROW, small)
     norm = tl.where(big > 0.0, large, small)
-    norm = tl.where(flag == 0, norm, tl.where((flag & 1) != 0, float("nan"), float("inf")))
-    tl.store(results.to(tl.pointer_type(tl.float64)), norm)
-    tl.store(results.to(tl.pointer_type(tl.float64)) + 1, norm * norm)
-    tl.store(results + 2, flag)
-    tl.store(results + 3, tl.where(flag != 0, first, -1))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Scaling
+    norm = tl.where(flag == 0, norm, tl.where((flag & _NAN) != 0, float("nan"), float("inf")))
+    tl.store(results_ptr.to(tl.pointer_type(tl.float64)) + NORM, norm)
+    tl.store(results_ptr.to(tl.pointer_type(tl.float64)) + SUM_OF_SQUARES, norm * norm)
+    tl.store(results_ptr + FLAG, flag)
+    tl.store(results_ptr + FIRST_NONFINITE, tl.where(flag != 0, first, -1))
 
 
 @triton.jit
-def _times(x, a, b, zero, ELEMENT: tl.constexpr):
+def _scaled(x, a, b, zero, DTYPE: tl.constexpr):
     """x * a * b, rounded once, or 0."""
     y = widened(x, _INTERPRETED)
     # In float64 the product of the factors is exact enough, in float32 it might be subnormal.
     y = tl.where(zero, 0.0, y * a.to(y.dtype) * b.to(y.dtype))
-    return rounded(y, ELEMENT, _INTERPRETED)
+    return rounded(y, DTYPE, _INTERPRETED)
 
 
 @triton.jit
-def full_scale(address, at, a, b, zero, ELEMENT: tl.constexpr, CHUNK: tl.constexpr):
-    """A whole chunk at a multiple of 16 bytes."""
-    start = tl.multiple_of(address.to(tl.pointer_type(ELEMENT)) + at, 16)
-    place = start + tl.arange(0, CHUNK)
-    tl.store(place, _times(tl.load(place), a, b, zero, ELEMENT))
+def scale_full_block(address, start, a, b, zero, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """x *= a * b for a full block at a multiple of 16 bytes."""
+    ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)
+    ptrs = ptr + tl.arange(0, BLOCK_SIZE)
+    tl.store(ptrs, _scaled(tl.load(ptrs), a, b, zero, DTYPE))
 
 
 @triton.jit
 def _scale(
-    address, at, begin, end, chunks, a, b, zero,
-    ELEMENT: tl.constexpr, CHUNK: tl.constexpr,
+    address, start, begin, end, blocks, a, b, zero,
+    DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    for _ in range(chunks):
-        if at < end:
-            if (at >= begin) & (at + CHUNK <= end):
-                full_scale(address, at, a, b, zero, ELEMENT, CHUNK)
+    """x[i] *= a * b, or = 0, for those elements i of [begin, end) that lie in `blocks` blocks from `start` on."""
+    for _ in range(blocks):
+        if start < end:
+            if (start >= begin) & (start + BLOCK_SIZE <= end):
+                scale_full_block(address, start, a, b, zero, DTYPE, BLOCK_SIZE)
             else:
                 for i in range(_PARTS):
-                    place = at + i * (CHUNK // _PARTS) + tl.arange(0, CHUNK // _PARTS)
-                    inside = (place >= begin) & (place < end)
-                    memory = address.to(tl.pointer_type(ELEMENT)) + place
-                    x = tl.load(memory, mask=inside, other=0.0)
-                    tl.store(memory, _times(x, a, b, zero, ELEMENT), mask=inside)
-        at += CHUNK
+                    offsets = start + i * (BLOCK_SIZE // _PARTS) + tl.arange(0, BLOCK_SIZE // _PARTS)
+                    mask = (offsets >= begin) & (offsets < end)
+                    ptrs = address.to(tl.pointer_type(DTYPE)) + offsets
+                    x = tl.load(ptrs, mask=mask, other=0.0)
+                    tl.store(ptrs, _scaled(x, a, b, zero, DTYPE), mask=mask)
+        start += BLOCK_SIZE
 
 
-@table_jit
-def scale_units(
-    table, columns, chunks, first_unit, norm, high, low,
-    POLICY: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+@_table_jit
+def scale_kernel(
+    table_ptr, columns, blocks, first_item,  # inputs and outputs: the elements that the table points to
+    norm_ptr, max_norm_high, max_norm_low,  # inputs: 0-d; max_norm as two float32, since a launch takes no float64
+    POLICY: tl.constexpr, FP64: tl.constexpr, BLOCK_SIZE: tl.constexpr,  # meta
 ):  # fmt: skip
-    """Scales one unit by min(1, (high + low) / (norm + 1e-6)); leaves at once where that is 1."""
-    n = tl.load(norm).to(tl.float64)
-    c = high / (n + _EPSILON) + low / (n + _EPSILON)
+    """x *= min(1, max_norm / (norm + 1e-6)) for one item; leaves at once where that is 1."""
+    norm = tl.load(norm_ptr).to(tl.float64)
+    c = max_norm_high / (norm + _EPSILON) + max_norm_low / (norm + _EPSILON)
     c = tl.where(c > 1.0, 1.0, c)
-    good = tl.abs(n) < float("inf")
-    zero = good != good
+    finite = tl.abs(norm) < float("inf")
+    zero = finite != finite
     if POLICY != "propagate":
-        c = tl.where(good, c, 1.0)
+        c = tl.where(finite, c, 1.0)
         if POLICY == "zero":
-            zero = good == 0
+            zero = finite == 0
     if (c == 1.0) & (zero == 0):
         return
-    a = tl.where(c < _SMALL, tl.where(c < _SMALLER, _LEAST, _FIRST), 1.0).to(tl.float64)
-    a = tl.where(c == 0.0, 1.0, a)
+    a = tl.where(c < _SPLIT_BELOW, tl.where(c < _SPLIT_BELOW_LOWER, _SPLIT_FACTOR_LOWER, _SPLIT_FACTOR), 1.0)
+    a = tl.where(c == 0.0, 1.0, a.to(tl.float64))
     b = c / a
-    unit = tl.program_id(0).to(tl.int64) + first_unit
-    _, address, at, begin, end, code = _unit(table, columns, chunks, unit, CHUNK)
-    if WIDE:
-        _scale(address, at, begin, end, chunks, a, b, zero, tl.float64, CHUNK)
+    item = tl.program_id(0).to(tl.int64) + first_item
+    _, address, start, begin, end, code = _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
+    if FP64:
+        _scale(address, start, begin, end, blocks, a, b, zero, tl.float64, BLOCK_SIZE)
     else:
         if code == _BFLOAT16:
-            _scale(address, at, begin, end, chunks, a, b, zero, tl.bfloat16, CHUNK)
+            _scale(address, start, begin, end, blocks, a, b, zero, tl.bfloat16, BLOCK_SIZE)
         elif code == _FLOAT16:
-            _scale(address, at, begin, end, chunks, a, b, zero, tl.float16, CHUNK)
+            _scale(address, start, begin, end, blocks, a, b, zero, tl.float16, BLOCK_SIZE)
         else:
-            _scale(address, at, begin, end, chunks, a, b, zero, tl.float32, CHUNK)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The host's side
+            _scale(address, start, begin, end, blocks, a, b, zero, tl.float32, BLOCK_SIZE)
 
 
 class _Plan(NamedTuple):
-    """Tensors on the device's side, and how the work is cut."""
+    """The table on the device, and how the work is cut."""
 
     device: torch.device
-    apart: bool  # whether no two of them share memory
+    disjoint: bool  # whether no two tensors share memory
     table: Tensor
     columns: int
-    chunks: int
-    narrow: int  # units of tensors that are not float64; theirs come first
-    units: int
+    blocks: int
+    narrow: int  # items of tensors that are not float64; theirs come first
+    items: int
     elements: int
 
 
@@ -311,57 +351,69 @@ _plans: OrderedDict[tuple[torch.device, int, bytes], _Plan] = OrderedDict()
 _KEPT = 16
 
 
-def prepare(entries: Any, device: torch.device) -> _Plan:
-    """The plan of an earlier call where addresses, lengths, dtypes and numbers are the same."""
-    given = np.array(entries, dtype=np.int64)
+def prepare(entries: Entries, device: torch.device) -> _Plan:
+    """The plan of an earlier call where addresses, lengths, dtypes and indices are the same."""
+    rows = np.array(entries, dtype=np.int64)
     stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
-    key = (device, stream, given.tobytes())
-    found = _plans.get(key)
-    if found is None:
-        found = _plans[key] = _make_plan(given, device)
+    key = (device, stream, rows.tobytes())
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _make_plan(rows, device)
         while len(_plans) > _KEPT:
             _plans.popitem(last=False)
     else:
         _plans.move_to_end(key)
-    return found
+    return plan
 
 
-def _make_plan(given: np.ndarray[Any, Any], device: torch.device) -> _Plan:
-    address, length, code, number = given[:, np.argsort(given[2] == _FLOAT64.value, kind="stable")]
-    size = _ITEMSIZE[code]
+def _make_plan(rows: np.ndarray[Any, Any], device: torch.device) -> _Plan:
+    address, length, code, index = rows[:, np.argsort(rows[2] == _FLOAT64.value, kind="stable")]
+    itemsize = np.array([dtype.itemsize for dtype in DTYPES])[code]
     order = address.argsort()
-    apart = bool(((address + length * size)[order][:-1] <= address[order][1:]).all())
-    begin = address % 16 // size
+    disjoint = bool(((address + length * itemsize)[order][:-1] <= address[order][1:]).all())
+    begin = address % 16 // itemsize
     end = begin + length
     elements = int(length.sum())
-    chunks = max(1, elements // (UNITS * CHUNK))
-    units = (end + (chunks * CHUNK - 1)) // (chunks * CHUNK)
-    ends = units.cumsum()
-    table = on_device([np.stack([ends - units, address - begin * size, begin, end, code, number])], device)
-    narrow = int(units[code != _FLOAT64.value].sum())
-    return _Plan(device, apart, table, len(length), chunks, narrow, int(units.sum()), elements)
+    blocks = max(1, elements // (WORK_ITEMS * BLOCK_SIZE))
+    items = (end + (blocks * BLOCK_SIZE - 1)) // (blocks * BLOCK_SIZE)
+    table = {
+        FIRST_ITEM.value: items.cumsum() - items,
+        ADDRESS.value: address - begin * itemsize,
+        BEGIN.value: begin,
+        END.value: end,
+        CODE.value: code,
+        INDEX.value: index,
+    }
+    on_gpu = on_device([np.stack([table[row] for row in range(len(table))])], device)
+    narrow = int(items[code != _FLOAT64.value].sum())
+    return _Plan(device, disjoint, on_gpu, len(length), blocks, narrow, int(items.sum()), elements)
 
 
-def _launch(kernel: Any, units: int, *arguments: Any, **constants: Any) -> None:
-    if units > 0:
-        kernel[(units,)](*arguments, **constants, num_warps=WARPS)
+def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    if programs > 0:
+        kernel[(programs,)](*arguments, **constants, num_warps=NUM_WARPS)
 
 
 def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The 2-norm, its square, the flag word and the number of the first bad tensor; see grad_norm.Norm."""
-    units, table = plan.units, (plan.table, plan.columns, plan.chunks)
+    """The 2-norm, its square, the flag and the index of the first tensor with a non-finite value; see norms.Norm."""
+    items, table = plan.items, (plan.table, plan.columns, plan.blocks)
     # Below it, squares that float32 rounds to subnormals could weigh 1e-7 in the total.
     sound = max(1e-30, plan.elements * 1e-38)
     with torch.inference_mode(False), launching(plan.device):
         results = torch.empty(5, dtype=torch.int64, device=plan.device)
-        sums = torch.empty(5 * units, dtype=torch.float64, device=plan.device)
-        _launch(norm_units, plan.narrow, *table, 0, sums, WIDE=False, CHUNK=CHUNK)
-        _launch(norm_units, units - plan.narrow, *table, plan.narrow, sums, WIDE=True, CHUNK=CHUNK)
-        _launch(finish_norm, 1, sums, units, sound, results)
-        _launch(look_units, units, *table, units, results, sums, CHUNK=CHUNK, SMALL=SMALL)
-        _launch(finish_look, 1, sums, units, results)
+        scratch = torch.empty(5 * items, dtype=torch.float64, device=plan.device)
+        _launch(norm_kernel, plan.narrow, *table, 0, scratch, FP64=False, BLOCK_SIZE=BLOCK_SIZE)
+        _launch(norm_kernel, items - plan.narrow, *table, plan.narrow, scratch, FP64=True, BLOCK_SIZE=BLOCK_SIZE)
+        _launch(finish_norm_kernel, 1, scratch, items, sound, results)
+        _launch(rescan_kernel, items, *table, items, results, scratch, BLOCK_SIZE=BLOCK_SIZE, RESCAN_BLOCK=RESCAN_BLOCK)
+        _launch(finish_rescan_kernel, 1, scratch, items, results)
         reals = results.view(torch.float64)
-        return reals[0], reals[1], results[2].to(torch.int32), results[3]
+        return (
+            reals[NORM.value],
+            reals[SUM_OF_SQUARES.value],
+            results[FLAG.value].to(torch.int32),
+            results[FIRST_NONFINITE.value],
+        )
 
 
 def scale(plan: _Plan, norm: Tensor, max_norm: float, policy: str) -> None:
@@ -369,8 +421,8 @@ def scale(plan: _Plan, norm: Tensor, max_norm: float, policy: str) -> None:
     high = float(np.float32(max_norm))  # a launch takes numbers as float32
     low = max_norm - high if abs(high) < float("inf") else 0.0
     with launching(plan.device):
-        for wide, first, units in ((False, 0, plan.narrow), (True, plan.narrow, plan.units - plan.narrow)):
+        for fp64, first, items in ((False, 0, plan.narrow), (True, plan.narrow, plan.items - plan.narrow)):
             _launch(
-                scale_units, units, plan.table, plan.columns, plan.chunks, first, norm, high, low,
-                POLICY=policy, WIDE=wide, CHUNK=CHUNK,
+                scale_kernel, items, plan.table, plan.columns, plan.blocks, first, norm, high, low,
+                POLICY=policy, FP64=fp64, BLOCK_SIZE=BLOCK_SIZE,
             )  # fmt: skip

@@ -1,11 +1,11 @@
-"""linear_relu: a linear layer and its ReLU, and a flag word for what is not finite between the two.
+"""linear_relu: a linear layer and its ReLU, and a flag for what is not finite between the two.
 
 Without flags it is torch's linear and an in-place ReLU. With flags, three ways lead to the same values:
 
 - eagerly on the CPU, torch's GEMM, one cheap read (`add_flag_`), ReLU in place; autograd is torch's own;
 - eagerly on a GPU, the kernels of _linear_triton.py, forward and backward;
-- where a compiler, a transform of torch.func or a dispatch mode looks on, the registered op `initlab::linear_relu`,
-  which changes nothing in place: it returns (y, flag), and the wrapper ors the flag into `flags`.
+- where a compiler, a transform of torch.func or a dispatch mode intercepts operations, the registered op
+  `initlab::linear_relu`, which changes nothing in place: it returns (y, flag), and the wrapper ors flag into `flags`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backends
+from .nonfinite import NAN as NAN  # for the backend too, which imports its own op alone
+from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
+from .nonfinite import POSITIVE_INF as POSITIVE_INF
 from .nonfinite import add_flag_, nonfinite_flag
+from .tensors import all_plain
 
 _MODULES = {"numba": None, "triton": "._linear_triton"}  # on a CPU nothing betters torch's GEMM
-_PLAIN = (Tensor, torch.nn.Parameter)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,18 +38,18 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, fl
             bfloat16, float16 or float64; autocast converts it as it does for torch.nn.functional.linear.
         weight: (N, K), of input's dtype and on its device.
         bias: (N,), likewise, or None.
-        flags: the flag word, int32, shape (1,), on input's device. NaN = 1, +inf = 2 and -inf = 4 are or-ed into it,
-            as the value before ReLU has them once it is rounded to the output's dtype: an overflow of float16 counts,
-            and so does a -inf that ReLU turns into 0. None checks nothing.
+        flags: int32, shape (1,), on input's device. NaN = 1, +inf = 2 and -inf = 4 are or-ed into it, as the value
+            before ReLU has them once it is rounded to the output's dtype: an overflow of float16 counts, and so does
+            a -inf that ReLU turns into 0. None checks nothing.
 
     Returns:
         (..., N), of input's dtype. NaN stays NaN, as in torch.
 
     Raises:
-        ValueError: if the shapes do not fit, or flags is no flag word on input's device.
-        TypeError: if input is not real and floating.
+        ValueError: if the shapes do not fit, or flags has another dtype, shape or device.
+        TypeError: if input is not real and floating, or is float8.
         NotImplementedError: if flags is given for tensors that wrap others, such as DTensor.
-        RuntimeError: if dtypes or devices differ, as torch.nn.functional.linear has it, or INITLAB_BACKEND names an
+        RuntimeError: if dtypes or devices differ, as torch.nn.functional.linear has it, or INITLAB_BACKEND names a
             backend that this op does not have.
 
     Source:
@@ -65,19 +68,19 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, fl
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias, flags=flags)
     _check_shapes(input, weight, bias, flags)
-    if _watched(input, weight, bias):
+    if needs_registered_op(input, weight, bias):
         if flags is None:
             return F.linear(input, weight, bias).relu_()
-        transformed = torch._C._are_functorch_transforms_active()
-        y, flag = (_Transformed.apply if transformed else _op)(*_operands(input, weight, bias))
+        op = _FunctorchLinearReLU.apply if torch._C._are_functorch_transforms_active() else _op
+        y, flag = op(*_operands(input, weight, bias))
         flags.bitwise_or_(flag)
         return y
     if backends.load(input.device, _MODULES).module is not None:
         input, weight, bias = _operands(input, weight, bias)
         if input.dtype in _TRITON_DTYPES:
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-                return _OnGPU.apply(input, weight, bias, flags)
-            return _on_gpu(input, weight, bias, flags)
+                return _TritonLinearReLU.apply(input, weight, bias, flags)
+            return _triton_forward(input, weight, bias, flags)
     y = F.linear(input, weight, bias)
     if flags is not None:
         add_flag_(flags, y)
@@ -93,8 +96,12 @@ def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Ten
         raise ValueError(
             f"bias is {tuple(bias.shape)}; it must have one number for each row of weight: ({weight.shape[0]},)"
         )
-    if not input.is_floating_point():
+    if not input.is_floating_point() or input.dtype.itemsize == 1:  # float8 has no ReLU in torch
         raise TypeError(f"input is {input.dtype}; linear_relu needs a real floating-point tensor: convert it")
+    for t in (weight, bias):
+        # With a meta weight torch's linear returns what memory holds. A meta input asks for shapes alone.
+        if t is not None and t.device != input.device and not input.is_meta:
+            raise RuntimeError(f"input is on {input.device}, weight or bias on {t.device}: move them to one device")
     if flags is not None and (flags.dtype != torch.int32 or flags.shape != (1,) or flags.device != input.device):
         raise ValueError(
             f"flags is {flags.dtype}, {tuple(flags.shape)}, on {flags.device}; "
@@ -102,20 +109,18 @@ def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Ten
         )
 
 
-def _watched(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether somebody looks on who must see an op instead of what it does: a compiler, a transform, a mode."""
+def needs_registered_op(*tensors: Tensor | None) -> bool:
+    """Whether a compiler, a transform, a dispatch mode or a subclass intercepts operations and must see the op."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or type(input) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or (bias is not None and type(bias) not in _PLAIN)
+        or not all_plain(tensors)
     )
 
 
 def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a GEMM of our own is given: what torch's linear would take under autocast, checked as it would."""
+    """What torch's linear would compute with under autocast, checked as it would."""
     tensors = (input, weight) if bias is None else (input, weight, bias)
     device = input.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -124,7 +129,7 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     for t in tensors:
         if bool(is_traceable_wrapper_subclass(t)):
             raise NotImplementedError(
-                f"flags cannot be had for a {type(t).__name__}, which wraps other tensors; "
+                f"flags do not work with a {type(t).__name__}, which wraps other tensors; "
                 "leave flags out, or call linear_relu on the tensors inside"
             )
         if t.dtype != tensors[0].dtype or t.device != input.device:
@@ -135,17 +140,13 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return tensors if bias is not None else (*tensors, None)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The registered op
-
-
 @torch.library.custom_op("initlab::linear_relu", mutates_args=())
 def _op(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(relu(input @ weight.T + bias), the flag word before ReLU); not empty where its operands are not."""
+    """The registered op: (relu(input @ weight.T + bias), the flag before ReLU)."""
     flag = torch.zeros(1, dtype=torch.int32, device=input.device)
     if backends.load(input.device, _MODULES).module is not None and input.dtype in _TRITON_DTYPES:
-        return _on_gpu(input, weight, bias, flag), flag
-    y = F.linear(_rows(input), weight, bias)
+        return _triton_forward(input, weight, bias, flag), flag
+    y = F.linear(_as_matrix(input), weight, bias)
     add_flag_(flag, y)
     return y.relu_().view(*input.shape[:-1], weight.shape[0]), flag
 
@@ -155,52 +156,52 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return input.new_empty(*input.shape[:-1], weight.shape[0]), input.new_empty(1, dtype=torch.int32)
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:2], output[0])
 
 
-def _gradients(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By input, weight and bias. The mask is read off the output: nothing but the operands is kept beside it."""
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias. The mask is read off the output: beside it only the operands are saved."""
     input, weight, y = ctx.saved_tensors
-    grad, of_bias = _masked(_rows(grad), _rows(y), ctx.needs_input_grad[2])
-    of_input = (grad @ weight).view(input.shape) if ctx.needs_input_grad[0] else None
-    of_weight = grad.t() @ _rows(input) if ctx.needs_input_grad[1] else None
-    return of_input, of_weight, None if of_bias is None else of_bias.to(weight.dtype)
+    grad, grad_bias = _mask_and_sum(_as_matrix(grad), _as_matrix(y), ctx.needs_input_grad[2])
+    grad_input = (grad @ weight).view(input.shape) if ctx.needs_input_grad[0] else None
+    grad_weight = grad.t() @ _as_matrix(input) if ctx.needs_input_grad[1] else None
+    return grad_input, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype)
 
 
-def _masked(grad: Tensor, y: Tensor, summed: bool) -> tuple[Tensor, Tensor | None]:
+def _mask_and_sum(grad: Tensor, y: Tensor, summed: bool) -> tuple[Tensor, Tensor | None]:
     """The gradient where ReLU let the value pass, and its sum over the rows."""
     differentiable = torch.is_grad_enabled() and grad.requires_grad  # a second derivative will be asked for
-    if summed and y.numel() > 0 and not differentiable and not _watched(grad, y, None):
+    if summed and y.numel() > 0 and not differentiable and not needs_registered_op(grad, y):
         module = backends.load(y.device, _MODULES).module
         if module is not None and y.dtype in _TRITON_DTYPES:
-            masked: tuple[Tensor, Tensor] = module.masked(grad, y)
-            return masked
+            result: tuple[Tensor, Tensor] = module.mask_and_sum(grad, y)
+            return result
     grad = torch.ops.aten.threshold_backward(grad, y, 0)
     return grad, grad.sum(0) if summed else None
 
 
-_op.register_autograd(_gradients, setup_context=_remember)
+_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Transformed(torch.autograd.Function):
+class _FunctorchLinearReLU(torch.autograd.Function):
     """The op for torch.func, whose transforms of reverse mode do not see an op's registered gradient."""
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         return _op(input, weight, bias)
 
-    setup_context = staticmethod(_remember)
-    backward = staticmethod(_gradients)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
 
     @staticmethod
     def vmap(
         info: Any, dims: tuple[int | None, int | None, int | None], input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
-        """One flag word for the whole batch."""
+        """One flag for the whole batch."""
         if dims[1] is None and dims[2] is None:
             assert dims[0] is not None
-            return _Transformed.apply(input.movedim(dims[0], 0), weight, bias), (0, None)
+            return _FunctorchLinearReLU.apply(input.movedim(dims[0], 0), weight, bias), (0, None)
         input, weight = (
             t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in ((input, dims[0]), (weight, dims[1]))
@@ -215,29 +216,25 @@ class _Transformed(torch.autograd.Function):
         return (y.relu_().view(*input.shape[:-1], weight.shape[1]), flag), (0, None)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# On a GPU
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """As a matrix, all leading dimensions in one. (-1 would not do where there are no elements.)"""
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """(..., n) -> (m, n). reshape(-1, n) would not do where there are no elements."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _on_gpu(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> Tensor:
-    y: Tensor = backends.load(input.device, _MODULES).module.forward(_rows(input), weight, bias, flags)
+def _triton_forward(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> Tensor:
+    y: Tensor = backends.load(input.device, _MODULES).module.forward(_as_matrix(input), weight, bias, flags)
     return y.view(*input.shape[:-1], weight.shape[0])
 
 
-class _OnGPU(torch.autograd.Function):
+class _TritonLinearReLU(torch.autograd.Function):
     """What the registered op is to autograd, without the cost of its call, and with flags or-ed where they lie."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> Tensor:
-        y = _on_gpu(input, weight, bias, flags)
+        y = _triton_forward(input, weight, bias, flags)
         ctx.save_for_backward(input, weight, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad), None)
+        return (*_backward(ctx, grad), None)

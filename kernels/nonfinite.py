@@ -1,4 +1,4 @@
-"""The flag word: which kinds of non-finite values were seen. What every op that looks for them shares."""
+"""The non-finite flag: which kinds of non-finite values were seen. What every op that looks for them shares."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .tensors import PLAIN
 
-NAN, POSITIVE_INF, NEGATIVE_INF = 1, 2, 4
+NAN, POSITIVE_INF, NEGATIVE_INF = 1, 2, 4  # the bits of a flag
+
+_MODULES = {"triton": "._nonfinite_triton"}
 _NAMES = {NAN: "NaN", POSITIVE_INF: "+inf", NEGATIVE_INF: "-inf"}
-_WIDE = (torch.float32, torch.bfloat16, torch.float64)  # their sums stay finite where the values are ordinary
-_PLAIN = (Tensor, torch.nn.Parameter)
+_SUMMABLE = (torch.float32, torch.bfloat16, torch.float64)  # their sums stay finite where the values are ordinary
 
 
 def describe(flag: int) -> str:
-    """A flag word in words.
+    """A flag in words.
 
     Args:
         flag: NaN = 1, +inf = 2 and -inf = 4, or-ed.
@@ -33,13 +35,13 @@ def describe(flag: int) -> str:
 
 
 def nonfinite_flag(tensor: Tensor) -> Tensor:
-    """Which kinds of non-finite values a tensor holds: the close look, one read for each kind.
+    """Which kinds of non-finite values a tensor holds, exactly, by one read for each kind.
 
     Args:
         tensor: any shape, strides, layout, device and dtype. A complex one is read part by part; integers are finite.
 
     Returns:
-        The flag word, 0-d, int32, on the tensor's device; nothing waits for the device.
+        NaN = 1, +inf = 2 and -inf = 4, or-ed: 0-d, int32, on the tensor's device; nothing waits for the device.
 
     Example:
         >>> import torch
@@ -61,8 +63,8 @@ def nonfinite_flag(tensor: Tensor) -> Tensor:
 def all_finite_fast(tensor: Tensor) -> bool:
     """Whether one cheap read finds nothing non-finite: never True where there is something, False where in doubt.
 
-    The sum of a tensor is non-finite whenever an element is; of finite elements near the largest it may be too, so what
-    it says then is for `nonfinite_flag` to decide. float16 is asked for its extremes, since sums beyond 65,504 are common.
+    The sum of a tensor is non-finite whenever an element is. Of finite elements near the largest it may be too: then
+    `nonfinite_flag` decides. float16 is read for its extremes, since sums beyond 65,504 are common.
 
     Args:
         tensor: as for `nonfinite_flag`, and not traced by torch.compile. On a device this waits for it.
@@ -76,7 +78,7 @@ def all_finite_fast(tensor: Tensor) -> bool:
     reals = _reals(tensor)
     if reals is None:
         return True
-    if reals.dtype in _WIDE:
+    if reals.dtype in _SUMMABLE:
         return math.isfinite(reals.sum().item())
     if reals.dtype == torch.float16:
         low, high = reals.aminmax()  # both are NaN where an element is
@@ -87,14 +89,15 @@ def all_finite_fast(tensor: Tensor) -> bool:
 def nonfinite_flag_fast(tensor: Tensor) -> Tensor:
     """`nonfinite_flag`, at the cost of one read where all is finite.
 
-    On a CPU one cheap read (see `all_finite_fast`), then the close look only where that is in doubt; on a GPU one launch,
-    for which nothing waits. Under torch.compile, and for subclasses of Tensor, it is `nonfinite_flag`, which has no branches.
+    On a CPU one cheap read (see `all_finite_fast`), then a rescan only where that is in doubt; on a GPU one launch, for
+    which nothing waits. Under torch.compile, and for subclasses of Tensor, it is `nonfinite_flag`, which has no
+    branches.
 
     Args:
         tensor: as for `nonfinite_flag`.
 
     Returns:
-        The flag word, 0-d, int32, on the tensor's device.
+        As `nonfinite_flag`.
 
     Example:
         >>> import torch
@@ -102,13 +105,13 @@ def nonfinite_flag_fast(tensor: Tensor) -> Tensor:
         >>> int(nonfinite_flag_fast(torch.full((1000,), 3e38)))  # the sum overflows, no element does
         0
     """
-    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN:
         return nonfinite_flag(tensor)
     return add_flag_(torch.zeros((), dtype=torch.int32, device=tensor.device), tensor)
 
 
 def add_flag_(flags: Tensor, tensor: Tensor) -> Tensor:
-    """Or a tensor's flag word into `flags`; nothing waits for the device.
+    """Or a tensor's flag into `flags`; nothing waits for the device.
 
     Args:
         flags: int32, one element, on the tensor's device.
@@ -134,16 +137,16 @@ def add_flag_(flags: Tensor, tensor: Tensor) -> Tensor:
             f"flags is {flags.dtype} with {flags.numel()} elements on {flags.device}; it must be int32, one element, "
             f"on {tensor.device}, where the tensor is: torch.zeros(1, dtype=torch.int32, device=tensor.device)"
         )
-    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN:
         return flags.bitwise_or_(nonfinite_flag(tensor))
     if tensor.device.type != "cpu" or backends.requested() == "triton":
-        _add(flags, tensor)
+        _add_by_backend(flags, tensor)
     elif not all_finite_fast(tensor):
         flags.bitwise_or_(nonfinite_flag(tensor))
     return flags
 
 
-def _add(flags: Tensor, tensor: Tensor) -> None:
+def _add_by_backend(flags: Tensor, tensor: Tensor) -> None:
     module = backends.load(tensor.device, _MODULES).module
     if module is None:
         flags.bitwise_or_(nonfinite_flag(tensor))
@@ -155,11 +158,8 @@ def _add(flags: Tensor, tensor: Tensor) -> None:
         module.launch(flags, reals if is_dense(reals) else reals.contiguous())
 
 
-_MODULES = {"triton": "._nonfinite_triton"}
-
-
 def _reals(tensor: Tensor) -> Tensor | None:
-    """What there is to look at: a strided, real, floating tensor, outside autograd; None if there is nothing."""
+    """A tensor's elements: strided, real, floating, outside autograd; None if it has none that can be non-finite."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -169,7 +169,22 @@ def _reals(tensor: Tensor) -> Tensor | None:
             tensor = tensor.to_dense() if tensor.is_mkldnn else tensor.values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor if tensor.is_floating_point() and tensor.numel() > 0 else None
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return None
+    check_memory(tensor)
+    return tensor
+
+
+def check_memory(tensor: Tensor) -> None:
+    """Raise where a tensor's storage was freed: to read it would end the process, in torch as well."""
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN or torch._C._are_functorch_transforms_active():
+        return
+    if tensor.data_ptr() != 0 or tensor.numel() == 0 or tensor.is_meta:
+        return
+    raise RuntimeError(
+        f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed, as FSDP does with parameters "
+        "that are not gathered; read it while it has some"
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -186,7 +201,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 class FlagBuffer:
-    """Flag words on one device, handed out in order, read all at once.
+    """Flags on one device, handed out in order, read all at once.
 
     Args:
         device: where they are.
@@ -198,7 +213,7 @@ class FlagBuffer:
         >>> for value in (1.0, float("inf")):
         ...     _ = add_flag_(buffer.new_flag(), torch.tensor([value]))
         >>> buffer.send()
-        >>> buffer.landed(), buffer.words()
+        >>> buffer.landed(), buffer.flags()
         (True, [0, 2])
     """
 
@@ -212,16 +227,16 @@ class FlagBuffer:
         self._event: torch.Event | None = None
 
     def new_flag(self) -> Tensor:
-        """The next word, of shape (1,), zero."""
-        place = self._used % self._SIZE
-        if place == 0:  # a further block, not a larger one: flags that were handed out stay what they are
+        """The next flag, of shape (1,), zero."""
+        i = self._used % self._SIZE
+        if i == 0:  # a further block, not a larger one: flags that were handed out stay what they are
             with torch.inference_mode(False):
                 self._blocks.append(torch.zeros(self._SIZE, dtype=torch.int32, device=self.device))
         self._used += 1
-        return self._blocks[-1][place : place + 1]
+        return self._blocks[-1][i : i + 1]
 
     def send(self) -> None:
-        """Start the copy of all words to the host, behind what the device has been told to do; nothing waits for it."""
+        """Start the copy of all flags to the host, behind what the device has queued; nothing waits for it."""
         asynchronous = self.device.type == "cuda"
         with torch.inference_mode(False):
             self._sent = [
@@ -237,8 +252,8 @@ class FlagBuffer:
         """Whether the copy that `send` started has arrived."""
         return self._event is None or self._event.query()
 
-    def words(self) -> list[int]:
-        """The words as they were at `send`; waits for the copy."""
+    def flags(self) -> list[int]:
+        """The flags as they were at `send`; waits for the copy."""
         if self._event is not None:
             self._event.synchronize()
-        return [word for block in self._sent for word in block.tolist()][: self._used]
+        return [flag for block in self._sent for flag in block.tolist()][: self._used]

@@ -1,15 +1,16 @@
 """The norm of many tensors as one vector, and scaling them down to a largest norm: check, choose a backend, run.
 
 One read gives the norm. When nothing is to be clipped, nothing is written: on a CPU the scaling is left out, on a GPU
-its kernel reads the norm and leaves at once. Nothing waits for a GPU.
+its kernel reads the norm and leaves at once. Nothing waits for a GPU. What the backends do not serve (other p, devices
+and dtypes, subclasses, tracing, graph capture), plain torch does, further down on this page.
 
 >>> import torch
 >>> from initlab.kernels import clip_, grad_norm
 >>> gradients = [torch.full((3,), 2.0e30), torch.full((1,), 2.0e30)]
->>> found = grad_norm(gradients)
->>> f"{float(found.norm):.6g}"  # the squares overflow float32; the norm does not
+>>> result = grad_norm(gradients)
+>>> f"{float(result.norm):.6g}"  # the squares overflow float32; the norm does not
 '4e+30'
->>> clip_(gradients, found.norm64, max_norm=2.0)
+>>> clip_(gradients, result.norm64, max_norm=2.0)
 >>> gradients[0]
 tensor([1., 1., 1.])
 """
@@ -25,19 +26,30 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .nonfinite import NAN, NEGATIVE_INF, POSITIVE_INF, is_dense, nonfinite_flag
+from .nonfinite import NAN as NAN  # for the backends too, which import their own op alone
+from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
+from .nonfinite import POSITIVE_INF as POSITIVE_INF
+from .nonfinite import check_memory, is_dense, nonfinite_flag
+from .tensors import PLAIN, all_plain
 
 EPSILON = 1e-6  # torch's: added to the norm before max_norm is divided by it
 POLICIES = ("propagate", "skip", "zero")
 
-# What the backends read, and the real dtype of complex elements, which are read as two.
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
-_KNOWN = {*_CODES, *_PARTS}
-_PLAIN = {Tensor, torch.nn.Parameter}
-# A coefficient below one of these is applied as two factors, the first this power of two: as one it might be subnormal
+# What the backends read. A dtype's code, for compiled code, is its place here.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# A coefficient below SPLIT_BELOW[i] is applied as two factors, the first SPLIT_FACTOR[i]: as one it might be subnormal
 # in float32. A product that the first factor makes subnormal comes to 0.
-_FIRST = {2.0**-164: 2.0**-126, 2.0**-100: 2.0**-64}
+SPLIT_BELOW = (2.0**-164, 2.0**-100)
+SPLIT_FACTOR = (2.0**-126, 2.0**-64)
+# Anderson's scaled sums: beyond BIG a square is taken of x * SHRINK, below TINY of x * GROW.
+BIG, TINY = 2.0**486, 2.0**-511
+SHRINK, GROW = 2.0**-538, 2.0**537
+
+_MODULES = {"numba": "._norms_numba", "triton": "._norms_triton"}
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
+_SERVED = {*_CODES, *_REAL}  # a complex element is read as two real ones
+_FLOAT64 = (torch.float64, torch.complex128)
 
 
 class Norm(NamedTuple):
@@ -48,9 +60,10 @@ class Norm(NamedTuple):
         norm64: float64 (float32 on devices without it). The value of `norm` where that is finite; also where float32
             cannot hold it, as with a million elements of 1e38. Clip with this one.
         sum_of_powers: the sum of |x|^p, float64; the largest or smallest |x| where p is inf or -inf. It can overflow.
-        flag: the flag word of all tensors (NaN = 1, +inf = 2, -inf = 4), int32; None where it was not asked for and
-            would have cost reads.
-        first_nonfinite_index: the number of the first tensor that holds a non-finite value, -1 if none does; int64; None as `flag`.
+        flag: the flag of all tensors (NaN = 1, +inf = 2, -inf = 4), int32; None where it was not asked for and would
+            have cost reads.
+        first_nonfinite_index: the index of the first tensor that holds a non-finite value, -1 if none does; int64;
+            None as `flag`.
     """
 
     norm: Tensor
@@ -60,60 +73,13 @@ class Norm(NamedTuple):
     first_nonfinite_index: Tensor | None
 
 
-class _Part(NamedTuple):
-    """A Norm of the tensors on one device, before it is rounded."""
-
-    norm64: Tensor
-    sum_of_powers: Tensor
-    flag: Tensor | None
-    first_nonfinite_index: Tensor | None
-
-
-class Entries(NamedTuple):
-    """Tensors as the backends take them, a number each in every list; elements are real, one after the other."""
-
-    address: list[int]
-    length: list[int]
-    code: list[int]  # of the dtype
-    number: list[int]  # by which the caller knows the tensor
-
-
-class _Here:
-    """The tensors on one device."""
-
-    __slots__ = ("backend", "device", "numbers", "plan", "rest", "tensors")
-
-    def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int], device: torch.device, known: bool) -> None:
-        self.tensors, self.numbers, self.device = tensors, numbers, device
-        self.backend = _backend(tensors, device) if known else None  # torch reads dtypes that the backends do not
-        # Tensors that fill a stretch of memory are the backend's to read and write as they lie; the rest is not.
-        self.rest: Sequence[Tensor] = ()
-        self.plan: Any = None
-        if self.backend is not None:
-            mine, numbers = tensors, list(numbers)
-            if not all(map(Tensor.is_contiguous, tensors)):
-                dense = [is_dense(t) for t in tensors]
-                self.rest = [t for t, whole in zip(tensors, dense, strict=True) if not whole]
-                mine = [t for t, whole in zip(tensors, dense, strict=True) if whole]
-                numbers = [n for n, whole in zip(numbers, dense, strict=True) if whole]
-            self.plan = self.plan_of(mine, numbers)
-
-    def plan_of(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
-        """What the backend works by. None where a tensor has no memory of its own, as in torch.func's transforms."""
-        entries = _entries(tensors, numbers)
-        if entries is None or self.backend is None:
-            self.backend = None
-            return None
-        return self.backend.prepare(entries, self.device)
-
-
 class TensorGroups:
-    """Tensors, checked and sorted out once, for `grad_norm` and then `clip_`.
+    """Tensors, checked and grouped by device once, for `grad_norm` and then `clip_`.
 
     Args:
         tensors: floating or complex, strided; any shapes, devices and dtypes, also mixed. They must stay as they are,
             but for their values.
-        numbers: by which `Norm.first_nonfinite_index` names them, ascending; by default their places in the sequence.
+        indices: by which `Norm.first_nonfinite_index` names them, ascending; by default their places in the sequence.
 
     Raises:
         RuntimeError: for a tensor that is neither floating nor complex.
@@ -129,21 +95,23 @@ class TensorGroups:
         tensor([1.5000, 2.0000])
     """
 
-    def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int] | None = None) -> None:
+    def __init__(self, tensors: Sequence[Tensor], indices: Sequence[int] | None = None) -> None:
         self.tensors = tensors
         self.dtypes = {t.dtype for t in tensors}
         _check(tensors, self.dtypes)
-        known = self.dtypes <= _KNOWN
-        numbers = range(len(tensors)) if numbers is None else numbers
+        served = self.dtypes <= _SERVED
+        indices = range(len(tensors)) if indices is None else indices
         devices = [t.device for t in tensors]
         distinct = list(dict.fromkeys(devices))
         if len(distinct) == 1:
-            self.here = [_Here(tensors, numbers, distinct[0], known)]
+            self.groups = [DeviceGroup(tensors, indices, distinct[0], served)]
             return
-        self.here = []
+        self.groups = []
         for device in distinct:
-            places = [i for i, d in enumerate(devices) if d == device]
-            self.here.append(_Here([tensors[i] for i in places], [numbers[i] for i in places], device, known))
+            members = [i for i, d in enumerate(devices) if d == device]
+            self.groups.append(
+                DeviceGroup([tensors[i] for i in members], [indices[i] for i in members], device, served)
+            )
 
 
 def grad_norm(
@@ -155,7 +123,7 @@ def grad_norm(
         tensors: as for `TensorGroups`. The 2-norm has backends of its own; for others plain torch reads, in float64.
         norm_type: p, any number; inf and -inf give the largest and the smallest |x|, 0 what torch gives: how many
             tensors hold a non-zero.
-        detect_nonfinite: whether the flag word is wanted even where it costs reads, as on devices that plain torch serves.
+        detect_nonfinite: whether to return a flag even where it costs reads, as on devices that plain torch serves.
 
     Returns:
         See Norm. The 2-norm is within 1e-6 of the true one wherever it fits its dtype, also where squares overflow
@@ -166,9 +134,9 @@ def grad_norm(
         NotImplementedError: for a tensor that is not strided.
 
     Source:
-        On a CPU sums in float64. On a GPU sums of 8 squares in float32, then float64, and a second look in float64
-        where squares overflow or vanish. Scaled sums for float64: E. Anderson, "Algorithm 978: Safe scaling in the
-        level 1 BLAS", ACM TOMS 44, 2017.
+        On a CPU sums in float64. On a GPU sums of 8 squares in float32, then float64, and a rescan in float64 where
+        squares overflow or vanish. Scaled sums for float64: E. Anderson, "Algorithm 978: Safe scaling in the level 1
+        BLAS", ACM TOMS 44, 2017.
 
     Example:
         >>> import torch
@@ -177,20 +145,42 @@ def grad_norm(
         tensor(5.)
     """
     p = float(norm_type)
-    gathered = tensors if isinstance(tensors, TensorGroups) else TensorGroups(tensors)
-    if not gathered.tensors:
+    prepared = tensors if isinstance(tensors, TensorGroups) else TensorGroups(tensors)
+    if not prepared.tensors:
         zero = torch.zeros((), dtype=torch.float64)
         none = torch.full((), -1, dtype=torch.int64)
         return Norm(zero.to(torch.float32), zero, zero, torch.zeros((), dtype=torch.int32), none)
-    parts = [_norm_here(here, p, detect_nonfinite) for here in gathered.here]
-    total = parts[0]
-    if len(parts) > 1:
-        home = gathered.tensors[0].device
-        total = _combined([_moved(part, home) for part in parts], p)
-    wide = not gathered.dtypes.isdisjoint((torch.float64, torch.complex128))
+    norms = [_group_norm(group, p, detect_nonfinite) for group in prepared.groups]
+    total = norms[0]
+    if len(norms) > 1:
+        total = _combine_groups([_to_device(norm, prepared.tensors[0].device) for norm in norms], p)
+    wide = not prepared.dtypes.isdisjoint(_FLOAT64)
     norm = total.norm64.to(torch.float64 if wide else torch.float32)
-    exact = total.norm64 if wide else torch.where(norm.isfinite(), norm.to(total.norm64.dtype), total.norm64)
-    return Norm(norm, exact, total.sum_of_powers, total.flag, total.first_nonfinite_index)
+    norm64 = total.norm64 if wide else torch.where(norm.isfinite(), norm.to(total.norm64.dtype), total.norm64)
+    return Norm(norm, norm64, total.sum_of_powers, total.flag, total.first_nonfinite_index)
+
+
+def combine_norms(norms: Tensor, norm_type: float = 2.0) -> Tensor:
+    """The p-norm of a vector whose parts have these p-norms, computed so that no power overflows or vanishes.
+
+    Args:
+        norms: one for each part, shape (n,), float64 (float32 on devices without it).
+        norm_type: p, any number. For 0, where a norm is a count, the sum.
+
+    Returns:
+        0-d, of norms' dtype and on their device. The norm of a single part as it is; 0 of no parts (inf for p < 0).
+
+    Example:
+        >>> import torch
+        >>> from initlab.kernels import combine_norms
+        >>> combine_norms(torch.tensor([3e200, 4e200], dtype=torch.float64))
+        tensor(5.0000e+200, dtype=torch.float64)
+    """
+    if len(norms) == 1:
+        return norms[0]
+    if norm_type == 0.0:
+        return norms.sum()
+    return grad_norm([norms], norm_type, detect_nonfinite=False).norm64
 
 
 def clip_(
@@ -202,13 +192,15 @@ def clip_(
         tensors: as for `TensorGroups`.
         norm: 0-d, floating, on any device: `Norm.norm64` of these tensors, or of more.
         max_norm: the largest norm that is left as it is.
-        nonfinite: what a norm that is NaN or infinite does. "propagate": what the formula says, so NaN everywhere or
-            zeros; "skip": nothing is written; "zero": every element becomes zero, also NaN and infinite ones.
+        nonfinite: the policy where the norm is NaN or infinite. "propagate": what the formula says, so NaN everywhere
+            or zeros; "skip": nothing is written; "zero": every element becomes zero, also NaN and infinite ones.
 
     Raises:
-        ValueError: for another word than these.
-        RuntimeError: for a tensor that is neither floating nor complex, or an inference tensor outside inference mode.
-        NotImplementedError: for a tensor that is not strided. Nothing is written when an error is raised.
+        ValueError: for another policy than these.
+        RuntimeError: for a tensor that is neither floating nor complex, an inference tensor outside inference mode, or
+            one to be scaled that holds several elements in one place, as expand makes them.
+        NotImplementedError: for a tensor that is not strided, or one of float8. Nothing is written when one of these is
+            raised.
 
     Example:
         >>> import torch
@@ -220,23 +212,25 @@ def clip_(
     """
     if nonfinite not in POLICIES:
         raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(POLICIES)}")
-    gathered = tensors if isinstance(tensors, TensorGroups) else TensorGroups(tensors)
+    prepared = tensors if isinstance(tensors, TensorGroups) else TensorGroups(tensors)
     tracing = torch.compiler.is_compiling()  # which knows no inference mode
-    if not tracing and not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, gathered.tensors)):
+    if not tracing and not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, prepared.tensors)):
         raise RuntimeError(
             "Inplace update to inference tensor outside InferenceMode is not allowed; "
             "clip inside torch.inference_mode(), or clip clones"
         )
     max_norm = float(max_norm)
     with torch.no_grad():
-        for here in gathered.here:
-            there = norm.detach().to(here.device)
-            if here.backend is not None and here.backend.ON_DEVICE:
-                _scale_on_device(here, there, max_norm, nonfinite)
-            elif _visible(there):
-                _scale_seen(here, float(there), max_norm, nonfinite)
+        norms = [norm.detach().to(group.device) for group in prepared.groups]
+        if not tracing:
+            _check_scalable(prepared, norms, max_norm)
+        for group, group_norm in zip(prepared.groups, norms, strict=True):
+            if group.backend is not None and group.backend.ON_DEVICE:
+                _scale_on_device(group, group_norm, max_norm, nonfinite)
+            elif _host_readable(group_norm):
+                _scale_on_host(group, float(group_norm), max_norm, nonfinite)
             else:
-                _scale_unseen(here.tensors, there, max_norm, nonfinite)
+                _scale_without_reading(group.tensors, group_norm, max_norm, nonfinite)
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -255,12 +249,54 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + EPSILON)).clamp(max=1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checks and choices
+class Entries(NamedTuple):
+    """Tensors as the backends take them: one number each in every list. Elements are real, one after the other."""
+
+    addresses: list[int]
+    lengths: list[int]
+    codes: list[int]  # of the dtypes
+    indices: list[int]
+
+
+class DeviceGroup:
+    """The tensors on one device.
+
+    Attributes:
+        backend: None where plain torch serves.
+        plan: what the backend works by, made once from the dense tensors.
+        strided: the other ones, which do not fill a stretch of memory: the norm reads a copy, torch scales them.
+    """
+
+    __slots__ = ("backend", "device", "indices", "plan", "strided", "tensors")
+
+    def __init__(self, tensors: Sequence[Tensor], indices: Sequence[int], device: torch.device, served: bool) -> None:
+        self.tensors, self.indices, self.device = tensors, indices, device
+        self.backend = _backend(tensors, device) if served else None
+        self.strided: Sequence[Tensor] = ()
+        self.plan: Any = None
+        if self.backend is not None:
+            in_place, indices = tensors, list(indices)
+            if not all(map(Tensor.is_contiguous, tensors)):
+                dense = [is_dense(t) for t in tensors]
+                self.strided = [t for t, d in zip(tensors, dense, strict=True) if not d]
+                in_place = [t for t, d in zip(tensors, dense, strict=True) if d]
+                indices = [i for i, d in zip(indices, dense, strict=True) if d]
+            self.plan = self.prepare(in_place, indices)
+        if self.backend is None:
+            for t in tensors:
+                check_memory(t)
+
+    def prepare(self, tensors: Sequence[Tensor], indices: Sequence[int]) -> Any:
+        """A plan. None, and plain torch serves, where a tensor has no memory of its own, as in torch.func."""
+        entries = _entries(tensors, indices)
+        if entries is None or self.backend is None:
+            self.backend = None
+            return None
+        return self.backend.prepare(entries, self.device)
 
 
 def _check(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> None:
-    if {t.layout for t in tensors} <= {torch.strided} and dtypes <= _KNOWN:
+    if {t.layout for t in tensors} <= {torch.strided} and dtypes <= _SERVED:
         return
     for i, t in enumerate(tensors):
         what = f"tensor {i} of shape {tuple(t.shape)}"
@@ -272,79 +308,82 @@ def _check(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> None:
 
 def _backend(tensors: Sequence[Tensor], device: torch.device) -> ModuleType | None:
     """What serves tensors on one device; None for plain torch, which also traces, captures and takes subclasses."""
-    if torch.compiler.is_compiling() or not set(map(type, tensors)) <= _PLAIN:
+    if torch.compiler.is_compiling() or not all_plain(tensors):
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None  # a graph would read the backend's table again from memory that is gone
     return backends.load(device, _MODULES).module
 
 
-_MODULES = {"numba": "._norms_numba", "triton": "._norms_triton"}
-
-
-def _visible(tensor: Tensor) -> bool:
-    """Whether Python may look at a value without waiting for a device, or breaking a graph."""
-    return tensor.device.type == "cpu" and type(tensor) in _PLAIN and not torch.compiler.is_compiling()
-
-
-def _entries(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Entries | None:
+def _entries(tensors: Sequence[Tensor], indices: Sequence[int]) -> Entries | None:
     """None where one of them has no memory of its own, as in torch.func's transforms."""
-    address, count = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
-    code: list[Any] = [_CODES.get(t.dtype) for t in tensors]
-    number = list(numbers)
-    if None in code:
+    addresses, lengths = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
+    codes: list[Any] = [_CODES.get(t.dtype) for t in tensors]
+    indices = list(indices)
+    if None in codes:
         for i, t in enumerate(tensors):
-            if code[i] is None:
-                code[i] = _CODES[_PARTS[t.dtype]]
-                count[i] *= 2
-    if 0 in count:
-        full = [i for i, n in enumerate(count) if n > 0]
-        address, count, code, number = ([column[i] for i in full] for column in (address, count, code, number))
-    return None if 0 in address else Entries(address, count, code, number)
+            if codes[i] is None:
+                codes[i] = _CODES[_REAL[t.dtype]]
+                lengths[i] *= 2
+    if 0 in lengths:
+        full = [i for i, n in enumerate(lengths) if n > 0]
+        addresses, lengths, codes, indices = ([row[i] for i in full] for row in (addresses, lengths, codes, indices))
+    return None if 0 in addresses else Entries(addresses, lengths, codes, indices)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The norm
+def _host_readable(tensor: Tensor) -> bool:
+    """Whether Python may read a value without waiting for a device, or breaking a graph."""
+    return tensor.device.type == "cpu" and type(tensor) in PLAIN and not torch.compiler.is_compiling()
 
 
-def _norm_here(here: _Here, p: float, detect_nonfinite: bool) -> _Part:
-    if here.backend is None or p != 2.0:
-        return _norm_by_torch(here.tensors, here.numbers, p, detect_nonfinite)
-    plan, copies = here.plan, here.tensors
-    if here.rest:
-        copies = [t if is_dense(t) else t.detach().contiguous() for t in here.tensors]
-        plan = here.plan_of(copies, here.numbers)
-    part = _Part(*here.backend.norm(plan))
+class _GroupNorm(NamedTuple):
+    """A Norm of the tensors on one device, before it is rounded."""
+
+    norm64: Tensor
+    sum_of_powers: Tensor
+    flag: Tensor | None
+    first_nonfinite_index: Tensor | None
+
+
+def _group_norm(group: DeviceGroup, p: float, detect_nonfinite: bool) -> _GroupNorm:
+    if group.backend is None or p != 2.0:
+        return _norm_by_torch(group.tensors, group.indices, p, detect_nonfinite)
+    plan, copies = group.plan, group.tensors
+    if group.strided:
+        copies = [t if is_dense(t) else t.detach().contiguous() for t in group.tensors]
+        plan = group.prepare(copies, group.indices)
+    norm = _GroupNorm(*group.backend.norm(plan))
     del copies  # until here: a plan knows addresses only
-    return part
+    return norm
 
 
-def _norm_by_torch(tensors: Sequence[Tensor], numbers: Sequence[int], p: float, detect_nonfinite: bool) -> _Part:
-    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64  # which has no float64
+def _norm_by_torch(tensors: Sequence[Tensor], indices: Sequence[int], p: float, detect_nonfinite: bool) -> _GroupNorm:
+    """The reference: float64 (float32 on mps, which has no float64), a norm for each tensor, then the norm of these."""
+    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     with torch.no_grad():
         full = [t.detach() for t in tensors if t.numel() > 0]
         if full:
-            norms = torch.stack([_one_norm(t, p, wide) for t in full])
+            norms = torch.stack([_tensor_norm(t, p, wide) for t in full])
         else:  # of nothing
             norms = torch.full((1,), 0.0 if p >= 0.0 else math.inf, dtype=wide, device=tensors[0].device)
-        exact = _norm_of_norms(norms, p)
-        power = exact if math.isinf(p) or p == 0.0 else norms.pow(p).sum()
+        norm64 = _vector_norm(norms, p)
+        power = norm64 if math.isinf(p) or p == 0.0 else norms.pow(p).sum()
         if not detect_nonfinite:
-            return _Part(exact, power, None, None)
-        if p > 0.0 and _visible(norms) and bool(norms.isfinite().all()):
-            flags = torch.zeros(len(tensors), dtype=torch.int32, device=exact.device)
+            return _GroupNorm(norm64, power, None, None)
+        if p > 0.0 and _host_readable(norms) and bool(norms.isfinite().all()):
+            flags = torch.zeros(len(tensors), dtype=torch.int32, device=norm64.device)
         else:
             flags = torch.stack([nonfinite_flag(t) for t in tensors])
-        return _Part(exact, power, *_merged(flags, torch.tensor(numbers, device=flags.device)))
+        return _GroupNorm(norm64, power, *_merge_flags(flags, torch.tensor(indices, device=flags.device)))
 
 
-def _one_norm(tensor: Tensor, p: float, wide: torch.dtype) -> Tensor:
+def _tensor_norm(tensor: Tensor, p: float, wide: torch.dtype) -> Tensor:
     if tensor.is_complex():
         tensor = tensor.abs() if tensor.dtype == torch.complex128 else tensor.to(torch.complex128).abs()
-    return _norm_of_norms(tensor.to(wide).reshape(-1), p)
+    return _vector_norm(tensor.to(wide).reshape(-1), p)
 
 
-def _norm_of_norms(x: Tensor, p: float) -> Tensor:
+def _vector_norm(x: Tensor, p: float) -> Tensor:
     """The p-norm of a wide vector, scaled by its largest element so that no power overflows or vanishes."""
     if p in (0.0, math.inf, -math.inf):
         return torch.linalg.vector_norm(x, p)
@@ -353,8 +392,8 @@ def _norm_of_norms(x: Tensor, p: float) -> Tensor:
     return torch.linalg.vector_norm(x / scale, p) * scale
 
 
-def _merged(flags: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
-    """The or of flag words, and the first of `firsts` whose word is not 0; -1 if there is none."""
+def _merge_flags(flags: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
+    """The or of flags, and the smallest of `firsts` whose flag is not 0; -1 if there is none."""
     bits = torch.tensor([NAN, POSITIVE_INF, NEGATIVE_INF], dtype=flags.dtype, device=flags.device)
     flag = (((flags[:, None] & bits) != 0).any(0) * bits).sum(dtype=torch.int32)
     nowhere = torch.iinfo(torch.int64).max
@@ -362,78 +401,94 @@ def _merged(flags: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
     return flag, torch.where(first == nowhere, -1, first)
 
 
-def _moved(part: _Part, device: torch.device) -> _Part:
+def _to_device(norm: _GroupNorm, device: torch.device) -> _GroupNorm:
     def moved(x: Tensor) -> Tensor:
         return x.to(device, non_blocking=device.type != "cpu")
 
-    flag, first = (None if x is None else moved(x) for x in part[2:])
-    return _Part(moved(part.norm64), moved(part.sum_of_powers), flag, first)
+    flag, first = (None if x is None else moved(x) for x in norm[2:])
+    return _GroupNorm(moved(norm.norm64), moved(norm.sum_of_powers), flag, first)
 
 
-def _combined(parts: Sequence[_Part], p: float) -> _Part:
-    exact = _norm_of_norms(torch.stack([part.norm64 for part in parts]), p)
-    power = exact
+def _combine_groups(norms: Sequence[_GroupNorm], p: float) -> _GroupNorm:
+    norm64 = combine_norms(torch.stack([norm.norm64 for norm in norms]), p)
+    power = norm64
     if p not in (0.0, math.inf, -math.inf):
-        power = torch.stack([part.sum_of_powers for part in parts]).sum()
-    flags = [part.flag for part in parts if part.flag is not None]
-    firsts = [part.first_nonfinite_index for part in parts if part.first_nonfinite_index is not None]
-    if len(flags) < len(parts):
-        return _Part(exact, power, None, None)
-    return _Part(exact, power, *_merged(torch.stack(flags), torch.stack(firsts)))
+        power = torch.stack([norm.sum_of_powers for norm in norms]).sum()
+    flags = [norm.flag for norm in norms if norm.flag is not None]
+    firsts = [norm.first_nonfinite_index for norm in norms if norm.first_nonfinite_index is not None]
+    if len(flags) < len(norms):
+        return _GroupNorm(norm64, power, None, None)
+    return _GroupNorm(norm64, power, *_merge_flags(torch.stack(flags), torch.stack(firsts)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Scaling
+def _check_scalable(prepared: TensorGroups, norms: Sequence[Tensor], max_norm: float) -> None:
+    """Raise what torch's mul_ would raise, before anything is written."""
+    if not prepared.dtypes <= _SERVED:
+        i, dtype = next((i, t.dtype) for i, t in enumerate(prepared.tensors) if t.dtype not in _SERVED)
+        raise NotImplementedError(f"tensor {i} has dtype {dtype}, which torch does not multiply: convert it to clip it")
+    if torch._C._are_functorch_transforms_active():
+        return
+    for group, norm in zip(prepared.groups, norms, strict=True):
+        for t in group.tensors if group.backend is None else group.strided:
+            if type(t) not in PLAIN or t.is_contiguous() or torch._debug_has_internal_overlap(t) != 1:
+                continue
+            if _host_readable(norm) and not max_norm / (float(norm) + EPSILON) < 1.0:
+                break  # it is left as it is
+            raise RuntimeError(
+                f"a tensor of shape {tuple(t.shape)} and strides {t.stride()} has more than one element that refers to "
+                "a single memory location, so scaling would count twice: clone it"
+            )
 
 
-def _scale_seen(here: _Here, norm: float, max_norm: float, nonfinite: str) -> None:
-    """Where the norm can be looked at."""
-    if not math.isfinite(norm) and nonfinite != "propagate":
-        if nonfinite == "zero":
-            for t in here.tensors:
+def _scale_on_host(group: DeviceGroup, norm: float, max_norm: float, policy: str) -> None:
+    """Where Python reads the norm: no write unless it clips."""
+    if not math.isfinite(norm) and policy != "propagate":
+        if policy == "zero":
+            for t in group.tensors:
                 t.zero_()
         return
     c = max_norm / (norm + EPSILON)
     if c >= 1.0:
         return
-    a = next((first for limit, first in _FIRST.items() if 0.0 < c < limit), 1.0)
+    pairs = zip(SPLIT_BELOW, SPLIT_FACTOR, strict=True)
+    a = next((factor for below, factor in pairs if 0.0 < c < below), 1.0)
     b = c / a
-    rest = here.tensors
-    if here.backend is not None and here.plan.apart:
-        _count_as_written(here)
-        here.backend.scale(here.plan, a, b)
-        rest = here.rest
-    for t in rest:
+    by_torch = group.tensors
+    if group.backend is not None and group.plan.disjoint:
+        _increment_versions(group)
+        group.backend.scale(group.plan, a, b)
+        by_torch = group.strided
+    for t in by_torch:
         if a != 1.0:
             t.mul_(a)
         t.mul_(b)
 
 
-def _scale_on_device(here: _Here, norm: Tensor, max_norm: float, nonfinite: str) -> None:
-    rest = here.tensors
-    if here.backend is not None and here.plan.apart:
-        _count_as_written(here)
-        here.backend.scale(here.plan, norm, max_norm, nonfinite)
-        rest = here.rest
-    if rest:
-        _scale_unseen(rest, norm, max_norm, nonfinite)
+def _scale_on_device(group: DeviceGroup, norm: Tensor, max_norm: float, policy: str) -> None:
+    by_torch = group.tensors
+    if group.backend is not None and group.plan.disjoint:
+        _increment_versions(group)
+        group.backend.scale(group.plan, norm, max_norm, policy)
+        by_torch = group.strided
+    if by_torch:
+        _scale_without_reading(by_torch, norm, max_norm, policy)
 
 
-def _count_as_written(here: _Here) -> None:
-    """Move version counters on, as autograd sees nothing of what a backend writes. Inference tensors have none."""
-    tensors = here.tensors
+def _increment_versions(group: DeviceGroup) -> None:
+    """Tell autograd, which sees nothing of what a backend writes. Inference tensors have no version."""
+    tensors = group.tensors
     if torch.is_inference_mode_enabled():
         tensors = [t for t in tensors if not t.is_inference()]
     torch.autograd.graph.increment_version(tensors)
 
 
-def _scale_unseen(tensors: Sequence[Tensor], norm: Tensor, max_norm: float, nonfinite: str) -> None:
-    """Without a look at the norm: every tensor is read and written."""
+def _scale_without_reading(tensors: Sequence[Tensor], norm: Tensor, max_norm: float, policy: str) -> None:
+    """Where Python does not read the norm: every tensor is read and written."""
     bad = ~norm.isfinite()
     c = clip_coefficient(norm, max_norm)
-    if nonfinite != "propagate":
+    if policy != "propagate":
         c = torch.where(bad, 1.0, c)
     for t in tensors:
         t.mul_(c)
-        if nonfinite == "zero":
+        if policy == "zero":
             t.masked_fill_(bad, 0.0)

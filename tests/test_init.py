@@ -1,6 +1,8 @@
 """initlab.init against torch.nn.init's contract, and its values against the distributions they should follow."""
 
+import contextlib
 import doctest
+import functools
 import inspect
 import math
 import subprocess
@@ -15,6 +17,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
@@ -295,13 +298,24 @@ def listed_differences() -> list[Any]:
     return rows
 
 
+def under_fake_mode(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def call(tensor: Tensor) -> Tensor:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return function(tensor)
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 @pytest.mark.parametrize(("call", "theirs", "ours"), listed_differences())
 def test_listed_difference(call: str, theirs: str, ours: str) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    names = {"nan": NAN, "inf": INF, "make_fx": make_fx}
-    names |= {"vmap": torch.vmap, "functionalize": torch.func.functionalize}
-    names |= {n: getattr(torch, n) for n in ("empty", "compile", "channels_last")}
+    names = {"__name__": __name__, "nan": NAN, "inf": INF, "make_fx": make_fx}
+    names |= {"vmap": torch.vmap, "trace": functools.partial(torch.jit.trace, check_trace=False)}
+    names |= {n: getattr(torch.func, n) for n in ("functionalize", "grad", "jvp")}
+    names |= {"to_functional": torch._to_functional_tensor, "under_fake_mode": under_fake_mode}
+    names |= {n: getattr(torch, n) for n in ("empty", "ones", "compile", "channels_last")}
     names |= {n: getattr(torch, n) for n in ("int32", "float16", "bfloat16", "complex64")}
     for module, expected in ((THEIRS, theirs), (init, ours)):
         functions = {n: getattr(module, n) for n in RANDOM}
@@ -441,12 +455,75 @@ def test_device_context_does_not_matter(name: str) -> None:
     assert torch.equal(tensor, fill(name, torch.empty(63, 37), seed=4))
 
 
+def inference(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+ODD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda t: t[:1, :1].expand(t.shape),
+    "inference": inference,
+    **{str(d): lambda t, d=d: t.to(d) for d in (torch.int32, torch.uint16, torch.bool, torch.float8_e4m3fn)},
+    **{str(d): lambda t, d=d: t.to(d) for d in (torch.complex32, torch.complex64, torch.float16)},
+    "conj": lambda t: t.to(torch.complex32).conj(),
+    "neg": lambda t: t.to(torch.complex64).conj().imag,
+    "csr": lambda t: t.to_sparse_csr(),
+    "coo": lambda t: t.to_sparse(),
+}
+
+
+def writes_before_it_refuses(module: Any, name: str, odd: str, shape: tuple[int, ...]) -> bool:
+    """Whether the function raises for this tensor, and has written to it."""
+    tensor = ODD_TENSORS[odd](torch.full(shape, 7.0))
+    before = tensor.clone()
+    with contextlib.suppress(TypeError):  # some dtypes have no == of their own
+        if outcome(lambda: getattr(module, name)(tensor, **(RANDOM | CONSTANT)[name]))[0] is None:
+            return False
+    a, b = ((t.to_dense() if t.is_sparse or t.is_sparse_csr else t).to(torch.complex64) for t in (tensor, before))
+    return not torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Sparse CSR tensor support")
 @every_random
-def test_refused_call_writes_nothing(name: str) -> None:
-    tensor = torch.full((1, 1), 7.0).expand(4, 4)
-    with pytest.raises(RuntimeError):
-        fill(name, tensor)
-    assert (tensor == 7.0).all()
+@pytest.mark.parametrize("odd", ODD_TENSORS)
+def test_refused_call_writes_nothing(name: str, odd: str) -> None:
+    assert not writes_before_it_refuses(init, name, odd, (4, 4))
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Sparse CSR tensor support")
+def test_what_torch_writes_before_it_refuses() -> None:
+    """docs/init.md says where: the constants are torch's own functions."""
+    wrote = {
+        (name, odd)
+        for name in CONSTANT
+        for odd in ODD_TENSORS
+        if (name, odd) != ("dirac_", "csr")  # which has two dimensions
+        and writes_before_it_refuses(init, name, odd, (4, 4, 3) if name == "dirac_" else (4, 4))
+    }
+    wrote -= {("eye_", "torch.complex32"), ("eye_", "torch.uint16"), ("dirac_", "coo")}
+    assert wrote == {(name, "inference") for name in CONSTANT}
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64])
+@pytest.mark.parametrize("conjugate", [False, True])
+def test_sparse_of_complex_numbers(dtype: torch.dtype, conjugate: bool) -> None:
+    tensor = torch.ones(8, 5, dtype=dtype)
+    fill("sparse_", tensor.conj() if conjugate else tensor, seed=3)
+    zeros = torch.view_as_real(tensor).eq(0).all(-1)
+    assert torch.equal(zeros, fill("sparse_", torch.ones(8, 5), seed=3) == 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("name", [*RANDOM, "constant_"])
+def test_a_dual_tensor_loses_its_tangent(name: str) -> None:
+    """What is drawn depends on no input: torch's functions set the tangent to zero."""
+    for module in (THEIRS, init):
+        with forward_ad.dual_level():
+            tensor = forward_ad.make_dual(torch.ones(4, 4), torch.ones(4, 4))
+            getattr(module, name)(tensor, **(RANDOM | CONSTANT)[name])
+            tangent = forward_ad.unpack_dual(tensor).tangent
+            assert tangent is None or not tangent.any()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,28 @@
-"""What README.md shows runs as it stands."""
+"""What README.md and docs/sampling.md show runs as it stands, and prints what they say it prints."""
 
+import contextlib
+import doctest
+import io
 import re
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
-    exec(compile("\n".join(blocks), README.name, "exec"), {})
+@pytest.mark.parametrize(("page", "blocks"), [("README.md", 4), ("docs/sampling.md", 1)])
+def test_code_runs_and_prints_what_the_page_shows(page, blocks):
+    """Blocks of one page run one after the other, as a reader would paste them; `...` stands for lines left out."""
+    shown = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", (ROOT / page).read_text(), re.DOTALL)
+    assert len(shown) == blocks
+    torch.manual_seed(0)
+    scope = {}
+    exec("import torch, initlab", scope)
+    for code, wanted in shown:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, page, "exec"), scope)
+        same = doctest.OutputChecker().check_output(wanted, printed.getvalue(), doctest.ELLIPSIS)
+        assert same, f"the page shows\n{wanted}\nand its code prints\n{printed.getvalue()}"

@@ -1,7 +1,8 @@
-"""The table of signals in my-loss-is-inf.md: what is left of a signal behind 20 layers, by starting distribution and activation.
+"""The table of signals in docs/my-loss-is-inf.md: how large a signal is after 20 layers, by weights and activation.
 
-``python tools/starting_signals.py`` prints, for 20 layers of 512 units and 256 inputs from N(0, 1), in float64, the root
-mean square of the last activations; and, for sigmoids, the standard deviation over the inputs: what tells them apart.
+``python tools/starting_signals.py`` prints, for 20 layers of 512 units and 256 inputs from N(0, 1), in float64, the
+root mean square of the last activations; and, for sigmoids, the standard deviation over the inputs, which tells them
+apart.
 """
 
 import math
@@ -36,7 +37,7 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], object]] = {
 
 
 def signal(distribution: Callable[[Tensor], object], activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """The activations behind the last layer."""
+    """The activations after the last layer."""
     torch.manual_seed(0)
     x = torch.randn(INPUTS, WIDTH, dtype=torch.float64)
     for _ in range(DEPTH):

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import initlab
-from initlab.distributed.shards import local, local_shards
+from initlab.distributed.dtensors import local
+from initlab.distributed.shards import local_shards
 
 from .backends import with_backend
 from .config import DEVICE, DRY

@@ -20,7 +20,7 @@ def check_linear_relu(findings: Findings) -> None:
     units = {torch.float32: 2.0**-10, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # float32: TF32's products
     shapes = ((19, 24, 40),) if DRY else ((4096, 1024, 4096), (1000, 520, 1096), (1, 64, 8), (77, 4096, 264))
     kinds = {float("nan"): 1, float("inf"): 2, -float("inf"): 4}
-    generation = None if DRY else torch.cuda.get_device_capability(DEVICE)[0]
+    capability_major = None if DRY else torch.cuda.get_device_capability(DEVICE)[0]
     values = flags_hold = True
     for dtype, unit in units.items():
         for shape in shapes:
@@ -30,10 +30,10 @@ def check_linear_relu(findings: Findings) -> None:
             candidates: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
                 lambda b, flags, x=x, w=w: kernels.gemm(x, w, b, flags),
                 lambda b, flags, x=x, w=w: kernels.gemm(x, w, b, flags, 8),  # ordinary loads
-                lambda b, flags, x=x, w=w: kernels.rectify_(torch.addmm(b, x, w.t()), flags),
+                lambda b, flags, x=x, w=w: kernels.relu_in_place(torch.addmm(b, x, w.t()), flags),
                 lambda b, flags, x=x, w=w: initlab.linear_relu(x, w, b, flags=flags),
             ]
-            for call in candidates if DRY or generation != 8 else candidates[1:]:
+            for call in candidates if DRY or capability_major != 8 else candidates[1:]:
                 flags = torch.zeros(1, dtype=torch.int32, device=DEVICE)
                 values &= bool(((call(b, flags).double() - exact).abs() <= unit * size).all()) and int(flags) == 0
                 for value, kind in kinds.items():
@@ -95,7 +95,7 @@ def time_linear_relu(findings: Findings) -> None:
             contestants: dict[str, Callable[[], Any]] = {
                 "linear_relu, flagged": lambda x=x, w=w, b=b, flags=flags: initlab.linear_relu(x, w, b, flags=flags),
                 "  one kernel": lambda x=x, w=w, b=b, flags=flags: kernels.gemm(x, w, b, flags),
-                "  addmm and one pass": lambda x=x, w=w, b=b, flags=flags: kernels.rectify_(
+                "  addmm and one pass": lambda x=x, w=w, b=b, flags=flags: kernels.relu_in_place(
                     torch.addmm(b, x, w.t()), flags
                 ),
                 "torch, checked": lambda x=x, w=w, b=b: checked(x, w, b),

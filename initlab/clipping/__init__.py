@@ -1,15 +1,12 @@
-"""Gradient clipping: drop-ins for torch.nn.utils, and GradClipper, which lets a fused optimizer do the scaling."""
+"""Gradient clipping: drop-ins for torch.nn.utils, and GradClipper, which lets a fused optimizer do the scaling.
 
-from .clipper import (
-    ClipReport,
-    ClipStats,
-    GradClipper,
-    PartialNorm,
-    clip_grad_norm_,
-    clip_grad_value_,
-    clip_grads_with_norm_,
-    get_total_norm,
-)
+Gradients are read once; when nothing is clipped they are not written. Norms are true ones, also where squares overflow
+float32. A NaN or inf is found in the same read, named, and handled as asked.
+"""
+
+from .clipper import GradClipper
+from .functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .report import ClipReport, ClipStats, PartialNorm
 
 __all__ = [
     "ClipReport",

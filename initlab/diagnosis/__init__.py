@@ -1,14 +1,15 @@
-"""The doctor: runs a model on the user's own batch and says why the loss is inf, or NaN, or does not fall.
+"""Why the loss is inf, or NaN, or does not fall: runs a model on the user's own batch, and says.
 
-state.py keeps and restores; trace.py observes a pass, origin.py follows one operation by operation; probes.py runs
-them; evidence.py is what they gather, symptoms.py reads it; checks/ judges; fixes.py writes remedies; report.py says
-it; ranks.py keeps all of it from communicating; doctor.py is the whole examination.
+workflow.py is diagnose(), the whole sequence. state.py takes a snapshot and restores it; probes.py runs passes;
+trace.py observes one, origin.py follows one operation by operation; evidence.py is what they observe, symptoms.py what
+it shows; checks/ finds causes; fixes.py writes remedies; report.py is what is printed; ranks.py keeps all of it from
+communicating.
 """
 
-from .doctor import diagnose, examine, supervised
 from .probes import UsageError
 from .ranks import CommunicatesError
 from .report import Cause, Diagnosis, LayerRow, Place
+from .workflow import diagnose, diagnose_alone, supervised
 
 __all__ = [
     "Cause",
@@ -18,6 +19,6 @@ __all__ = [
     "Place",
     "UsageError",
     "diagnose",
-    "examine",
+    "diagnose_alone",
     "supervised",
 ]

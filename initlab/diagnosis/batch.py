@@ -1,12 +1,13 @@
 """The tensors of a batch: where they lie in it, which of them the model reads, how each feature is scaled."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, SequenceKey
 
+from .._tree import tensors_with_paths
 from .limits import LIMITS
 
 _TARGET_NAMES = ("target", "targets", "label", "labels", "y", "y_true", "classes")
@@ -67,24 +68,17 @@ class Leaf:
 
 def leaves(batch: Any) -> list[Leaf]:
     """The tensors of a batch; targets are those named so, and the last of a tuple or list."""
-    found = [Leaf(path, tensor, False) for path, tensor in _walk(batch, ())]
+    found = []
+    for path, tensor in tensors_with_paths(batch):
+        if not any(isinstance(key, GetAttrKey) for key in path):  # probes cannot replace what a dataclass has
+            keys = tuple(key.idx if isinstance(key, SequenceKey) else key.key for key in path)
+            found.append(Leaf(keys, tensor, False))
     for leaf in found:
         if leaf.path and isinstance(leaf.path[-1], str):
             leaf.is_target = leaf.path[-1].lower() in _TARGET_NAMES
         elif leaf.path and isinstance(batch, list | tuple):
             leaf.is_target = leaf.path[0] == len(batch) - 1 > 0
     return found
-
-
-def _walk(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _walk(item, (*path, key))
-    elif isinstance(value, list | tuple):
-        for key, item in enumerate(value):
-            yield from _walk(item, (*path, key))
 
 
 def features(tensor: Tensor) -> Features | None:
@@ -100,11 +94,11 @@ def features(tensor: Tensor) -> Features | None:
     x = x.double()
     finite = x.isfinite()
     bad = ~finite
-    held = torch.where(finite, x, 0.0)
+    known = torch.where(finite, x, 0.0)
     count = finite.sum(0).clamp_min(1)
-    mean = held.sum(0) / count
+    mean = known.sum(0) / count
     reach = torch.where(finite, (x - mean).abs(), 0.0).amax(0)
-    rms = (held.square().sum(0) / count).sqrt()
+    rms = (known.square().sum(0) / count).sqrt()
     return Features(
         bad=bad.any(0).nonzero().flatten().tolist(),
         bad_rows=int(bad.any(1).sum()),

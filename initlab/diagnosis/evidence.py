@@ -1,4 +1,4 @@
-"""What was gathered, for the rules to read. Nothing here judges."""
+"""What was observed, for the checks to read. Nothing in this module decides anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class ParameterStats:
         stats: of its starting values; None where it has none to read.
         grad: of its gradient in the first step.
         grad_norm: 2-norm of that gradient.
-        distribution: the standard deviation that its layer's activation wants (He's, Xavier's or LeCun's); None if unknown.
+        distribution: the standard deviation that its layer's activation wants (He's, Xavier's or LeCun's); None if
+            unknown.
         alike: whether all its rows are equal, and those of its gradient too.
         tiny: share of its non-zero elements that are smaller than any distribution draws.
         state: names of its entries in the optimizer that are not finite, or negative where they cannot be.
@@ -83,13 +84,13 @@ class Replay(NamedTuple):
 
 @dataclass
 class Evidence:
-    """Everything that the rules may ask about."""
+    """Everything that the checks may read."""
 
     model: nn.Module
     batch: Any
     optimizer: Optimizer | None
     leaves: list[Leaf]
-    held: list[ParameterStats]
+    parameters_and_buffers: list[ParameterStats]
     trace: Trace
     steps: list[Step] = field(default_factory=list)
     after: float | None = None  # the loss after the last step
@@ -113,14 +114,14 @@ class Evidence:
         """The first call of each layer that has a weight, in order."""
         seen: dict[str, Call] = {}
         for call in self.trace.calls:
-            if call.is_layer and call.made is not None:
+            if call.is_layer and call.output is not None:
                 seen.setdefault(call.path, call)
         return list(seen.values())
 
     @property
     def parameters(self) -> list[ParameterStats]:
         """Parameters only."""
-        return [held for held in self.held if held.ref.is_parameter]
+        return [one for one in self.parameters_and_buffers if one.ref.is_parameter]
 
     def weights_of(self, path: str) -> list[ParameterStats]:
         """The weight matrices of a module."""

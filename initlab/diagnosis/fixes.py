@@ -1,6 +1,6 @@
 """Remedies: code to paste, with model, batch, loss_fn, optimizer, torch and initlab in scope.
 
-Where one of several may fit, they are given best first; the doctor tries them on the user's own batch.
+Where several may fit, the best is first; `diagnose` tries them on the user's own batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..models.initialization import plan_model
 from .batch import Leaf
-from .evidence import Evidence, ParameterStats
+from .evidence import Evidence, ParameterStats, half
 from .trace import Call
 
 
@@ -90,10 +90,6 @@ def positive(leaf: Leaf, batch: Any) -> str:
     return leaf.rebind(batch, f"{leaf.code}.clamp_min(1e-6)") + "  # or predict log1p of the target"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Weights
-
-
 def restart(evidence: Evidence) -> list[str]:
     """Fresh weights by the distribution that each layer's activation wants."""
     distributions = {call.path: _distribution(call) for call in evidence.layers}
@@ -110,9 +106,9 @@ def _distribution(call: Call) -> str:
 
 
 def _mapping(distributions: dict[str, str]) -> str:
-    kinds = set(distributions.values())
+    kinds = list(dict.fromkeys(distributions.values()))  # a set's order, and so the printed code, would vary
     if len(kinds) == 1:
-        return repr(kinds.pop())
+        return repr(kinds[0])
     common = max(kinds, key=list(distributions.values()).count)
     special = {path: distribution for path, distribution in distributions.items() if distribution != common}
     return repr({**special, "*": common})
@@ -127,20 +123,20 @@ def _plans(model: nn.Module, code: str) -> bool:
     return True
 
 
-def _has_distribution(model: nn.Module, held: ParameterStats) -> bool:
+def _has_distribution(model: nn.Module, parameter: ParameterStats) -> bool:
     """Whether init_model_ fills a parameter or buffer: buffers without a distribution are left as they are."""
     try:
-        plan = plan_model(model, only=lambda name, tensor: tensor is held.ref.tensor)
+        plan = plan_model(model, only=lambda name, tensor: tensor is parameter.ref.tensor)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     return bool(plan.rows)
 
 
-def fresh(evidence: Evidence, held: Sequence[ParameterStats], buffer: str = "zero_()") -> str:
+def fresh(evidence: Evidence, parameters: Sequence[ParameterStats], buffer: str = "zero_()") -> str:
     """New values for some parameters and buffers only: by their layers' distributions, where there are any."""
     model = evidence.model
     lines, redrawn = [], []
-    for one in held:
+    for one in parameters:
         if _has_distribution(model, one):
             redrawn.append(one.name)
             continue
@@ -156,13 +152,9 @@ def fresh(evidence: Evidence, held: Sequence[ParameterStats], buffer: str = "zer
     return "\n".join(lines)
 
 
-def forget_state(evidence: Evidence, held: Sequence[ParameterStats]) -> str:
+def drop_state(parameters: Sequence[ParameterStats]) -> str:
     """The optimizer without the state that is not right."""
-    return "\n".join(f"optimizer.state.pop(model.get_parameter({one.name!r}))" for one in held)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Losses
+    return "\n".join(f"optimizer.state.pop(model.get_parameter({one.name!r}))" for one in parameters)
 
 
 def stable_losses(evidence: Evidence, op: str) -> list[str]:
@@ -224,10 +216,6 @@ def drop_batch_statistics(path: str) -> str:
     return f"model.get_submodule({path!r}).eval()  # or batches of more than one: DataLoader(..., drop_last=True)"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The step
-
-
 def smaller_rate(factor: float, optimizer: Any) -> str:
     """A learning rate by a factor smaller."""
     rates = {float(group["lr"]) for group in optimizer.param_groups}
@@ -242,17 +230,13 @@ def clip(optimizer: Any) -> str:
     return "clipper = initlab.GradClipper(optimizer, max_norm=1.0)"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Precision
-
-
 def wider(evidence: Evidence) -> list[str]:
     """Float32, or bfloat16's range."""
     found = []
-    if any(h.ref.tensor.dtype.itemsize == 2 and h.ref.tensor.is_floating_point() for h in evidence.held):
+    if any(half(one.ref.tensor.dtype) for one in evidence.parameters_and_buffers):
         lines = ["model.float()  # or model.bfloat16(): the range of float32 in 16 bits"]
         for leaf in evidence.leaves:
-            if leaf.tensor.is_floating_point() and leaf.tensor.dtype.itemsize == 2:
+            if half(leaf.tensor.dtype):
                 lines.append(leaf.rebind(evidence.batch, f"{leaf.code}.float()"))
         found.append("\n".join(lines))
     return [*found, "# torch.autocast(..., dtype=torch.bfloat16): the range of float32 in 16 bits, and no loss scale"]

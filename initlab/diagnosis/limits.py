@@ -1,4 +1,4 @@
-"""The numbers that the rules compare with, in one table, each with its reason."""
+"""The thresholds of the checks, in one table, each with its reason."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Limits(NamedTuple):
     scale_spread: float = 100.0  # of one feature against the median feature; two orders of magnitude
     spread_harmful: float = 1000.0  # at three, one feature has a million times the say in the first step
     input_rms: float = 50.0  # raw pixels (about 130) and prices exceed it, counts and z-scores do not
-    input_rms_suspect: float = 8.0  # worth a look where the run shows symptoms
+    input_rms_suspect: float = 8.0  # tried where the run shows symptoms
     offset: float = 30.0  # mean over reach: years, temperatures in kelvin
 
     # Weights
@@ -28,7 +28,7 @@ class Limits(NamedTuple):
     zero_weights: float = 0.7  # of all layers; zero heads and branches on purpose are at most every other layer
     saturated: float = 0.5  # of tanh or sigmoid outputs within 1 % of their ends; unit inputs leave 1 % there
 
-    # Parameters that nobody wrote
+    # Uninitialised parameters
     garbage: float = 1e6  # magnitude of a starting weight; no distribution draws one
     denormal: float = 1e-25  # memory read as float is often this small; a distribution reaches it once in 1e20 draws
     denormal_share: float = 0.05

@@ -1,4 +1,4 @@
-"""What can be told from the arguments of torch's loss functions: wrong targets, wrong spaces, empty reductions."""
+"""What the arguments of torch's loss functions tell: wrong targets, wrong spaces, empty reductions."""
 
 import math
 from collections.abc import Callable
@@ -32,15 +32,15 @@ class LossCall:
     fatal: bool = False
 
 
-def look_at(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
-    """What the arguments of a call say; None where it is no loss function that is known here."""
+def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
+    """What the arguments of a call tell; None for a function that is not a known loss."""
     reader = _READERS.get(name)
-    given = args[0] if args else kwargs.get("input")
+    prediction = args[0] if args else kwargs.get("input")
     target = args[1] if len(args) > 1 else kwargs.get("target")
-    if reader is None or not isinstance(given, Tensor) or not isinstance(target, Tensor):
+    if reader is None or not isinstance(prediction, Tensor) or not isinstance(target, Tensor):
         return None
     with torch.no_grad():
-        call = reader(name, given, target, args, kwargs)
+        call = reader(name, prediction, target, args, kwargs)
     if call.baseline is not None and kwargs.get("reduction") == "sum":
         call.baseline *= target.numel()
     return call
@@ -50,9 +50,9 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
     return args[place] if len(args) > place else kwargs.get(name, default)
 
 
-def _classes(name: str, given: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
-    dim = 1 if given.dim() > 1 else 0
-    count = given.shape[dim] if given.dim() else 1
+def _classes(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+    dim = 1 if prediction.dim() > 1 else 0
+    count = prediction.shape[dim] if prediction.dim() else 1
     call = LossCall(name, baseline=math.log(count) if count > 1 else None)
     if not target.is_floating_point():
         ignored = _argument(args, kwargs, 4, "ignore_index", -100)
@@ -66,45 +66,45 @@ def _classes(name: str, given: Tensor, target: Tensor, args: Any, kwargs: Any) -
             call.facts = {"classes": count, "smallest": int(kept.min()), "largest": int(kept.max())}
             call.facts["rows"] = int(wrong.sum())
             return call
-    given = given.detach().float()
-    if count < 2 or given.numel() == 0 or not given.isfinite().all():
+    prediction = prediction.detach().float()
+    if count < 2 or prediction.numel() == 0 or not prediction.isfinite().all():
         return call
-    sums = given.sum(dim)
-    if bool((given >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
+    sums = prediction.sum(dim)
+    if bool((prediction >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
         call.problem, call.facts = "probabilities", {"row sums": float(sums.mean())}
-    elif name == "nll_loss" and bool((given.logsumexp(dim).abs() > 0.1).any()):
-        call.problem, call.facts = "logits", {"largest log-probability": float(given.max())}
+    elif name == "nll_loss" and bool((prediction.logsumexp(dim).abs() > 0.1).any()):
+        call.problem, call.facts = "logits", {"largest log-probability": float(prediction.max())}
     return call
 
 
-def _bce(name: str, given: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+def _bce(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
     call = LossCall(name, baseline=math.log(2.0))
-    if given.numel() == 0:
+    if prediction.numel() == 0:
         call.problem = "empty"
-    elif name == "binary_cross_entropy" and bool(((given < 0) | (given > 1)).any()):
+    elif name == "binary_cross_entropy" and bool(((prediction < 0) | (prediction > 1)).any()):
         call.problem, call.fatal = "logits", True
-        call.facts = {"smallest": float(given.min()), "largest": float(given.max())}
+        call.facts = {"smallest": float(prediction.min()), "largest": float(prediction.max())}
     elif bool(((target < 0) | (target > 1)).any()):
         call.problem, call.fatal = "range", name == "binary_cross_entropy"
         call.facts = {"smallest": float(target.min()), "largest": float(target.max())}
-    elif name == "binary_cross_entropy_with_logits" and _came_from(given, "Sigmoid"):
-        call.problem, call.facts = "probabilities", {"largest": float(given.max())}
+    elif name == "binary_cross_entropy_with_logits" and _came_from(prediction, "Sigmoid"):
+        call.problem, call.facts = "probabilities", {"largest": float(prediction.max())}
     return call
 
 
-def _distance(name: str, given: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+def _distance(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
     call = LossCall(name)
-    if given.numel() == 0:
+    if prediction.numel() == 0:
         call.problem = "empty"
     elif name == "mse_loss" and target.numel() > 1 and target.is_floating_point():
         call.baseline = float(target.float().square().mean())
     return call
 
 
-def _kl_div(name: str, given: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+def _kl_div(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
     call = LossCall(name)
-    if given.numel() and bool((given > 1e-4).any()) and bool((given >= 0).all()):
-        call.problem, call.facts = "probabilities", {"largest": float(given.max())}
+    if prediction.numel() and bool((prediction > 1e-4).any()) and bool((prediction >= 0).all()):
+        call.problem, call.facts = "probabilities", {"largest": float(prediction.max())}
     return call
 
 

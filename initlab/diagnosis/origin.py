@@ -18,16 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.kernels import NAN, NEGATIVE_INF, describe, nonfinite_flag
 
+from .._tree import tensors_in
 from . import names
-from .trace import Modules, tensors_in
+from .trace import Modules
 
 
 @dataclass
 class Origin:
-    """An operation that made the first value that is not finite, or the tensor that held it from the start.
+    """An operation that made the first value that is not finite, or the tensor that had it from the start.
 
     Args:
-        source: "op", "leaf" or "held": an operation, a tensor of the batch, or a parameter or buffer.
+        source: "op", "leaf" or "parameter": an operation, a tensor of the batch, or a parameter or buffer.
         phase: "forward" or "backward".
         op: name of the operation.
         module: path of the module that ran; None outside the model.
@@ -61,7 +62,7 @@ class Origin:
         return self.source == "op" and self.op not in names.UNSAFE and not hidden
 
 
-class _Mark:
+class _Provenance:
     """What is known of the tensors in one storage."""
 
     __slots__ = ("origin", "ref", "sources", "weights")
@@ -79,67 +80,66 @@ class Search:
     Args:
         model: the model.
         leaves: names and tensors of the batch.
-        held: names and tensors of parameters and buffers.
+        parameters: names and tensors of parameters and buffers.
     """
 
-    def __init__(self, model: nn.Module, leaves: dict[str, Tensor], held: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, leaves: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
         self.modules = Modules(model)
-        self.marks: dict[int, _Mark] = {}
+        self.provenance: dict[int, _Provenance] = {}
         self.nodes: dict[Any, tuple[str, str | None]] = {}
         self.function = ""
-        self.depth = 0
         self.first: Origin | None = None  # the first that is no mask, whether or not it reached the loss
         self.largest = 0.0  # magnitude in a 16-bit tensor before the first infinity
         for name, tensor in leaves.items():
             self._start(name, tensor, "leaf")
-        for name, tensor in held.items():
-            self._start(name, tensor, "held")
+        for name, tensor in parameters.items():
+            self._start(name, tensor, "parameter")
 
     def _start(self, name: str, tensor: Tensor, source: str) -> None:
         if tensor.layout != torch.strided or tensor.is_meta:
             return
-        mark = self._mark(tensor)
+        entry = self._entry(tensor)
         if source == "leaf":
-            mark.sources |= {name}
+            entry.sources |= {name}
         else:
-            mark.weights |= tensor.requires_grad
+            entry.weights |= tensor.requires_grad
         flag = int(nonfinite_flag(tensor))
         if flag:
-            mark.origin = Origin(source, "forward", name, None, flag, tensor.dtype, intended=flag == NEGATIVE_INF)
+            entry.origin = Origin(source, "forward", name, None, flag, tensor.dtype, intended=flag == NEGATIVE_INF)
 
-    def _mark(self, tensor: Tensor) -> _Mark:
+    def _entry(self, tensor: Tensor) -> _Provenance:
         key = tensor.untyped_storage()._cdata
-        mark = self.marks.get(key)
-        if mark is None:
-            mark = self.marks[key] = _Mark(tensor)
-        return mark
+        entry = self.provenance.get(key)
+        if entry is None:
+            entry = self.provenance[key] = _Provenance(tensor)
+        return entry
 
-    def _known(self, tensor: Tensor) -> _Mark | None:
+    def _find(self, tensor: Tensor) -> _Provenance | None:
         try:
-            return self.marks.get(tensor.untyped_storage()._cdata)
+            return self.provenance.get(tensor.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError):
             return None
 
     def forward(self, run: Callable[[], Tensor]) -> Tensor:
-        """The result of `run`, with every operation of it looked at."""
+        """The result of `run`, with every operation of it inspected."""
         with self.modules.hooked(), _Functions(self), _Operations(self):
             return run()
 
     def origin(self, loss: Tensor) -> Origin | None:
         """Where the loss's own value, not finite, comes from."""
-        mark = self._known(loss)
-        found = mark.origin if mark is not None else None
+        entry = self._find(loss)
+        found = entry.origin if entry is not None else None
         return found or self.first
 
-    def looked(self, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def inspect(self, op: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """One operation has run."""
-        known = [mark for t in inputs if (mark := self._known(t)) is not None]
-        sources = frozenset().union(*(mark.sources for mark in known))
-        weights = any(mark.weights for mark in known)
+        known = [entry for t in inputs if (entry := self._find(t)) is not None]
+        sources = frozenset().union(*(entry.sources for entry in known))
+        weights = any(entry.weights for entry in known)
         for out in outputs:
-            mark = self._mark(out)
-            mark.sources |= sources
-            mark.weights |= weights
+            entry = self._entry(out)
+            entry.sources |= sources
+            entry.weights |= weights
             if not out.is_floating_point() or out.numel() == 0:
                 continue
             low, high = (float(x) for x in out.aminmax())
@@ -147,17 +147,17 @@ class Search:
                 if out.dtype in (torch.float16, torch.bfloat16) and self.first is None:
                     self.largest = max(self.largest, abs(low), abs(high))
                 if not any(out is t for t in inputs):  # an update of a part leaves the rest as it was
-                    mark.origin = None
+                    entry.origin = None
                 continue
             flag = int(nonfinite_flag(out))
-            bad = [(t, m.origin) for t in inputs if (m := self._known(t)) is not None and m.origin is not None]
+            bad = [(t, m.origin) for t in inputs if (m := self._find(t)) is not None and m.origin is not None]
             bad = [(t, origin) for t, origin in bad if t is out or int(nonfinite_flag(t))]
             inherited = next((origin for _, origin in bad if not origin.intended), None)
             if inherited is None and bad and not flag & ~NEGATIVE_INF:
                 inherited = bad[0][1]
             elif inherited is None and bad and _is_no_mask(op, bad[0][1]):
                 inherited = replace(bad[0][1], intended=False)
-            mark.origin = inherited or self._made(op, inputs, out, flag, sources, weights)
+            entry.origin = inherited or self._made(op, inputs, out, flag, sources, weights)
 
     def _made(
         self, op: str, inputs: list[Tensor], out: Tensor, flag: int, sources: frozenset[str], weights: bool
@@ -213,7 +213,7 @@ class Search:
         return found[0] if found else None
 
     def _watcher(self, node: Any, found: list[Origin]) -> Callable[[Any, Any], None]:
-        def look(to_inputs: Any, from_outputs: Any) -> None:
+        def inspect(to_inputs: Any, from_outputs: Any) -> None:
             if found:
                 return
             flags = [int(nonfinite_flag(g)) for g in to_inputs if isinstance(g, Tensor)]
@@ -230,11 +230,11 @@ class Search:
             facts = {"made": describe(flag), "largest gradient before it": largest}
             found.append(Origin("op", "backward", name, module, flag, dtype, weights=True, facts=facts))
 
-        return look
+        return inspect
 
 
 def _is_no_mask(op: str, origin: Origin) -> bool:
-    """Whether -inf that was given to an operation, which made NaN of it, was no mask: masks meet a softmax."""
+    """Whether -inf of which an operation made NaN was no mask: masks go into a softmax."""
     return origin.source != "op" and op not in ("softmax", "log_softmax", "logsumexp")
 
 
@@ -269,5 +269,5 @@ class _Operations(TorchDispatchMode):
         outputs = [t for t in tensors_in(out) if t.layout == torch.strided and not t.is_meta]
         if outputs:
             inputs = [t for t in tensors_in((args, kwargs)) if t.layout == torch.strided]
-            self.search.looked(names.plain(func.overloadpacket.__name__), inputs, outputs)
+            self.search.inspect(names.plain(func.overloadpacket.__name__), inputs, outputs)
         return out

@@ -1,4 +1,4 @@
-"""The passes: one of the user's code under observation, and closer looks where that one leaves a suspicion."""
+"""The passes over the user's code: one under observation, and further ones where that one leaves a suspicion."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .evidence import (
 )
 from .origin import Search
 from .ranks import CommunicatesError
-from .state import Snapshot, companions
+from .state import Snapshot, referenced_modules
 from .stats import measure
 from .symptoms import gains
 from .trace import Trace, storage_of
@@ -48,8 +48,8 @@ class TrainingStep:
     def __init__(self, model: nn.Module, batch: Any, loss_fn: LossFn, optimizer: Optimizer | None) -> None:
         self.model, self.batch, self.loss_fn, self.optimizer = model, batch, loss_fn, optimizer
         self.leaves = leaves(batch)
-        self.companions = companions(loss_fn)
-        self.snapshot = Snapshot([model, *self.companions], optimizer, [leaf.tensor for leaf in self.leaves])
+        self.referenced_modules = referenced_modules(loss_fn)
+        self.snapshot = Snapshot([model, *self.referenced_modules], optimizer, [leaf.tensor for leaf in self.leaves])
 
     def loss(self) -> Tensor:
         """The user's loss, from the same random numbers each time."""
@@ -60,17 +60,17 @@ class TrainingStep:
             raise UsageError(f"loss_fn returned {what}; it must return the loss, a tensor with one element")
         return loss
 
-    def gradients_anew(self) -> Tensor:
+    def loss_with_gradients(self) -> Tensor:
         """The loss, with its gradients and no others."""
-        self.forget_gradients()
+        self.clear_gradients()
         loss = self.loss()
         loss.backward()
         return loss
 
-    def forget_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         """Detach all gradients; the snapshot keeps them."""
         groups = self.optimizer.param_groups if self.optimizer is not None else ()
-        parameters: list[Tensor] = [p for m in (self.model, *self.companions) for p in m.parameters()]
+        parameters: list[Tensor] = [p for m in (self.model, *self.referenced_modules) for p in m.parameters()]
         parameters += [p for group in groups for p in group["params"]]
         parameters += [leaf.tensor for leaf in self.leaves if leaf.tensor.is_leaf]
         for parameter in parameters:
@@ -103,17 +103,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Before anything runs
-
-
-def gather(training_step: TrainingStep) -> Evidence:
-    """What the batch, the parameters and the optimizer say at rest."""
+def observe_at_rest(training_step: TrainingStep) -> Evidence:
+    """What the batch, the parameters and the optimizer show before anything runs."""
     for leaf in training_step.leaves:
         leaf.features = features(leaf.tensor)
     parameters, buffers = tensor_refs(training_step.model)
-    held = [ParameterStats(s, None if is_lazy(s.tensor) else measure(s.tensor)) for s in (*parameters, *buffers)]
-    for one in held:
+    both = [ParameterStats(s, None if is_lazy(s.tensor) else measure(s.tensor)) for s in (*parameters, *buffers)]
+    for one in both:
         if one.stats is not None and one.ref.is_parameter:
             one.tiny = tiny_share(one.ref.tensor)
         if training_step.optimizer is not None:
@@ -124,24 +120,20 @@ def gather(training_step: TrainingStep) -> Evidence:
         training_step.batch,
         training_step.optimizer,
         training_step.leaves,
-        held,
+        both,
         Trace(training_step.model, storages),
     )
 
 
 def runnable(evidence: Evidence) -> bool:
     """Whether the model can run at all: nothing on the meta device, nothing lazy."""
-    return not any(h.ref.tensor.is_meta or is_lazy(h.ref.tensor) for h in evidence.held)
+    return not any(h.ref.tensor.is_meta or is_lazy(h.ref.tensor) for h in evidence.parameters_and_buffers)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Screening
-
-
-def screen(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
+def observe_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
     """Take the steps that were asked for, the first under observation, until something breaks."""
     for number in range(1, steps + 1):
-        training_step.forget_gradients()
+        training_step.clear_gradients()
         first = number == 1
         step = Step(None)
         evidence.steps.append(step)
@@ -195,13 +187,13 @@ def _read_gradients(evidence: Evidence) -> None:
     activations = {call.path: call.activation for call in evidence.layers}
     with torch.no_grad():
         norms = _norms([h.ref.tensor.grad for h in evidence.parameters if h.ref.tensor.grad is not None])
-        for held in evidence.parameters:
-            tensor, grad = held.ref.tensor, held.ref.tensor.grad
-            held.distribution = distribution_of(held.ref, activations.get(held.ref.path, ""))
+        for parameter in evidence.parameters:
+            tensor, grad = parameter.ref.tensor, parameter.ref.tensor.grad
+            parameter.distribution = distribution_of(parameter.ref, activations.get(parameter.ref.path, ""))
             if grad is not None and grad.layout == torch.strided:
-                held.grad_norm, held.grad = next(norms), measure(grad)
+                parameter.grad_norm, parameter.grad = next(norms), measure(grad)
             if rows_alike(tensor):
-                held.alike = grad is not None and nearly_alike(grad)
+                parameter.alike = grad is not None and nearly_alike(grad)
 
 
 def _norms(tensors: list[Any]) -> Iterator[float]:
@@ -228,7 +220,7 @@ def _update(training_step: TrainingStep) -> float | None:
     ]
     with torch.no_grad():
         before = [p.detach().clone() for p in weights]
-    _step(training_step.optimizer, training_step.gradients_anew)
+    _step(training_step.optimizer, training_step.loss_with_gradients)
     with torch.no_grad():
         moved = torch._foreach_sub([p.detach() for p in weights], before) if weights else []
         size = _norm(before)
@@ -236,11 +228,11 @@ def _update(training_step: TrainingStep) -> float | None:
     return change / size if size and change is not None else None
 
 
-def _step(optimizer: Optimizer, again: Callable[[], Tensor]) -> None:
-    """Let an optimizer take its step; `again` computes loss and gradients anew, for those that search a line."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        optimizer.step(again)  # type: ignore[arg-type]
+def _step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> None:
+    """Let an optimizer take its step; `closure` computes loss and gradients again, for those that search a line."""
+    argument = inspect.signature(optimizer.step).parameters.get("closure")
+    if argument is not None and argument.default is inspect.Parameter.empty:
+        optimizer.step(closure)  # type: ignore[arg-type]
     else:
         optimizer.step()
 
@@ -255,20 +247,16 @@ def _value(training_step: TrainingStep) -> float | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Closer looks. Each begins and ends with the training_step as the snapshot has it.
-
-
 def find_origin(training_step: TrainingStep, evidence: Evidence) -> None:
     """Look for the operation behind the first value that is not finite, in the step that broke, or in the first."""
     training_step.snapshot.restore()
     for _ in range((evidence.broke_at or 1) - 1):
-        training_step.gradients_anew()
+        training_step.loss_with_gradients()
         assert training_step.optimizer is not None
-        _step(training_step.optimizer, training_step.gradients_anew)
-    training_step.forget_gradients()
-    held = dict((*training_step.model.named_parameters(), *training_step.model.named_buffers()))
-    search = Search(training_step.model, {leaf.code: leaf.tensor for leaf in training_step.leaves}, held)
+        _step(training_step.optimizer, training_step.loss_with_gradients)
+    training_step.clear_gradients()
+    parameters = dict((*training_step.model.named_parameters(), *training_step.model.named_buffers()))
+    search = Search(training_step.model, {leaf.code: leaf.tensor for leaf in training_step.leaves}, parameters)
     try:
         loss = search.forward(training_step.loss)
         if evidence.broke_at is None:  # it is hidden: nothing that is not finite reaches the loss
@@ -296,7 +284,7 @@ class _InFloat32(TorchDispatchMode):
 def replay_in_float32(training_step: TrainingStep, evidence: Evidence) -> None:
     """Run the same pass with every 16-bit number as float32."""
     training_step.snapshot.restore()
-    training_step.forget_gradients()
+    training_step.clear_gradients()
     for tensor in (*training_step.model.parameters(), *training_step.model.buffers()):
         if half(tensor.dtype):
             tensor.data = tensor.data.float()
@@ -308,7 +296,7 @@ def replay_in_float32(training_step: TrainingStep, evidence: Evidence) -> None:
 def replay_standardised(training_step: TrainingStep, evidence: Evidence, leaf: Leaf) -> None:
     """Run the same pass on an input that is brought to mean 0 and standard deviation 1."""
     training_step.snapshot.restore()
-    training_step.forget_gradients()
+    training_step.clear_gradients()
     batch = tree_map(lambda x: standardised(x) if x is leaf.tensor else x, training_step.batch)
     evidence.standardised = _pass(training_step, batch, None)
     training_step.snapshot.restore()
@@ -333,11 +321,11 @@ def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
     """The loss along the first update, shorter and shorter, until it falls."""
     assert training_step.optimizer is not None
     training_step.snapshot.restore()
-    training_step.gradients_anew()
+    training_step.loss_with_gradients()
     parameters = [p for group in training_step.optimizer.param_groups for p in group["params"]]
     with torch.no_grad():
         start = [p.detach().clone() for p in parameters]
-        _step(training_step.optimizer, training_step.gradients_anew)
+        _step(training_step.optimizer, training_step.loss_with_gradients)
         moved = [p.detach() - before for p, before in zip(parameters, start, strict=True)]
     evidence.rates.append((1.0, _or_inf(evidence.losses[1] if len(evidence.losses) > 1 else None)))
     for factor in (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
@@ -356,7 +344,7 @@ def _or_inf(loss: float | None) -> float:
     return math.inf if loss is None or math.isnan(loss) else loss
 
 
-def keep_going(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
+def take_further_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
     """Losses of further steps from the start, at the rate in use."""
     training_step.snapshot.restore()
     evidence.further = train(training_step, steps)
@@ -368,11 +356,11 @@ def train(training_step: TrainingStep, steps: int) -> list[float]:
     losses: list[float] = []
     try:
         for _ in range(steps):
-            losses.append(float(training_step.gradients_anew()))
+            losses.append(float(training_step.loss_with_gradients()))
             if not math.isfinite(losses[-1]):
                 return losses
             if training_step.optimizer is not None:
-                _step(training_step.optimizer, training_step.gradients_anew)
+                _step(training_step.optimizer, training_step.loss_with_gradients)
             else:
                 _small_step(training_step.model)
         losses.append(float(training_step.loss()))
@@ -395,8 +383,8 @@ _NAMES = ("model", "batch", "loss_fn", "optimizer")  # what a remedy may change,
 
 
 @contextmanager
-def under(training_step: TrainingStep, remedy: str) -> Iterator[TrainingStep]:
-    """The training_step after a remedy that is pasted as it is; all is put back afterwards."""
+def after_remedy(training_step: TrainingStep, remedy: str) -> Iterator[TrainingStep]:
+    """The training step after a remedy is run as it is printed; everything is restored afterwards."""
     import initlab
 
     training_step.snapshot.restore()
@@ -407,27 +395,27 @@ def under(training_step: TrainingStep, remedy: str) -> Iterator[TrainingStep]:
     }
     try:
         exec(remedy, scope)
-        cured = copy.copy(training_step)
-        cured.model, cured.batch, cured.loss_fn, cured.optimizer = (scope[name] for name in _NAMES)
-        yield cured
+        changed = copy.copy(training_step)
+        changed.model, changed.batch, changed.loss_fn, changed.optimizer = (scope[name] for name in _NAMES)
+        yield changed
     finally:
         training_step.snapshot.restore()
 
 
-def growth_under(training_step: TrainingStep, remedy: str) -> float | None:
+def growth_after(training_step: TrainingStep, remedy: str) -> float | None:
     """How far the signal grows from the input to the worst layer after a remedy; None where that cannot be said."""
-    with under(training_step, remedy) as cured:
-        evidence = gather(cured)
+    with after_remedy(training_step, remedy) as changed:
+        evidence = observe_at_rest(changed)
         with evidence.trace:
-            cured.loss()
+            changed.loss()
         return max((total for _, _, total in gains(evidence)), default=None)
 
 
 def effect(training_step: TrainingStep, remedy: str, steps: int = 2) -> str:
     """What a remedy does for the loss: "falls", "finite", or "" where it does not even run."""
     try:
-        with under(training_step, remedy) as cured:
-            losses = train(cured, steps)
+        with after_remedy(training_step, remedy) as changed:
+            losses = train(changed, steps)
     except Exception:
         return ""
     if len(losses) <= steps or not all(map(math.isfinite, losses)):

@@ -1,4 +1,4 @@
-"""The doctor beside other ranks: what it refuses, how it keeps from communicating, and whose diagnosis comes first.
+"""A diagnosis beside other ranks: what it refuses, how it avoids communication, and whose diagnosis comes first.
 
 Which passes it runs depends on what it finds, so no two ranks need run the same ones: a collective in them would wait
 for a rank that does not come, or pair with another one of the job's.
@@ -19,11 +19,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..distributed.shards import is_dtensor
+from ..distributed.dtensors import is_dtensor
 from .report import Diagnosis
 from .state import CONTAINERS, Contents
 
-_SPREAD = (("torch.distributed.fsdp", "FSDPModule"), ("torch.distributed.fsdp", "FullyShardedDataParallel"))
+_SHARDED = (("torch.distributed.fsdp", "FSDPModule"), ("torch.distributed.fsdp", "FullyShardedDataParallel"))
 _DDP = (("torch.nn.parallel.distributed", "DistributedDataParallel"),)
 _COLLECTIVES = ("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd")
 _WORST = ("broken", "warning", "healthy")
@@ -40,25 +40,25 @@ class CommunicatesError(NotImplementedError):
         )
 
 
-def refuse_spread(model: nn.Module, companions: Iterable[nn.Module], tensors: Iterable[Tensor]) -> None:
+def refuse_sharded(model: nn.Module, others: Iterable[nn.Module], tensors: Iterable[Tensor]) -> None:
     """Refuse what communicates in its forward pass, before anything runs.
 
     Args:
         model: in its wrappers.
-        companions: other modules that run with it.
+        others: other modules that run with it.
         tensors: of the batch.
 
     Raises:
         CommunicatesError: for DTensors and FSDP.
     """
-    spread = _classes(_SPREAD)
+    sharded = _classes(_SHARDED)
     for tensor in tensors:
         if is_dtensor(tensor):
             raise CommunicatesError("the batch holds a DTensor")
-    for owner in (model, *companions):
+    for owner in (model, *others):
         for name, module in owner.named_modules():
             who = repr(name) if name else "the model" if owner is model else "what loss_fn refers to"
-            if isinstance(module, spread):
+            if isinstance(module, sharded):
                 raise CommunicatesError(f"{who} is a {type(module).__name__}")
             for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and is_dtensor(tensor):
@@ -71,18 +71,18 @@ def _classes(known: Iterable[tuple[str, str]]) -> tuple[type, ...]:
     return tuple(getattr(module, name) for module, name in found if module is not None)
 
 
-def alone() -> AbstractContextManager[Any]:
+def without_collectives() -> AbstractContextManager[Any]:
     """Refuses collectives before they are called, where there are other ranks.
 
     Raises:
         CommunicatesError: inside, from the call.
     """
     dist = torch.distributed
-    side_by_side = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return _Alone() if side_by_side else nullcontext()
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _RefuseCollectives() if several else nullcontext()
 
 
-class _Alone(TorchDispatchMode):
+class _RefuseCollectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in _COLLECTIVES:
             raise CommunicatesError(f"the model, the loss or the optimizer calls {func.overloadpacket}")
@@ -90,15 +90,15 @@ class _Alone(TorchDispatchMode):
 
 
 @contextmanager
-def apart(models: Iterable[nn.Module], optimizer: Optimizer | None) -> Iterator[None]:
-    """Twins of the parameters, which share their memory, in their places in the models and the optimizer.
+def parameter_aliases(models: Iterable[nn.Module], optimizer: Optimizer | None) -> Iterator[None]:
+    """Replaces the parameters in the models and the optimizer by aliases, which share their memory.
 
-    DDP hangs its own functions on the nodes of the graph at which a parameter's gradient arrives, and they communicate
-    if a backward pass is due. The twins have nodes of their own; and a change of dtype, which makes a tensor forget its
+    DDP registers hooks on the nodes of the graph at which a parameter's gradient arrives, and they communicate if a
+    backward pass is due. The aliases have nodes of their own; and a change of dtype, which makes a tensor forget its
     node, and so DDP its parameter, does not touch the originals. Nor do gradients.
 
     Args:
-        models: DTensors they must not hold.
+        models: without DTensors.
         optimizer: of their parameters.
 
     Raises:
@@ -111,16 +111,16 @@ def apart(models: Iterable[nn.Module], optimizer: Optimizer | None) -> Iterator[
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     owners: list[Any] = [*modules, *([] if optimizer is None else [optimizer])]
     groups = [] if optimizer is None else optimizer.param_groups
-    held = [value for owner in owners for value in vars(owner).values()]
-    held += [value for group in groups for value in group.values()]
-    containers = [Contents(value) for value in held if isinstance(value, CONTAINERS)]
+    values = [value for owner in owners for value in vars(owner).values()]
+    values += [value for group in groups for value in group.values()]
+    containers = [Contents(value) for value in values if isinstance(value, CONTAINERS)]
     parameters = [p for module in modules for p in module._parameters.values()]
     originals = {id(p): p for p in parameters if p is not None and not is_lazy(p)}
-    twins = {place: _twin(parameter) for place, parameter in originals.items()}
+    aliases = {place: _alias(parameter) for place, parameter in originals.items()}
     ddp = _classes(_DDP)
     try:
         for container in containers:
-            container.replace(twins)
+            container.replace(aliases)
         for module in modules:
             if isinstance(module, ddp):
                 module.register_forward_pre_hook(_refuse_call)  # which goes when its container is restored
@@ -134,13 +134,13 @@ def _refuse_call(module: nn.Module, args: Any) -> None:
     raise CommunicatesError(f"a {type(module).__name__}, inside of the model or one that loss_fn refers to, is called")
 
 
-def _twin(parameter: Tensor) -> nn.Parameter:
-    twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
-    twin.__dict__.update(parameter.__dict__)
-    return twin
+def _alias(parameter: Tensor) -> nn.Parameter:
+    alias = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    alias.__dict__.update(parameter.__dict__)
+    return alias
 
 
-def first_of(diagnoses: Mapping[int, Diagnosis | str]) -> Diagnosis:
+def merge(diagnoses: Mapping[int, Diagnosis | str]) -> Diagnosis:
     """The diagnosis of the first bad rank: the worst verdict, then the earliest step, then the lowest rank.
 
     Args:

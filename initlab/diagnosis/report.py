@@ -1,14 +1,13 @@
-"""What the doctor says: places, causes and the diagnosis."""
+"""What a diagnosis consists of, and how it is printed: places, causes, layers."""
 
-import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
+from .._console import inline_listing, table
 from ..distributed.collectives import listed
 
 Kind: TypeAlias = Literal[
@@ -51,8 +50,7 @@ class Place:
         elif self.module is not None:
             parts.append(f"{'in ' if self.op else ''}{self.module or 'the model itself'}")
         if isinstance(self.feature, list):
-            more = f" and {len(self.feature) - 6} more" if len(self.feature) > 6 else ""
-            parts.append(f"features {', '.join(map(str, self.feature[:6]))}{more}")
+            parts.append(f"features {inline_listing([str(feature) for feature in self.feature], 6)}")
         elif self.feature is not None:
             parts.append(f"feature {self.feature}")
         return " ".join(parts) or "the run as a whole"
@@ -69,7 +67,7 @@ class Cause:
         explanation: what happens, in a sentence or two.
         evidence: numbers and short strings.
         remedy: code to paste, with model, batch, loss_fn, optimizer, torch and initlab in scope; may be empty.
-        tried: whether the remedy was tried here, on the user's own batch, and the loss fell.
+        tried: whether the remedy was run on the user's own batch, and the loss fell.
     """
 
     kind: Kind
@@ -192,24 +190,24 @@ class Diagnosis:
         return "\n".join(lines)
 
     def _headline(self) -> str:
-        words = [f"{'' if self.rank is None else f'rank {self.rank}, '}verdict: {self.verdict}"]
+        parts = [f"{'' if self.rank is None else f'rank {self.rank}, '}verdict: {self.verdict}"]
         if self.broke_at is not None:
-            words.append(f"broke in step {self.broke_at}")
+            parts.append(f"broke in step {self.broke_at}")
         if self.losses:
-            words.append("loss " + " -> ".join("none" if x is None else f"{x:.4g}" for x in self.losses))
+            parts.append("loss " + " -> ".join("none" if x is None else f"{x:.4g}" for x in self.losses))
         if self.gradient_norm is not None:
-            words.append(f"gradient norm {self.gradient_norm:.3g}")
+            parts.append(f"gradient norm {self.gradient_norm:.3g}")
         if (row := self.tightest) is not None:
-            words.append(f"headroom {row.headroom:.2g}x ({row.name or 'the model itself'}, {row.dtype})")
-        return ", ".join(words)
+            parts.append(f"headroom {row.headroom:.2g}x ({row.name or 'the model itself'}, {row.dtype})")
+        return ", ".join(parts)
 
     def _ranks(self) -> Iterator[str]:
         alike: dict[Verdict, list[int]] = {}
         for rank, verdict in self.verdicts.items():
             alike.setdefault(verdict, []).append(rank)
         if alike:
-            told = (f"{verdict} on {listed(ranks)}" for verdict, ranks in sorted(alike.items(), key=itemgetter(1)))
-            yield f"of {len(self.verdicts)} ranks: {'; '.join(told)}"
+            parts = (f"{verdict} on {listed(ranks)}" for verdict, ranks in sorted(alike.items(), key=itemgetter(1)))
+            yield f"of {len(self.verdicts)} ranks: {'; '.join(parts)}"
 
     def _table(self) -> str:
         head = ("layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient")
@@ -220,7 +218,7 @@ class Diagnosis:
                 rows.append((f"... {place - last - 1} more", *[""] * 7))
             row, last = self.layers[place], place
             rows.append((row.name or "(model)", row.kind, row.dtype, *(_cell(getattr(row, name)) for name in head[3:])))
-        return _with_rich(head, rows) if find_spec("rich") else _aligned([head, *rows])
+        return table(head, rows, "lllrrrrr")
 
 
 def _shown(layers: Sequence[LayerRow]) -> list[int]:
@@ -230,26 +228,6 @@ def _shown(layers: Sequence[LayerRow]) -> list[int]:
     tightest = min(range(1, len(layers)), key=lambda place: layers[place].headroom)  # the first row is the model's own
     ends = {*range(8), *range(len(layers) - 4, len(layers))}
     return sorted(ends | set(range(max(0, tightest - 8), min(len(layers), tightest + 4))))
-
-
-def _with_rich(head: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(head):
-        table.add_column(name, justify="left" if place < 3 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    out = io.StringIO()
-    Console(file=out, width=110, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-
-
-def _aligned(table: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
 
 
 def _cell(value: float | None) -> str:

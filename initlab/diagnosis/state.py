@@ -1,4 +1,4 @@
-"""Everything of the user's that a diagnosis touches, taken down and put back, bit for bit."""
+"""A snapshot of everything of the user's that a diagnosis touches, restored bit for bit."""
 
 import contextlib
 import functools
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from .._tree import tensors_in
+
 
 class Snapshot:
     """A copy of what training changes: tensors, gradients, modules' attributes, the optimizer, random generators.
@@ -30,32 +32,32 @@ class Snapshot:
         modules = {module: None for model in models for module in model.modules()}
         owners = [*modules, *([optimizer] if optimizer is not None else [])]
         self.attributes = [(owner, type(owner), dict(owner.__dict__)) for owner in owners]
-        values = [value for _, _, held in self.attributes for value in held.values()]
+        values = [value for _, _, attributes in self.attributes for value in attributes.values()]
         groups = list(optimizer.param_groups) if optimizer is not None else []
         inner = list(optimizer.state.values()) if optimizer is not None else []
-        values += [v for held in (*groups, *inner) if isinstance(held, dict) for v in held.values()]
+        values += [value for entries in (*groups, *inner) if isinstance(entries, dict) for value in entries.values()]
         self.containers = [Contents(value) for value in (*values, *groups, *inner) if isinstance(value, CONTAINERS)]
-        found = [*tensors, *_tensors_in(values), *_tensors_in(c.items for c in self.containers)]
-        self.tensors = [_Kept(tensor) for tensor in {id(t): t for t in found}.values()]
+        found = [*tensors, *tensors_in((values, [c.items for c in self.containers]), _DEPTH)]
+        self.tensors = [_TensorCopy(tensor) for tensor in {id(t): t for t in found}.values()]
         self.generators = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
         self.random = _RandomState()
 
     def restore(self) -> None:
         """Put everything back."""
-        for owner, kind, held in self.attributes:
+        for owner, kind, attributes in self.attributes:
             if type(owner) is not kind:
                 owner.__class__ = kind
-            _put_back(owner.__dict__, held)
+            _restore_dict(owner.__dict__, attributes)
         for container in self.containers:
             container.restore()
-        for kept in self.tensors:
-            kept.restore()
+        for copied in self.tensors:
+            copied.restore()
         for generator, state in self.generators:
             generator.set_state(state)
         self.random.restore()
 
 
-def companions(function: Any, depth: int = 3) -> list[nn.Module]:
+def referenced_modules(function: Any, depth: int = 3) -> list[nn.Module]:
     """The modules that a function refers to: by closure or globals, as a method's owner holds them, bound by partial.
 
     They run with the model, collect gradients and change their buffers.
@@ -69,19 +71,20 @@ def companions(function: Any, depth: int = 3) -> list[nn.Module]:
         values += [function.__func__, function.__self__]
     elif isinstance(function, types.FunctionType):
         with contextlib.suppress(ValueError):  # a variable of the closure that is not bound yet
-            held = inspect.getclosurevars(function)
-            values += [*held.nonlocals.values(), *held.globals.values()]
+            variables = inspect.getclosurevars(function)
+            values += [*variables.nonlocals.values(), *variables.globals.values()]
     elif hasattr(function, "__dict__") and not isinstance(function, type | types.ModuleType):
         values += vars(function).values()
-    found = (module for value in values if depth for module in companions(value, depth - 1))
+    found = (module for value in values if depth for module in referenced_modules(value, depth - 1))
     return list(dict.fromkeys(found))
 
 
 CONTAINERS = (dict, list, set, deque)
+_DEPTH = 5  # containers within which a tensor is still found; attributes may refer to anything, also to themselves
 
 
 class Contents:
-    """What a container holds, one level deep."""
+    """The items of a container, one level deep."""
 
     def __init__(self, container: Any) -> None:
         self.container = container
@@ -92,7 +95,7 @@ class Contents:
         self.put(self.items)
 
     def replace(self, others: dict[int, Any]) -> None:
-        """Put others, by the id of what they stand for, in its place."""
+        """Replace items by others, by the id of what they replace."""
         if isinstance(self.container, dict):
             self.put([(others.get(id(key), key), others.get(id(value), value)) for key, value in self.items])
         else:
@@ -102,7 +105,7 @@ class Contents:
         """Make these its contents; what is so already is not touched."""
         container = self.container
         if isinstance(container, dict):
-            _put_back(container, dict(items))
+            _restore_dict(container, dict(items))
             return
         if len(container) == len(items) and all(map(operator.is_, container, items)):
             return
@@ -113,25 +116,17 @@ class Contents:
             container.update(items)
 
 
-def _put_back(held: dict[Any, Any], before: dict[Any, Any]) -> None:
+def _restore_dict(entries: dict[Any, Any], before: dict[Any, Any]) -> None:
     """Make a dict what it was, without touching what has not changed; order counts, as it does for hooks."""
-    now = (part for item in held.items() for part in item)
+    now = (part for item in entries.items() for part in item)
     then = (part for item in before.items() for part in item)
-    if len(held) == len(before) and all(map(operator.is_, now, then)):
+    if len(entries) == len(before) and all(map(operator.is_, now, then)):
         return
-    held.clear()
-    held.update(before)
+    entries.clear()
+    entries.update(before)
 
 
-def _tensors_in(values: Iterable[Any], depth: int = 3) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif depth and isinstance(value, list | tuple):
-            yield from _tensors_in(value, depth - 1)
-
-
-class _Kept:
+class _TensorCopy:
     """A tensor with its elements, its gradient and its place in memory."""
 
     def __init__(self, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Signs: what the evidence shows, short of a cause. Rules and probes ask the same questions here."""
+"""Symptoms: what the evidence shows, short of a cause. Checks and probes share them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .trace import Call
 
 def uses_half(evidence: Evidence) -> bool:
     """Whether 16-bit floats were seen."""
-    held = any(half(h.ref.tensor.dtype) for h in evidence.held)
+    stored = any(half(one.ref.tensor.dtype) for one in evidence.parameters_and_buffers)
     origin = evidence.origin is not None and half(evidence.origin.dtype)
-    return held or origin or bool(evidence.trace.low)
+    return stored or origin or bool(evidence.trace.low)
 
 
 def lost_gradients(evidence: Evidence) -> bool:
     """Whether gradients are zero, or so small that float16 may have lost them."""
-    found = [held.grad for held in evidence.parameters if held.grad is not None]
+    found = [one.grad for one in evidence.parameters if one.grad is not None]
     return any(g.zeros >= LIMITS.zero_gradients or g.largest < LIMITS.smallest_normal for g in found)
 
 
@@ -87,19 +87,21 @@ def gains(evidence: Evidence) -> list[tuple[Call, float, float]]:
     """(layer, its own gain, gain from the input) for each layer, of the signal over the batch."""
     found, base = [], None
     for call in evidence.layers:
-        if call.given is None or call.made is None or call.given.rows < 2 or not call.given.finite:
+        if call.input is None or call.output is None or call.input.rows < 2 or not call.input.finite:
             continue
         if base is None:
-            base = call.given.signal
-        if base and call.made.finite and call.given.signal:
-            found.append((call, call.made.signal / call.given.signal, call.made.signal / base))
+            base = call.input.signal
+        if base and call.output.finite and call.input.signal:
+            found.append((call, call.output.signal / call.input.signal, call.output.signal / base))
         elif base and overflows(evidence):
             found.append((call, math.inf, math.inf))
     return found
 
 
-def is_zero(held: ParameterStats) -> bool:
-    return held.stats is not None and held.stats.low == 0 == held.stats.high and held.ref.tensor.dim() > 1
+def is_zero(parameter: ParameterStats) -> bool:
+    """Whether a weight matrix has only zeros."""
+    stats = parameter.stats
+    return stats is not None and stats.low == 0 == stats.high and parameter.ref.tensor.dim() > 1
 
 
 def diverges(evidence: Evidence) -> bool:
@@ -133,14 +135,14 @@ def risen(evidence: Evidence) -> float:
 
 
 def blew_up(evidence: Evidence) -> bool:
-    """Whether the loss has risen so far that it needs no second look."""
+    """Whether the loss has risen so far that no further steps are needed to see it."""
     first, last = evidence.first_loss or 0.0, evidence.losses[-1]
     far = risen(evidence) + (LIMITS.blow_up - LIMITS.rise) * abs(first)
     return last is None or not last <= far
 
 
 def suspicious_step(evidence: Evidence) -> bool:
-    """Whether the steps that were taken call for a closer look at the learning rate."""
+    """Whether the steps that were taken call for a search over learning rates."""
     if evidence.optimizer is None or not evidence.steps or not evidence.steps[0].finite:
         return False
     losses = evidence.losses[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._tree import tensors_in
 from ..models.layers import fans
 from ..models.naming import walk
 from . import names
 from .limits import LIMITS
-from .losses import LossCall, Stopped, look_at
+from .losses import LossCall, Stopped, loss_call
 from .stats import Stats, edge_share, measure
 
 # Functions after which a signal is still the output of the layer before, for the question which activation follows it.
@@ -40,20 +41,20 @@ class Call:
     Attributes:
         path: of the module in the model.
         is_layer: whether it has a weight matrix, or is recurrent.
-        given: of its first floating input.
-        made: of its first floating output.
+        input: of its first floating input.
+        output: of its first floating output.
         activation: the function that its output went through, "" if none was seen.
         activated: of that function's output.
         edge: share of that output near the ends of tanh or sigmoid.
-        reads_batch: paths of the leaves of the batch that it was given as they are.
+        reads_batch: paths of the leaves of the batch that it got unchanged.
     """
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path = path
         self.module = module
         self.is_layer = has_weight(module, path)
-        self.given: Stats | None = None
-        self.made: Stats | None = None
+        self.input: Stats | None = None
+        self.output: Stats | None = None
         self.activation = ""
         self.activated: Stats | None = None
         self.edge = 0.0
@@ -171,8 +172,8 @@ class Trace(TorchFunctionMode):
                 leaf = self._batch.get(storage_of(tensor))
                 if leaf is not None:
                     call.reads_batch.append(leaf)
-                if call.given is None and call.is_layer:
-                    call.given = measure(tensor)
+                if call.input is None and call.is_layer:
+                    call.input = measure(tensor)
                     if isinstance(module, nn.RNNBase) and tensor.dim() > 1:
                         call.steps = tensor.shape[1 if module.batch_first and tensor.dim() == 3 else 0]
 
@@ -188,7 +189,7 @@ class Trace(TorchFunctionMode):
                 return
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 self.low.add(tensor.dtype)
-            call.made = measure(tensor)
+            call.output = measure(tensor)
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call
 
@@ -197,7 +198,7 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = names.of_function(func)
-        loss = look_at(name, args, kwargs)
+        loss = loss_call(name, args, kwargs)
         if loss is not None:
             self.losses.append(loss)
         try:
@@ -213,10 +214,10 @@ class Trace(TorchFunctionMode):
             self.low.add(out.dtype)
         return out
 
-    def _follow(self, name: str, given: Any, out: Any) -> None:
+    def _follow(self, name: str, source: Any, out: Any) -> None:
         """Carry the knowledge of which layer made a tensor through a function."""
-        found = self._makers.get(id(given))
-        if found is None or found[0]() is not given or not isinstance(out, Tensor):
+        found = self._makers.get(id(source))
+        if found is None or found[0]() is not source or not isinstance(out, Tensor):
             return
         call = found[1]
         if name not in ACTIVATIONS:
@@ -226,21 +227,6 @@ class Trace(TorchFunctionMode):
             call.activated = measure(out)
             if name in ("tanh", "sigmoid"):
                 call.edge = edge_share(out, name)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a structure of tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, name, None))
 
 
 def storage_of(tensor: Tensor) -> int:

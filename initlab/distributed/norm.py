@@ -1,8 +1,8 @@
-"""The norm of gradients that are spread over ranks, on which all of them agree, and scaling what this rank holds.
+"""One norm for plain tensors and DTensors together, the same on all ranks, and scaling them by it.
 
-Each rank reads its local tensors once, by the same backends as plain ones. What travels is a handful of numbers: one
-all-reduce for each axis on which gradients lie, whatever their number, and no part of a gradient but of those that are
-Partial. Plain tensors count as whole on every rank; alone, without stages, they go straight to the backends.
+Each rank reads its local tensors once, by the same backends as plain ones. What is communicated is a handful of
+numbers: one all-reduce for each mesh dimension on which tensors lie, whatever their number. Only tensors that are
+Partial are communicated themselves. Plain tensors count as whole on every rank.
 """
 
 from __future__ import annotations
@@ -15,72 +15,77 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from initlab.kernels import NAN, NEGATIVE_INF, POSITIVE_INF, Norm, TensorGroups, clip_, grad_norm
+from initlab.kernels import NAN, NEGATIVE_INF, POSITIVE_INF, Norm, TensorGroups, clip_, combine_norms, grad_norm
 
-from .collectives import MeshDim, MeshDims, all_gather, all_mesh_dims, gather, group_axis, listed, mesh_axis, reduced
-from .shards import is_dtensor, local
+from .collectives import all_gather, all_gather_object, all_mesh_dims, all_reduce, listed
+from .dtensors import ClassifiedTensors, local
+from .groups import MeshDim, MeshDims
 
-_PLAIN = {Tensor, torch.nn.Parameter}
 _WIDE = {torch.float64, torch.complex128}
 _BITS = (NAN, POSITIVE_INF, NEGATIVE_INF)
 
 
-class _Part(NamedTuple):
-    """Tensors that the same axes shard."""
+class _Group(NamedTuple):
+    """Tensors that are sharded over the same mesh dimensions."""
 
-    over: frozenset[int]
+    sharded: frozenset[int]  # indices of these dimensions
     partial: bool  # they are terms of sums: the norm is that of the sums
-    tensors: list[Tensor]  # as given
-    numbers: list[int]
-    held: TensorGroups  # what this rank holds of them
+    tensors: list[Tensor]  # as passed
+    indices: list[int]
+    local: TensorGroups
 
 
 class MeshTensors:
-    """Gradients, as far as this rank holds them, sorted out once for the norm of all and for scaling.
+    """Tensors of one call, prepared once for the norm of all and for scaling.
 
     Args:
-        tensors: plain tensors and DTensors, on any meshes. All ranks of a mesh must give those on it, in one order.
-        numbers: by which Norm.first_nonfinite_index names them, ascending.
-        stages: pipeline stages over which to take the norm as well; their ranks may hold other tensors, or none.
+        tensors: plain tensors and DTensors, on any meshes. All ranks of a mesh must pass those on it, in one order.
+        indices: by which Norm.first_nonfinite_index names them, ascending.
+        pp_mesh_dim: pipeline stages over which to take the norm as well; their ranks may hold other tensors, or none.
+
+    Attributes:
+        mesh_dims: the mesh dimensions of the DTensors, each once.
+        communicates: whether the norm takes collectives; False for plain tensors without pipeline stages.
 
     Raises:
         RuntimeError: for a tensor that is neither floating nor complex.
         NotImplementedError: for one that is not strided, or Partial with another operation than a sum or an average.
-        ValueError: if a mesh spreads a tensor over ranks that are stages.
+        ValueError: if a mesh spreads a tensor over ranks that are pipeline stages.
 
     Example:
         >>> import torch
+        >>> from initlab.distributed.dtensors import classify
         >>> from initlab.distributed.norm import MeshTensors
         >>> x = torch.tensor([3.0, 4.0])
-        >>> shares = MeshTensors([x], [0])
-        >>> shares.clip_(shares.norm(2.0).norm64, max_norm=2.5)
+        >>> mesh_tensors = MeshTensors(classify([x]), [0])
+        >>> mesh_tensors.clip_(mesh_tensors.norm(2.0).norm64, max_norm=2.5)
         >>> x
         tensor([1.5000, 2.0000])
     """
 
-    def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int], stages: MeshDim | None = None) -> None:
-        self.given, self.numbers, self.stages = tensors, numbers, stages
-        self.axes: list[MeshDim] = []
-        self.spread = [] if set(map(type, tensors)) <= _PLAIN else [t for t in tensors if is_dtensor(t)]
-        self.alone = stages is None and not self.spread
-        if self.alone:
-            self.local = tensors
-            self._scaled: TensorGroups | None = TensorGroups(tensors, numbers)
+    def __init__(self, tensors: ClassifiedTensors, indices: Sequence[int], pp_mesh_dim: MeshDim | None = None) -> None:
+        self.tensors, self.local, self.indices, self.pp_mesh_dim = tensors.tensors, tensors.local, indices, pp_mesh_dim
+        self.mesh_dims: list[MeshDim] = []
+        self.communicates = tensors.has_dtensor or pp_mesh_dim is not None
+        self._all_local: TensorGroups | None = None  # for clip_
+        if not self.communicates:
+            self._all_local = TensorGroups(self.local, indices)
             return
+        self._dtensors = tensors.dtensors()
+        mesh_dims = MeshDims(self._dtensors)
+        self.mesh_dims = mesh_dims.dims
+        if pp_mesh_dim is not None:
+            _refuse_overlap(pp_mesh_dim, self.mesh_dims)
         places: dict[tuple[frozenset[int], bool], list[int]] = {}
-        found = MeshDims(tensors)
-        for i, (tensor, over) in enumerate(zip(tensors, found.sharded, strict=True)):
-            places.setdefault((over, _is_partial(tensor)), []).append(i)
-        self.local = [local(t) for t in tensors]
-        self.axes = found.axes
-        if stages is not None:
-            _refuse_overlap(stages, self.axes)
-        self._parts = []
-        for key, of in places.items():
-            named = [numbers[i] for i in of]
-            held = TensorGroups([self.local[i] for i in of], named)
-            self._parts.append(_Part(*key, [tensors[i] for i in of], named, held))
-        self._scaled = self._parts[0].held if len(self._parts) == 1 else None
+        for i, (dtensor, sharded) in enumerate(zip(self._dtensors, mesh_dims.sharded, strict=True)):
+            places.setdefault((sharded, dtensor is not None and _is_partial(dtensor)), []).append(i)
+        self._groups = []
+        for (sharded, partial), members in places.items():
+            group_indices = [indices[i] for i in members]
+            prepared = TensorGroups([self.local[i] for i in members], group_indices)
+            self._groups.append(_Group(sharded, partial, [self.tensors[i] for i in members], group_indices, prepared))
+        if len(self._groups) == 1:
+            self._all_local = self._groups[0].local
 
     def norm(self, p: float, *, detect_nonfinite: bool = True) -> Norm:
         """The p-norm of the whole tensors as one vector: the same on every rank.
@@ -89,198 +94,169 @@ class MeshTensors:
 
         Args:
             p: any number.
-            look: as for `grad_norm`; away from plain tensors alone there is always a look.
+            detect_nonfinite: as for `grad_norm`; where it communicates, non-finite values are always looked for.
 
         Returns:
-            As from `grad_norm`, but `exact` is not rounded to float32. The flag word is or-ed over ranks; `first` is
-            the first on this rank, -1 if what the flag tells of lies elsewhere. What one rank has seen makes the norm
-            non-finite on all.
+            As from `grad_norm`, but where it communicates `norm64` is not rounded to float32. The flag word is or-ed
+            over ranks; `first_nonfinite_index` is the first on this rank, -1 if the flag speaks of another rank. A
+            non-finite value that one rank has seen makes the norm non-finite on all.
         """
-        if self.alone:
-            assert self._scaled is not None
-            return grad_norm(self._scaled, p, detect_nonfinite=detect_nonfinite)
-        home = self.local[0].device if self.local else torch.device("cpu")
-        found = [(over, _moved(norm, home)) for over, norm in self._norms(p)]
-        if found:
-            exact, bits = self._over_meshes(found, p)
-            first = _first([norm.first_nonfinite_index for _, norm in found])
+        if not self.communicates:
+            assert self._all_local is not None
+            return grad_norm(self._all_local, p, detect_nonfinite=detect_nonfinite)
+        device = self.local[0].device if self.local else torch.device("cpu")
+        norms = [(sharded, _moved(norm, device)) for sharded, norm in self._local_norms(p)]
+        if norms:
+            norm64, counts = self._over_meshes(norms, p)
+            first = _first([norm.first_nonfinite_index for _, norm in norms])
         else:
-            exact = torch.full((), 0.0 if p >= 0.0 else math.inf, dtype=torch.float64)
-            bits, first = exact.new_zeros(len(_BITS)), torch.full((), -1)
-        if self.stages is not None:
-            rows = all_gather(torch.cat([exact[None], bits]), self.stages)
-            exact, bits = _combined(rows[:, 0], p), rows[:, 1:].amax(0)
+            norm64 = torch.full((), 0.0 if p >= 0.0 else math.inf, dtype=torch.float64)
+            counts, first = norm64.new_zeros(len(_BITS)), torch.full((), -1)
+        if self.pp_mesh_dim is not None:
+            rows = all_gather(torch.cat([norm64[None], counts]), self.pp_mesh_dim)
+            norm64, counts = combine_norms(rows[:, 0], p), rows[:, 1:].amax(0)
         if p != 0.0:  # which counts them
             if p > 0.0:
-                exact = torch.where((bits[1] + bits[2]) > 0.0, math.inf, exact)
-            exact = torch.where(bits[0] > 0.0, math.nan, exact)
-        wide = not _WIDE.isdisjoint(t.dtype for t in self.given)
-        power = exact if p == 0.0 or math.isinf(p) else exact.pow(p)
-        flag = sum((bits[i] > 0.0).to(torch.int32) * bit for i, bit in enumerate(_BITS))
+                norm64 = torch.where((counts[1] + counts[2]) > 0.0, math.inf, norm64)
+            norm64 = torch.where(counts[0] > 0.0, math.nan, norm64)
+        wide = not _WIDE.isdisjoint(t.dtype for t in self.tensors)
+        sum_of_powers = norm64 if p == 0.0 or math.isinf(p) else norm64.pow(p)
+        flag = sum((counts[i] > 0.0).to(torch.int32) * bit for i, bit in enumerate(_BITS))
         assert isinstance(flag, Tensor)
-        norm = exact.to(torch.float64 if wide else torch.float32)
-        return Norm(norm, exact, power, flag, first)
+        return Norm(norm64.to(torch.float64 if wide else torch.float32), norm64, sum_of_powers, flag, first)
 
     def clip_(self, norm: Tensor, max_norm: float, *, nonfinite: str = "propagate") -> None:
         """Multiply what this rank holds by min(1, max_norm / (norm + 1e-6)); as `clip_` of initlab.kernels."""
-        if self._scaled is None:
-            self._scaled = TensorGroups(self.local, self.numbers)
-        if self.alone or torch.is_inference_mode_enabled():
-            clip_(self._scaled, norm, max_norm, nonfinite=nonfinite)
+        if self._all_local is None:
+            self._all_local = TensorGroups(self.local, self.indices)
+        if not self.communicates or torch.is_inference_mode_enabled():
+            clip_(self._all_local, norm, max_norm, nonfinite=nonfinite)
             return
-        pairs = zip(self.given, self.local, strict=True)
-        wrapped = [(t, mine, mine._version) for t, mine in pairs if t is not mine and not mine.is_inference()]
-        clip_(self._scaled, norm, max_norm, nonfinite=nonfinite)
+        pairs = zip(self._dtensors, self.local, strict=True)
+        written = [(t, part, part._version) for t, part in pairs if t is not None and not part.is_inference()]
+        clip_(self._all_local, norm, max_norm, nonfinite=nonfinite)
         # Autograd goes by a DTensor's own version, and what is written to its local tensor does not change that.
-        torch.autograd.graph.increment_version([t for t, mine, before in wrapped if mine._version != before])
+        torch.autograd.graph.increment_version([t for t, part, before in written if part._version != before])
 
-    def as_given(self, norm: Tensor) -> Tensor:
+    def replicated(self, norm: Tensor) -> Tensor:
         """The norm as torch returns it: a replicated DTensor where all tensors are DTensors on one mesh."""
-        if not self.spread or len(self.spread) < len(self.given):
+        dtensors = self._dtensors if self.communicates else []
+        if not dtensors or any(t is None for t in dtensors):
             return norm
-        mesh, *others = {t.device_mesh for t in self.spread}  # type: ignore[attr-defined]
+        mesh, *others = {t.device_mesh for t in dtensors}  # type: ignore[union-attr]
         if others or mesh.get_coordinate() is None:
             return norm
         module = sys.modules["torch.distributed.tensor"]
         placements = [module.Replicate()] * mesh.ndim
-        replicated: Tensor = module.DTensor.from_local(norm, mesh, placements, run_check=False)
-        return replicated
+        wrapped: Tensor = module.DTensor.from_local(norm, mesh, placements, run_check=False)
+        return wrapped
 
-    def lowest(self, word: str | None) -> tuple[int, str] | None:
-        """The lowest rank that has a word to tell, and its word: a collective on each axis. None if there is none."""
-        stages = [] if self.stages is None else [self.stages]
-        words = gather(word, [axis.group for axis in (*self.axes, *stages)])
-        return next(((rank, one) for rank, one in words.items() if one is not None), None)
+    def lowest(self, message: str | None) -> tuple[int, str] | None:
+        """The lowest rank with a message, and its message; None if no rank has one. A collective on each dimension."""
+        dims = [*self.mesh_dims, *([] if self.pp_mesh_dim is None else [self.pp_mesh_dim])]
+        messages = all_gather_object(message, [mesh_dim.group for mesh_dim in dims])
+        return next(((rank, one) for rank, one in messages.items() if one is not None), None)
 
-    def _norms(self, p: float) -> Iterator[tuple[frozenset[int], Norm]]:
-        """This rank's norms, and the axes over which each is to be taken further."""
-        for part in self._parts:
-            held = part.held
-            if part.partial:
-                held = TensorGroups([local(_summed(t)) for t in part.tensors], part.numbers)
-            if p == 0.0:  # how many tensors hold a non-zero: that is not to be told from how many shards do
-                for tensor, number in zip(held.tensors, part.numbers, strict=True):
-                    yield part.over, grad_norm(TensorGroups([tensor], [number]), p)
+    def _local_norms(self, p: float) -> Iterator[tuple[frozenset[int], Norm]]:
+        """This rank's norms, and the mesh dimensions over which each is to be taken further."""
+        for group in self._groups:
+            prepared = group.local
+            if group.partial:
+                prepared = TensorGroups([local(_summed(t)) for t in group.tensors], group.indices)
+            if p == 0.0:  # how many tensors hold a non-zero: how many shards do would not tell
+                for tensor, index in zip(prepared.tensors, group.indices, strict=True):
+                    yield group.sharded, grad_norm(TensorGroups([tensor], [index]), p)
             else:
-                yield part.over, grad_norm(held, p)
+                yield group.sharded, grad_norm(prepared, p)
 
-    def _over_meshes(self, found: Sequence[tuple[frozenset[int], Norm]], p: float) -> tuple[Tensor, Tensor]:
+    def _over_meshes(self, norms: Sequence[tuple[frozenset[int], Norm]], p: float) -> tuple[Tensor, Tensor]:
         """The norm over all meshes, and how often each non-finite value was seen there."""
-        over = [places for places, _ in found]
-        exact, bits = torch.stack([norm.norm64 for _, norm in found]), _bits([norm.flag for _, norm in found])
-        if p == 1.0 or (p == 2.0 and _WIDE.isdisjoint(t.dtype for t in self.spread)):
-            power, bits = self._reduced(torch.stack([norm.sum_of_powers for _, norm in found]), over, bits, "sum")
-            whole = power.pow(1.0 / p)
+        sharded = [dims for dims, _ in norms]
+        norm64 = torch.stack([norm.norm64 for _, norm in norms])
+        counts = _counts([norm.flag for _, norm in norms])
+        if p == 1.0 or (p == 2.0 and _WIDE.isdisjoint(t.dtype for t in self._dtensors if t is not None)):
+            powers = torch.stack([norm.sum_of_powers for _, norm in norms])
+            powers, counts = self._all_reduce(powers, sharded, counts, "sum")
+            roots = powers.pow(1.0 / p)
             # The power of a plain tensor may overflow; its norm is known.
-            exact = torch.stack([whole[i] if places else exact[i] for i, places in enumerate(over)])
+            norm64 = torch.stack([roots[i] if dims else norm64[i] for i, dims in enumerate(sharded)])
         elif p == 0.0 or p == math.inf:
-            exact, bits = self._reduced(exact, over, bits, "max")
+            norm64, counts = self._all_reduce(norm64, sharded, counts, "max")
         elif p == -math.inf:
-            exact, bits = self._reduced(exact, over, -bits, "min")
-            bits = -bits
+            norm64, counts = self._all_reduce(norm64, sharded, -counts, "min")
+            counts = -counts
         else:
-            exact, bits = self._gathered(exact, over, bits, p)
-        return _combined(exact, p), bits
+            norm64, counts = self._all_gather(norm64, sharded, counts, p)
+        return combine_norms(norm64, p), counts
 
-    def _reduced(self, numbers: Tensor, over: Sequence[frozenset[int]], bits: Tensor, op: str) -> tuple[Tensor, Tensor]:
-        whole = reduced(torch.cat([numbers, bits]), [*over, *[all_mesh_dims(self.axes)] * len(bits)], self.axes, op)
-        return whole[: len(numbers)], whole[len(numbers) :]
+    def _all_reduce(
+        self, numbers: Tensor, sharded: Sequence[frozenset[int]], counts: Tensor, op: str
+    ) -> tuple[Tensor, Tensor]:
+        """Numbers reduced over the dimensions that shard their tensors, counts over all dimensions."""
+        reduce_over = [*sharded, *[all_mesh_dims(self.mesh_dims)] * len(counts)]
+        results = all_reduce(torch.cat([numbers, counts]), reduce_over, self.mesh_dims, op)
+        return results[: len(numbers)], results[len(numbers) :]
 
-    def _gathered(self, exact: Tensor, over: Sequence[frozenset[int]], bits: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        """Where sums of powers could overflow: the norms themselves, of every rank along an axis."""
-        norms = list(exact.unbind())
-        for place, axis in enumerate(self.axes):
-            mine = [i for i, places in enumerate(over) if place in places]  # ranks need not hold equally many others
-            rows = all_gather(torch.stack([*(norms[i] for i in mine), *bits.unbind()]), axis)
-            for column, i in enumerate(mine):
-                norms[i] = _combined(rows[:, column], p)
-            bits = rows[:, len(mine) :].amax(0)
-        return torch.stack(norms), bits
-
-
-def pp_mesh_dim_of(group: Any) -> MeshDim | None:
-    """The axis of a process group, or of a mesh with one dimension, of pipeline stages; None for one rank alone.
-
-    Raises:
-        ValueError: if it is something else, or this rank does not belong to it.
-
-    Example:
-        >>> import torch.distributed as dist
-        >>> from initlab.distributed.norm import pp_mesh_dim_of
-        >>> dist.init_process_group("fake", rank=1, world_size=4)  # no network: collectives do nothing
-        >>> mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
-        >>> pp_mesh_dim_of(mesh["pp"]).ranks, pp_mesh_dim_of(dist.group.WORLD).ranks
-        ((1, 3), (0, 1, 2, 3))
-        >>> dist.destroy_process_group()
-    """
-    if isinstance(group, torch.distributed.ProcessGroup):
-        axis = group_axis(group)
-    elif getattr(group, "ndim", None) == 1 and hasattr(group, "get_group"):
-        if group.get_coordinate() is None:
-            raise ValueError(f"pp_group is {group}, to which this rank does not belong; give it that of its own stages")
-        axis = mesh_axis(group, 0)
-    else:
-        raise ValueError(
-            f"pp_group is {group!r}; it must be a ProcessGroup to which this rank belongs, or a DeviceMesh with one "
-            "dimension, as mesh['pp'] is"
-        )
-    return axis if len(axis.ranks) > 1 else None
+    def _all_gather(
+        self, norm64: Tensor, sharded: Sequence[frozenset[int]], counts: Tensor, p: float
+    ) -> tuple[Tensor, Tensor]:
+        """Where sums of powers could overflow: the norms themselves, of every rank along a dimension."""
+        norms = list(norm64.unbind())
+        for i, mesh_dim in enumerate(self.mesh_dims):
+            taking_part = [k for k, dims in enumerate(sharded) if i in dims]  # ranks need not hold equally many others
+            rows = all_gather(torch.stack([*(norms[k] for k in taking_part), *counts.unbind()]), mesh_dim)
+            for column, k in enumerate(taking_part):
+                norms[k] = combine_norms(rows[:, column], p)
+            counts = rows[:, len(taking_part) :].amax(0)
+        return torch.stack(norms), counts
 
 
-def _refuse_overlap(stages: MeshDim, axes: Sequence[MeshDim]) -> None:
+def _refuse_overlap(pp_mesh_dim: MeshDim, mesh_dims: Sequence[MeshDim]) -> None:
     """Raise where ranks that hold parts or copies of the same tensors are to count as stages, which hold others."""
-    for axis in axes:
-        both = set(stages.ranks).intersection(axis.ranks)
+    for mesh_dim in mesh_dims:
+        both = set(pp_mesh_dim.ranks).intersection(mesh_dim.ranks)
         if len(both) > 1:
             raise ValueError(
                 f"pp_group has ranks {listed(both)}, and the mesh of a gradient spreads it over these: it would count "
-                f"{len(both)} times. Give the group of ranks that hold other stages, as mesh['pp'] is, or leave it out"
+                f"{len(both)} times. Pass the group of ranks that hold other stages, as mesh['pp'] is, or leave it out"
             )
 
 
-def _is_partial(tensor: Tensor) -> bool:
+def _is_partial(dtensor: Any) -> bool:
     """Whether ranks hold terms of a sum, which scales as they do."""
-    if not is_dtensor(tensor):
-        return False
-    found = [p for p in tensor.placements if p.is_partial()]  # type: ignore[attr-defined]
-    for placement in found:
+    partial = [p for p in dtensor.placements if p.is_partial()]
+    for placement in partial:
         if type(placement).__name__ != "Partial" or placement.reduce_op not in ("sum", "avg"):
             raise NotImplementedError(
-                f"a DTensor of shape {tuple(tensor.shape)} is placed {placement}, so what ranks hold is neither its "
+                f"a DTensor of shape {tuple(dtensor.shape)} is placed {placement}, so what ranks hold is neither its "
                 "elements nor terms of a sum; redistribute it to Shard or Replicate"
             )
-    return bool(found)
+    return bool(partial)
 
 
-def _summed(tensor: Any) -> Tensor:
+def _summed(dtensor: Any) -> Tensor:
     """A Partial DTensor with its sums carried out: a collective."""
     replicate = sys.modules["torch.distributed.tensor"].Replicate()
-    summed: Tensor = tensor.redistribute(placements=[replicate if p.is_partial() else p for p in tensor.placements])
+    placements = [replicate if p.is_partial() else p for p in dtensor.placements]
+    summed: Tensor = dtensor.redistribute(placements=placements)
     return summed
 
 
-def _moved(norm: Norm, home: torch.device) -> Norm:
-    def moved(x: Any) -> Tensor:
-        there: Tensor = x.to(home, non_blocking=home.type != "cpu")
-        return there
+def _moved(norm: Norm, device: torch.device) -> Norm:
+    def moved(x: Any) -> Any:
+        return x.to(device, non_blocking=device.type != "cpu")
 
     return Norm(*map(moved, norm))
 
 
-def _combined(norms: Tensor, p: float) -> Tensor:
-    """The norm of things whose norms these are, scaled so that nothing overflows."""
-    if len(norms) == 1:
-        return norms[0]
-    return norms.sum() if p == 0.0 else grad_norm([norms], p, detect_nonfinite=False).norm64
+def _counts(flags: Sequence[Any]) -> Tensor:
+    """For each kind of non-finite value 1.0 where a flag word tells of it, else 0.0."""
+    stacked = torch.stack(list(flags))
+    return torch.stack([((stacked & bit) != 0).any() for bit in _BITS]).to(torch.float64)
 
 
-def _bits(flags: Sequence[Any]) -> Tensor:
-    words = torch.stack(list(flags))
-    return torch.stack([((words & bit) != 0).any() for bit in _BITS]).to(torch.float64)
-
-
-def _first(firsts: Sequence[Any]) -> Tensor:
-    nowhere = torch.iinfo(torch.int64).max
-    places = torch.stack(list(firsts))
-    first = torch.where(places < 0, nowhere, places).amin()
-    return torch.where(first == nowhere, -1, first)
+def _first(indices: Sequence[Any]) -> Tensor:
+    none = torch.iinfo(torch.int64).max
+    stacked = torch.stack(list(indices))
+    first = torch.where(stacked < 0, none, stacked).amin()
+    return torch.where(first == none, -1, first)

@@ -4,7 +4,6 @@ import difflib
 import functools
 import math
 import operator
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack
@@ -18,9 +17,13 @@ from torch.nn.parameter import is_lazy
 
 from initlab.kernels import Constant, Draw, eagerly, fill_, named_key
 
-from ..distributed.collectives import check_agreement
-from ..distributed.shards import count_as_written, is_dtensor, local, local_shards, refuse_hidden_shards, reshard
+from .. import _console
+from .._console import listing
+from ..distributed.agreement import check_agreement
+from ..distributed.dtensors import count_as_written, is_dtensor, local
+from ..distributed.fsdp import refuse_hidden_shards, reshard
 from ..distributed.shards import draws as draws_of
+from ..distributed.shards import local_shards
 from .layers import FillSpec, reset_function
 from .naming import Names, TensorRef, class_name, matches, shared_memory, tensor_refs
 from .recipes import RecipeLike, View, keep_padding, resolve
@@ -32,7 +35,6 @@ Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
 Buffers: TypeAlias = Callable[[str, Tensor], Tensor | float | None]
 
 _LONG = 1 << 28  # elements: a second or more on a CPU, long enough for a progress bar to be welcome
-_LISTED = 20  # names in an error
 
 
 def init_model_(
@@ -75,7 +77,7 @@ def init_model_(
             `device`; returns its value, or None. A buffer for which it has none is set by its owner's
             `_init_buffers()`, its reset_parameters, or the `_init_weights(owner)` of a module above it, with
             parameters out of reach and random numbers fixed by `seed`.
-        progress: whether to show a progress bar (tqdm); None shows one for 2**28 elements and more in a terminal.
+        progress: whether to show a progress bar on stderr; None shows one for 2**28 elements and more in a terminal.
         check_ranks: compare, before anything is written, what ranks are about to fill DTensors with: one all-reduce of
             16 bytes for each dimension of a mesh, in which every rank takes part.
 
@@ -135,7 +137,9 @@ def _init_model(
     plan.refuse_meta(target)
     if check_ranks:
         plan.compare_ranks()
-    with _bar(progress, sum(local(task.ref.tensor).numel() for task in plan.tasks)) as advance:
+    elements = sum(local(task.ref.tensor).numel() for task in plan.tasks)
+    show = False if progress is None and elements < _LONG else progress
+    with _console.progress("initlab", elements, show) as advance:
         new = plan.materialised(target)
         ready = _own_code(plan, new, target, buffers)
         new |= ready
@@ -216,7 +220,7 @@ class _Plan:
         on_meta = [task.ref.name for task in self.tasks if task.ref.tensor.is_meta]
         if on_meta and target is None:
             raise ValueError(
-                f"{_listing(on_meta)} on the meta device: say where the model is to lie, device='cpu' or 'cuda'"
+                f"{_first_and_count(on_meta)} on the meta device: say where the model is to lie, device='cpu' or 'cuda'"
             )
 
     def compare_ranks(self) -> None:
@@ -273,7 +277,7 @@ def _plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None, na
         example = missing[0].split(" ")[0]
         raise ValueError(
             f"recipe {chosen.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
-            f"written unless all that are selected can be filled:\n  {_lines(missing)}\n"
+            f"written unless all that are selected can be filled:{listing(missing)}\n"
             f'Give them a distribution by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them out with '
             "only="
         )
@@ -339,17 +343,12 @@ def _refuse(parameters: list[TensorRef], selected: set[TensorRef]) -> None:
     if shared:
         pairs = [f"{a} and {b}" for a, b in shared]
         raise ValueError(
-            f"different parameters share memory, and would be filled twice:\n  {_lines(pairs)}\n"
+            f"different parameters share memory, and would be filled twice:{listing(pairs)}\n"
             "Tie them by making them one Parameter, or leave one out with only="
         )
 
 
-def _lines(entries: list[str]) -> str:
-    shown = entries[:_LISTED]
-    return "\n  ".join([*shown, f"... and {len(entries) - _LISTED} more"] if len(entries) > _LISTED else shown)
-
-
-def _listing(names: list[str]) -> str:
+def _first_and_count(names: list[str]) -> str:
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
@@ -410,7 +409,7 @@ def _own_code(
     ]
     if missing:
         raise ValueError(
-            f"{len(missing)} buffers on the meta device are set by nobody:\n  {_lines(missing)}\n"
+            f"{len(missing)} buffers on the meta device are set by nobody:{listing(missing)}\n"
             "Give their values with buffers=, a function of name and tensor, or build the model off the meta device"
         )
     return found
@@ -547,7 +546,7 @@ def _swapped(old: Tensor, new: Tensor, name: str) -> Tensor:
 # Fill
 
 
-def _fill(plan: _Plan, new: dict[int, Tensor], ready: Set[int], advance: Callable[[int], object] | None) -> None:
+def _fill(plan: _Plan, new: dict[int, Tensor], ready: Set[int], advance: Callable[[int], object]) -> None:
     """Fill what is planned, but for the tensors that are ready."""
     current = ""
     filled: list[Tensor] = []
@@ -574,33 +573,3 @@ def _fill(plan: _Plan, new: dict[int, Tensor], ready: Set[int], advance: Callabl
         raise type(error)(f"{current}: {error}") from error
     for tensor in filled:
         count_as_written(tensor)
-
-
-class _bar:
-    """A progress bar over elements, or nothing: `with _bar(...) as advance`, advance(elements) or None."""
-
-    def __init__(self, wanted: bool | None, elements: int) -> None:
-        self.bar: Any = None
-        if wanted is None:
-            wanted = elements >= _LONG and sys.stderr is not None and sys.stderr.isatty()
-            required = False
-        else:
-            required = wanted
-        if not wanted:
-            return
-        try:
-            from tqdm import tqdm
-        except ModuleNotFoundError as error:
-            if required:
-                raise ModuleNotFoundError(
-                    "progress=True needs tqdm, which is not installed; pip install 'initlab[report]'"
-                ) from error
-            return
-        self.bar = tqdm(total=elements, unit="elements", unit_scale=True, desc="initlab", leave=False)
-
-    def __enter__(self) -> Callable[[int], object] | None:
-        return None if self.bar is None else self.bar.update
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..distributed.shards import local
+from ..distributed.dtensors import local
 
 Names: TypeAlias = Callable[[str], str] | str
 

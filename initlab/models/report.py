@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from initlab.kernels import STREAM_VERSION, Constant, Distribution, Normal, Uniform, content_sum
 
-from ..distributed.collectives import MeshDims, reduced
-from ..distributed.shards import is_dtensor, local, local_shards, refuse_hidden_shards, reshard
+from .._console import table
+from ..distributed.collectives import all_reduce
+from ..distributed.dtensors import is_dtensor, local
+from ..distributed.fsdp import refuse_hidden_shards, reshard
+from ..distributed.groups import MeshDims
+from ..distributed.shards import local_shards
 from .layers import DimSlice
 from .naming import Names, tensor_refs
 
@@ -158,11 +162,11 @@ def _content_of(tensor: Tensor, name: str) -> int:
 
 def _summed(tensors: list[Tensor], sums: list[int]) -> list[int]:
     """Content sums added up over the ranks among which tensors are sharded."""
-    axes = MeshDims(tensors)
-    if axes.axes:  # in halves: no sum over ranks may overflow int64
+    mesh_dims = MeshDims(tensor if is_dtensor(tensor) else None for tensor in tensors)
+    if mesh_dims.dims:  # in halves: no sum over ranks may overflow int64
         halves = torch.tensor([half for total in sums for half in (total & _HALF, (total >> 32) & _HALF)])
-        over = [places for places in axes.sharded for _ in range(2)]
-        added = reduced(halves, over, axes.axes).tolist()
+        reduce_over = [dims for dims in mesh_dims.sharded for _ in range(2)]
+        added = all_reduce(halves, reduce_over, mesh_dims.dims).tolist()
         sums = [low + (high << 32) for low, high in zip(added[::2], added[1::2], strict=True)]
     return [total & ((1 << 64) - 1) for total in sums]
 
@@ -232,12 +236,12 @@ class InitReport:
     def __str__(self) -> str:
         total = sum(row.numel for row in self.rows)
         head = ["name", "shape", "dtype", "distribution", "fan", "std", "key", "why"]
-        table = [head, *map(self._cells, self.rows)]
+        rows = [self._cells(row) for row in self.rows]
         if self.digests is not None:
             head.insert(7, "digest")
-            for line, row in zip(table[1:], self.rows, strict=True):
-                line.insert(7, self.digests.parameters.get(row.name, ""))
-        lines = _aligned(table)
+            for cells, row in zip(rows, self.rows, strict=True):
+                cells.insert(7, self.digests.parameters.get(row.name, ""))
+        lines = [table(head, rows)]
         digest = "" if self.digests is None else f", digest {self.digests.total}"
         summary = f"{len(self.rows)} tensors, {total:,} elements: recipe {self.recipe}, seed {self.seed}, "
         lines.append(f"{summary}stream {self.stream}{digest}")
@@ -266,12 +270,6 @@ class InitReport:
 def report_of(model: nn.Module, names: Names | None, seed: int, recipe: str, rows: Sequence[Row]) -> InitReport:
     """The report on a model, which it does not keep alive."""
     return InitReport(seed, recipe, tuple(rows), _model=weakref.ref(model), _names=names)
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def distribution_text(distribution: Distribution) -> str:

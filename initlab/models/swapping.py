@@ -23,8 +23,10 @@ from torch.overrides import TorchFunctionMode
 from initlab.kernels import Constant, fill_
 
 from .. import init
-from ..distributed.collectives import check_agreement, differing, group_axes, groups_of, refuse_differing
-from ..distributed.shards import count_as_written, draws, is_dtensor
+from ..distributed.agreement import check_agreement, differing, refuse_differing
+from ..distributed.dtensors import count_as_written, is_dtensor
+from ..distributed.groups import groups_of, mesh_dims_of
+from ..distributed.shards import draws
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -292,7 +294,7 @@ def _compare(drawn: list[tuple[Tensor, Any, int]], where: Any) -> None:
     told: dict[str, str] = {}
     for _, label, words in said:
         told[label] = told.get(label, "") + words
-    refuse_differing(differing(told, group_axes(where, "check_ranks")), what, advice)
+    refuse_differing(differing(told, mesh_dims_of(where, "check_ranks")), what, advice)
 
 
 def swap(*, check_ranks: Any = False) -> _Swap:

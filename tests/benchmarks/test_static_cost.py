@@ -63,9 +63,9 @@ def test_sampling_kernels_compile_for_every_target(target, costs):
 CLIPPING = {"norm": {"fp32": 5, "bf16": 5, "fp16": 5, "fp64": 8}, "scale": {"fp32": 8, "bf16": 8, "fp16": 8, "fp64": 8}}
 
 
-def test_clipping_full_chunks_on_hopper(costs):
+def test_clipping_full_blocks_on_hopper(costs):
     """Instructions per element, all memory moved 128 bits at a time."""
-    found = costs(["sm_90"], *(f"{name}: full chunks" for name in CLIPPING))
+    found = costs(["sm_90"], *(f"{name}: full blocks" for name in CLIPPING))
     assert len(found) == 8
     for cost in found:
         name = cost["kernel"].partition(":")[0]
@@ -77,7 +77,7 @@ def test_clipping_full_chunks_on_hopper(costs):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_clipping_kernels_compile_for_every_target(target, costs):
-    wanted = ["norm: kernel", "norm: finish", "norm: second look", "norm: second finish", "scale: kernel"]
+    wanted = ["norm: kernel", "norm: finish", "norm: rescan", "norm: rescan finish", "scale: kernel"]
     found = costs([target], *wanted)
     assert {cost["kernel"] for cost in found} == set(wanted)
     for cost in found:
@@ -92,11 +92,11 @@ def test_linear_relu_on_hopper(costs):
         (c["kernel"].partition(": ")[2], c["element"]): c for c in costs(["sm_90"], "linear_relu 128x256: relu, bias")
     }
     for element in ("bf16", "fp32"):
-        for variant in ("relu, bias", "relu, bias, glance", "relu, bias, flag"):
+        for variant in ("relu, bias", "relu, bias, maximum", "relu, bias, flag"):
             cost = found[variant, element]
             assert cost["local_bytes"] == 0, cost
             assert {op.split(".")[0] for op in cost["products"]} == {"HGMMA", "UTMALDG", "UTMASTG"}, cost
-        flag = found["relu, bias, glance", element]["per_element"] - found["relu, bias", element]["per_element"]
+        flag = found["relu, bias, maximum", element]["per_element"] - found["relu, bias", element]["per_element"]
         assert 0 < flag <= 2, (element, flag)
 
 
@@ -118,6 +118,6 @@ def test_the_flag_kernel_on_hopper(costs):
     for cost in found:
         assert cost["local_bytes"] == 0, cost
         assert "LDG.E.128" in cost["loads"], cost
-        if cost["kernel"] == "flag: chunk":
+        if cost["kernel"] == "flag: block":
             assert set(cost["loads"]) == {"LDG.E.128"}, cost
             assert cost["per_element"] <= 10, cost

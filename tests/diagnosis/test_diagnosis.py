@@ -1,4 +1,4 @@
-"""The doctor: what it restores, what it finds in models of our own, what it says.
+"""diagnose(): what it restores, what it finds in models of our own, what it says.
 
 The faults in tests/faults were written without sight of its rules and are judged in test_faults.py; these here go
 with the rules, one or two each.
@@ -21,7 +21,7 @@ import initlab
 from initlab import cli, diagnose, supervised
 from initlab.diagnosis import fixes, names, ranks, report, state
 from initlab.diagnosis.batch import features, leaves
-from initlab.diagnosis.losses import look_at
+from initlab.diagnosis.losses import loss_call
 from initlab.diagnosis.origin import Search
 from initlab.diagnosis.stats import measure
 
@@ -66,10 +66,6 @@ def sgd(model, lr=0.1):
 
 def adam(model, lr=1e-3):
     return torch.optim.Adam(model.parameters(), lr=lr)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Nothing of the user's changes
 
 
 class Everything(nn.Module):
@@ -277,10 +273,6 @@ def test_gradients_are_there_in_any_mode(mode):
         found = diagnose(model, batch, CROSS_ENTROPY)
         assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
     assert found.gradient_norm > 0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# One or two faults for each rule
 
 
 class Own(nn.Module):
@@ -707,10 +699,6 @@ def test_meta():
     assert model[0].weight.is_meta
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Healthy, wrapped, compiled
-
-
 def test_healthy_says_how_far_it_is_from_trouble():
     model = mlp(64, 32, 10)
     found = diagnose(model, digits(), CROSS_ENTROPY, adam(model), steps=3)
@@ -817,10 +805,6 @@ def test_lbfgs():
     assert found.losses[1] < found.losses[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What is said, and what is refused
-
-
 def test_text_and_json():
     model = mlp(64, 64, 10)
     found = diagnose(model, digits(), CROSS_ENTROPY, adam(model, 10.0))
@@ -833,12 +817,14 @@ def test_text_and_json():
     assert text.index("1. learning rate") < text.index("headroom", text.index("layer"))
 
 
-def test_text_without_rich(monkeypatch):
+def test_the_text_does_not_depend_on_the_terminal(monkeypatch):
     model = mlp(64, 16, 10)
     found = diagnose(model, digits(), CROSS_ENTROPY)
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
-    monkeypatch.setattr(report, "_with_rich", None)
-    assert "Linear" in str(found)
+    before = str(found)
+    assert "Linear" in before
+    for name, value in {"COLUMNS": "20", "FORCE_COLOR": "1", "TERM": "dumb", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+        assert str(found) == before
 
 
 def test_places_read_well():
@@ -872,10 +858,6 @@ def test_wrong_arguments(arguments, error, words):
 def test_wrong_steps(steps):
     with pytest.raises(ValueError, match="steps is"):
         diagnose(mlp(64, 10), digits(), CROSS_ENTROPY, steps=steps)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The parts
 
 
 def test_measure_against_torch():
@@ -944,14 +926,14 @@ def test_search_ends_at_what_held_the_value(value):
 
 def test_probabilities_are_told_from_logits():
     logits, y = torch.randn(8, 3), torch.zeros(8, dtype=torch.long)
-    assert look_at("cross_entropy", (logits, y), {}).problem == ""
-    assert look_at("cross_entropy", (logits.log_softmax(1), y), {}).problem == ""
-    assert look_at("cross_entropy", (logits.softmax(1), y), {}).problem == "probabilities"
-    assert look_at("nll_loss", (logits.log_softmax(1), y), {}).problem == ""
-    assert look_at("nll_loss", (logits, y), {}).problem == "logits"
-    assert look_at("cross_entropy", (logits, y + 3), {}).problem == "classes"
-    assert look_at("cross_entropy", (logits, y + 3), {"ignore_index": 3}).problem == "empty"
-    assert look_at("cross_entropy", (logits, y), {}).baseline == pytest.approx(math.log(3))
+    assert loss_call("cross_entropy", (logits, y), {}).problem == ""
+    assert loss_call("cross_entropy", (logits.log_softmax(1), y), {}).problem == ""
+    assert loss_call("cross_entropy", (logits.softmax(1), y), {}).problem == "probabilities"
+    assert loss_call("nll_loss", (logits.log_softmax(1), y), {}).problem == ""
+    assert loss_call("nll_loss", (logits, y), {}).problem == "logits"
+    assert loss_call("cross_entropy", (logits, y + 3), {}).problem == "classes"
+    assert loss_call("cross_entropy", (logits, y + 3), {"ignore_index": 3}).problem == "empty"
+    assert loss_call("cross_entropy", (logits, y), {}).baseline == pytest.approx(math.log(3))
 
 
 def test_a_remedy_that_does_not_help_is_not_said_to():
@@ -986,10 +968,6 @@ def test_long_tables_are_cut():
         assert any(line.split()[:1] == [name] for line in text.splitlines()), name
     assert " more" in text
     assert len(found.to_dict()["layers"]) == 102
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Beside other ranks; with real ones in ranks_watching.py
 
 
 @pytest.fixture
@@ -1108,7 +1086,7 @@ def test_whose_diagnosis_comes_first():
         return report.Diagnosis(causes, broke_at=broke_at)
 
     def first(*diagnoses):
-        return ranks.first_of(dict(enumerate(diagnoses)))
+        return ranks.merge(dict(enumerate(diagnoses)))
 
     assert first(of("healthy"), of("warning", 1), of("broken", 4), of("broken", 3)).rank == 3
     assert first(of("healthy"), of("broken"), of("broken", 3)).rank == 2

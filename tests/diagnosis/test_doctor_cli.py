@@ -39,7 +39,7 @@ SCRIPT = """
 
 @pytest.fixture
 def script(tmp_path):
-    path = tmp_path / "patients.py"
+    path = tmp_path / "training.py"
     path.write_text(textwrap.dedent(SCRIPT))
     return path
 
@@ -63,7 +63,7 @@ def test_json(script, capsys):
     ("function", "words"),
     [("lost", "it must return (model, batch"), ("unreduced", "one element"), ("nobody", "nobody")],
 )
-def test_what_cannot_be_examined(script, function, words, capsys):
+def test_what_cannot_be_diagnosed(script, function, words, capsys):
     assert cli.main(["doctor", f"{script}:{function}"]) == 64
     said = capsys.readouterr()
     assert words in said.err

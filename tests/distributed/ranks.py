@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-_SECONDS = 60  # how long a collective waits for a rank that does not come
-_LONGEST = 600  # how long a world may take
+_SECONDS = 60  # that a collective waits for other ranks
+_LONGEST = 600  # seconds that a world may take
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-_NOT_REACHED = "did not get here"
+_NOT_REACHED = "did not reach it"
 
 
 def on(*worlds: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -55,9 +55,9 @@ def run(world: int, names: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     while len(found) < len(names):
         left = [name for name in names if name not in found]
-        told = _start(world, left)
+        results = _start(world, left)
         for name in left:
-            each = [rank.get(name, _NOT_REACHED) for rank in told]
+            each = [rank.get(name, _NOT_REACHED) for rank in results]
             if name is not left[0] and _NOT_REACHED in each and any(found[n] for n in left if n in found):
                 break
             found[name] = "\n".join(f"rank {rank}: {wrong}" for rank, wrong in enumerate(each) if wrong)
@@ -65,7 +65,7 @@ def run(world: int, names: Sequence[str]) -> dict[str, str]:
 
 
 def _start(world: int, names: Sequence[str]) -> list[dict[str, str]]:
-    """For each rank what it tells of the scenarios that it got to."""
+    """For each rank its results of the scenarios that it reached: empty, or a traceback."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, str(world), *names]
         ranks = [
@@ -113,12 +113,12 @@ def _be_a_rank(rank: int, world: int, names: Sequence[str], folder: str) -> None
             except BaseException:
                 wrong = traceback.format_exc()
             print(json.dumps([name, wrong]), file=out, flush=True)
-            if wrong:  # the other ranks may wait for this one: they learn of it when its connections close
+            if wrong:  # the other ranks may wait for this one, until its connections close
                 os._exit(1)
         dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # what the interpreter would tear down takes a second a rank
+    os._exit(0)  # tearing the interpreter down takes a second a rank
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_the_example_of_the_docs():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if line.strip()]
-    assert len(said) == 6
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    assert len(lines) == 6
     page = (root / "docs" / "distributed.md").read_text()
-    assert "\n".join(said) in page
+    assert "\n".join(lines) in page

@@ -18,14 +18,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import initlab
-from initlab.distributed.collectives import MeshDims, differing
-from initlab.distributed.shards import local_intervals, local_shards
+from initlab.distributed.agreement import differing
+from initlab.distributed.groups import MeshDims
+from initlab.distributed.intervals import local_intervals
+from initlab.distributed.shards import local_shards
 
 MESHES = [(64,), (512,), (8, 8), (16, 4), (64, 8), (3, 5, 7), (2, 4, 8), (4, 16, 8)]
 
 
 @st.composite
-def spread(draw, mesh):
+def sharding(draw, mesh):
     """A length, and the order in which some dimensions of a mesh shard it, as (parts, factor) from left to right."""
     length = draw(st.integers(0, 1200))
     chosen = draw(st.sets(st.integers(0, len(mesh) - 1), min_size=1))
@@ -39,7 +41,7 @@ def spread(draw, mesh):
 def test_regions_tile(data):
     """In any order of sharding, all ranks together hold each element once for every copy."""
     mesh = data.draw(st.sampled_from(MESHES))
-    length, splits = data.draw(spread(mesh))
+    length, splits = data.draw(sharding(mesh))
     count = torch.zeros(length, dtype=torch.int64)
     for where in itertools.product(*map(range, mesh)):
         for offset, size in local_intervals(
@@ -104,8 +106,8 @@ def expected(shape, mesh, placements, where, sizes):
             for p, parts, at in zip(placements, mesh, where, strict=True)
             if getattr(p, "dim", None) == dim
         ]
-        stretches = local_intervals(length, splits, sizes[dim])
-        index = [i for offset, size in stretches for i in range(offset, offset + size)]
+        intervals = local_intervals(length, splits, sizes[dim])
+        index = [i for offset, size in intervals for i in range(offset, offset + size)]
         found = found.index_select(dim, torch.tensor(index, dtype=torch.int64))
     return found
 
@@ -148,7 +150,7 @@ def over_tensor_parallel(model, mesh):
     return fully_shard(model, mesh=mesh[tuple(data)])
 
 
-SPREADS = {
+PARALLEL = {
     "fsdp": lambda model, world: fully_shard(model, mesh=mesh_of(world)),
     "hsdp": lambda model, world: fully_shard(model, mesh=mesh_of(2, world // 2)),
     "2-d": lambda model, world: over_tensor_parallel(model, mesh_of(world // 8, 8)),
@@ -156,7 +158,7 @@ SPREADS = {
 }
 
 
-@pytest.mark.parametrize("kind", SPREADS)
+@pytest.mark.parametrize("kind", PARALLEL)
 def test_parallel_models_tile(world, kind):
     """What fully_shard and parallelize_module make on each of 64 ranks: together every element, equally often."""
     count = {name: torch.zeros(p.shape, dtype=torch.int64) for name, p in Layer().named_parameters()}
@@ -164,7 +166,7 @@ def test_parallel_models_tile(world, kind):
         world(64, rank)
         with torch.device("meta"):
             model = Layer()
-        for name, parameter in SPREADS[kind](model, 64).named_parameters():
+        for name, parameter in PARALLEL[kind](model, 64).named_parameters():
             for _, region in local_shards(parameter):
                 where = zip(region.offsets, region.sizes, strict=True)
                 count[name][tuple(slice(offset, offset + size) for offset, size in where)] += 1
@@ -180,13 +182,13 @@ def test_a_rank_of_512(world, rank):
     world(512, rank)
     with torch.device("meta"):
         model = Layer()
-    model = SPREADS["3-d"](model, 512)
+    model = PARALLEL["3-d"](model, 512)
     initlab.init_model_(model, 3, device="cpu")
     for name, parameter in model.named_parameters():
-        for mine, region in local_shards(parameter):
+        for shard, region in local_shards(parameter):
             where = zip(region.offsets, region.sizes, strict=True)
             expected = whole.get_parameter(name)[tuple(slice(offset, offset + size) for offset, size in where)]
-            assert torch.equal(mine, expected), name
+            assert torch.equal(shard, expected), name
 
 
 def test_a_parameter_that_cannot_stay_the_same_object(world):
@@ -194,11 +196,11 @@ def test_a_parameter_that_cannot_stay_the_same_object(world):
     world(4, 1)
     with torch.device("meta"):
         model = Layer()
-    model = SPREADS["fsdp"](model, 4)
-    held = weakref.ref(model.up.weight)
+    model = PARALLEL["fsdp"](model, 4)
+    weak = weakref.ref(model.up.weight)
     with pytest.warns(UserWarning, match=r"up\.weight is a new parameter now.*weakref.*make anew"):
         initlab.init_model_(model, 3, device="cpu")
-    assert held() is not model.up.weight
+    assert weak() is not model.up.weight
     assert not model.up.weight.is_meta
 
 
@@ -224,18 +226,18 @@ def test_factors_that_fit_nothing():
     assert local_intervals(12, [(3, 1, 1)], size=5) is None
 
 
-def test_axes(world):
-    """Dimensions of one rank are left out, and equal sets of ranks are one axis."""
+def test_mesh_dims(world):
+    """Dimensions of one rank are left out, and dimensions with equal ranks are one."""
     world(8, 5)
     square, cube = dist.init_device_mesh("cpu", (2, 4)), dist.init_device_mesh("cpu", (2, 1, 4))
     tensors = [
         distribute_tensor(torch.ones(8, 8), square, [Replicate(), Shard(0)]),
         distribute_tensor(torch.ones(8, 8), cube, [Shard(0), Shard(1), Replicate()]),
-        torch.ones(2),
+        None,
     ]
-    axes = MeshDims(tensors)
-    assert [axis.ranks for axis in axes.axes] == [(1, 5), (4, 5, 6, 7)]
-    assert axes.sharded == [frozenset({1}), frozenset({0}), frozenset()]
+    mesh_dims = MeshDims(tensors)
+    assert [mesh_dim.ranks for mesh_dim in mesh_dims.dims] == [(1, 5), (4, 5, 6, 7)]
+    assert mesh_dims.sharded == [frozenset({1}), frozenset({0}), frozenset()]
 
 
 def test_everybody_agrees_with_himself():
@@ -245,7 +247,7 @@ def test_everybody_agrees_with_himself():
 @settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_content_sums_of_parts_add_up(data):
-    """kernels.content_sum over the blocks of a random sharding, complex and strided tensors too."""
+    """kernels.content_sum over the regions of a random sharding, complex and strided tensors too."""
     from initlab.kernels import Region, content_sum
 
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
@@ -255,9 +257,9 @@ def test_content_sums_of_parts_add_up(data):
     total = 0
     for where in itertools.product(*map(range, parts)):
         each = [local_intervals(n, [(p, at, 1)]) for n, p, at in zip(shape, parts, where, strict=True)]
-        for stretches in itertools.product(*each):
-            region = Region(shape, tuple(o for o, _ in stretches), tuple(s for _, s in stretches))
-            total += content_sum(whole[tuple(slice(o, o + s) for o, s in stretches)], region)
+        for intervals in itertools.product(*each):
+            region = Region(shape, tuple(o for o, _ in intervals), tuple(s for _, s in intervals))
+            total += content_sum(whole[tuple(slice(o, o + s) for o, s in intervals)], region)
     assert total % 2**64 == content_sum(whole)
     with pytest.raises(ValueError, match="region's sizes"):
         content_sum(whole, Region((1, *shape), (0,) * (len(shape) + 1), (1, *shape)))

@@ -1,4 +1,4 @@
-"""Planted faults and healthy models: what a doctor of training runs is judged by. Importing loads no data."""
+"""Planted faults and healthy models: what diagnose() is judged by. Importing loads no data."""
 
 from . import cnn, gan, mlp, physics, rnn, transformer
 from .case import FAMILIES, KINDS, Fault, Healthy

@@ -29,7 +29,7 @@ CROSS_ENTROPY = ("cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A user's mistake, and what a good doctor says of it.
+    """A user's mistake, and what a good diagnosis says of it.
 
     `place` names attributes of the top cause's place. A tuple holds answers of which any one will do; a list holds
     features that must all be named and no others; any other answer must be given as it stands (a feature may be one of
@@ -72,7 +72,7 @@ def _agrees(wanted: Any, said: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Healthy:
-    """A training step with nothing wrong in it; `steps` is how many a doctor is to look at."""
+    """A training step with nothing wrong in it; `steps` is how many a diagnosis is to take."""
 
     name: str
     build: Build

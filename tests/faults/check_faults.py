@@ -93,14 +93,14 @@ def symptom(fault: Fault) -> str:
         return f"{zeros:.0%} of the gradient is 0, the twin's {twin_zeros:.0%}"
     losses, broke = run(fault.build(), LONG)
     twin_losses, _ = run(fault.twin(), LONG)
-    told = f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {LONG} steps"
-    told += f", the twin's {twin_losses[0]:.3g} -> {twin_losses[-1]:.3g}"
+    text = f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {LONG} steps"
+    text += f", the twin's {twin_losses[0]:.3g} -> {twin_losses[-1]:.3g}"
     if broke or (losses[0] > 0 and losses[-1] > 0.7 * losses[0] and twin_losses[-1] < 0.6 * twin_losses[0]):
-        return f"{broke} {told}".strip()
+        return f"{broke} {text}".strip()
     return ""
 
 
-def illness(built: Built, steps: int = 20) -> str:
+def problem(built: Built, steps: int = 20) -> str:
     """What is wrong with a training step that should be fine; empty if nothing is."""
     losses, broke = run(built, steps)
     if broke:
@@ -158,20 +158,24 @@ def main() -> int:
     for fault in chosen:
         assert set(fault.kinds) <= set(KINDS), fault.name
         assert fault.family in FAMILIES, fault.name
-        told, sick = symptom(fault), illness(fault.twin()) if fault.twin else ""
+        shown, wrong_in_twin = symptom(fault), problem(fault.twin()) if fault.twin else ""
         fresh = repeats(fault.build)
         nowhere = lost(fault)
-        bad = not told or bool(sick) or not fresh or bool(nowhere)
+        bad = not shown or bool(wrong_in_twin) or not fresh or bool(nowhere)
         wrong += bad
-        print(f"{'BAD ' if bad else 'ok  '} {fault.name:<44} {fault.kinds[0]:<14} {told or 'NO SYMPTOM'}", end="")
-        print(f"; TWIN: {sick}" * bool(sick) + "; BUILDS DIFFER" * (not fresh) + f"; PLACE: {nowhere}" * bool(nowhere))
+        print(f"{'BAD ' if bad else 'ok  '} {fault.name:<44} {fault.kinds[0]:<14} {shown or 'NO SYMPTOM'}", end="")
+        print(
+            f"; TWIN: {wrong_in_twin}" * bool(wrong_in_twin)
+            + "; BUILDS DIFFER" * (not fresh)
+            + f"; PLACE: {nowhere}" * bool(nowhere)
+        )
     for model in well:
-        sick, fresh = illness(model.build()), repeats(model.build)
-        bad = bool(sick) or not fresh
+        found, fresh = problem(model.build()), repeats(model.build)
+        bad = bool(found) or not fresh
         wrong += bad
         losses, _ = run(model.build(), 20)
         print(f"{'BAD ' if bad else 'ok  '} {model.name:<44} {'healthy':<14} ", end="")
-        print(sick or f"loss {losses[0]:.4g} -> {losses[-1]:.4g}", "; BUILDS DIFFER" * (not fresh))
+        print(found or f"loss {losses[0]:.4g} -> {losses[-1]:.4g}", "; BUILDS DIFFER" * (not fresh))
     for title, count in (
         ("family", Counter(f.family for f in chosen)),
         ("kind", Counter(f.kinds[0] for f in chosen)),

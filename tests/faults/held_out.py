@@ -1,4 +1,4 @@
-"""A second set of planted faults and healthy models, held out: the doctor was not tuned on it."""
+"""A second set of planted faults and healthy models, held out: the checks were not tuned on it."""
 
 import math
 from typing import Any

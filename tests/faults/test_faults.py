@@ -1,8 +1,8 @@
-"""The doctor against planted faults, which were written by somebody who knew its contract and not its rules.
+"""diagnose() against planted faults, which were written by somebody who knew its contract and not its checks.
 
-The rules were tuned on the first set; whoever wrote the second, `held_out`, had seen neither the rules nor the first.
+The checks were tuned on the first set; whoever wrote the second, `held_out`, had seen neither them nor the first.
 
-Each fault and each healthy model is examined once. A remedy is run as it is printed, on a fresh copy of the fault, and
+Each fault and each healthy model is diagnosed once. A remedy is run as it is printed, on a fresh copy of the fault, and
 then the model is trained: `python tests/faults/test_faults.py` prints the table.
 """
 
@@ -27,7 +27,7 @@ STEPS = 10  # of training after a remedy
 
 @dataclasses.dataclass
 class Verdict:
-    """What the doctor said of a fault, and whether it was right."""
+    """What diagnose() said of a fault, and whether it was right."""
 
     fault: Any
     diagnosis: initlab.Diagnosis
@@ -36,7 +36,7 @@ class Verdict:
     losses: list[float]
 
     @property
-    def cured(self) -> bool:
+    def fixed(self) -> bool:
         """Whether the remedy makes the loss finite and lets it fall."""
         finite = len(self.losses) == STEPS + 1 and all(map(math.isfinite, self.losses))
         return finite and self.losses[-1] < self.losses[0]
@@ -44,9 +44,9 @@ class Verdict:
     def __str__(self) -> str:
         said = "; ".join(f"{c.kind} ({c.place}, {c.severity})" for c in self.diagnosis.causes) or "nothing"
         marks = f"{'kind' if self.kind else '----'} {'place' if self.place else '-----'}"
-        cure = "" if not self.fault.fixable else "cured" if self.cured else "NOT CURED"
+        fix = "" if not self.fault.fixable else "fixed" if self.fixed else "NOT FIXED"
         wanted = f"{'/'.join(self.fault.kinds)} {self.fault.place or ''}"
-        return f"{self.fault.name:40s} {marks} {cure:9s} wanted {wanted}; said {said}"
+        return f"{self.fault.name:40s} {marks} {fix:9s} wanted {wanted}; said {said}"
 
 
 def judge(fault: Any) -> Verdict:
@@ -95,7 +95,7 @@ def verdicts(request):
     torch.set_num_threads(threads)
 
 
-def told(verdicts: list[Verdict]) -> str:
+def listed(verdicts: list[Verdict]) -> str:
     return "\n" + "\n".join(map(str, verdicts))
 
 
@@ -109,16 +109,16 @@ KINDS = ("input", "target", "weights", "operation", "precision", "gradient", "le
 
 
 def test_top_cause(verdicts):
-    assert share([v.kind for v in verdicts]) >= 0.95, told([v for v in verdicts if not v.kind])
+    assert share([v.kind for v in verdicts]) >= 0.95, listed([v for v in verdicts if not v.kind])
 
 
 def test_place(verdicts):
-    assert share([v.place for v in verdicts]) >= 0.90, told([v for v in verdicts if not v.place])
+    assert share([v.place for v in verdicts]) >= 0.90, listed([v for v in verdicts if not v.place])
 
 
 def test_remedies(verdicts):
     fixable = [v for v in verdicts if v.fault.fixable]
-    assert share([v.cured for v in fixable]) >= 0.80, told([v for v in fixable if not v.cured])
+    assert share([v.fixed for v in fixable]) >= 0.80, listed([v for v in fixable if not v.fixed])
 
 
 @pytest.mark.parametrize("model", [*HEALTHY, *HELD_OUT_HEALTHY], ids=lambda model: model.name)
@@ -132,7 +132,7 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     chosen = [fault for fault in (*FAULTS, *HELD_OUT) if not names or fault.name in names]
     verdicts = [judge(fault) for fault in chosen]
-    fixable = [v.cured for v in verdicts if v.fault.fixable]
+    fixable = [v.fixed for v in verdicts if v.fault.fixable]
     for verdict in verdicts:
         print(verdict)
         if names:

@@ -43,12 +43,12 @@ def bound(a, b, plus, dtype):
     return (roundings * unit + (a.shape[-1] + 1) * accumulator) * size + tiny
 
 
-def word():
+def new_flag():
     return torch.zeros(1, dtype=torch.int32, device=DEVICE)
 
 
 def kinds(values):
-    """The flag word of values, by float64 on the host."""
+    """The flag of values, by float64 on the host."""
     v = values.detach().double().cpu()
     return bool(v.isnan().any()) * 1 | bool((v == INF).any()) * 2 | bool((v == -INF).any()) * 4
 
@@ -77,9 +77,6 @@ def laid_out(layout, *shape):
     return torch.randn(*shape, device=DEVICE)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Values and gradients
-
 SHAPES = {  # rows, K, N
     "one": (1, 1, 1),
     "odd": (7, 63, 33),
@@ -102,7 +99,7 @@ def test_values_and_gradients(either, dtype, shape, layout, with_bias):
     x = laid_out(layout, rows, depth).to(dtype).requires_grad_()
     w = laid_out(layout, columns, depth).to(dtype).requires_grad_()
     b = laid_out(layout, 1, columns)[0].to(dtype).requires_grad_() if with_bias else None
-    flags = word()
+    flags = new_flag()
     y = linear_relu(x, w, b, flags=flags)
     plus = torch.zeros(columns, device=DEVICE) if b is None else b
     exact = torch.relu(x.double() @ w.double().T + plus.double())
@@ -126,14 +123,14 @@ def test_values_and_gradients(either, dtype, shape, layout, with_bias):
 def test_a_bias_of_any_stride(either):
     x, w = torch.randn(9, 8, device=DEVICE).bfloat16(), torch.randn(16, 8, device=DEVICE).bfloat16()
     for b in (torch.randn(16, 2, device=DEVICE).bfloat16()[:, 0], torch.ones((), device=DEVICE).bfloat16().expand(16)):
-        assert torch.equal(linear_relu(x, w, b, flags=word()), linear_relu(x, w, b.contiguous()))
+        assert torch.equal(linear_relu(x, w, b, flags=new_flag()), linear_relu(x, w, b.contiguous()))
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 0, 3), (1, 1, 2, 2)])
 def test_leading_dimensions(either, lead):
     x = torch.randn(*lead, 8, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     w, b = torch.randn(16, 8, device=DEVICE, dtype=x.dtype).requires_grad_(), torch.randn(16, device=DEVICE).to(x.dtype)
-    y = linear_relu(x, w, b, flags=word())
+    y = linear_relu(x, w, b, flags=new_flag())
     assert y.shape == (*lead, 16)
     y.sum().backward()  # its gradient is one element, expanded
     assert x.grad.shape == x.shape
@@ -144,7 +141,7 @@ def test_what_is_not_finite_passes_through_as_in_torch(either):
     w = torch.eye(8, device=DEVICE).bfloat16()
     b = torch.tensor([NAN, INF, -INF, -0.0, 1.0, -1.0, 0.0, 2.0], device=DEVICE).bfloat16()
     x = torch.zeros(3, 8, device=DEVICE).bfloat16().requires_grad_()
-    flags = word()
+    flags = new_flag()
     y = linear_relu(x, w, b, flags=flags)
     theirs = F.relu(F.linear(x, w, b))
     assert torch.equal(y.isnan(), theirs.isnan())
@@ -154,9 +151,6 @@ def test_what_is_not_finite_passes_through_as_in_torch(either):
     (its,) = torch.autograd.grad(theirs.sum(), x)
     assert torch.equal(mine, its)  # a NaN lets its gradient pass
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Flags
 
 PLANTS = [v for n in (1, 2, 3) for v in itertools.combinations((NAN, INF, -INF), n)]
 
@@ -178,7 +172,7 @@ def test_planted_values_are_flagged(either, dtype, shape):
             w[:, k] = 0.25
             b[j] = value if k == 0 else b[j]
         expected = kinds(F.linear(x, w, b))
-        flags = word().fill_(8)
+        flags = new_flag().fill_(8)
         y = linear_relu(x, w, b, flags=flags)
         assert int(flags) == expected | 8, (plants, shift)
         assert torch.equal(y.isnan(), F.linear(x, w, b).isnan())
@@ -190,17 +184,17 @@ def test_a_row_of_infinities_does_not_make_nans_beyond_the_edge(either):
         x = torch.ones(3, 8, dtype=dtype, device=DEVICE)
         w = torch.ones(8, 8, dtype=dtype, device=DEVICE)
         x[:] = INF
-        flags = word()
+        flags = new_flag()
         linear_relu(x, w, None, flags=flags)
         assert describe(int(flags)) == "+inf"
         b = torch.full((8,), -INF, dtype=dtype, device=DEVICE)
-        flags = word()
+        flags = new_flag()
         linear_relu(x, w, b, flags=flags)
         assert describe(int(flags)) == "NaN"
 
 
 def test_minus_infinity_that_relu_hides(either):
-    flags = word()
+    flags = new_flag()
     x = torch.full((2, 8), -INF, device=DEVICE, dtype=torch.float16)
     y = linear_relu(x, torch.ones(8, 8, device=DEVICE, dtype=torch.float16), flags=flags)
     assert not y.any()
@@ -217,7 +211,7 @@ def test_overflow_is_what_the_output_holds(either, dtype, sign):
         x = torch.zeros(5, 8, device=DEVICE, dtype=dtype)
         x[2, :2] = torch.tensor([largest, extra])
         w = torch.full((8, 8), float(sign), device=DEVICE, dtype=dtype)
-        flags = word()
+        flags = new_flag()
         y = linear_relu(x, w, flags=flags)
         assert int(flags) == flag, extra
         assert bool(y.isinf().any()) == (flag == 2)
@@ -242,7 +236,7 @@ def test_no_false_flags(serving, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_no_false_flags_of_the_kernels(serving, dtype):
     torch.manual_seed(0)
-    largest, flags = torch.finfo(dtype).max, word()
+    largest, flags = torch.finfo(dtype).max, new_flag()
     w = torch.eye(8, device=DEVICE, dtype=dtype)
     with serving("triton"):
         for case in range(12):
@@ -262,10 +256,6 @@ def test_the_sum_is_not_trusted_where_it_overflows():
     assert int(flags) == 4
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Autograd
-
-
 def operands(dtype=torch.float64, lead=(3, 2)):
     torch.manual_seed(1)
     make = {"dtype": dtype, "device": DEVICE, "requires_grad": True}
@@ -278,7 +268,7 @@ def test_derivatives_of_both_orders(flagged, with_bias):
     inputs = operands() if with_bias else operands()[:2]
 
     def call(*inputs):
-        return linear_relu(*inputs, flags=word() if flagged else None)
+        return linear_relu(*inputs, flags=new_flag() if flagged else None)
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
@@ -292,7 +282,7 @@ def test_derivatives_of_the_registered_op():
 def test_second_derivatives_of_the_kernels(serving):
     with serving("triton"):
         x, w, b = operands(torch.float32)
-        y = linear_relu(x, w, b, flags=word())
+        y = linear_relu(x, w, b, flags=new_flag())
         ours = torch.autograd.grad(y.square().sum(), (x, w, b), create_graph=True)
         ours += torch.autograd.grad(sum(g.square().sum() for g in ours), (x, w, b))
     z = F.relu(F.linear(x, w, b))
@@ -305,7 +295,7 @@ def test_second_derivatives_of_the_kernels(serving):
 def test_only_the_gradients_that_are_asked_for(either):
     for asked in itertools.product([True, False], repeat=3):
         x, w, b = (t.detach().bfloat16().requires_grad_(a) for t, a in zip(operands(), asked, strict=True))
-        y = linear_relu(x, w, b, flags=word())
+        y = linear_relu(x, w, b, flags=new_flag())
         assert y.requires_grad == any(asked)
         if any(asked):
             y.sum().backward()
@@ -314,7 +304,7 @@ def test_only_the_gradients_that_are_asked_for(either):
 
 def test_nothing_is_saved_beside_operands_and_output(either):
     x, w, b = operands(torch.float32)
-    for call in (lambda: linear_relu(x, w, b, flags=word()), lambda: OP(x, w, b)[0]):
+    for call in (lambda: linear_relu(x, w, b, flags=new_flag()), lambda: OP(x, w, b)[0]):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             y = call()
@@ -324,15 +314,11 @@ def test_nothing_is_saved_beside_operands_and_output(either):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_autograd(either, mode):
     x, w, b = operands(torch.float32)
-    flags = word()
+    flags = new_flag()
     with mode():
         y = linear_relu(x * INF, w, b, flags=flags)
     assert not y.requires_grad
     assert int(flags) & 6
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Compilers, transforms, modes
 
 
 @pytest.mark.parametrize("case", ["plain", "no bias", "leading dimensions", "no gradient", "empty"])
@@ -358,7 +344,7 @@ def test_compiled_without_a_graph_break(backend):
     results = []
     for function in (compiled, step):
         x, w, b = operands(torch.float32)
-        flags = word()
+        flags = new_flag()
         y = function(x, w, b, flags)
         y.sum().backward()
         results.append((y, x.grad, w.grad, b.grad, flags))
@@ -379,7 +365,7 @@ def test_compiled_without_flags():
 @pytest.mark.parametrize("flagged", [True, False])
 def test_autocast(either, flagged):
     x, w, b = operands(torch.float32)
-    flags = word() if flagged else None
+    flags = new_flag() if flagged else None
     with torch.autocast(DEVICE.type, torch.bfloat16):
         y = linear_relu(x, w, b, flags=flags)
         theirs = F.relu(F.linear(x, w, b))
@@ -425,7 +411,7 @@ def test_gradients_of_torch_func():
 
 def test_flags_of_outside_are_refused_within_a_gradient():
     x, w, b = operands()
-    flags = word()
+    flags = new_flag()
     with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
         torch.func.grad(lambda w: linear_relu(x, w, b, flags=flags).sum())(w)
 
@@ -486,10 +472,6 @@ def test_threads():
     assert int(flags) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Bad input
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -500,7 +482,10 @@ def test_threads():
         ({"bias": torch.ones(1, 4)}, ValueError, r"bias is \(1, 4\)"),
         ({"input": torch.ones(2, 5, dtype=torch.int64)}, TypeError, "needs a real floating-point tensor"),
         ({"input": torch.ones(2, 5, dtype=torch.complex64)}, TypeError, "needs a real floating-point tensor"),
+        ({"input": torch.ones(2, 5).to(torch.float8_e5m2)}, TypeError, "float8_e5m2; linear_relu needs"),
         ({"weight": torch.ones(4, 5, dtype=torch.float16)}, RuntimeError, "dtype|agree"),
+        ({"weight": torch.ones(4, 5, device="meta")}, RuntimeError, "on cpu, weight or bias on meta"),
+        ({"bias": torch.ones(4, device="meta")}, RuntimeError, "on cpu, weight or bias on meta"),
         (
             {"flags": torch.zeros(1)},
             ValueError,
@@ -530,41 +515,39 @@ def test_where_numba_is_asked_for_torch_serves(serving):
     assert int(flags) & 6
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The kernels
-
 triton = pytest.importorskip("triton")
-kernels = pytest.importorskip("initlab.kernels._linear_triton")
-GENERATIONS = [torch.cuda.get_device_capability()[0]] if DEVICE.type == "cuda" else [8, 9]  # 10 has tiles of 9
-TILES = [(g, tile) for g in GENERATIONS for tile in kernels.TILES.get(g, ())]
+linear = pytest.importorskip("initlab.kernels._linear_triton")
+epilogue = pytest.importorskip("initlab.kernels._linear_epilogue_triton")
+CAPABILITIES = [torch.cuda.get_device_capability()[0]] if DEVICE.type == "cuda" else [8, 9]  # 10 has tiles of 9
+TILES = [(major, tile) for major in CAPABILITIES for tile in linear.TILES.get(major, ())]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("generation", "tile"), TILES, ids=str)
-def test_every_tile(generation, tile, dtype):
+@pytest.mark.parametrize(("capability_major", "tile"), TILES, ids=str)
+def test_every_tile(capability_major, tile, dtype):
     """Shapes that end within a tile, and more tiles than programs; outputs and flags as from float64."""
     torch.manual_seed(0)
-    for rows, depth, columns in ((tile.rows + 3, 72, tile.columns + 8), (5, 8, 8)):
+    for rows, depth, columns in ((tile.BLOCK_M + 3, 72, tile.BLOCK_N + 8), (5, 8, 8)):
         x = torch.randn(rows, depth, device=DEVICE).to(dtype)
         w = torch.randn(columns, depth, device=DEVICE).to(dtype)
         b = torch.randn(columns, device=DEVICE).to(dtype)
         for bias in (b, None):
-            flags = word()
-            y = kernels.gemm(x, w, bias, flags, generation, tile)
+            flags = new_flag()
+            y = linear.gemm(x, w, bias, flags, capability_major, tile)
             plus = torch.zeros(columns, device=DEVICE) if bias is None else bias
             exact = torch.relu(x.double() @ w.double().T + plus.double())
             loose = 2.0**-10 / 2.0**-24 if dtype == torch.float32 and DEVICE.type == "cuda" else 1.0  # TF32
             assert ((y.double() - exact).abs() <= loose * bound(x, w.T, plus, dtype)).all()
             assert int(flags) == 0
-            assert torch.equal(y, kernels.gemm(x, w, bias, None, generation, tile))
+            assert torch.equal(y, linear.gemm(x, w, bias, None, capability_major, tile))
         for value, (i, j) in zip((NAN, INF, -INF), ((0, 0), (rows - 1, columns - 1), (rows // 2, 0)), strict=True):
-            planted, of_bias, flags = x.clone(), torch.zeros_like(b), word()
+            planted, of_bias, flags = x.clone(), torch.zeros_like(b), new_flag()
             of_bias[j] = value
-            kernels.gemm(planted, w, of_bias, flags, generation, tile)
+            linear.gemm(planted, w, of_bias, flags, capability_major, tile)
             assert int(flags) == kinds(torch.tensor(value)), (value, j)
             planted[i, depth - 1] = value
-            flags = word()
-            kernels.gemm(planted, w, None, flags, generation, tile)
+            flags = new_flag()
+            linear.gemm(planted, w, None, flags, capability_major, tile)
             assert int(flags) == kinds(F.linear(planted.double(), w.double())), (value, i)
 
 
@@ -572,7 +555,7 @@ def test_every_tile(generation, tile, dtype):
 def test_ordinary_loads_need_no_alignment(shape):
     rows, depth = shape
     x, w = torch.randn(rows, depth, device=DEVICE).bfloat16(), torch.randn(65, depth, device=DEVICE).bfloat16()
-    y = kernels.gemm(x, w, None, word(), 8)
+    y = linear.gemm(x, w, None, new_flag(), 8)
     none = torch.zeros((), device=DEVICE)
     exact = torch.relu(x.double() @ w.double().T)
     assert ((y.double() - exact).abs() <= bound(x, w.T, none, torch.bfloat16)).all()
@@ -587,13 +570,13 @@ def test_the_pass(size, dtype):
         y = before.clone()
         for k, value in enumerate(planted):
             y[size - 1 - k * (size // 3)] = value
-        expected, flag, flags = F.relu(y), kinds(y), word()
-        ours = kernels.rectify_(y, flags)
+        expected, flag, flags = F.relu(y), kinds(y), new_flag()
+        ours = epilogue.relu_in_place(y, flags)
         assert ours is y
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y.nan_to_num(3.0), expected.nan_to_num(3.0))
         assert int(flags) == flag
-    assert torch.equal(kernels.rectify_(before.clone(), None), F.relu(before))
+    assert torch.equal(epilogue.relu_in_place(before.clone(), None), F.relu(before))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -605,7 +588,7 @@ def test_the_mask_and_its_sums(shape, dtype, layout):
     y[0, 0] = NAN
     grad = torch.randn((), device=DEVICE).expand(shape) if layout == "expanded" else laid_out(layout, *shape)
     grad = grad.to(dtype)
-    out, sums = kernels.masked(grad, y)
+    out, sums = epilogue.mask_and_sum(grad, y)
     theirs = torch.ops.aten.threshold_backward(grad, y, 0)
     assert torch.equal(out, theirs)
     error = (sums.double() - theirs.double().sum(0)).abs()
@@ -614,35 +597,35 @@ def test_the_mask_and_its_sums(shape, dtype, layout):
 
 def test_which_candidate_serves(monkeypatch):
     x, w = torch.zeros(64, 512, device=DEVICE).bfloat16(), torch.zeros(256, 512, device=DEVICE).bfloat16()
-    assert kernels._fused(x, w)
-    deep = torch.zeros(64, kernels.ONE_KERNEL + 8, device=DEVICE).bfloat16()
-    assert not kernels._fused(deep, torch.zeros(256, deep.shape[1], device=DEVICE).bfloat16())
-    assert not kernels._fused(x[:0], w)
-    assert not kernels._fused(x, w[:0])
-    assert not kernels._fused(x[:, :0], w[:, :0])
-    assert not kernels._fused(x[:1].expand(64, -1), w)
-    assert not kernels._fused(x.T.contiguous().T, w)
-    assert not kernels._fused(x, w.T.contiguous().T)
-    assert not kernels._fused(x[:, 1:], w[:, 1:])
-    assert not kernels._fused(x, w[:255])  # the result's rows would not be aligned
-    assert kernels._fused(x[:, :511], w[:, :511])  # but these are
+    assert linear._fits_one_kernel(x, w)
+    deep = torch.zeros(64, linear.ONE_KERNEL_MAX_K + 8, device=DEVICE).bfloat16()
+    assert not linear._fits_one_kernel(deep, torch.zeros(256, deep.shape[1], device=DEVICE).bfloat16())
+    assert not linear._fits_one_kernel(x[:0], w)
+    assert not linear._fits_one_kernel(x, w[:0])
+    assert not linear._fits_one_kernel(x[:, :0], w[:, :0])
+    assert not linear._fits_one_kernel(x[:1].expand(64, -1), w)
+    assert not linear._fits_one_kernel(x.T.contiguous().T, w)
+    assert not linear._fits_one_kernel(x, w.T.contiguous().T)
+    assert not linear._fits_one_kernel(x[:, 1:], w[:, 1:])
+    assert not linear._fits_one_kernel(x, w[:255])  # the result's rows would not be aligned
+    assert linear._fits_one_kernel(x[:, :511], w[:, :511])  # but these are
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-        assert not kernels._fused(x.float(), w.float())
+        assert not linear._fits_one_kernel(x.float(), w.float())
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert kernels._fused(x.float(), w.float())
+        assert linear._fits_one_kernel(x.float(), w.float())
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert not kernels._fused(x, w)
+    assert not linear._fits_one_kernel(x, w)
 
 
 def test_tiles_by_size():
-    large, middle, small = kernels.TILES[9]
-    assert kernels._tile(8192, 8192, 9, 132) == large
-    assert kernels._tile(1024, 2048, 9, 128) == middle
-    assert kernels._tile(1, 1, 9, 132) == small
+    large, middle, small = linear.TILES[9]
+    assert linear._tile(8192, 8192, 9, 132) == large
+    assert linear._tile(1024, 2048, 9, 128) == middle
+    assert linear._tile(1, 1, 9, 132) == small
 
 
 def test_the_host_does_not_wait(serving, monkeypatch):
@@ -652,7 +635,7 @@ def test_the_host_does_not_wait(serving, monkeypatch):
         raise AssertionError("the host waits for the device")
 
     x, w, b = (t.detach().bfloat16().requires_grad_() for t in operands(torch.float32))
-    flags = word()
+    flags = new_flag()
     with serving("triton"), monkeypatch.context() as patch:
         for name in ("item", "__bool__", "__int__", "__float__", "tolist"):
             patch.setattr(torch.Tensor, name, wait)
@@ -662,5 +645,6 @@ def test_the_host_does_not_wait(serving, monkeypatch):
 
 
 def test_the_choice_is_made_in_one_place():
-    assert backends.choose(torch.device("cpu"), ("torch", "triton")) in ("torch", "triton")
+    modules = {"numba": None, "triton": "._linear_triton"}
+    assert backends.load(torch.device("cpu"), modules).name in ("torch", "triton")
     assert initlab.linear_relu is linear_relu

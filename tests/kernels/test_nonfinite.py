@@ -1,4 +1,4 @@
-"""The flag word: exact on planted values, wherever they lie, and never raised by finite ones."""
+"""The non-finite flag: exact on planted values, wherever they lie, and never raised by finite ones."""
 
 import math
 import warnings
@@ -10,22 +10,22 @@ from torch import nn
 
 VALUES = {1: math.nan, 2: math.inf, 4: -math.inf}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SIZES = (1, 2, 5, 4095, 4096, 4097, 12_305)  # around the GPU backend's chunk of 4,096 and CPUs' vectors
+SIZES = (1, 2, 5, 4095, 4096, 4097, 12_305)  # around the GPU backend's block of 4,096 and CPUs' vectors
 
 
 def seen_by_torch(x):
-    """The flag word, element by element, in float64."""
+    """The flag, element by element, in float64."""
     x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     x = x.to(torch.float64)
     return sum(bit for bit, hits in ((1, x.isnan()), (2, x == math.inf), (4, x == -math.inf)) if bool(hits.any()))
 
 
-@pytest.fixture(params=["close look", "quick look", "into a flag", "GPU backend"])
-def look(request, serving):
-    """Every way to ask, the Triton kernel among them: as a function from a tensor to an int."""
-    if request.param == "close look":
+@pytest.fixture(params=["exact", "fast", "into a flag", "GPU backend"])
+def flag_of(request, serving):
+    """Every function that finds a flag, the Triton kernel among them: from a tensor to an int."""
+    if request.param == "exact":
         yield lambda x: int(nonfinite_flag(x))
-    elif request.param == "quick look":
+    elif request.param == "fast":
         yield lambda x: int(nonfinite_flag_fast(x))
     elif request.param == "into a flag":
         yield lambda x: int(add_flag_(torch.zeros(1, dtype=torch.int32), x))
@@ -35,28 +35,28 @@ def look(request, serving):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_planted_values(look, dtype):
+def test_planted_values(flag_of, dtype):
     for size in SIZES:
         clean = torch.randn(size).to(dtype)
-        assert look(clean) == 0
+        assert flag_of(clean) == 0
         for place in {0, size // 2, size * 3 // 4, size - 1}:
             for bit, value in VALUES.items():
                 planted = clean.clone()
                 planted[place] = value
-                assert look(planted) == bit
+                assert flag_of(planted) == bit
         if size > 2:
-            for word in (3, 5, 6, 7):
+            for flag in (3, 5, 6, 7):
                 planted, places = clean.clone(), iter((size - 1, 0, size // 2))
                 for bit, value in VALUES.items():
-                    if word & bit:
+                    if flag & bit:
                         planted[next(places)] = value
-                assert look(planted) == word
+                assert flag_of(planted) == flag
 
 
-def test_nans_of_any_bits(look):
+def test_nans_of_any_bits(flag_of):
     bits = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32)
     for pattern in bits:
-        assert look(torch.cat([torch.zeros(3), pattern.view(1).view(torch.float32)])) == 1
+        assert flag_of(torch.cat([torch.zeros(3), pattern.view(1).view(torch.float32)])) == 1
 
 
 @pytest.mark.parametrize(
@@ -75,23 +75,23 @@ def test_nans_of_any_bits(look):
         lambda x: nn.Parameter(x),
     ],
 )
-def test_shapes_and_strides(look, shaped):
+def test_shapes_and_strides(flag_of, shaped):
     x = shaped(torch.randn(12_800))
-    assert look(x) == 0
+    assert flag_of(x) == 0
     flat = x.detach()
     for at in ((0,) * x.dim(), tuple(size - 1 for size in x.shape)):
         for bit, value in VALUES.items():
             before = flat[at].clone()
             flat[at] = value
-            assert look(x) == bit == seen_by_torch(flat)
+            assert flag_of(x) == bit == seen_by_torch(flat)
             flat[at] = before
-    assert look(x) == 0
+    assert flag_of(x) == 0
 
 
-def test_what_lies_between_the_elements_is_not_looked_at(look):
+def test_what_lies_between_the_elements_is_not_read(flag_of):
     whole = torch.full((64, 64), math.nan)
     whole[::2, 1::2] = 1.0
-    assert look(whole[::2, 1::2]) == 0
+    assert flag_of(whole[::2, 1::2]) == 0
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,11 @@ def test_what_lies_between_the_elements_is_not_looked_at(look):
     ],
     ids=lambda x: f"{str(x.dtype)[6:]} {tuple(x.shape)}",
 )
-def test_nothing_to_find(look, x):
-    assert look(x) == 0
+def test_nothing_to_find(flag_of, x):
+    assert flag_of(x) == 0
 
 
-def test_other_kinds_of_tensors(look):
+def test_other_kinds_of_tensors(flag_of):
     bad = torch.tensor([1.0, -math.inf, 2.0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about prototypes
@@ -121,12 +121,27 @@ def test_other_kinds_of_tensors(look):
         jagged = torch.nested.nested_tensor([torch.ones(2), bad], layout=torch.jagged)
         compressed = torch.diag(bad).to_sparse_csr()
     kinds = [bad.to(torch.float8_e5m2), torch.diag(bad).to_sparse(), bad.to_mkldnn(), nested, jagged, compressed]
-    assert [look(x) for x in kinds] == [4] * len(kinds)
-    assert look(torch.tensor([complex(1, math.nan), complex(math.inf, 0)])) == 3
+    assert [flag_of(x) for x in kinds] == [4] * len(kinds)
+    assert flag_of(torch.tensor([complex(1, math.nan), complex(math.inf, 0)])) == 3
+
+
+def test_quantised_tensors_hold_only_finite_values(flag_of):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about their deprecation
+        x = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
+        assert flag_of(x) == 0
+
+
+def test_freed_memory_is_refused(flag_of):
+    """Reading it would end the process."""
+    x = torch.ones(3)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"shape \(3,\) has no memory: its storage was freed"):
+        flag_of(x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_no_false_flag_in_10_000_finite_cases(dtype, look, request):
+def test_no_false_flag_in_10_000_finite_cases(dtype, flag_of, request):
     """Among them sums that overflow, values at the ends of the range, zeros of either sign; 2,500 for each dtype."""
     interpreted = "GPU backend" in request.node.name and not torch.cuda.is_available()
     g = torch.Generator().manual_seed(0)
@@ -141,11 +156,11 @@ def test_no_false_flag_in_10_000_finite_cases(dtype, look, request):
         if case % 7 == 0:
             x.fill_(largest if case % 2 else -largest)
         assert bool(x.isfinite().all())
-        assert look(x) == 0
+        assert flag_of(x) == 0
         if case % 50 == 0:  # and the same with one value planted is seen
-            word = (1, 2, 4)[case // 50 % 3]
-            x[case % size] = VALUES[word]
-            assert look(x) == word
+            flag = (1, 2, 4)[case // 50 % 3]
+            x[case % size] = VALUES[flag]
+            assert flag_of(x) == flag
 
 
 def test_infinities_that_cancel_and_sums_that_overflow():
@@ -155,7 +170,7 @@ def test_infinities_that_cancel_and_sums_that_overflow():
     for dtype in DTYPES:
         huge = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
         assert int(nonfinite_flag_fast(huge)) == 0
-    # Ordinary values in float16 whose sum is far beyond 65,504: one look is enough.
+    # Ordinary values in float16 whose sum is far beyond 65,504: one read is enough.
     assert all_finite_fast(torch.full((1 << 17,), 2.0, dtype=torch.float16))
 
 
@@ -163,7 +178,7 @@ def test_one_cheap_read_is_all_that_finite_tensors_cost(monkeypatch):
     from initlab.kernels import nonfinite
 
     def never(tensor):
-        raise AssertionError("a close look at a finite tensor")
+        raise AssertionError("a rescan of a finite tensor")
 
     monkeypatch.setattr(nonfinite, "nonfinite_flag", never)
     for dtype in DTYPES:
@@ -226,17 +241,17 @@ def test_modes():
     assert not nonfinite_flag_fast(bad).requires_grad
 
 
-def test_a_buffer_hands_out_words_in_order():
+def test_a_buffer_hands_out_flags_in_order():
     buffer = FlagBuffer(torch.device("cpu"))
     buffer.send()
     assert buffer.landed()
-    assert buffer.words() == []
+    assert buffer.flags() == []
     with torch.inference_mode():
         flags = [buffer.new_flag() for _ in range(2500)]
     for place in (0, 1023, 1024, 2499):
         flags[place].add_(place + 1)
     buffer.send()
     flags[7].add_(1)  # after the copy
-    words = buffer.words()
-    assert len(words) == 2500
-    assert {place: word for place, word in enumerate(words) if word} == {0: 1, 1023: 1024, 1024: 1025, 2499: 2500}
+    copied = buffer.flags()
+    assert len(copied) == 2500
+    assert {i: flag for i, flag in enumerate(copied) if flag} == {0: 1, 1023: 1024, 1024: 1025, 2499: 2500}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from initlab.kernels import TensorGroups, clip_, clip_coefficient, grad_norm, nonfinite_flag
+from initlab.kernels import TensorGroups, clip_, clip_coefficient, combine_norms, grad_norm, nonfinite_flag, norms
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "numba", "triton"], indirect=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -72,14 +72,14 @@ def test_dtypes_mix(backend):
 
 @BACKENDS
 @pytest.mark.parametrize("small", [1e-200, 1e-300, 0.0, 1e200])
-def test_float64_that_needs_a_second_look_beside_others(backend, small):
+def test_float64_that_needs_a_rescan_beside_others(backend, small):
     tensors = [torch.tensor([3.0]), torch.tensor([small], dtype=torch.float64), torch.tensor([4.0]).half()]
     assert close(float(grad_norm(tensors).norm), exact_norm(tensors), 1e-14)
 
 
 @BACKENDS
 def test_the_first_bad_tensor_of_several_dtypes(backend):
-    """Whichever dtype is looked at first."""
+    """Whichever dtype is read first."""
     for first, second in itertools.permutations((torch.float32, torch.bfloat16, torch.float16, torch.float64), 2):
         tensors = [torch.ones(3, dtype=d) for d in (second, first, second, first)]
         tensors[1][2], tensors[2][0] = math.inf, math.nan
@@ -120,7 +120,7 @@ def test_big_middling_and_tiny_float64_in_one(backend):
 
 
 @BACKENDS
-def test_a_norm_beyond_float32_is_kept_in_exact(backend):
+def test_a_norm_beyond_float32_is_kept_in_norm64(backend):
     tensors = [torch.full((1000,), 3e38)]
     found = grad_norm(tensors)
     assert float(found.norm) == math.inf
@@ -162,6 +162,37 @@ def test_nothing(backend):
         clip_(tensors, found.norm64, 1.0)
 
 
+def test_combine_norms_is_the_norm_of_the_whole():
+    torch.manual_seed(7)
+    parts = [torch.randn(n, dtype=torch.float64) for n in (3, 50, 1, 8)]
+    for p in (1.0, 1.5, 2.0, 3.0, -1.0, math.inf, -math.inf):
+        combined = combine_norms(torch.stack([grad_norm([x], p).norm64 for x in parts]), p)
+        assert float(combined) == pytest.approx(float(torch.cat(parts).norm(p)), rel=1e-14)
+    assert float(combine_norms(torch.tensor([2.0, 0.0, 3.0]), 0.0)) == 5.0  # counts add up
+    assert float(combine_norms(torch.tensor([3e200, 4e200], dtype=torch.float64))) == pytest.approx(5e200, rel=1e-14)
+    assert float(combine_norms(torch.tensor([3e-200, 4e-200], dtype=torch.float64))) == pytest.approx(5e-200, rel=1e-14)
+    assert float(combine_norms(torch.tensor([math.inf, 1.0]))) == math.inf
+    assert math.isnan(float(combine_norms(torch.tensor([math.inf, math.nan]))))
+    single = torch.tensor([0.1], dtype=torch.float64)
+    assert torch.equal(combine_norms(single), single[0])
+    assert float(combine_norms(torch.empty(0, dtype=torch.float64))) == 0.0
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 0.0, math.inf, -math.inf])
+def test_groups_on_several_devices_combine(p):
+    """The merger that several devices need, on the parts of one: there is one device to test on."""
+    torch.manual_seed(8)
+    tensors = [torch.randn(5), torch.zeros(3), torch.randn(9, dtype=torch.float64), torch.ones(2)]
+    groups = [norms.TensorGroups(tensors[i : i + 2], [i, i + 1]).groups[0] for i in (0, 2)]
+    combined = norms._combine_groups([norms._group_norm(group, p, True) for group in groups], p)
+    whole = grad_norm(tensors, p)
+    assert float(combined.norm64) == pytest.approx(float(whole.norm64), rel=1e-14)
+    assert float(combined.sum_of_powers) == pytest.approx(float(whole.sum_of_powers), rel=1e-6)
+    tensors[3][0] = math.inf
+    combined = norms._combine_groups([norms._group_norm(group, p, True) for group in groups], p)
+    assert (int(combined.flag), int(combined.first_nonfinite_index)) == (2, 3)
+
+
 BAD = {math.nan: 1, math.inf: 2, -math.inf: 4}
 
 
@@ -170,16 +201,16 @@ BAD = {math.nan: 1, math.inf: 2, -math.inf: 4}
 def test_planted_values_are_found_wherever_they_are(backend, dtype):
     torch.manual_seed(3)
     sizes = (5, 4096, 4097, 8200)
-    for value, word in BAD.items():
+    for value, flag in BAD.items():
         for i, n in enumerate(sizes):
             for place in sorted({0, n // 2, n - 1, min(n - 1, 4095), min(n - 1, 4096)}):
-                if backend == "triton" and (place + i + word) % 3:
+                if backend == "triton" and (place + i + flag) % 3:
                     continue  # the interpreter is slow: a third of the places, other ones for each value
                 tensors = [torch.randn(m).to(dtype) for m in sizes]
                 tensors[i][place] = value
                 found = grad_norm(tensors)
-                assert (int(found.flag), int(found.first_nonfinite_index)) == (word, i), (value, n, place)
-                assert math.isnan(float(found.norm)) if word == 1 else float(found.norm) == math.inf
+                assert (int(found.flag), int(found.first_nonfinite_index)) == (flag, i), (value, n, place)
+                assert math.isnan(float(found.norm)) if flag == 1 else float(found.norm) == math.inf
     tensors = [torch.randn(m).to(dtype) for m in sizes]
     tensors[1][9], tensors[3][8199], tensors[2][0] = -math.inf, math.nan, math.inf
     found = grad_norm(TensorGroups(tensors, [10, 20, 30, 40]))
@@ -187,16 +218,12 @@ def test_planted_values_are_found_wherever_they_are(backend, dtype):
     assert math.isnan(float(found.norm))
 
 
-def test_the_flag_word_of_a_tensor():
+def test_the_flag_of_a_tensor():
     for dtype in DTYPES:
-        for values, word in (([0.0, 1.0], 0), ([math.nan, -math.inf], 5), ([math.inf], 2), ([], 0)):
-            assert int(nonfinite_flag(torch.tensor(values, dtype=dtype))) == word
+        for values, flag in (([0.0, 1.0], 0), ([math.nan, -math.inf], 5), ([math.inf], 2), ([], 0)):
+            assert int(nonfinite_flag(torch.tensor(values, dtype=dtype))) == flag
     assert int(nonfinite_flag(torch.tensor([complex(1, math.nan), complex(-math.inf, 0)]))) == 5
     assert int(nonfinite_flag(torch.tensor([1, 2]))) == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Scaling
 
 
 @BACKENDS
@@ -321,6 +348,51 @@ def test_expanded_gradients_are_refused_by_torch_as_ever(backend):
 
 
 @BACKENDS
+def test_clipping_that_torch_would_refuse_half_way_writes_nothing(backend):
+    """An expanded tensor, and one of float8, after another that could be scaled."""
+    x, expanded, float8 = torch.ones(5), torch.ones(1).expand(5), torch.ones(3).to(torch.float8_e5m2)
+    with pytest.raises(RuntimeError, match=r"shape \(5,\) and strides \(0,\) .*single memory location"):
+        clip_([x, expanded], torch.tensor(5.0), 1.0)
+    with pytest.raises(NotImplementedError, match=r"tensor 1 has dtype torch\.float8_e5m2"):
+        clip_([x, float8], torch.tensor(5.0), 1.0)
+    assert x.tolist() == [1.0] * 5
+    assert close(float(grad_norm([x, float8]).norm), Fraction(math.sqrt(8)))
+    if backend != "triton":  # which reads no norm on the host
+        clip_([x, expanded], torch.tensor(0.5), 1.0)
+        clip_([x, expanded], torch.tensor(math.nan), 1.0, nonfinite="skip")
+    assert x.tolist() == [1.0] * 5
+
+
+@BACKENDS
+def test_freed_memory_is_refused(backend):
+    """Reading it would end the process."""
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    for call in (lambda x: grad_norm(x), lambda x: clip_(x, torch.tensor(5.0), 1.0)):
+        x = torch.ones(2)
+        with pytest.raises(RuntimeError, match=r"shape \(3,\) has no memory: its storage was freed"):
+            call([x, freed])
+        assert x.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:.*deprecated:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse .* is in beta state:UserWarning")
+def test_tensors_of_other_kinds_are_refused_before_a_write():
+    x, y = torch.ones(2, 2), torch.ones(2, 2)
+    kinds = {
+        NotImplementedError: [y.to_sparse(), y.to_sparse_csr(), y.to_mkldnn()],
+        RuntimeError: [torch.quantize_per_tensor(y, 0.1, 0, dtype) for dtype in (torch.quint8, torch.qint32)],
+    }
+    for error, tensors in kinds.items():
+        for t in tensors:
+            with pytest.raises(error, match="tensor 1 of shape"):
+                grad_norm([x, t])
+            with pytest.raises(error, match="tensor 1 of shape"):
+                clip_([x, t], torch.tensor(5.0), 1.0)
+    assert x.tolist() == y.tolist()
+
+
+@BACKENDS
 def test_inference_tensors(backend):
     with torch.inference_mode():
         x = torch.ones(4)
@@ -342,10 +414,6 @@ def test_meta_tensors_give_meta_results():
     found = grad_norm([torch.empty(3, device="meta")])
     assert found.norm.is_meta
     clip_([torch.empty(3, device="meta")], found.norm64, 1.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Equal bits, threads
 
 
 @pytest.fixture
@@ -370,7 +438,7 @@ def test_equal_bits_for_any_number_of_threads(serving, threads):
 
 
 def test_threads_that_never_get_to_run_are_not_waited_for(serving, threads, monkeypatch):
-    """The thread that calls takes every unit that no other one claims."""
+    """The thread that calls takes every block that no other one claims."""
     from initlab.kernels import _common_numba
 
     class Never:
@@ -382,10 +450,6 @@ def test_threads_that_never_get_to_run_are_not_waited_for(serving, threads, monk
         threads(4)
         x = torch.full((1_000_001,), 2.0)
         assert float(grad_norm([x]).norm) == pytest.approx(2 * 1_000_001**0.5)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Properties
 
 
 @st.composite
@@ -479,10 +543,6 @@ def test_the_interpreted_kernels_on_random_gradients(serving):
         check()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The GPU's backend
-
-
 def test_a_table_is_made_once_for_the_same_gradients(serving, monkeypatch):
     with serving("triton"):
         from initlab.kernels import _norms_triton as backend
@@ -505,7 +565,7 @@ def test_a_table_is_made_once_for_the_same_gradients(serving, monkeypatch):
         assert len(backend._plans) == backend._KEPT
 
 
-def test_chunks_begin_at_multiples_of_16_bytes(serving):
+def test_blocks_begin_at_multiples_of_16_bytes(serving):
     """Which the kernels tell the compiler, and the interpreter does not check."""
     with serving("triton"):
         from initlab.kernels import _norms_triton as backend
@@ -514,18 +574,18 @@ def test_chunks_begin_at_multiples_of_16_bytes(serving):
             for offset in range(9):
                 x = torch.zeros(20_000, dtype=dtype)[offset:]
                 plan = backend.prepare(([x.data_ptr()], [x.numel()], [DTYPES.index(dtype)], [0]), x.device)
-                first_unit, address, begin, end, code, number = plan.table.view(6, 1)[:, 0].tolist()
+                first_item, address, begin, end, code, index = plan.table.view(6, 1)[:, 0].tolist()
                 assert address % 16 == 0
                 assert address + begin * dtype.itemsize == x.data_ptr()
-                assert (first_unit, end - begin, code, number) == (0, x.numel(), DTYPES.index(dtype), 0)
+                assert (first_item, end - begin, code, index) == (0, x.numel(), DTYPES.index(dtype), 0)
 
 
-def test_units_of_several_chunks(serving, monkeypatch):
-    """Large gradients are cut into longer units; here after a few chunks already."""
+def test_work_items_of_several_blocks(serving, monkeypatch):
+    """Large gradients are cut into longer work items; here after a few blocks already."""
     with serving("triton"):
         from initlab.kernels import _norms_triton as backend
 
-        monkeypatch.setattr(backend, "UNITS", 2)
+        monkeypatch.setattr(backend, "WORK_ITEMS", 2)
         monkeypatch.setattr(backend, "_plans", type(backend._plans)())
         torch.manual_seed(9)
         tensors = [torch.randn(n) for n in (4096 * 7 + 5, 3, 4096 * 2)] + [torch.randn(30_000).bfloat16()[1:]]
@@ -540,7 +600,7 @@ def test_units_of_several_chunks(serving, monkeypatch):
         assert (int(grad_norm(tensors).flag), int(grad_norm(tensors).first_nonfinite_index)) == (4, 3)
 
 
-def test_sums_and_results_may_hold_anything_before(serving, monkeypatch):
+def test_scratch_and_results_may_hold_anything_before(serving, monkeypatch):
     """Scratch that starts as NaN: nothing is read that was not written."""
     with serving("triton"):
         empty = torch.empty

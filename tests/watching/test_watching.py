@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import initlab
-from initlab.watching import hooks as watching
+from initlab.watching import Fault, WatchReport, hooks
+from initlab.watching.report import merge
 
 NAN, INF = math.nan, math.inf
 
@@ -41,9 +42,9 @@ def hooks_of(model):
 
 @pytest.fixture(params=["at once", "buffered"])
 def how(request, monkeypatch):
-    """Words read at once, as on a CPU, and words that lie in a device's buffer until they are asked for."""
+    """Flags read as they are found, as on a CPU, and flags that stay in a device's buffer until they are asked for."""
     if request.param == "buffered":
-        monkeypatch.setattr(watching, "_AT_ONCE", ())
+        monkeypatch.setattr(hooks, "_SYNCHRONOUS", ())
     return request.param
 
 
@@ -52,10 +53,6 @@ def fault_of(model, *args, **options):
         model(*args)
     assert hooks_of(model) == 0
     return watch.report().fault
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Models with a place for a fault
 
 
 def mlp(middle, dtype=torch.float32):
@@ -192,11 +189,11 @@ def planted(name):
         return model, (IDS,), "layers.1.mlp.2", "parameter", "weight", 2
     if name == "bad batch":
         image[1, 2, 8, 8] = NAN
-        return CNN(), (image,), None, "given", "input 0 of the model", 1
+        return CNN(), (image,), None, "input", "input 0 of the model", 1
     if name == "0 * -inf in an attention mask":
         model = Transformer()
         model.layers[2].attn.multiply_mask = True
-        return model, (IDS,), "layers.2.attn", "produced", "own code, before that called 'layers.2.attn.softmax'", 1
+        return model, (IDS,), "layers.2.attn", "produced", "own code, before it called 'layers.2.attn.softmax'", 1
     if name == "overflow in a float16 matmul":
         model = mlp(nn.Identity(), torch.float16)
         with torch.no_grad():
@@ -276,6 +273,16 @@ def test_what_only_passed_it_on(how):
     assert fault.passed_on == ("0.2",)
 
 
+def test_a_parameter_or_buffer_is_named_as_such(how):
+    model = nn.Sequential(OrderedDict(down=nn.Linear(4, 4), norm=nn.BatchNorm1d(4))).eval()
+    for module, name in (("norm", "running_mean"), ("down", "weight")):
+        with torch.no_grad():
+            getattr(model.get_submodule(module), name).view(-1)[0] = NAN
+        kind = type(model.get_submodule(module)).__name__
+        headline = f"step 1, forward: module '{module}' ({kind}): its {name} holds NaN (float32)"
+        assert fault_of(model, torch.randn(2, 4)).headline == headline
+
+
 def test_the_first_of_two(how):
     """What comes after the first and owes nothing to it is not said to pass it on."""
 
@@ -292,7 +299,7 @@ def test_the_first_of_two(how):
 
 
 def test_inputs_are_judged_before_modules_change_them(how):
-    """A ReLU in place turns -inf into 0, and what it was given is still known."""
+    """A ReLU in place turns -inf into 0, and what its input was is still known."""
     model = nn.Sequential(nn.Linear(4, 4), Apply(lambda x: x * INF), nn.ReLU(inplace=True), nn.Linear(4, 4))
     assert fault_of(model, torch.randn(2, 4)).module == "1"
     hidden = nn.Sequential(Apply(lambda x: x.fill_(NAN)), nn.ReLU())
@@ -315,7 +322,7 @@ def test_a_containers_own_code(how):
             x = self.b(x)
             return x.abs().neg().log() if self.place == "end" else x
 
-    for place, tensor in (("between", "own code, before that called '1.b'"), ("end", "output")):
+    for place, tensor in (("between", "own code, before it called '1.b'"), ("end", "output")):
         fault = fault_of(nn.Sequential(nn.Linear(4, 4), Own(place), nn.Linear(4, 4)), torch.randn(2, 4))
         assert (fault.module, fault.kind, fault.cause, fault.tensor) == ("1", "Own", "produced", tensor)
 
@@ -342,7 +349,7 @@ def test_outputs_of_any_structure(wrap, how):
     fault = fault_of(model, torch.ones(3, 2))
     assert (fault.module, fault.passed_on) == ("1", ("2",))
     model = nn.Sequential(Apply(lambda x: unwrap(x) + 1))
-    assert fault_of(model, wrap(torch.tensor([NAN]))).cause == "given"
+    assert fault_of(model, wrap(torch.tensor([NAN]))).cause == "input"
 
 
 def test_huggingface_outputs(how):
@@ -384,10 +391,6 @@ def test_a_bad_weight_that_did_no_harm_is_not_to_blame(how):
     assert (fault.module, fault.cause, fault.tensor) == ("0.embed", "parameter", "weight")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# -inf on purpose
-
-
 class Masked(nn.Module):
     def __init__(self):
         super().__init__()
@@ -412,7 +415,7 @@ def test_allowed_modules(allow, how):
     model.body.drop = Apply(lambda x: x * 0)
     fault = fault_of(model, x, allow="body.mask")
     assert (fault.module, fault.flag) == ("body.drop", 1)
-    assert fault.notes == ("it had -inf to work with: output of module 'body.mask'",)
+    assert fault.notes == ("it also read -inf: output of module 'body.mask'",)
 
 
 def test_masks_are_no_fault(how):
@@ -443,18 +446,14 @@ def test_masks_are_no_fault(how):
     assert watch.report().fault is None
     # But in the data, or where all of a row is masked, it is one.
     fault = fault_of(mlp(nn.Tanh()), torch.randn(4, 8).log())
-    assert (fault.cause, fault.tensor) == ("given", "input 0 of the model")
+    assert (fault.cause, fault.tensor) == ("input", "input 0 of the model")
     data = torch.randn(4, 8)
     data[0, 0] = -INF
     fault = fault_of(nn.Sequential(Apply(lambda x: x - x.mean())), data)
-    assert (fault.cause, fault.flag) == ("given", 4)
-    assert fault_of(model, torch.full((4, 4), -INF), mask[:4, :4]).cause == "given"
+    assert (fault.cause, fault.flag) == ("input", 4)
+    assert fault_of(model, torch.full((4, 4), -INF), mask[:4, :4]).cause == "input"
     fault = fault_of(model, torch.randn(4, 4), torch.full((4, 4), -INF))
     assert (fault.module, fault.flag) == ("scores", 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Backward
 
 
 class Bad(torch.autograd.Function):
@@ -513,7 +512,7 @@ def test_gradients_of_parameters(place, how):
 
 def test_gradients_from_outside(how):
     fault = backward_fault(nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4), lambda y: (y - y).abs().sqrt().sum())
-    assert (fault.phase, fault.module, fault.cause) == ("backward", None, "given")
+    assert (fault.phase, fault.module, fault.cause) == ("backward", None, "input")
     assert fault.tensor == "gradient of output of module '0'"
 
 
@@ -554,10 +553,6 @@ def test_two_forwards_and_one_backward(how):
     with initlab.watch(model, backward=True) as watch:
         (model(torch.randn(4, 8)).sum() + 0 * model(torch.randn(4, 8)).sum()).backward()
         assert watch.report().fault.module == "middle"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Steps, reports, and raising
 
 
 def training(model, steps, bad_at=None, **options):
@@ -632,10 +627,6 @@ def test_an_error_of_the_models_own_is_not_replaced(how):
     assert watch.report().fault.module == "middle"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Hooks come and go
-
-
 def test_hooks_are_removed():
     model = mlp(nn.Tanh())
     watch = initlab.watch(model)
@@ -702,7 +693,7 @@ def test_exceptions_in_a_module(how):
         model = nn.Sequential(nn.Linear(2, 2), Catching(error), Apply(lambda x: x / 0.0))
         with initlab.watch(model) as watch:
             model(torch.ones(1, 2))
-            assert not watch._watcher.local.stack
+            assert not watch._hooks.local.stack
         assert watch.report().fault.module == "2"
     model = mlp(Apply(lambda x: [][0]))
     with initlab.watch(model) as watch:
@@ -818,10 +809,6 @@ def test_bad_arguments(options, error, message):
         initlab.watch(test_bad_arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Surroundings
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("backward", [True, False])
 def test_activation_checkpointing(reentrant, backward, how):
@@ -889,7 +876,7 @@ def test_selective_checkpointing_does_not_cache_what_watch_computes(backward, ho
 
 def test_words_found_by_the_gpu_backend(serving, monkeypatch):
     """A device's whole path, with the kernel in its interpreter where there is no GPU."""
-    monkeypatch.setattr(watching, "_AT_ONCE", ())
+    monkeypatch.setattr(hooks, "_SYNCHRONOUS", ())
     model, args, module, cause, tensor, _ = planted("inf in a weight")
     with serving("triton"):
         fault = fault_of(model, *args, backward=True)
@@ -1008,7 +995,7 @@ def test_integers_sparse_tensors_and_nothing_at_all(how):
         pass
     assert watch.report().calls == 0
     assert fault_of(Odd(), torch.ones(2)) is None
-    assert fault_of(Odd(), torch.tensor([1.0, NAN])).cause == "given"
+    assert fault_of(Odd(), torch.tensor([1.0, NAN])).cause == "input"
 
 
 def test_threads(how):
@@ -1039,15 +1026,11 @@ def test_threads(how):
 def test_tensors_are_read_once(monkeypatch):
     """The batch, and each module's output; not what one hands on to the next, nor a container's output."""
     read = []
-    monkeypatch.setattr(watching, "all_finite_fast", lambda tensor: not read.append(tuple(tensor.shape)))
+    monkeypatch.setattr(hooks, "all_finite_fast", lambda tensor: not read.append(tuple(tensor.shape)))
     model = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.ReLU(inplace=True), nn.Identity()), nn.Linear(5, 3))
     with initlab.watch(model):
         model(torch.randn(2, 4))
         assert read == [(2, 4), (2, 5), (2, 5), (2, 3)]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Modules that flag themselves
 
 
 class Flagging(nn.Linear):
@@ -1086,69 +1069,67 @@ def test_modules_that_flag_themselves(how):
 
 def test_their_outputs_are_not_read_again(monkeypatch):
     read = []
-    monkeypatch.setattr(watching, "all_finite_fast", lambda tensor: not read.append(tuple(tensor.shape)))
+    monkeypatch.setattr(hooks, "all_finite_fast", lambda tensor: not read.append(tuple(tensor.shape)))
     model = nn.Sequential(Flagging(4, 5), nn.Linear(5, 3))
     with initlab.watch(model):
         model(torch.randn(2, 4))
     assert read == [(2, 4), (2, 3)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Across ranks; on real ones in ranks_watching.py
-
-
 def seen(**what):
     """What a rank reports that has seen one fault."""
     usual = {"step": 3, "phase": "forward", "cause": "produced", "module": "h.1", "kind": "MLP", "call": 1}
-    fault = watching.Fault(**{**usual, "tensor": "output", "flag": 1, "dtype": torch.float32, **what})
-    return watching.WatchReport(fault, steps=4, calls=10)
+    fault = Fault(**{**usual, "tensor": "output", "flag": 1, "dtype": torch.float32, **what})
+    return WatchReport(fault, steps=4, calls=10)
 
 
-GIVEN = {"cause": "given", "module": None, "kind": "", "call": 0, "tensor": "input 0 of the model"}
+FROM_OUTSIDE = {"cause": "input", "module": None, "kind": "", "call": 0, "tensor": "input 0 of the model"}
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        pytest.param({"step": 2, "phase": "backward", **GIVEN}, {"step": 3}, id="step"),
-        pytest.param({"phase": "forward", **GIVEN}, {"phase": "backward", "cause": "parameter"}, id="phase"),
-        pytest.param({"after": 9}, {"after": 0, **GIVEN}, id="a stage is given what another produced"),
+        pytest.param({"step": 2, "phase": "backward", **FROM_OUTSIDE}, {"step": 3}, id="step"),
+        pytest.param({"phase": "forward", **FROM_OUTSIDE}, {"phase": "backward", "cause": "parameter"}, id="phase"),
+        pytest.param({"after": 9}, {"after": 0, **FROM_OUTSIDE}, id="a stage gets what another produced"),
         pytest.param({"after": 9}, {"cause": "parameter", "from_all_gather": True}, id="a shard of another rank's"),
         pytest.param(
-            {"cause": "parameter", "after": 4}, {"cause": "parameter", "after": 1, "from_all_gather": True}, id="the holder"
+            {"cause": "parameter", "after": 4},
+            {"cause": "parameter", "after": 1, "from_all_gather": True},
+            id="the rank whose shard it is",
         ),
         pytest.param({"after": 4}, {"cause": "parameter", "after": 5}, id="the sum over ranks comes later"),
         pytest.param({"cause": "parameter", "after": 4}, {"after": 4}, id="parameter"),
-        pytest.param({**GIVEN, "after": 0}, {**GIVEN, "after": 1}, id="both given"),
+        pytest.param({**FROM_OUTSIDE, "after": 0}, {**FROM_OUTSIDE, "after": 1}, id="both from outside"),
     ],
 )
 def test_what_comes_first(first, second):
     for ranks in ((0, 1), (5, 2)):
         reports = dict(sorted(zip(ranks, (seen(**first), seen(**second)), strict=True)))
-        found = watching._first_of(reports)
+        found = merge(reports)
         assert [found.fault.rank, *(fault.rank for fault in found.others)] == list(ranks)
         assert dataclasses.replace(found.fault, rank=None) == reports[ranks[0]].fault
 
 
 def test_of_equals_the_lowest_rank():
-    found = watching._first_of({3: seen(), 1: seen(), 7: watching.WatchReport(None, 9, 2)})
+    found = merge({3: seen(), 1: seen(), 7: WatchReport(None, 9, 2)})
     assert [found.fault.rank, *(fault.rank for fault in found.others)] == [1, 3]
     assert (found.ranks, found.steps, found.calls) == ((1, 3, 7), 9, 22)
 
 
 def test_a_printed_report_of_ranks():
     reports = {rank: seen(module="h.2", after=5) for rank in (0, 2, 3)}
-    reports |= {1: seen(passed_on=("h.2", "")), 4: seen(**GIVEN), 5: watching.WatchReport(None, 4, 10)}
-    assert str(watching._first_of(reports)).splitlines() == [
+    reports |= {1: seen(passed_on=("h.2", "")), 4: seen(**FROM_OUTSIDE), 5: WatchReport(None, 4, 10)}
+    assert str(merge(reports)).splitlines() == [
         "rank 1, step 3, forward: module 'h.1' (MLP) produced NaN (float32) in its output",
         "  passed on by h.2, the model itself",
         "  also ranks 0, 2-3, step 3, forward: module 'h.2' (MLP) produced NaN (float32) in its output",
-        "  also rank 4, step 3, forward: input 0 of the model was given with NaN (float32); no module produced it",
+        "  also rank 4, step 3, forward: input 0 of the model holds NaN (float32); no module produced it",
         "  (4 steps, 60 module calls, 6 ranks)",
     ]
-    many = watching._first_of({rank: seen(module=f"h.{rank}", after=rank) for rank in range(9)})
+    many = merge({rank: seen(module=f"h.{rank}", after=rank) for rank in range(9)})
     assert str(many).splitlines()[-2:] == ["  and 5 more: ranks 4-8", "  (4 steps, 90 module calls, 9 ranks)"]
-    none = watching._first_of({rank: watching.WatchReport(None, 4, 10) for rank in range(2)})
+    none = merge({rank: WatchReport(None, 4, 10) for rank in range(2)})
     assert str(none) == "nothing non-finite in 4 steps, 20 module calls, 2 ranks"
 
 

@@ -1,6 +1,6 @@
-"""The rules: each a pure function from the evidence to a finding, or None. No rule runs anything.
+"""The checks: each a pure function from the evidence to a finding, or None. No check runs the model.
 
-They stand in the order in which one cause infects the next: what is not initialised, bad data, low precision, the loss
+They are in the order in which one cause leads to the next: what is not initialised, bad data, low precision, the loss
 function, the scale of the data, starting weights, gradients, operations, the step.
 """
 
@@ -45,11 +45,11 @@ CHECKS: tuple[Check, ...] = (
 
 
 def findings(evidence: Evidence) -> list[Finding]:
-    """What the rules find, what is broken first, and then causes before what they cause; one of each kind and place."""
+    """What the checks find: what is broken first, and then causes before what they cause; one of each kind."""
     found: list[Finding] = []
-    for rule in CHECKS:
-        one = rule(evidence)
-        if rule is unexplained and any(other.severity == "broken" for other in found):
+    for check in CHECKS:
+        one = check(evidence)
+        if check is unexplained and any(other.severity == "broken" for other in found):
             continue
         if one is not None and not any(_explains(other, one) for other in found):
             found.append(one)

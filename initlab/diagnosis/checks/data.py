@@ -1,4 +1,4 @@
-"""Rules about the batch: values that are not finite, targets out of range, odd scales."""
+"""Checks of the batch: values that are not finite, targets out of range, odd scales."""
 
 from __future__ import annotations
 
@@ -133,21 +133,21 @@ def scale(evidence: Evidence) -> Finding | None:
     odd = odd_scale(evidence)
     if odd is None:
         return None
-    broke, cured = evidence.broke_at is not None, evidence.standardised
+    broke, replay = evidence.broke_at is not None, evidence.standardised
     first = next((c for c in evidence.layers if c.activation in ("tanh", "sigmoid")), None)
     saturated = first is not None and first is evidence.layers[0] and first.edge >= LIMITS.saturated
     hurts = saturated or evidence.excess >= LIMITS.loss_excess or diverges(evidence)
     if broke:
-        hurts = cured is not None and cured.finite
-    if cured is not None and evidence.broke_at != 1:  # where the first pass is in order, this one has to be better
-        before, after = evidence.first_loss, cured.loss
+        hurts = replay is not None and replay.finite
+    if replay is not None and evidence.broke_at != 1:  # where the first pass is in order, this one has to be better
+        before, after = evidence.first_loss, replay.loss
         hurts = hurts and after is not None and (before is None or after <= before)
     if not hurts and not odd.strong:
         return None
     facts: dict[str, Any] = {"factor between features": odd.spread, "root mean square": odd.rms}
-    if cured is not None:
+    if replay is not None:
         facts["loss"] = evidence.first_loss
-        facts["loss if standardised"] = cured.loss
+        facts["loss if standardised"] = replay.loss
     place = Place(feature=odd.features[0] if len(odd.features) == 1 else odd.features or None)
     why = f"{odd.text}: the largest decide the first step, and saturate or blow up what follows."
     severity: Severity = "broken" if (broke or diverges(evidence)) and hurts else "warning"

@@ -1,4 +1,4 @@
-"""What a rule finds."""
+"""What a check finds."""
 
 from __future__ import annotations
 

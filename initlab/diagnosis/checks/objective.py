@@ -1,4 +1,4 @@
-"""Rules about the loss function, by the arguments that torch's own were called with."""
+"""Checks of the loss function, by the arguments that torch's own were called with."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from ..report import Place, Severity
 from .finding import Finding
 
 _PROBLEMS = {
-    "cross_entropy, probabilities": "cross_entropy takes logits and is given probabilities: a softmax of a softmax.",
-    "nll_loss, probabilities": "nll_loss takes log-probabilities and is given probabilities: there is no log in it.",
-    "nll_loss, logits": "nll_loss takes log-probabilities and is given logits: it has no minimum.",
-    "binary_cross_entropy, logits": "binary_cross_entropy takes probabilities and is given raw outputs.",
-    "binary_cross_entropy_with_logits, probabilities": "binary_cross_entropy_with_logits has a sigmoid in it, and is "
-    "given the output of another.",
-    "kl_div, probabilities": "kl_div takes log-probabilities as its input and is given probabilities.",
+    "cross_entropy, probabilities": "cross_entropy takes logits and gets probabilities: a softmax of a softmax.",
+    "nll_loss, probabilities": "nll_loss takes log-probabilities and gets probabilities: it takes no logarithm itself.",
+    "nll_loss, logits": "nll_loss takes log-probabilities and gets logits: it has no minimum.",
+    "binary_cross_entropy, logits": "binary_cross_entropy takes probabilities and gets raw outputs.",
+    "binary_cross_entropy_with_logits, probabilities": "binary_cross_entropy_with_logits applies a sigmoid itself "
+    "and gets the output of another.",
+    "kl_div, probabilities": "kl_div takes log-probabilities as its input and gets probabilities.",
 }
 
 
 def wrong_space(evidence: Evidence) -> Finding | None:
-    """A loss function that is given logits for probabilities, or the other way round."""
+    """A loss function that gets logits for probabilities, or the other way round."""
     for call in evidence.trace.losses:
         why = _PROBLEMS.get(f"{call.name}, {call.problem}")
         if why is not None:

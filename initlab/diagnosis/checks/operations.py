@@ -1,4 +1,4 @@
-"""Rules about what ran when something broke: an operation, an exception, nothing that is known."""
+"""Checks of what ran when something broke: an operation, an exception, something unknown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unsafe(evidence: Evidence) -> Finding | None:
         kind,
         "broken",
         Place(module=origin.module, op=origin.op),
-        f"{origin.op} in {where} makes the first value that is not finite from finite ones, in the {origin.phase} "
+        f"{origin.op} in {where} produces the first non-finite value from finite inputs, in the {origin.phase} "
         f"pass{only}.",
         dict(origin.facts),
         [
@@ -49,10 +49,10 @@ def raised(evidence: Evidence) -> Finding | None:
 
 
 def unexplained(evidence: Evidence) -> Finding | None:
-    """A run that broke, and no other rule knows why."""
+    """A run that broke, and no other check knows why."""
     if evidence.broke_at is None or evidence.error is not None:
         return None
     origin = evidence.origin
     place = Place(module=origin.module, op=origin.op) if origin is not None and origin.source == "op" else Place()
-    why = "the loss or a gradient is not finite, and it does not show where that begins."
+    why = "the loss or a gradient is not finite, and nothing shows where that begins."
     return Finding("operation", "broken", place, why, {"loss": evidence.first_loss})

@@ -1,4 +1,4 @@
-"""Rules about 16-bit floats: what overflows and underflows there, and not in float32."""
+"""Checks of 16-bit floats: what overflows and underflows in them, and not in float32."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def underflow(evidence: Evidence) -> Finding | None:
     if evidence.broke_at is not None or again is None or not again.finite:
         return None
     lost = []
-    for held in evidence.parameters:
-        if held.grad is not None and held.name in again.zeros:
-            more = zero_share_of(held) - again.zeros[held.name]
+    for parameter in evidence.parameters:
+        if parameter.grad is not None and parameter.name in again.zeros:
+            more = zero_share_of(parameter) - again.zeros[parameter.name]
             if more >= LIMITS.zero_gradients:
-                lost.append((held, more))
+                lost.append((parameter, more))
     if not lost:
         return None
-    held, more = max(lost, key=lambda pair: pair[1])
+    parameter, more = max(lost, key=lambda pair: pair[1])
     norm = evidence.steps[0].gradient or 0.0
     return Finding(
         "precision",
         "broken" if norm == 0 else "warning",
-        Place(module=held.ref.path, parameter=held.name),
+        Place(module=parameter.ref.path, parameter=parameter.name),
         "gradients underflow: 16-bit numbers below 6e-8 are zero, and the loss is not scaled.",
-        {"zeros in 16 bits": zero_share_of(held), "zeros in float32": again.zeros[held.name]},
+        {"zeros in 16 bits": zero_share_of(parameter), "zeros in float32": again.zeros[parameter.name]},
         fixes.scaled(evidence, 14),
     )
 
 
-def zero_share_of(held: ParameterStats) -> float:
+def zero_share_of(parameter: ParameterStats) -> float:
     """The share of zeros in a parameter's gradient, by the sample."""
-    return held.grad.zeros if held.grad is not None else 0.0
+    return parameter.grad.zeros if parameter.grad is not None else 0.0

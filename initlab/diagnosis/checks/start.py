@@ -1,4 +1,4 @@
-"""Rules about what nobody wrote: parameters, buffers and the optimizer's state before the first step."""
+"""Checks for uninitialised values: in parameters, buffers and the optimizer's state before the first step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .finding import Finding
 
 def nowhere(evidence: Evidence) -> Finding | None:
     """Parameters on the meta device."""
-    meta = [held for held in evidence.held if held.ref.tensor.is_meta]
+    meta = [parameter for parameter in evidence.parameters_and_buffers if parameter.ref.tensor.is_meta]
     if not meta:
         return None
     return Finding(
@@ -29,53 +29,54 @@ def nowhere(evidence: Evidence) -> Finding | None:
 
 def never_written(evidence: Evidence) -> Finding | None:
     """NaN, infinities or leftovers of memory in parameters and buffers before the first step."""
-    bad = [(held, why) for held in evidence.held if (why := _why_garbage(held, evidence))]
+    bad = [(one, why) for one in evidence.parameters_and_buffers if (why := _why_garbage(one, evidence))]
     if not bad:
         return None
-    held, why = bad[0]
+    parameter, why = bad[0]
     facts: dict[str, Any] = {"tensors": len(bad)}
-    if held.stats is not None:
-        facts |= {"smallest": held.stats.low, "largest": held.stats.high}
+    if parameter.stats is not None:
+        facts |= {"smallest": parameter.stats.low, "largest": parameter.stats.high}
     return Finding(
         "uninitialised",
         "broken",
-        Place(module=held.ref.path, parameter=held.name),
-        f"{held.name} {why} before the first step: memory that nobody wrote, or a checkpoint of a run that had failed.",
+        Place(module=parameter.ref.path, parameter=parameter.name),
+        f"{parameter.name} {why} before the first step: uninitialised memory, or a checkpoint of a run that had "
+        "failed.",
         facts,
         [fixes.fresh(evidence, [one for one, _ in bad], buffer) for buffer in ("zero_()", "fill_(1.0)")],
     )
 
 
-def _why_garbage(held: ParameterStats, evidence: Evidence) -> str:
-    stats = held.stats
+def _why_garbage(parameter: ParameterStats, evidence: Evidence) -> str:
+    stats = parameter.stats
     if stats is None:
         return ""
     if not stats.finite:
         origin = evidence.origin
-        blamed = origin is not None and origin.source == "held" and origin.op in held.ref.names
-        may_mask = not held.ref.is_parameter and stats.low == -math.inf and math.isfinite(stats.high)
+        blamed = origin is not None and origin.source == "parameter" and origin.op in parameter.ref.names
+        may_mask = not parameter.ref.is_parameter and stats.low == -math.inf and math.isfinite(stats.high)
         return "" if may_mask and not blamed else "holds NaN or infinities"
-    if held.ref.leaf == "running_var" and stats.low < 0:
+    if parameter.ref.leaf == "running_var" and stats.low < 0:
         return "is negative, and no variance is"
-    if held.ref.leaf == "running_mean" and stats.largest > LIMITS.garbage:
+    if parameter.ref.leaf == "running_mean" and stats.largest > LIMITS.garbage:
         return "holds means that no activation has"
-    if held.ref.is_parameter and (stats.largest > LIMITS.garbage or held.tiny > LIMITS.denormal_share):
+    if parameter.ref.is_parameter and (stats.largest > LIMITS.garbage or parameter.tiny > LIMITS.denormal_share):
         return "holds values that no starting distribution draws"
     return ""
 
 
 def spoilt_state(evidence: Evidence) -> Finding | None:
     """NaN or infinities in the optimizer's state."""
-    bad = [held for held in evidence.held if held.state]
+    bad = [parameter for parameter in evidence.parameters_and_buffers if parameter.state]
     if not bad:
         return None
-    held = bad[0]
+    parameter = bad[0]
     return Finding(
         "uninitialised",
         "broken",
-        Place(module=held.ref.path, parameter=held.name),
-        f"the optimizer's {' and '.join(held.state)} of {held.name} is not finite, or a negative square, before the "
-        "first step, which then writes NaN into the weights.",
+        Place(module=parameter.ref.path, parameter=parameter.name),
+        f"the optimizer's {' and '.join(parameter.state)} of {parameter.name} is not finite, or a negative square, "
+        "before the first step, which then writes NaN into the weights.",
         {"parameters": len(bad)},
-        [fixes.forget_state(evidence, bad)],
+        [fixes.drop_state(bad)],
     )

@@ -1,4 +1,4 @@
-"""Rules about gradients, and about the step that is taken along them."""
+"""Checks of gradients, and of the step that is taken along them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def exploding_gradient(evidence: Evidence) -> Finding | None:
     )
 
 
-def _norm_of(held: ParameterStats) -> float:
-    norm = held.grad_norm or 0.0
+def _norm_of(parameter: ParameterStats) -> float:
+    norm = parameter.grad_norm or 0.0
     return math.inf if math.isnan(norm) else norm
 
 
@@ -76,7 +76,7 @@ def too_fast(evidence: Evidence) -> Finding | None:
         "learning rate",
         "broken",
         Place(),
-        "the loss rises along the update, and does not come back: the step is longer than the slope it was taken from.",
+        "the loss rises along the update and does not come back down: the step is too long.",
         facts,
         written,
     )

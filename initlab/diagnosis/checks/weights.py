@@ -1,4 +1,4 @@
-"""Rules about starting weights: symmetry, dead units, signals that explode or vanish over depth."""
+"""Checks of starting weights: symmetry, dead units, signals that explode or vanish over depth."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def symmetric(evidence: Evidence) -> Finding | None:
         alike = [h for h in alike if not (h.grad_norm == 0 and is_zero(h))]
     if not alike:
         return _nothing_but_zeros(evidence)
-    held = alike[0]
-    assert held.stats is not None
-    what = "zero" if is_zero(held) else "equal"
+    parameter = alike[0]
+    assert parameter.stats is not None
+    what = "zero" if is_zero(parameter) else "equal"
     norm = evidence.steps[0].gradient if evidence.steps else None
     return Finding(
         "weights",
         "broken" if norm == 0 else "warning",
-        Place(module=held.ref.path, parameter=held.name),
-        f"all rows of {held.name} are {what} and get the same gradient: its units never become different.",
-        {"weights": len(alike), "value": held.stats.mean},
+        Place(module=parameter.ref.path, parameter=parameter.name),
+        f"all rows of {parameter.name} are {what} and get the same gradient: its units never become different.",
+        {"weights": len(alike), "value": parameter.stats.mean},
         fixes.restart(evidence),
     )
 
@@ -148,15 +148,15 @@ def _distribution_ratios(evidence: Evidence) -> list[tuple[Call, float]]:
     """For each layer: the root mean square of its weight against the distribution that its activation wants."""
     found = []
     for call in evidence.layers:
-        for held in evidence.weights_of(call.path):
-            distribution = held.distribution
-            if distribution and held.stats is not None and held.stats.finite and held.stats.numel >= 16:
-                found.append((call, held.stats.rms / distribution))
+        for parameter in evidence.weights_of(call.path):
+            distribution = parameter.distribution
+            if distribution and parameter.stats is not None and parameter.stats.finite and parameter.stats.numel >= 16:
+                found.append((call, parameter.stats.rms / distribution))
     return found
 
 
 def _zero_layer(evidence: Evidence, call: Call) -> bool:
-    return any(is_zero(held) for held in evidence.weights_of(call.path))
+    return any(is_zero(parameter) for parameter in evidence.weights_of(call.path))
 
 
 def _blamed(far: list[tuple[Call, float]], others: list[Call], worst: Callable[..., Any]) -> Call:
@@ -171,9 +171,9 @@ def _backward_ratio(evidence: Evidence) -> float:
     """Gradient times weight of the first layers against the largest: equal over depth where nothing is lost."""
     sizes = []
     for call in evidence.layers:
-        for held in evidence.weights_of(call.path):
-            if held.grad_norm is not None and held.stats is not None and not is_zero(held):
-                sizes.append(held.grad_norm * held.stats.rms * math.sqrt(held.stats.numel))
+        for parameter in evidence.weights_of(call.path):
+            if parameter.grad_norm is not None and parameter.stats is not None and not is_zero(parameter):
+                sizes.append(parameter.grad_norm * parameter.stats.rms * math.sqrt(parameter.stats.numel))
     if len(sizes) < 3 or any(is_zero(h) for h in evidence.parameters):
         return 1.0
     largest = max(sizes)

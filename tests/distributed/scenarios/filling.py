@@ -21,7 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import initlab
-from initlab.distributed.shards import local, local_shards
+from initlab.distributed.dtensors import local
+from initlab.distributed.shards import local_shards
 from initlab.models.naming import tensor_refs
 
 RECIPES = ("torch", "gpt2", "he", "trunc_normal", "own")
@@ -118,10 +119,6 @@ def three_dimensional() -> None:
     check(spread.three_dimensional)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Parts of a model
-
-
 @on(2)
 def pipeline() -> None:
     """Stages by hand, each a module of its own with names of its own."""
@@ -190,9 +187,6 @@ def elsewhere() -> None:
     full = gathered(tensor)
     assert torch.equal(full, expected)
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Single calls
 
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform_": lambda t: initlab.init.uniform_(t, -1.0, 2.0),
@@ -333,10 +327,6 @@ def raises(message: str, function: Callable[..., object], *args: object) -> None
         function(*args)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The ways in which models are made
-
-
 @on(2, 3)
 def reset_parameters() -> None:
     """FSDP2's own flow from the meta device: to_empty, then every module's reset_parameters, inside swap()."""
@@ -428,7 +418,7 @@ def without_gradients() -> None:
 
 @on(2)
 def kept() -> None:
-    """What is said of parameters stays: frozen, labelled, with the distributions and classes of the whole; autograd notices."""
+    """What parameters carry stays: frozen, labelled, with the whole's distributions and classes; autograd notices."""
 
     def make() -> nn.Module:
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3).requires_grad_(False))
@@ -564,10 +554,6 @@ def agreement() -> None:
         torch.manual_seed(rank // 2)
         initlab.swap(check_ranks=half["near"])(initlab.init.normal_)(plain)
         raises("keys differ", initlab.swap(check_ranks=half["far"])(initlab.init.normal_), plain)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Memory
 
 
 @on(4)

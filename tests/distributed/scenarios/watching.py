@@ -118,12 +118,8 @@ def ways() -> Iterator[dict[str, Any]]:
     """Words read at once, with gradients and without, and words that lie in a device's buffer until asked for."""
     yield {}
     yield {"backward": True}
-    with mock.patch.object(hooks, "_AT_ONCE", ()):
+    with mock.patch.object(hooks, "_SYNCHRONOUS", ()):
         yield {}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# watch()
 
 
 @on(2, 4)
@@ -144,7 +140,7 @@ def a_bad_batch_under_ddp() -> None:
     model = sharded.ddp(MLP())
     for options in ways():
         report = watched(model, x(bad=dist.get_rank() == last()), **options)
-        assert told(report) == (last(), "forward", "given", None, "input 0 of the model"), report
+        assert told(report) == (last(), "forward", "input", None, "input 0 of the model"), report
         assert not report.others
         model.zero_grad()
 
@@ -255,7 +251,7 @@ def stages_of_a_pipeline() -> None:
                 dist.send(out.detach(), rank + 1)
     report = report_of(watch)
     assert told(report) == (0, "forward", "produced", "middle", "output"), report
-    assert [(fault.rank, fault.cause) for fault in report.others] == [(r, "given") for r in range(1, last() + 1)]
+    assert [(fault.rank, fault.cause) for fault in report.others] == [(r, "input") for r in range(1, last() + 1)]
     assert (report.fault.step, report.steps) == (2, 2)
 
 
@@ -294,10 +290,6 @@ def groups_and_meshes() -> None:
     row = watch.report(across=square["b"])
     assert row.ranks == ((0, 1) if rank < 2 else (2, 3))
     assert (row.fault is None) == (rank < 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The doctor
 
 
 @on(2, 4)

@@ -1,9 +1,4 @@
-"""The doctor: runs a model on the user's own batch and says why the loss is inf, or NaN, or does not fall.
-
-state.py keeps and restores; trace.py observes a pass, origin.py follows one operation by operation; probes.py runs
-them; evidence.py is what they gather, symptoms.py reads it; checks/ judges; fixes.py writes remedies; report.py says it;
-ranks.py keeps all of it from communicating.
-"""
+"""diagnose(): runs a model on the user's own batch and says why the loss is inf, or NaN, or does not fall."""
 
 from __future__ import annotations
 
@@ -17,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ..distributed.collectives import gather, groups_of
+from .._console import inline_listing
+from ..distributed.collectives import all_gather_object
+from ..distributed.groups import groups_of
 from ..models.naming import unwrapped
 from . import checks, probes, ranks, symptoms
 from .batch import leaves
@@ -25,25 +22,12 @@ from .checks import Finding
 from .evidence import Evidence
 from .limits import LIMITS
 from .probes import LossFn, TrainingStep, UsageError, quiet
-from .ranks import CommunicatesError
-from .report import Cause, Diagnosis, LayerRow, Place
-from .state import companions
-
-__all__ = [
-    "Cause",
-    "CommunicatesError",
-    "Diagnosis",
-    "LayerRow",
-    "Place",
-    "UsageError",
-    "diagnose",
-    "examine",
-    "supervised",
-]
+from .report import Cause, Diagnosis, LayerRow
+from .state import referenced_modules
 
 _TRIALS = 2  # remedies of a cause that are tried, at two steps each
 _NAMED = 8  # parameters that a note lists
-_DEPTH = 2  # examinations in a row: a second one where the first's remedy makes the loss finite and no more
+_DEPTH = 2  # diagnoses in a row: a second one where the first's remedy makes the loss finite and no more
 
 
 def supervised(criterion: Callable[[Any, Any], Tensor]) -> LossFn:
@@ -87,15 +71,15 @@ def diagnose(
 ) -> Diagnosis:
     """Run a model on a batch, and say what is wrong, or close to it: cause, place, evidence, remedy.
 
-    One pass is observed; closer looks follow only where it leaves a suspicion. Errors that the model, the loss or the
+    One pass is observed; further passes follow only where it leaves a suspicion. Errors that the model, the loss or the
     backward pass raise are evidence. Afterwards everything is as it was, also when something raises: parameters,
     buffers, gradients, modes, attributes, the optimizer and its state, and the random generators.
 
-    Beside other ranks it looks at this rank's model and batch alone, and communicates with none of them: also where DDP
-    waits for the gradients of a pass that is half done. A model that cannot run without the others is refused.
+    Beside other ranks it runs this rank's model and batch alone and never communicates, not even where DDP waits for
+    the gradients of a pass that is half done. A model that cannot run without the others is refused.
 
     Args:
-        model: wrapped (DDP) or compiled ones are looked at unwrapped and uncompiled.
+        model: wrapped (DDP) or compiled ones run unwrapped and uncompiled.
         batch: one real batch: tensors, in tuples, lists and dicts.
         loss_fn: called with the model and the batch, returns the loss, one element.
         optimizer: with one, steps are taken and the learning rate is judged.
@@ -109,7 +93,7 @@ def diagnose(
 
     Raises:
         TypeError: if model, batch, loss_fn or what it returns is of the wrong kind, or `across` is.
-        ValueError: if steps is not positive, or this rank is no part of `across`.
+        ValueError: if steps is not positive, or this rank is not part of `across`.
         NotImplementedError: if a pass would communicate: a model with DTensors, under FSDP, with DDP inside of it; or,
             where there are other ranks, anything that calls a collective.
         RuntimeError: if `across` is given and torch.distributed is not initialised, or the diagnosis raises an error on
@@ -125,42 +109,42 @@ def diagnose(
     """
     groups = groups_of(across)
     try:
-        found = examine(model, batch, loss_fn, optimizer, steps=steps)
+        found = diagnose_alone(model, batch, loss_fn, optimizer, steps=steps)
     except Exception as error:
         if groups:  # the others wait for this rank
-            gather(f"{type(error).__name__}: {error}", groups)
+            all_gather_object(f"{type(error).__name__}: {error}", groups)
         raise
-    return ranks.first_of(gather(found, groups)) if groups else found
+    return ranks.merge(all_gather_object(found, groups)) if groups else found
 
 
-def examine(
+def diagnose_alone(
     model: nn.Module,
     batch: Any,
     loss_fn: LossFn,
     optimizer: Optimizer | None = None,
     *,
     steps: int = 1,
-    tell: Callable[[str], None] = lambda stage: None,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Diagnosis:
-    """`diagnose`, telling which stage begins."""
+    """`diagnose` on this rank alone; `on_stage` is called with a description of each stage as it begins."""
     _check(model, batch, loss_fn, optimizer, steps)
     notes: list[str] = []
     inner = unwrapped(model)
-    beside = companions(loss_fn)
-    ranks.refuse_spread(model, beside, (leaf.tensor for leaf in leaves(batch)))
+    others = referenced_modules(loss_fn)
+    ranks.refuse_sharded(model, others, (leaf.tensor for leaf in leaves(batch)))
     if inner is not model:
-        notes.append(f"looked at the original module inside {type(model).__name__}")
+        notes.append(f"ran the original module inside {type(model).__name__}")
     if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         notes.append("compiled modules ran as they were written, uncompiled")
-    with quiet(), ranks.alone():
+    with quiet(), ranks.without_collectives():
         if any(is_lazy(p) for p in (*inner.parameters(), *inner.buffers())):
             inner, optimizer = _materialised(inner, batch, loss_fn), None
-            notes.append("lazy modules: looked at a copy that has seen the batch, without the optimizer")
-        tell("taking down what must be restored")
-        with ranks.apart((inner, *beside), optimizer):
+            notes.append("lazy modules: ran a copy that has seen the batch, without the optimizer")
+        on_stage("copying what must be restored")
+        with ranks.parameter_aliases((inner, *others), optimizer):
             training_step = TrainingStep(inner, batch, loss_fn, optimizer)
             try:
-                evidence, found = _examined(training_step, steps, tell, _DEPTH)
+                evidence, found = _observed(training_step, steps, on_stage, _DEPTH)
             finally:
                 training_step.snapshot.restore()
     return Diagnosis(
@@ -173,26 +157,26 @@ def examine(
     )
 
 
-def _examined(
-    training_step: TrainingStep, steps: int, tell: Callable[[str], None], depth: int
+def _observed(
+    training_step: TrainingStep, steps: int, on_stage: Callable[[str], None], depth: int
 ) -> tuple[Evidence, list[Cause]]:
     """The evidence, and the causes with their remedies."""
-    evidence = probes.gather(training_step)
+    evidence = probes.observe_at_rest(training_step)
     if probes.runnable(evidence):
-        tell("running the model under observation")
-        probes.screen(training_step, evidence, steps)
-        _look_closer(training_step, evidence, tell)
+        on_stage("running the model under observation")
+        probes.observe_steps(training_step, evidence, steps)
+        _probe_further(training_step, evidence, on_stage)
     found = checks.findings(evidence)
     written = [_cause(one, (one.remedies or [""])[0]) for one in found]
     if found and depth:
-        tell("trying remedies")
-        written[0], behind = _tried(training_step, found[0], steps, tell, depth)
+        on_stage("trying remedies")
+        written[0], behind = _tried(training_step, found[0], steps, on_stage, depth)
         written += [cause for cause in behind if cause.kind not in {one.kind for one in written}]
     return evidence, written
 
 
 def _tried(
-    training_step: TrainingStep, found: Finding, steps: int, tell: Callable[[str], None], depth: int
+    training_step: TrainingStep, found: Finding, steps: int, on_stage: Callable[[str], None], depth: int
 ) -> tuple[Cause, list[Cause]]:
     """The likeliest cause with a remedy that was tried, and what shows itself behind it where that is not enough."""
     effects = {}
@@ -200,15 +184,15 @@ def _tried(
         effects[candidate] = probes.effect(training_step, candidate)
         if effects[candidate] == "falls":
             if found.kind == "weights" and "gain" in found.evidence:
-                found.evidence["gain after the remedy"] = probes.growth_under(training_step, candidate)
+                found.evidence["gain after the remedy"] = probes.growth_after(training_step, candidate)
             return _cause(found, candidate, tried=True), []
     helped = next((candidate for candidate, effect in effects.items() if effect == "finite"), None)
     if helped is None or depth == 1:
         return _cause(found, (found.remedies or [""])[0]), []
-    with probes.under(training_step, helped) as cured:
-        second = TrainingStep(cured.model, cured.batch, cured.loss_fn, cured.optimizer)
+    with probes.after_remedy(training_step, helped) as changed:
+        second = TrainingStep(changed.model, changed.batch, changed.loss_fn, changed.optimizer)
         try:
-            behind = _examined(second, steps, tell, depth - 1)[1]
+            behind = _observed(second, steps, on_stage, depth - 1)[1]
         finally:
             second.snapshot.restore()
     if not behind or not behind[0].remedy:
@@ -220,33 +204,32 @@ def _cause(found: Finding, remedy: str, tried: bool = False) -> Cause:
     return Cause(found.kind, found.severity, found.place, found.explanation, found.evidence, remedy, tried)
 
 
-def _look_closer(training_step: TrainingStep, evidence: Evidence, tell: Callable[[str], None]) -> None:
+def _probe_further(training_step: TrainingStep, evidence: Evidence, on_stage: Callable[[str], None]) -> None:
     """The probes that the screening calls for."""
     broke = evidence.broke_at is not None
     lost = symptoms.uses_half(evidence) and symptoms.lost_gradients(evidence)
     if (broke and evidence.error is None) or (lost and not broke):
-        tell("searching the operation behind the first value that is not finite")
+        on_stage("searching the operation behind the first value that is not finite")
         probes.find_origin(training_step, evidence)
     if lost or (broke and symptoms.uses_half(evidence)):
-        tell("running in float32")
+        on_stage("running in float32")
         probes.replay_in_float32(training_step, evidence)
     if symptoms.suspicious_step(evidence):
-        tell("searching along the update")
+        on_stage("searching along the update")
         probes.search_rates(training_step, evidence)
         if not symptoms.blew_up(evidence):
-            probes.keep_going(training_step, evidence, 3)
+            probes.take_further_steps(training_step, evidence, 3)
     odd = symptoms.odd_scale(evidence)
     if odd is not None and (odd.strong or evidence.broke_at is not None):
-        tell("running on standardised inputs")
+        on_stage("running on standardised inputs")
         probes.replay_standardised(training_step, evidence, odd.leaf)
 
 
 def _bad_gradients(evidence: Evidence) -> Iterator[str]:
     """The parameters whose gradients are not finite, by name."""
-    bad = [held.name for held in evidence.parameters if held.grad is not None and not held.grad.finite]
+    bad = [one.name for one in evidence.parameters if one.grad is not None and not one.grad.finite]
     if bad:
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        yield f"gradients that are not finite in step 1: {', '.join(bad[:_NAMED])}{more}"
+        yield f"gradients that are not finite in step 1: {inline_listing(bad, _NAMED)}"
 
 
 def _close_calls(evidence: Evidence) -> Iterator[str]:
@@ -260,22 +243,17 @@ def _close_calls(evidence: Evidence) -> Iterator[str]:
 def _rows(evidence: Evidence) -> Iterator[LayerRow]:
     seen = set()
     for call in evidence.trace.calls:
-        if call.made is None or call.path in seen:
+        if call.output is None or call.path in seen:
             continue
         seen.add(call.path)
         gain = None
-        if call.is_layer and call.given is not None and call.given.signal:
-            gain = call.made.signal / call.given.signal
+        if call.is_layer and call.input is not None and call.input.signal:
+            gain = call.output.signal / call.input.signal
         norms = [h.grad_norm for h in evidence.parameters if h.ref.path == call.path and h.grad_norm is not None]
         gradient = math.hypot(*norms) if norms else None
-        dtype = str(call.made.dtype).removeprefix("torch.")
-        yield LayerRow(
-            call.path, call.kind, dtype, call.made.std, gain, call.made.largest, call.made.headroom, gradient
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The model
+        dtype = str(call.output.dtype).removeprefix("torch.")
+        out = call.output
+        yield LayerRow(call.path, call.kind, dtype, out.std, gain, out.largest, out.headroom, gradient)
 
 
 def _check(model: Any, batch: Any, loss_fn: Any, optimizer: Any, steps: Any) -> None:

@@ -1,0 +1,388 @@
+"""Drop-ins for the gradient clipping of torch.nn.utils, with a few keywords behind torch's own.
+
+One read gives the norm; what is not clipped is not written. `MeshTensors` makes one norm of plain tensors and DTensors.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import utils
+from torch.utils._foreach_utils import _device_has_foreach_support
+
+from initlab.kernels import Norm, describe
+
+from ..distributed.dtensors import ClassifiedTensors, classify, is_dtensor, without_elements
+from ..distributed.groups import MeshDim, pp_mesh_dim_of
+from ..distributed.norm import MeshTensors
+from .report import ON_ANOTHER_RANK, ClipReport, PartialNorm, label
+
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
+
+Policy: TypeAlias = Literal["propagate", "raise", "skip", "zero"]
+Tensors: TypeAlias = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+
+_POLICIES = ("propagate", "raise", "skip", "zero")
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    report: bool = False,
+    partial: bool = False,
+    pp_group: Any = None,
+) -> Any:
+    """The norm of tensors, as if they were one vector. Drop-in for torch.nn.utils.get_total_norm.
+
+    DTensors count as the whole tensors that they stand for, on any meshes; plain tensors among them count as they are.
+    Every rank reads what it holds, once, and learns the same norm by one small collective for each mesh dimension. All
+    ranks must make the call, with DTensors in the same order. Meshes of which a rank is no member add nothing there.
+
+    Args:
+        tensors: one, an iterable, or an iterable of (name, tensor) pairs. Floating or complex, any shapes, dtypes and
+            devices, also mixed. Partial DTensors (sum or avg) are summed for it, a collective each.
+        norm_type: p, any number, or "inf".
+        error_if_nonfinite: raise where the norm is NaN or infinite. Waits for the device.
+        foreach: True raises on devices where torch has no foreach kernels; there is no other difference.
+        report: return a ClipReport.
+        partial: return a PartialNorm, to be reduced over ranks.
+        pp_group: a ProcessGroup of pipeline stages, or a DeviceMesh with one dimension, over which to take the norm
+            too. A stage without tensors must make the call as well. Tied weights that two stages hold count twice.
+
+    Returns:
+        The norm, 0-d, on the first tensor's device: float64 where a tensor is float64 or complex128, else float32
+        (torch: the tensors' own dtype). Within 1e-6 of the true norm wherever float32 holds it, also where squares
+        overflow or vanish (torch: inf, or 0). 0 for no tensors. A replicated DTensor, as in torch, where all tensors
+        are DTensors on one mesh.
+
+    Raises:
+        RuntimeError: for a non-finite norm, if asked to, on every rank; the message names the first bad tensor, and the
+            lowest rank that holds one.
+        NotImplementedError: for sparse tensors, as in torch; for Partial DTensors other than sums and averages.
+        ValueError: for both report and partial, or partial with p = 0; for a pp_group that is neither a ProcessGroup
+            nor a DeviceMesh with one dimension, or has ranks over which a mesh spreads a DTensor, which would then
+            count several times.
+
+    Example:
+        >>> import torch, initlab
+        >>> initlab.get_total_norm([torch.tensor([3.0e30]), torch.tensor([4.0e30])])
+        tensor(5.0000e+30)
+    """
+    p = float(norm_type)
+    if partial and (report or p == 0.0):
+        raise ValueError("partial=True goes neither with report=True nor with norm_type=0; ask for one of them")
+    pp_mesh_dim = pp_mesh_dim_of(pp_group)
+    labelled = as_labelled_tensors(tensors)
+    _check_foreach(labelled.tensors, foreach)
+    classified = classify(labelled.tensors)
+    if classified.has_wrapper_subclass:
+        _reject_extras(report=report, partial=partial, pp_group=pp_group)
+        return utils.get_total_norm(labelled.tensors, p, error_if_nonfinite, foreach)
+    mesh_tensors = mesh_tensors_of(labelled, classified, pp_mesh_dim)
+    total = mesh_tensors.norm(p, detect_nonfinite=report or partial or error_if_nonfinite)
+    if error_if_nonfinite and not bool(total.norm.isfinite()):
+        raise nonfinite_error(total, total.norm.dtype, mesh_tensors, labelled, p)
+    if partial:
+        assert total.flag is not None
+        return PartialNorm(total.sum_of_powers, total.flag, p)
+    return report_of(total, labelled.labels()) if report else mesh_tensors.replicated(total.norm)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    nonfinite: Policy = "propagate",
+    report: bool = False,
+    pp_group: Any = None,
+) -> Any:
+    """Scale gradients in place so that their norm is at most max_norm. Drop-in for torch.nn.utils.clip_grad_norm_.
+
+    Every gradient is multiplied by min(1, max_norm / (norm + 1e-6)). One read gives the norm; where nothing is to be
+    clipped, gradients are not written. Nothing waits for a GPU, unless an error is asked for.
+
+    Gradients that are DTensors are scaled in place, by the norm of the whole; see `get_total_norm`. What one rank
+    finds, all ranks act on: they skip, zero or raise together. A parameter that is a DTensor may have its gradient on
+    some ranks only; the others take part with nothing.
+
+    Args:
+        parameters: one, an iterable, or (name, parameter) pairs as named_parameters() gives them, whose names then
+            appear in errors and reports. Those without a gradient are passed over.
+        max_norm: 0 or more.
+        norm_type: p, any number, or "inf".
+        error_if_nonfinite: raise where the norm is NaN or infinite, before anything is written.
+        foreach: True raises on devices where torch has no foreach kernels; there is no other difference.
+        nonfinite: what to do when a gradient holds NaN or inf. "propagate": what torch does, the formula's NaN or
+            zeros; "raise": as error_if_nonfinite; "skip": leave all gradients as they are; "zero": set all to zero.
+        report: return a ClipReport in place of the norm.
+        pp_group: pipeline stages to take the norm over; as for `get_total_norm`.
+
+    Returns:
+        The norm before clipping; see `get_total_norm`.
+
+    Raises:
+        RuntimeError: for a non-finite norm, if asked to, on every rank; the message names the first bad parameter.
+        NotImplementedError: for sparse gradients, as in torch; for Partial DTensors other than sums and averages.
+        ValueError: for a max_norm that is negative or NaN, an unknown policy for nonfinite, or a pp_group that is
+            neither a ProcessGroup nor a DeviceMesh with one dimension.
+
+    Source:
+        R. Pascanu, T. Mikolov and Y. Bengio, "On the difficulty of training recurrent neural networks", ICML 2013.
+
+    Example:
+        >>> import torch, initlab
+        >>> model = torch.nn.Linear(2, 1)
+        >>> model(torch.tensor([[3.0, 4.0]])).sum().backward()
+        >>> norm = initlab.clip_grad_norm_(model.named_parameters(), max_norm=1.0, nonfinite="raise")
+        >>> f"{float(norm):.4f}", f"{float(initlab.get_total_norm(p.grad for p in model.parameters())):.4f}"
+        ('5.0990', '1.0000')
+    """
+    check_policy(nonfinite)
+    p, max_norm = float(norm_type), _check_max_norm(max_norm)
+    pp_mesh_dim = pp_mesh_dim_of(pp_group)
+    labelled = as_labelled_tensors(parameters)
+    if not labelled.passed and isinstance(parameters, types.GeneratorType):
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
+    gradients = gradients_of(labelled)
+    _check_foreach(gradients.tensors, foreach)
+    classified = classify(gradients.tensors)
+    if classified.has_wrapper_subclass:
+        _reject_extras(report=report, nonfinite=nonfinite, pp_group=pp_group)
+        return utils.clip_grad_norm_(labelled.passed, max_norm, p, error_if_nonfinite, foreach)
+    raises = error_if_nonfinite or nonfinite == "raise"
+    mesh_tensors = mesh_tensors_of(gradients, classified, pp_mesh_dim)
+    total = mesh_tensors.norm(p, detect_nonfinite=raises or report)
+    if raises:
+        checked = total.norm if error_if_nonfinite else total.norm64
+        if not bool(checked.isfinite()):
+            raise nonfinite_error(total, checked.dtype, mesh_tensors, gradients, p)
+    mesh_tensors.clip_(total.norm64, max_norm, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
+    return report_of(total, labelled.labels()) if report else mesh_tensors.replicated(total.norm)
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Tensors,
+    max_norm: float,
+    total_norm: Tensor | float,
+    foreach: bool | None = None,
+    *,
+    nonfinite: Policy = "propagate",
+) -> None:
+    """Scale gradients in place, given their norm. Drop-in for torch.nn.utils.clip_grads_with_norm_.
+
+    Args:
+        parameters: as for `clip_grad_norm_`.
+        max_norm: 0 or more.
+        total_norm: 0-d, on any device, or a number: of these gradients, or of more, as under pipeline parallelism. A
+            DTensor where torch or `get_total_norm` returned one, whatever the gradients are.
+        foreach: as for `clip_grad_norm_`.
+        nonfinite: what to do when total_norm is NaN or infinite; as for `clip_grad_norm_`.
+
+    Raises:
+        RuntimeError: for a non-finite norm, if asked to.
+        NotImplementedError: for sparse gradients, as in torch.
+        ValueError: for a max_norm that is negative or NaN, or an unknown policy for nonfinite.
+
+    Example:
+        >>> import torch, initlab
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> w.grad = torch.tensor([3.0, 4.0])
+        >>> initlab.clip_grads_with_norm_(w, 1.0, initlab.get_total_norm(w.grad))
+        >>> w.grad
+        tensor([0.6000, 0.8000])
+    """
+    check_policy(nonfinite)
+    max_norm = _check_max_norm(max_norm)
+    gradients = gradients_of(as_labelled_tensors(parameters))
+    if not gradients.tensors:
+        return
+    _check_foreach(gradients.tensors, foreach)
+    norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm), dtype=torch.float64)
+    classified, classified_norm = classify(gradients.tensors), classify([norm])
+    if classified.has_wrapper_subclass or classified_norm.has_wrapper_subclass:
+        _reject_extras(nonfinite=nonfinite)
+        utils.clip_grads_with_norm_(gradients.passed, max_norm, norm, foreach)
+        return
+    if classified_norm.has_dtensor:
+        norm = norm.full_tensor()  # type: ignore[attr-defined]
+    mesh_tensors = mesh_tensors_of(gradients, classified)
+    if nonfinite == "raise" and not bool(norm.isfinite()):
+        raise RuntimeError(f"total_norm is {float(norm)}, so the gradients cannot be clipped; none was changed")
+    mesh_tensors.clip_(norm, max_norm, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
+
+
+@torch.no_grad()
+def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
+    """Clamp gradients in place into [-clip_value, clip_value], by torch.nn.utils.clip_grad_value_ itself.
+
+    Of DTensors, also on several meshes and beside plain tensors, it clamps what this rank holds. Nothing is sent.
+
+    Args:
+        parameters: one, an iterable, or (name, parameter) pairs.
+        clip_value: 0 or more. NaN stays NaN, inf becomes clip_value.
+        foreach: as in torch.
+
+    Raises:
+        ValueError: for a clip_value that is negative or NaN, with which torch would set every element to one value.
+        NotImplementedError: for Partial DTensors: clamped terms do not make a clamped sum.
+
+    Example:
+        >>> import torch, initlab
+        >>> w = torch.nn.Parameter(torch.zeros(3))
+        >>> w.grad = torch.tensor([-7.0, 0.5, float("inf")])
+        >>> initlab.clip_grad_value_(w, 1.0)
+        >>> w.grad
+        tensor([-1.0000,  0.5000,  1.0000])
+    """
+    value = float(clip_value)
+    if not value >= 0.0:
+        raise ValueError(f"clip_value is {value}; it must be 0 or more")
+    with_gradient = [p for p in as_labelled_tensors(parameters).passed if p.grad is not None]
+    if not with_gradient:  # torch raises for an empty list
+        return
+    gradients = classify([p.grad for p in with_gradient if p.grad is not None])
+    if not gradients.has_dtensor:
+        utils.clip_grad_value_(with_gradient, value, foreach)
+        return
+    dtensors: list[Any] = [g for g in gradients.dtensors() if g is not None]
+    for g in dtensors:
+        if any(placement.is_partial() for placement in g.placements):
+            raise NotImplementedError(
+                f"a gradient of shape {tuple(g.shape)} is placed {g.placements}, and clamped terms do not make a "
+                "clamped sum; redistribute it to Shard or Replicate. No gradient was changed"
+            )
+    local_parameters: Any = [types.SimpleNamespace(grad=g) for g in gradients.local]
+    utils.clip_grad_value_(local_parameters, value, foreach)
+    torch.autograd.graph.increment_version(dtensors)
+
+
+class LabelledTensors(NamedTuple):
+    """Tensors that a call works on, and what to call each.
+
+    Attributes:
+        tensors: those to read: what the caller passed, or the gradients of that.
+        indices: for each of them the index of what the caller passed.
+        passed: what the caller passed.
+        names: of what the caller passed, if that was pairs, as named_parameters() gives them.
+    """
+
+    tensors: Sequence[Tensor]
+    indices: Sequence[int]
+    passed: Sequence[Tensor]
+    names: list[str] | None
+
+    def labels(self) -> Sequence[str | torch.Size]:
+        """By index: names, or shapes; no tensors, so that a report keeps none alive."""
+        return [t.shape for t in self.passed] if self.names is None else self.names
+
+
+def as_labelled_tensors(tensors: Tensors) -> LabelledTensors:
+    """What a caller passed, as a list."""
+    items: list[Any] = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    names = None
+    if items and isinstance(items[0], tuple):
+        items, names = [tensor for _, tensor in items], [name for name, _ in items]
+    return LabelledTensors(items, range(len(items)), items, names)
+
+
+def gradients_of(parameters: LabelledTensors) -> LabelledTensors:
+    """The gradients of parameters; those without one are left out.
+
+    For a DTensor without a gradient there is one of which this rank holds nothing: other ranks may have theirs, as
+    where experts got no tokens on this rank, and would wait.
+    """
+    gradients: list[Any] = [p.grad for p in parameters.passed]
+    if type(None) not in set(map(type, gradients)):
+        return parameters._replace(tensors=gradients)
+    if not torch.compiler.is_compiling():
+        for i, p in enumerate(parameters.passed):
+            if gradients[i] is None and p.requires_grad and is_dtensor(p):
+                gradients[i] = without_elements(p)
+    indices = [i for i, g in enumerate(gradients) if g is not None]
+    return parameters._replace(tensors=[gradients[i] for i in indices], indices=indices)
+
+
+def mesh_tensors_of(
+    labelled: LabelledTensors, classified: ClassifiedTensors, pp_mesh_dim: MeshDim | None = None
+) -> MeshTensors:
+    """Tensors prepared for norm and scaling. A sparse one raises NotImplementedError with its name."""
+    try:
+        return MeshTensors(classified, labelled.indices, pp_mesh_dim)
+    except NotImplementedError:
+        for tensor, index in zip(labelled.tensors, labelled.indices, strict=True):
+            if tensor.layout != torch.strided:
+                raise NotImplementedError(
+                    f"{label(labelled.labels(), index)} has layout {tensor.layout}, and torch defines no norm for it; "
+                    "leave it out, or make it dense: p.grad = p.grad.to_dense()"
+                ) from None
+        raise
+
+
+def check_policy(nonfinite: str) -> None:
+    """Raise a ValueError for a policy that does not exist."""
+    if nonfinite not in _POLICIES:
+        raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(_POLICIES)}")
+
+
+def _check_max_norm(max_norm: Any) -> float:
+    number = float(max_norm)
+    if not number >= 0.0:  # torch would turn every gradient round, or make it NaN
+        raise ValueError(f"max_norm is {number}; it must be 0 or more")
+    return number
+
+
+def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
+    for device in {t.device for t in tensors} if foreach else ():
+        if not _device_has_foreach_support(device):
+            raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
+
+
+def _reject_extras(**extras: object) -> None:
+    """Raise for keywords that torch's own functions, which take wrappers, do not have."""
+    for name, value in extras.items():
+        if value not in (False, None, "propagate"):
+            raise NotImplementedError(
+                f"{name}={value!r} does not work with tensors that wrap others, nor with DTensors under torch.compile; "
+                "leave it out"
+            )
+
+
+def report_of(total: Norm, labels: Sequence[str | torch.Size]) -> ClipReport:
+    """A norm for which non-finite values were looked for, as a report."""
+    assert total.flag is not None
+    assert total.first_nonfinite_index is not None
+    return ClipReport(total.norm, total.flag, total.first_nonfinite_index, labels)
+
+
+def nonfinite_error(
+    total: Norm, dtype: torch.dtype, mesh_tensors: MeshTensors, labelled: LabelledTensors, p: float
+) -> RuntimeError:
+    """The error for a norm that is non-finite in a dtype. Every rank must ask for it: ranks tell each other names."""
+    report = report_of(total, labelled.labels())
+    if report.nonfinite:
+        first = report.first_bad
+        if mesh_tensors.communicates:
+            lowest = mesh_tensors.lowest(first if int(report.first_nonfinite_index) >= 0 else None)
+            first = ON_ANOTHER_RANK if lowest is None else f"{lowest[1]}, on rank {lowest[0]},"
+        why = f"{first} is the first of those that hold {describe(int(report.flag))}"
+    else:
+        why = f"every gradient is finite, but their norm, {float(total.norm64):.6g}, is beyond {dtype}"
+    return RuntimeError(
+        f"The total norm of order {p} for gradients from `parameters` is non-finite, so it cannot be clipped: {why}. "
+        "No gradient was changed. Pass nonfinite='skip' or 'zero' to go on without them, or error_if_nonfinite=False "
+        "to scale by the non-finite norm anyway"
+    )
