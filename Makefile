@@ -4,24 +4,38 @@
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
-PYTEST := cd $(VENV) && $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CURDIR)
+# Not compiled: most of what is installed is never imported, and Python compiles the rest when it is.
+PIP := $(BIN)/pip install --quiet --no-compile
+
+# One worker for each core, each with one thread. A test that is skipped because a package is missing fails.
+TEST := cd $(VENV) && PYTHONPATH=$(CURDIR)/.ci OMP_NUM_THREADS=1 $(BIN)/pytest -c $(CURDIR)/pyproject.toml \
+	--rootdir=$(CURDIR) -p strict_skips --numprocesses=auto --maxprocesses=8 --dist=loadgroup
+TYPES := cd $(VENV) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p initlab
+BENCH := cd $(VENV) && $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CURDIR)
 
 # Folders too: a deleted module must leave the wheel.
 SOURCES := setup.py pyproject.toml $(wildcard README.md) $(shell find initlab kernels -not -path '*/__pycache__*')
 
-.PHONY: demo test bench gpu clean
+.NOTPARALLEL:
+.PHONY: demo test test-all bench gpu clean
 
-demo: $(VENV)/wheel.stamp
+demo: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
 	$(BIN)/initlab demo
 
+# What guards a user's result. The types are checked beside the tests.
 test: $(VENV)/wheel.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd $(VENV) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p initlab
-	$(PYTEST) --doctest-modules --pyargs initlab $(CURDIR)/tests
+	$(TYPES) >$(VENV)/mypy.log 2>&1 & types=$$!; \
+	$(TEST) --doctest-modules --pyargs initlab $(CURDIR)/tests; tests=$$?; \
+	wait $$types || { cat $(VENV)/mypy.log; exit 1; }; exit $$tests
 
-bench: $(VENV)/wheel.stamp
-	$(PYTEST) --benchmark-only $(CURDIR)/benchmarks
+# And what takes long: every GPU's static costs, worlds of 4 and 8 ranks, the fault corpus, real libraries.
+test-all: test $(VENV)/requirements-all.stamp
+	$(TEST) -m 'long and not large' $(CURDIR)/tests
+
+bench: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
+	$(BENCH) --benchmark-only $(CURDIR)/benchmarks
 
 # From the bare checkout, with the python at hand: installs nothing. OUT names a folder for the results; DRY=1 runs it
 # without a GPU, at sizes that say nothing.
@@ -34,11 +48,15 @@ clean:
 $(VENV)/wheel.stamp: $(VENV)/requirements.stamp $(SOURCES)
 	rm -rf $(VENV)/dist
 	$(BIN)/python -m build --quiet --no-isolation --outdir $(VENV)/dist
-	$(BIN)/pip install --quiet --no-deps --force-reinstall $(VENV)/dist/*.whl
+	$(PIP) --no-deps --force-reinstall $(VENV)/dist/*.whl
 	$(BIN)/pip check
 	touch $@
 
 $(VENV)/requirements.stamp: .ci/requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --requirement .ci/requirements.txt
+	$(PIP) --requirement .ci/requirements.txt
+	touch $@
+
+$(VENV)/requirements-all.stamp: $(VENV)/requirements.stamp .ci/requirements-all.txt
+	$(PIP) --requirement .ci/requirements-all.txt
 	touch $@

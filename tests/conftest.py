@@ -18,6 +18,15 @@ from initlab.kernels.sampling import fill
 import initlab
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads -m
+def pytest_collection_modifyitems(items):
+    """Mark as `long` the parameters that a test's `long_if` names."""
+    for item in items:
+        for mark in item.iter_markers("long_if"):
+            if mark.args[0](**item.callspec.params):
+                item.add_marker("long")
+
+
 @pytest.fixture(scope="session")
 def serving():
     """`with serving("torch"):` lets one backend serve every fill inside it, whatever the environment says."""

@@ -351,6 +351,7 @@ def test_gpt2():
     assert sum(math.prod(shape) for shape in shapes.values()) == 124_439_808
 
 
+@pytest.mark.long
 def test_gpt2_is_transformers():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=63, n_positions=10)
@@ -549,7 +550,7 @@ def test_whole_models_without_transformers(monkeypatch, capsys):
     assert "Left out: transformers is not installed; pip install 'initlab[demo]'" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_demo(capsys):
     threads = torch.get_num_threads()
     assert cli.main(["demo"]) == 0

@@ -49,6 +49,7 @@ def test_paths(value, paths):
     assert all(a is b for a, (_, b) in zip(tensors_in(value), found, strict=True))
 
 
+@pytest.mark.long
 def test_what_transformers_puts_out():
     outputs = pytest.importorskip("transformers.modeling_outputs")
     value = outputs.BaseModelOutput(last_hidden_state=X, hidden_states=(X, Y))

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu does the real thing")
 def test_a_dry_run_of_the_gpu_script(tmp_path):
     """The script reaches its end, says that its figures mean nothing, and saves what it found."""

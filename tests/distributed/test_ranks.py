@@ -21,6 +21,8 @@ def outcome(world, names):
     return ranks.run(world, names)
 
 
+@pytest.mark.xdist_group("ranks")  # a world has as many processes as ranks, and runs all of its scenarios at once
+@pytest.mark.long_if(lambda world, name: world > 3)
 @pytest.mark.parametrize(("world", "name"), CASES)
 def test_scenario(world, name, request):
     items = (item for item in request.session.items if getattr(item, "originalname", "") == "test_scenario")
@@ -29,6 +31,8 @@ def test_scenario(world, name, request):
     assert not wrong, wrong
 
 
+@pytest.mark.long
+@pytest.mark.xdist_group("ranks")
 def test_the_example_of_the_docs():
     """docs/distributed.md shows what it prints."""
     root = Path(__file__).resolve().parents[2]

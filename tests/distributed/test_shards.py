@@ -116,7 +116,7 @@ def expected(shape, mesh, placements, where, sizes):
     ("mesh", "placements"),
     [
         ((8, 8), [_StridedShard(0, split_factor=8), Shard(0)]),
-        pytest.param((64, 8), [Shard(0), Shard(1)], marks=pytest.mark.slow),
+        pytest.param((64, 8), [Shard(0), Shard(1)], marks=pytest.mark.long),
     ],
 )
 def test_where_distribute_tensor_puts_elements(world, mesh, placements):

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faults import FAULTS, HEALTHY
 from faults.held_out import HELD_OUT, HELD_OUT_HEALTHY
 
+pytestmark = pytest.mark.long
 STEPS = 10  # of training after a remedy
 
 
@@ -87,7 +88,13 @@ def share(right: list[bool]) -> float:
     return sum(right) / len(right)
 
 
-@pytest.fixture(scope="module", params=[FAULTS, HELD_OUT], ids=["first set", "held out"])
+SETS = [
+    pytest.param(faults, id=name, marks=pytest.mark.xdist_group(name))  # on one worker, which diagnoses them once
+    for name, faults in {"first set": FAULTS, "held out": HELD_OUT}.items()
+]
+
+
+@pytest.fixture(scope="module", params=SETS)
 def verdicts(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

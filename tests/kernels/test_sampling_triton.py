@@ -92,6 +92,12 @@ def filling(serving, monkeypatch):
 # Equal bits
 
 
+def is_off_the_diagonal(distribution, dtype):
+    """The other pairs meet each distribution once, and each dtype with at least two of them."""
+    return DTYPES[[*DISTRIBUTIONS].index(distribution) % len(DTYPES)] != dtype
+
+
+@pytest.mark.long_if(is_off_the_diagonal)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_bits_of_the_reference(distribution, dtype, filling, reference, bits):
@@ -168,7 +174,7 @@ def test_a_zeros_sign_is_not_lost_between_two_fills(filling):
     assert y.signbit().all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the GPU rounds by itself")
 def test_rounding_to_bfloat16_of_every_float32():
     """The interpreter's conversion cuts off; the kernel's integers do what torch does, for all 2^32 but the NaNs."""

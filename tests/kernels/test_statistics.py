@@ -150,7 +150,7 @@ def test_statistics(name):
     check(measure(DISTRIBUTIONS[name], 3 * 10**6)[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_statistics_of_10_to_9(name):
     check(measure(DISTRIBUTIONS[name], 10**9)[0])

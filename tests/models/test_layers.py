@@ -390,6 +390,7 @@ def test_variance_survives_in_both_directions(wire):
         assert inputs.square().mean().item() == pytest.approx(1.0, rel=0.1)
 
 
+@pytest.mark.long
 def test_fans_of_the_linear_layer_of_transformers():
     from transformers.pytorch_utils import Conv1D  # its arguments are (out, in)
 

@@ -264,6 +264,7 @@ MODELS += ("GemmaForCausalLM",)
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.long
 def test_own_is_what_transformers_does(name):
     torch.manual_seed(0)
     theirs = configured(name)

@@ -1337,6 +1337,7 @@ def empty_rows(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.long
 def test_model_of_transformers(model: str, transformers: Any) -> None:
     before = patchable()
     reference = seeded(lambda: MODELS[model](transformers))
@@ -1365,6 +1366,7 @@ def test_model_of_transformers(model: str, transformers: Any) -> None:
     assert_same(built, swapped(lambda: MODELS[model](transformers)))
 
 
+@pytest.mark.long
 def test_model_of_transformers_in_bfloat16(transformers: Any) -> None:
     whole = swapped(lambda: MODELS["BertModel"](transformers))
     torch.set_default_dtype(torch.bfloat16)
@@ -1376,6 +1378,7 @@ def test_model_of_transformers_in_bfloat16(transformers: Any) -> None:
     assert_same(half, whole.bfloat16())
 
 
+@pytest.mark.long
 def test_checkpoint_of_transformers_is_left_alone(transformers: Any, tmp_path: Path) -> None:
     base = transformers.BertModel(bert_config(transformers))
     base.save_pretrained(tmp_path)
@@ -1390,6 +1393,7 @@ def test_checkpoint_of_transformers_is_left_alone(transformers: Any, tmp_path: P
 
 @on_either_side
 @every_random
+@pytest.mark.long
 def test_flags_of_transformers(side: str, name: str, transformers: Any) -> None:
     from transformers.initialization import guard_torch_init_functions
 
@@ -1408,6 +1412,7 @@ def test_flags_of_transformers(side: str, name: str, transformers: Any) -> None:
 
 
 @pytest.mark.parametrize("name", STEERED)
+@pytest.mark.long
 def test_functions_that_transformers_captured(name: str, transformers: Any) -> None:
     from transformers import initialization
 

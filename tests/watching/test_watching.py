@@ -352,6 +352,7 @@ def test_outputs_of_any_structure(wrap, how):
     assert fault_of(model, wrap(torch.tensor([NAN]))).cause == "input"
 
 
+@pytest.mark.long
 def test_huggingface_outputs(how):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, n_positions=16)
