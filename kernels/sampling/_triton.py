@@ -95,8 +95,8 @@ def _load_column(ptr, num_columns):
     """A run's column of the table, from its address in the first row on: scalars int64."""
     numbers = ()
     for i in tl.static_range(_NUM_ROWS):
-        numbers = numbers + (tl.load(ptr + i * num_columns),)  # noqa: RUF005
-    return TableColumn(*numbers)
+        numbers = numbers + (tl.load(ptr + i * num_columns),)  # type: ignore[assignment]  # noqa: RUF005
+    return TableColumn(*numbers)  # type: ignore[call-arg]
 
 
 @triton.jit
@@ -104,7 +104,8 @@ def load_map(ptr, num_columns, TRANSFORM: tl.constexpr, COMPUTE_DTYPE: tl.conste
     """A run's map, from the address of its first number in the table on: scalars COMPUTE_DTYPE, uint32 for words."""
     numbers = ()
     for i in tl.static_range(_num_fields(TRANSFORM)):
-        numbers = numbers + (_load_number(ptr + i * num_columns, _kind(TRANSFORM, i), COMPUTE_DTYPE),)  # noqa: RUF005
+        number = _load_number(ptr + i * num_columns, _kind(TRANSFORM, i), COMPUTE_DTYPE)
+        numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005
     return _map_class(TRANSFORM)(*numbers)
 
 
