@@ -6,7 +6,7 @@ what it holds, without communication: where ranks agree on `torch.manual_seed`, 
 draws nothing is torch's own function. docs/init.md lists where a call behaves differently from torch's.
 """
 
-# One file of over 500 lines, most of them docstrings: every public name of torch.nn.init with its arguments and errors.
+# This is one file, of over 500 lines, most of them docstrings: every public name of torch.nn.init, with its errors.
 
 import math
 import warnings

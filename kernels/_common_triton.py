@@ -15,8 +15,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # One compilation, whatever a table's size and address: Triton would make variants for a size of 1, or 16 divides it.
 table_jit = triton.jit(
-    do_not_specialize=["num_columns", "columns", "chunks", "first_unit", "units", "high", "low"],
-    do_not_specialize_on_alignment=["table_ptr", "table"],
+    do_not_specialize=["num_columns", "chunks"],
+    do_not_specialize_on_alignment=["table_ptr"],
 )
 
 

@@ -418,7 +418,7 @@ def test_no_look_at_values_with_a_fused_optimizer(monkeypatch):
     monkeypatch.setattr(backends, "requested", lambda: "torch")
 
     op = importlib.import_module("initlab.kernels.norms")
-    monkeypatch.setattr(op, "_visible", lambda tensor: False)
+    monkeypatch.setattr(op, "_host_readable", lambda tensor: False)
     for policy in ("skip", "zero", "propagate"):
         model = net()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
