@@ -327,12 +327,14 @@ def _layer_count(layers: Any) -> int:
 
 def _residual_layers(view: View, patterns: Sequence[str]) -> dict[int, TensorRef]:
     """By id: the parameters whose module, or which themselves (experts in one tensor), a pattern selects."""
-    # With a dot before them "*.c_proj" fits a layer of the model itself too, and without one an exact name fits.
-    names = {
-        id(ref): (f".{ref.module_name}.{ref.attribute}", f"{ref.module_name}.{ref.attribute}") for ref in view.refs
-    }
-    fits = [compile_pattern(pattern, [name for both in names.values() for name in both]) for pattern in patterns]
-    return {id(ref): ref for ref in view.refs if any(fit(name) for fit in fits for name in names[id(ref)])}
+    names = [f"{ref.module_name}.{ref.attribute}" for ref in view.refs]
+    dotted = [f".{name}" for name in names]  # "*.c_proj" is to fit a layer of the model itself too
+    inside: dict[int, TensorRef] = {}
+    for pattern in patterns:
+        tried = dotted if pattern.startswith("*") else names
+        fits = compile_pattern(pattern, tried)
+        inside.update((id(ref), ref) for ref, name in zip(view.refs, tried, strict=True) if fits(name))
+    return inside
 
 
 def _count_blocks(view: View, residual: Mapping[int, TensorRef]) -> tuple[int, str]:
