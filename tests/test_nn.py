@@ -72,7 +72,7 @@ def test_in_a_model_that_is_compiled_or_called_functionally():
 
 @pytest.mark.parametrize("recipe", ["torch", "own", "he", "xavier", "lecun", "auto", "gpt2", "trunc_normal"])
 def test_recipes_know_the_module(recipe):
-    """Fused or not, a model gets the same values; but recipes that ask the module give it the distribution of its own."""
+    """Fused or not, a model gets the same values; recipes that ask the module give it the distribution of its own."""
 
     def model():
         layers = (nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.Linear(16, 8), nn.ReLU(), nn.Tanh())

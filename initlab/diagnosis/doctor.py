@@ -267,7 +267,7 @@ def _rows(evidence: Evidence) -> Iterator[LayerRow]:
         gain = None
         if call.is_layer and call.given is not None and call.given.signal:
             gain = call.made.signal / call.given.signal
-        norms = [h.grad_norm for h in evidence.parameters if h.ref.path == call.path and h.grad_norm is not None]
+        norms = [h.grad_norm for h in evidence.parameters if h.ref.module_name == call.path and h.grad_norm is not None]
         gradient = math.hypot(*norms) if norms else None
         dtype = str(call.made.dtype).removeprefix("torch.")
         yield LayerRow(

@@ -79,9 +79,13 @@ def own() -> NamedRecipe:
     def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
         trace = view.resets.copy()  # the view's own trace is asked for buffers, and must not be read twice
         read_init_weights(view.model, trace)
-        return lambda ref: (
-            trace.complete(ref.tensor) or guess_by_name(ref) if id(ref.tensor) not in trace.unreadable else None
-        )
+
+        def choose(ref: TensorRef) -> FillSpec | None:
+            if id(ref.tensor) in trace.unreadable:
+                return None
+            return trace.complete(ref.tensor) or guess_by_name(ref)
+
+        return choose
 
     return NamedRecipe("own", prepare)
 
@@ -299,8 +303,8 @@ def _start(activation: nn.Module, counted: Fans) -> FillSpec:
     assert start is not None
     if start.recipe == "xavier":
         return centred("uniform", start.gain, (counted.fan_in + counted.fan_out) / 2, f"Xavier, before {name}")
-    said = "He" if start.recipe == "he" else "LeCun"
-    return centred("normal", start.gain, counted.fan_in, f"{said}, before {name}")
+    by = "He" if start.recipe == "he" else "LeCun"
+    return centred("normal", start.gain, counted.fan_in, f"{by}, before {name}")
 
 
 _RECIPES: dict[str, Callable[[], NamedRecipe]] = {

@@ -1,4 +1,4 @@
-"""Recipes: their distributions against torch.nn.init, transformers and closed forms, and what becomes of names and patterns."""
+"""Recipes: their distributions against torch.nn.init, transformers and closed forms; names and patterns."""
 
 import functools
 import json
