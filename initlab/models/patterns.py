@@ -3,7 +3,8 @@
 import glob
 import re
 from collections.abc import Callable, Collection
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
+from typing import Any
 
 _HAS_WILDCARD = re.compile(r"[*?[]").search
 
@@ -21,8 +22,8 @@ def matches(name: str, pattern: str) -> bool:
     return _is_within(name, pattern) or fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def compile_pattern(pattern: str, names: Collection[str]) -> Callable[[str], bool]:
-    """What tells whether a pattern selects a name, among the names of one model.
+def compile_pattern(pattern: str, names: Collection[str]) -> Callable[[str], Any]:
+    """What tells whether a pattern selects a name, among the names of one model: it returns something true if so.
 
     Names may hold the characters of globs, as in ParameterDict({"w[0]": ...}). Where the beginning of a pattern, up to
     a dot or all of it, is the exact name of a tensor or module, it means that one; only the rest is a glob.
@@ -37,15 +38,12 @@ def compile_pattern(pattern: str, names: Collection[str]) -> Callable[[str], boo
         >>> [list(filter(compile_pattern(pattern, names), names)) for pattern in ("w[0]", "h[1].*", "h[12]*")]
         [['w[0]'], ['h[1].weight'], ['h1.weight']]
     """
-    if not _HAS_WILDCARD(pattern):
-        return lambda name: _is_within(name, pattern)
-    exact = pattern
-    while exact and not any(_is_within(name, exact) for name in names):
-        exact = exact.rpartition(".")[0]
-    if exact == pattern:
-        return lambda name: _is_within(name, pattern)
-    escaped = glob.escape(exact) + pattern[len(exact) :]
-    return lambda name: matches(name, escaped)
+    if _HAS_WILDCARD(pattern) and _HAS_WILDCARD("\n".join(names)):
+        exact = pattern
+        while exact and not any(_is_within(name, exact) for name in names):
+            exact = exact.rpartition(".")[0]
+        pattern = glob.escape(exact) + pattern[len(exact) :]
+    return re.compile(f"{translate(pattern)}|{translate(f'{pattern}.*')}").match
 
 
 def _is_within(name: str, owner: str) -> bool:

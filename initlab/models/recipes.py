@@ -81,9 +81,13 @@ def own() -> NamedRecipe:
     def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
         trace = view.resets.copy()  # the view's own trace is asked for buffers, and must not be read twice
         read_init_weights(view.model, trace)
-        return lambda ref: (
-            trace.complete(ref.tensor) or guess_by_name(ref) if id(ref.tensor) not in trace.unreadable else None
-        )
+
+        def choose(ref: TensorRef) -> FillSpec | None:
+            if id(ref.tensor) in trace.unreadable:
+                return None
+            return trace.complete(ref.tensor) or guess_by_name(ref)
+
+        return choose
 
     return NamedRecipe("own", prepare)
 
@@ -301,8 +305,8 @@ def _start(activation: nn.Module, counted: Fans) -> FillSpec:
     assert start is not None
     if start.recipe == "xavier":
         return centred("uniform", start.gain, (counted.fan_in + counted.fan_out) / 2, f"Xavier, before {name}")
-    said = "He" if start.recipe == "he" else "LeCun"
-    return centred("normal", start.gain, counted.fan_in, f"{said}, before {name}")
+    by = "He" if start.recipe == "he" else "LeCun"
+    return centred("normal", start.gain, counted.fan_in, f"{by}, before {name}")
 
 
 _RECIPES: dict[str, Callable[[], NamedRecipe]] = {
@@ -329,12 +333,14 @@ def _layer_count(layers: Any) -> int:
 
 def _residual_layers(view: View, patterns: Sequence[str]) -> dict[int, TensorRef]:
     """By id: the parameters whose module, or which themselves (experts in one tensor), a pattern selects."""
-    # With a dot before them "*.c_proj" fits a layer of the model itself too, and without one an exact name fits.
-    names = {
-        id(ref): (f".{ref.module_name}.{ref.attribute}", f"{ref.module_name}.{ref.attribute}") for ref in view.refs
-    }
-    fits = [compile_pattern(pattern, [name for both in names.values() for name in both]) for pattern in patterns]
-    return {id(ref): ref for ref in view.refs if any(fit(name) for fit in fits for name in names[id(ref)])}
+    names = [f"{ref.module_name}.{ref.attribute}" for ref in view.refs]
+    dotted = [f".{name}" for name in names]  # "*.c_proj" is to fit a layer of the model itself too
+    inside: dict[int, TensorRef] = {}
+    for pattern in patterns:
+        tried = dotted if pattern.startswith("*") else names
+        fits = compile_pattern(pattern, tried)
+        inside.update((id(ref), ref) for ref, name in zip(view.refs, tried, strict=True) if fits(name))
+    return inside
 
 
 def _count_blocks(view: View, residual: Mapping[int, TensorRef]) -> tuple[int, str]:
