@@ -57,6 +57,13 @@ class TableColumn(NamedTuple):
     key: Any
 
 
+# The rows' numbers, for the kernels. They load a field where they need it: all at once would cost registers.
+_ROW = {field: tl.constexpr(row) for row, field in enumerate(TableColumn._fields)}
+_FIRST_ITEM, _PTR, _START, _LENGTH = _ROW["first_item"], _ROW["ptr"], _ROW["start"], _ROW["length"]
+_STRIDE, _SIZE, _KEY = _ROW["stride"], _ROW["size"], _ROW["key"]
+_NUM_ROWS = tl.constexpr(len(TableColumn._fields))
+
+
 class ConstantMap(NamedTuple):
     """Every element is these bits."""
 
@@ -72,7 +79,6 @@ _FIELDS = tl.constexpr(
         for name, m in _MAPS.items()
     }
 )
-_NUM_ROWS = tl.constexpr(len(TableColumn._fields))
 
 
 @triton.constexpr_function
@@ -91,6 +97,7 @@ def _kind(transform, i):
 
 
 @triton.jit
+<<<<<<< HEAD
 def _load_column(ptr, num_columns):
     """A run's column of the table, from its address in the first row on: scalars int64."""
     numbers = ()
@@ -100,6 +107,8 @@ def _load_column(ptr, num_columns):
 
 
 @triton.jit
+=======
+>>>>>>> wA
 def load_map(ptr, num_columns, TRANSFORM: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
     """A run's map, from the address of its first number in the table on: scalars COMPUTE_DTYPE, uint32 for words."""
     numbers = ()
@@ -204,17 +213,18 @@ def fill_rows(
     """
     item = tl.program_id(0).to(tl.int64)
     column_ptr = table_ptr + find(table_ptr, num_columns, item)
-    column = _load_column(column_ptr, num_columns)
-    item_of_run = item - column.first_item
-    row = item_of_run // column.size
-    length = column.length
-    first = column.start + row * column.stride
-    row_ptr = column.ptr + row * length * ITEMSIZE
-    k0 = column.key.to(tl.uint32)
-    k1 = (column.key >> 32).to(tl.uint32)
+    size = tl.load(column_ptr + _SIZE * num_columns)
+    item_of_run = item - tl.load(column_ptr + _FIRST_ITEM * num_columns)
+    row = item_of_run // size
+    length = tl.load(column_ptr + _LENGTH * num_columns)
+    first = tl.load(column_ptr + _START * num_columns) + row * tl.load(column_ptr + _STRIDE * num_columns)
+    row_ptr = tl.load(column_ptr + _PTR * num_columns) + row * length * ITEMSIZE
+    key = tl.load(column_ptr + _KEY * num_columns)
+    k0 = key.to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
     m = load_map(column_ptr + _NUM_ROWS * num_columns, num_columns, TRANSFORM, COMPUTE_DTYPE)
     # The offset in the row of the item's first counter block.
-    start = (item_of_run - row * column.size) * chunks * (BLOCK_SIZE * 4) - (first & 3)
+    start = (item_of_run - row * size) * chunks * (BLOCK_SIZE * 4) - (first & 3)
     for _ in range(chunks):
         if start < length:
             counter = (first + start) >> 2
@@ -251,12 +261,14 @@ def fill_short_rows(
     """
     item = tl.program_id(0).to(tl.int64)
     column_ptr = table_ptr + find(table_ptr, num_columns, item)
-    column = _load_column(column_ptr, num_columns)
-    offsets = (item - column.first_item) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    row = offsets // column.length
-    element = column.start + row * column.stride + (offsets - row * column.length)
-    k0 = column.key.to(tl.uint32)
-    k1 = (column.key >> 32).to(tl.uint32)
+    length = tl.load(column_ptr + _LENGTH * num_columns)
+    offsets = (item - tl.load(column_ptr + _FIRST_ITEM * num_columns)) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    row = offsets // length
+    start = tl.load(column_ptr + _START * num_columns)
+    element = start + row * tl.load(column_ptr + _STRIDE * num_columns) + (offsets - row * length)
+    key = tl.load(column_ptr + _KEY * num_columns)
+    k0 = key.to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
     m = load_map(column_ptr + _NUM_ROWS * num_columns, num_columns, TRANSFORM, COMPUTE_DTYPE)
     counter = element >> 2
     x0, x1, x2, x3 = four_values(
@@ -264,8 +276,9 @@ def fill_short_rows(
     )
     word = element & 3
     x = tl.where(word < 2, tl.where(word == 0, x0, x1), tl.where(word == 2, x2, x3))
-    out_ptr = column.ptr.to(tl.pointer_type(OUT_DTYPE))
-    tl.store(out_ptr + offsets, rounded(x, OUT_DTYPE, INTERPRETED), mask=offsets < column.size)
+    out_ptr = tl.load(column_ptr + _PTR * num_columns).to(tl.pointer_type(OUT_DTYPE))
+    size = tl.load(column_ptr + _SIZE * num_columns)
+    tl.store(out_ptr + offsets, rounded(x, OUT_DTYPE, INTERPRETED), mask=offsets < size)
 
 
 _OUT_DTYPES = {
