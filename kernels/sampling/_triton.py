@@ -97,18 +97,6 @@ def _kind(transform, i):
 
 
 @triton.jit
-<<<<<<< HEAD
-def _load_column(ptr, num_columns):
-    """A run's column of the table, from its address in the first row on: scalars int64."""
-    numbers = ()
-    for i in tl.static_range(_NUM_ROWS):
-        numbers = numbers + (tl.load(ptr + i * num_columns),)  # type: ignore[assignment]  # noqa: RUF005
-    return TableColumn(*numbers)  # type: ignore[call-arg]
-
-
-@triton.jit
-=======
->>>>>>> wA
 def load_map(ptr, num_columns, TRANSFORM: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
     """A run's map, from the address of its first number in the table on: scalars COMPUTE_DTYPE, uint32 for words."""
     numbers = ()
