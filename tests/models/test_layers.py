@@ -838,11 +838,7 @@ def test_the_flat_weights_of_an_rnn_stay_what_they_are():
     ids=["weight_norm", "spectral_norm", "weight_norm by hooks", "prune"],
 )
 def test_a_weight_that_is_computed_from_others(change, names, beside):
-<<<<<<< HEAD
     """Nobody draws it; what it is computed from has no distribution, and reading it must start no power iteration."""
-=======
-    """Nobody draws it; what it is computed from has no distribution, and reading it starts no power iteration."""
->>>>>>> wE
     model = nn.Sequential(beside, change(nn.Linear(3, 4)))
     before = Photograph(model)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
