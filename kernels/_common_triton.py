@@ -1,4 +1,4 @@
-"""What the GPU backends share: tables that feed one launch with many tensors, and rounding in the interpreter."""
+"""What the GPU backends share: tables that feed one launch with many tensors, and rounding (`rounded`)."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ SAMPLING = {  # instructions per element of sm_90's path of full blocks: float32
 
 
 @pytest.mark.parametrize("names", [("normal",), (*SAMPLING,)], ids=["one", "all"])
-@pytest.mark.long_if(lambda names: len(names) > 1)
+@pytest.mark.long_if.with_args(lambda names: len(names) > 1)
 def test_sampling_full_blocks_on_hopper(names, costs):
     found = costs(["sm_90"], *(f"{name}: full blocks" for name in names))
     for cost in found:
@@ -109,7 +109,7 @@ PRODUCTS = {"sm_80": {"HMMA"}, "sm_100": {"UTCHMMA"}, "gfx942": None}
 
 
 @pytest.mark.parametrize("target", PRODUCTS)
-@pytest.mark.long_if(lambda target: target != "sm_80")
+@pytest.mark.long_if.with_args(lambda target: target != "sm_80")
 def test_linear_relu_for_other_targets(target, costs):
     names = ["linear_relu 64x64: relu, bias, flag", "linear_relu 64x128: relu, bias, flag", "linear_relu backward"]
     found = costs([target], *names)

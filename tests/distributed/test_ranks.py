@@ -22,7 +22,7 @@ def outcome(world, names):
 
 
 @pytest.mark.xdist_group("ranks")  # a world has as many processes as ranks, and runs all of its scenarios at once
-@pytest.mark.long_if(lambda world, name: world > 3)
+@pytest.mark.long_if.with_args(lambda world, name: world > 2)
 @pytest.mark.parametrize(("world", "name"), CASES)
 def test_scenario(world, name, request):
     items = (item for item in request.session.items if getattr(item, "originalname", "") == "test_scenario")

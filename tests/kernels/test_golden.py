@@ -144,7 +144,7 @@ def test_the_file_tells_what_it_holds():
 MAPS = ("uniform", "normal with mean", "centre", "tail", "far, upper", "narrow")  # one distribution for each map
 
 
-@pytest.mark.long_if(
+@pytest.mark.long_if.with_args(
     lambda backend, distribution, dtype: backend == "triton" and (distribution not in MAPS or dtype != "float32")
 )
 @pytest.mark.parametrize("backend", ["torch", "numba", "triton"], indirect=True)

@@ -155,7 +155,7 @@ def test_what_is_not_finite_passes_through_as_in_torch(either):
 PLANTS = [v for n in (1, 2, 3) for v in itertools.combinations((NAN, INF, -INF), n)]
 
 
-@pytest.mark.long_if(
+@pytest.mark.long_if.with_args(
     lambda either, dtype, shape: either == "triton" and shape == (70, 72, 136) and dtype != torch.float32
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -525,7 +525,9 @@ CAPABILITIES = [torch.cuda.get_device_capability()[0]] if DEVICE.type == "cuda" 
 TILES = [(major, tile) for major in CAPABILITIES for tile in linear.TILES.get(major, ())]
 
 
-@pytest.mark.long_if(lambda capability_major, tile, dtype: (capability_major == 8) != (dtype == torch.float32))
+@pytest.mark.long_if.with_args(
+    lambda capability_major, tile, dtype: (capability_major == 8) != (dtype == torch.float32)
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("capability_major", "tile"), TILES, ids=str)
 def test_every_tile(capability_major, tile, dtype):
@@ -583,7 +585,7 @@ def test_the_pass(size, dtype):
     assert torch.equal(epilogue.relu_in_place(before.clone(), None), F.relu(before))
 
 
-@pytest.mark.long_if(lambda shape, dtype, layout: shape == (600, 300) and dtype != torch.float32)
+@pytest.mark.long_if.with_args(lambda shape, dtype, layout: shape == (600, 300) and dtype != torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (255, 129), (257, 3), (600, 300)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])

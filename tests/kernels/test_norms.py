@@ -196,7 +196,7 @@ def test_groups_on_several_devices_combine(p):
 BAD = {math.nan: 1, math.inf: 2, -math.inf: 4}
 
 
-@pytest.mark.long_if(lambda backend, dtype: backend == "triton" and dtype != torch.float32)
+@pytest.mark.long_if.with_args(lambda backend, dtype: backend == "triton" and dtype != torch.float32)
 @BACKENDS
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64], ids=str)
 def test_planted_values_are_found_wherever_they_are(backend, dtype):

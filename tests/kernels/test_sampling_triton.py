@@ -97,7 +97,7 @@ def is_off_the_diagonal(distribution, dtype):
     return DTYPES[[*DISTRIBUTIONS].index(distribution) % len(DTYPES)] != dtype
 
 
-@pytest.mark.long_if(is_off_the_diagonal)
+@pytest.mark.long_if.with_args(is_off_the_diagonal)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_bits_of_the_reference(distribution, dtype, filling, reference, bits):
