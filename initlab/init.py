@@ -5,8 +5,8 @@ any number of threads, for any strides, and in every dtype the rounding of the s
 what it holds, without communication: where ranks agree on `torch.manual_seed`, they hold parts of one tensor. What
 draws nothing is torch's own function. docs/init.md lists where a call behaves differently from torch's.
 
-What runs: `_init_draws.sample` turns a call into one draw. `fill_` in kernels/sampling/fill.py checks it and hands it to
-the backend of its device: `fill` in kernels/sampling/_triton.py on a GPU, in _numba.py or _torch.py elsewhere.
+What runs: `_init_draws.sample` turns a call into one draw. `fill_` in kernels/sampling/fill.py checks it and passes it
+to the backend of its device: `fill` in kernels/sampling/_triton.py on a GPU, in _numba.py or _torch.py elsewhere.
 """
 
 # This is one file, of over 500 lines, most of them docstrings: every public name of torch.nn.init, with its errors.
