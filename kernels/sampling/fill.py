@@ -272,7 +272,9 @@ def _entry(job: _Job) -> Any:
         job.mapped.launch = launch
     if region is None or isinstance(m, Constant):
         elements = (
-            2 * tensor.numel() if tensor.is_complex() and launch.dtype.itemsize < tensor.itemsize else tensor.numel()
+            2 * tensor.numel()
+            if tensor.is_complex() and launch.group.dtype.itemsize < tensor.itemsize
+            else tensor.numel()
         )
         return tensor.data_ptr(), elements, launch, job.key, None
     real, runs = _as_real(job)
