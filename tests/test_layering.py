@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # llvmlite is numba's own lower half: an intrinsic's body is written in it.
 BACKENDS = {"_triton": {"triton", "numpy", "torch"}, "_numba": {"numba", "llvmlite", "numpy", "torch"}}
-SHARED = {"backends", "region", "stream"}  # the rooms of kernels/ that every op may use; nonfinite joins them for ops
+SHARED = {"backends", "region", "stream", "tensors"}  # the rooms of kernels/ that every op may use; nonfinite joins them for ops
 COMMON = {"_common_triton", "_common_numba"}  # what the backends of one kind share
 
 
