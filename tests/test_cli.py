@@ -492,6 +492,7 @@ def small_gpt2():
     return demo.gpt2_model(n_layer=2, n_embd=64, n_head=2, vocab_size=300, bos_token_id=0, eos_token_id=0)
 
 
+@pytest.mark.long  # transformers
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_whole_models(backend, capsys):
     evidence = demo.Evidence()
@@ -501,6 +502,7 @@ def test_whole_models(backend, capsys):
     assert evidence.held[-3:] == [True] * 3  # whether so small a model is faster says nothing
 
 
+@pytest.mark.long  # transformers
 def test_whole_models_sees_what_is_broken(monkeypatch, capsys):
     """Other distributions under swap(), and a fill that takes its seed from the order of the parameters."""
 
@@ -535,6 +537,7 @@ def test_deviations_are_in_standard_errors():
     assert demo.largest_deviation(a, b) == pytest.approx((1 - 1 / 1.05) * 100, rel=1e-3)
 
 
+@pytest.mark.long  # transformers
 def test_backwards_is_the_same_model():
     model = demo.register_backwards(small_gpt2())
     names, plain = ([name for name, _ in m.named_parameters(remove_duplicate=False)] for m in (model, small_gpt2()))

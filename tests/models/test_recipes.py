@@ -286,6 +286,7 @@ def test_own_is_what_transformers_does(name):
     assert rows(theirs, "own") == {row.name: row for row in report.rows if row.distribution is not None}
 
 
+@pytest.mark.long  # transformers
 def test_what_was_loaded_is_read_as_well():
     """Transformers marks loaded weights, and its init functions pass over them."""
     model = configured("LlamaForCausalLM")
@@ -296,12 +297,14 @@ def test_what_was_loaded_is_read_as_well():
     assert all(parameter._is_hf_initialized for parameter in model.parameters())
 
 
+@pytest.mark.long  # transformers
 def test_the_norms_of_gemma_start_at_zero():
     model = configured("GemmaForCausalLM")
     initlab.init_model_(model, 0, "own")
     assert {float(p.detach().abs().max()) for n, p in model.named_parameters() if "norm" in n} == {0.0}
 
 
+@pytest.mark.long  # transformers
 def test_gpt2_is_what_the_published_code_does():
     torch.manual_seed(0)
     theirs = configured("GPT2LMHeadModel")
