@@ -127,6 +127,7 @@ def test_these_tests_run_on_the_installed_wheel() -> None:
     assert Path(initlab.__file__).parent == installed, "a checkout hides the installed wheel; use `make test`"
 
 
+@pytest.mark.long
 def test_wheel(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     shipped = set(zipfile.ZipFile(wheel).namelist())
@@ -137,6 +138,7 @@ def test_wheel(dist: Path) -> None:
     assert {name for name in shipped if name.startswith("initlab/")} == {*modules, "initlab/py.typed"}
 
 
+@pytest.mark.long
 def test_sdist_is_the_whole_project(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -147,6 +149,7 @@ def test_sdist_is_the_whole_project(dist: Path) -> None:
     assert {*files, "Makefile", "LICENSE", "README.md", "pyproject.toml", "setup.py"} <= shipped
 
 
+@pytest.mark.long
 def test_installed_wheel(dist: Path, elsewhere: Path, tmp_path: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     run([elsewhere / "bin/python", "-m", "pip", "install", "--no-index", "--no-deps", wheel], cwd=tmp_path)
@@ -162,6 +165,7 @@ def test_installed_wheel(dist: Path, elsewhere: Path, tmp_path: Path) -> None:
     assert run([elsewhere / "bin/python", "-c", without], cwd=tmp_path).split() == [finders], "a finder was added"
 
 
+@pytest.mark.long
 def test_editable_install(project: Path, elsewhere: Path, tmp_path: Path) -> None:
     pip = [elsewhere / "bin/python", "-m", "pip"]
     run([*pip, "install", "--no-index", "--no-deps", "--no-build-isolation", "-e", project], cwd=tmp_path)
@@ -233,6 +237,7 @@ def test_transformers_in_a_checkout(beside_hf: bool, hf_kernels: Path) -> None:
     assert Path(ours) == ROOT / "kernels/__init__.py"
 
 
+@pytest.mark.long
 def test_build_beside_hf(project: Path, hf_kernels: Path, tmp_path: Path) -> None:
     """Its setuptools hook gets its own `kernels`, though our folder comes first on the path."""
     egg_info = [sys.executable, "setup.py", "egg_info", "--egg-base", tmp_path]

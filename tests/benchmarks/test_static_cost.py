@@ -66,6 +66,7 @@ def test_sampling_kernels_compile_for_every_target(target, costs):
 CLIPPING = {"norm": {"fp32": 5, "bf16": 5, "fp16": 5, "fp64": 8}, "scale": {"fp32": 8, "bf16": 8, "fp16": 8, "fp64": 8}}
 
 
+@pytest.mark.long
 def test_clipping_full_blocks_on_hopper(costs):
     """Instructions per element, all memory moved 128 bits at a time."""
     found = costs(["sm_90"], *(f"{name}: full blocks" for name in CLIPPING))
@@ -109,7 +110,7 @@ PRODUCTS = {"sm_80": {"HMMA"}, "sm_100": {"UTCHMMA"}, "gfx942": None}
 
 
 @pytest.mark.parametrize("target", PRODUCTS)
-@pytest.mark.long_if.with_args(lambda target: target != "sm_80")
+@pytest.mark.long
 def test_linear_relu_for_other_targets(target, costs):
     names = ["linear_relu 64x64: relu, bias, flag", "linear_relu 64x128: relu, bias, flag", "linear_relu backward"]
     found = costs([target], *names)
@@ -120,6 +121,7 @@ def test_linear_relu_for_other_targets(target, costs):
             assert PRODUCTS[target] <= {op.split(".")[0] for op in cost["products"]}, cost
 
 
+@pytest.mark.long
 def test_the_flag_kernel_on_hopper(costs):
     """16-byte loads, nothing spilled, and less than the 20 instructions an element that an H100's memory allows."""
     found = costs(["sm_90"], "flag")
