@@ -101,7 +101,8 @@ def load_map(ptr, num_columns, TRANSFORM: tl.constexpr, COMPUTE_DTYPE: tl.conste
     """A run's map, from the address of its first number in the table on: scalars COMPUTE_DTYPE, uint32 for words."""
     numbers = ()
     for i in tl.static_range(_num_fields(TRANSFORM)):
-        numbers = numbers + (_load_number(ptr + i * num_columns, _kind(TRANSFORM, i), COMPUTE_DTYPE),)  # noqa: RUF005
+        number = _load_number(ptr + i * num_columns, _kind(TRANSFORM, i), COMPUTE_DTYPE)
+        numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005
     return _map_class(TRANSFORM)(*numbers)
 
 
