@@ -32,7 +32,7 @@ test: $(VENV)/wheel.stamp
 
 # And what takes long: every GPU's static costs, worlds of 4 and 8 ranks, the fault corpus, real libraries.
 test-all: test $(VENV)/requirements-all.stamp
-	$(TEST) -m 'long and not large' $(CURDIR)/tests
+	$(TEST) -m 'long and not large and not exhaustive' $(CURDIR)/tests
 
 bench: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
 	$(BENCH) --benchmark-only $(CURDIR)/benchmarks

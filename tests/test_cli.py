@@ -553,7 +553,7 @@ def test_whole_models_without_transformers(monkeypatch, capsys):
     assert "Left out: transformers is not installed; pip install 'initlab[demo]'" in capsys.readouterr().out
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive  # it times initlab beside torch, so nothing may run beside it
 def test_the_whole_demo(capsys):
     threads = torch.get_num_threads()
     assert cli.main(["demo"]) == 0

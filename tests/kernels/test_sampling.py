@@ -482,7 +482,7 @@ def test_backends_agree_on_a_million_draws(serving, distribution):
     check_agreement(serving, distribution, 12345, 1_000_003)
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @every_distribution
 def test_backends_agree_on_10_to_8_draws(serving, distribution):
     n = 4_000_001

@@ -174,7 +174,7 @@ def test_a_zeros_sign_is_not_lost_between_two_fills(filling):
     assert y.signbit().all()
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the GPU rounds by itself")
 def test_rounding_to_bfloat16_of_every_float32():
     """The interpreter's conversion cuts off; the kernel's integers do what torch does, for all 2^32 but the NaNs."""

@@ -1,6 +1,6 @@
 """Distributions against scipy's closed forms: moments, Kolmogorov-Smirnov, Anderson-Darling, tails, correlations.
 
-The default run takes 3 x 10^6 draws of each distribution, ``-m slow`` 10^9. ``python tests/kernels/test_statistics.py``
+The default run takes 3 x 10^6 draws of each distribution, ``-m exhaustive`` 10^9. ``python tests/kernels/test_statistics.py``
 measures 10^9 and writes docs/statistics.md and its plot (needs matplotlib).
 """
 
@@ -150,7 +150,7 @@ def test_statistics(name):
     check(measure(DISTRIBUTIONS[name], 3 * 10**6)[0])
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_statistics_of_10_to_9(name):
     check(measure(DISTRIBUTIONS[name], 10**9)[0])
