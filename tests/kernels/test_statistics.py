@@ -1,6 +1,6 @@
 """Distributions against scipy's closed forms: moments, Kolmogorov-Smirnov, Anderson-Darling, tails, correlations.
 
-The default run takes 3 x 10^6 draws of each distribution, ``-m exhaustive`` 10^9. ``python tests/kernels/test_statistics.py``
+The default run takes 3 x 10^6 draws of each distribution, ``-m exhaustive`` 10^9. This file, run as a script,
 measures 10^9 and writes docs/statistics.md and its plot (needs matplotlib).
 """
 
