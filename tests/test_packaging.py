@@ -87,10 +87,12 @@ def elsewhere(tmp_path: Path) -> Path:
 @pytest.fixture
 def hf_kernels(tmp_path: Path) -> Path:
     """A folder with a stand-in for Hugging Face's `kernels`, of a version that transformers accepts."""
+    from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
     folder = tmp_path / "hf"
     files = {
-        "kernels/__init__.py": """
-            __version__ = "99.0"
+        "kernels/__init__.py": f"""
+            __version__ = "{KERNELS_MIN_VERSION}"
 
             def __getattr__(name):  # any of the decorator factories transformers asks for
                 if name.startswith("__"):
@@ -104,10 +106,10 @@ def hf_kernels(tmp_path: Path) -> Path:
                 assert os.getcwd() not in map(os.path.abspath, sys.path), sys.path
                 print("the hook ran")
             """,
-        "kernels.dist-info/METADATA": """
+        "kernels.dist-info/METADATA": f"""
             Metadata-Version: 2.1
             Name: kernels
-            Version: 99.0
+            Version: {KERNELS_MIN_VERSION}
             """,
         "kernels.dist-info/entry_points.txt": """
             [egg_info.writers]
