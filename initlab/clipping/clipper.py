@@ -26,14 +26,15 @@ from .functional import (
     report_of,
 )
 from .optimizers import (
-    SkippedStep,
     OptimizerCopy,
+    SkippedStep,
     changes_more,
     hooked_optimizer,
     make_momentum_buffers,
     refuse_partitioned,
     skips_on_device,
     starts_dampened_momentum,
+    waits_for_unscale,
 )
 from .report import ON_ANOTHER_RANK, ClipReport, ClipStats, label
 from .spikes import SpikePolicy
@@ -262,7 +263,7 @@ class GradClipper:
         self._end_interrupted()
         for one in self._optimizers:
             if getattr(one, "_initlab_clipper", None) is self:
-                del one._initlab_clipper
+                del vars(one)["_initlab_clipper"]
         if self._scaler is not None:
             vars(self._scaler).pop("step", None)
             self._scaler = None
@@ -334,7 +335,7 @@ class GradClipper:
             raise NotImplementedError("GradClipper takes no gradients that wrap other tensors, except DTensors")
         # A GradScaler leaves its scale here where gradients are still scaled.
         scales = [as_0d(getattr(one, "grad_scale", None)) for one in self._optimizers]
-        if len(scales) > 1 and (scales != [None] * len(scales) or self._is_still_scaled()):
+        if len(scales) > 1 and (scales != [None] * len(scales) or waits_for_unscale(self._scaler, self._optimizers)):
             raise RuntimeError(
                 "gradients are still multiplied by the GradScaler's scale, perhaps not those of all optimizers, so "
                 "they have no common norm; call scaler.unscale_(optimizer) for each before the first one steps"
@@ -347,12 +348,14 @@ class GradClipper:
             norm64 = total.norm64 / scale64
             total = total._replace(norm64=norm64, norm=norm64.to(total.norm.dtype))
         assert total.flag is not None
-        bad, limit, spike = total.flag != 0, self.max_norm, None
+        bad, spike = total.flag != 0, None
+        limit: float | Tensor = self.max_norm
         if self._spikes is not None:
             assert self._spike_state is not None
             spike = self._spikes.step(self._spike_state.to(total.norm64.device, non_blocking=True), total.norm64)
             self._spike_state = spike.state
-            limit = limit if self._skips_spikes() else spike.limit.clamp(max=limit)
+            if not self._skips_spikes():
+                limit = spike.limit.clamp(max=self.max_norm)
         coefficient = clip_coefficient(total.norm64, limit)
         measured = Measurement(gradients, mesh_tensors, total, bad, coefficient, spike, scale)
         self._record(measured)
@@ -465,13 +468,6 @@ class GradClipper:
 
     def _skips_spikes(self) -> bool:
         return self._spikes is not None and self._spikes.action == "skip"
-
-    def _is_still_scaled(self) -> bool:
-        """Whether the scaler has yet to unscale an optimizer's gradients."""
-        if self._scaler is None or not self._scaler.is_enabled():
-            return False
-        states = self._scaler._per_optimizer_states  # type: ignore[attr-defined]
-        return any(states[id(one)]["stage"].name == "READY" for one in self._optimizers)
 
     @torch.no_grad()
     def _step_of_scaler(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:

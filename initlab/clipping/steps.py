@@ -15,7 +15,7 @@ from initlab.kernels import Norm
 from ..distributed.dtensors import is_dtensor
 from ..distributed.norm import MeshTensors
 from .functional import LabelledTensors
-from .optimizers import SkippedStep, OptimizerCopy
+from .optimizers import OptimizerCopy, SkippedStep
 from .spikes import SpikeStep
 
 _RUNS_HOOKS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename

@@ -400,7 +400,7 @@ def test_what_is_no_optimizer_is_refused_and_nothing_is_left_behind():
     with pytest.raises(ValueError, match="empty list"):
         initlab.GradClipper([], 1.0)
     for options in ({"max_norm": -1}, {"norm_type": "two"}, {"norm_type": 1, "per_parameter": True}):
-        with pytest.raises(ValueError, match="max_norm|could not convert|norms of order 2"):
+        with pytest.raises(ValueError, match=r"max_norm|could not convert|norms of order 2"):
             initlab.GradClipper(optimizer, **{"max_norm": 1.0} | options)
     initlab.GradClipper(optimizer, 1.0)
 
@@ -493,7 +493,7 @@ def test_sparse_gradients():
     try:
         expected = utils.clip_grad_norm_(embedding().parameters(), 1.0)
     except NotImplementedError:
-        with pytest.raises(NotImplementedError, match="layout torch.sparse_coo.*leave it out"):
+        with pytest.raises(NotImplementedError, match=r"layout torch\.sparse_coo.*leave it out"):
             initlab.clip_grad_norm_(embedding().parameters(), 1.0)
     else:
         torch.testing.assert_close(initlab.clip_grad_norm_(embedding().parameters(), 1.0), expected)
@@ -592,7 +592,7 @@ def test_several_optimizers_under_a_grad_scaler(fused):
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
             else:
-                with pytest.raises(RuntimeError, match="call scaler.unscale_"):
+                with pytest.raises(RuntimeError, match=r"call scaler\.unscale_"):
                     scaler.step(optimizers[0])
                 break
             for optimizer in optimizers:
