@@ -662,3 +662,38 @@ def test_the_doctor_leaves_the_counts_alone():
     before = clipper.state_dict(), clipper.stats(), clipper.report
     initlab.diagnose(model, torch.randn(5, 3), lambda out: out.square().mean(), optimizer)
     assert (clipper.state_dict(), clipper.stats(), clipper.report) == before
+
+
+def test_two_clippers_of_one_scaler_come_and_go_in_any_order():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    plain = scaler.step
+    for order in ((0, 1), (1, 0)):
+        pairs = [weight() for _ in range(2)]
+        clippers = [initlab.GradClipper(optimizer, 1.0, scaler=scaler) for _, optimizer in pairs]
+        for k in (*order, None):
+            for p, optimizer in pairs:
+                scaled(p, scaler, math.inf)
+                scaler.step(optimizer)
+            scaler.update()
+            if k is not None:
+                clippers[k].remove()
+        assert sorted(clipper.stats().nonfinite for clipper in clippers) == [1, 2]
+        assert scaler.step == plain
+
+
+def test_an_interrupted_step_keeps_nothing_of_the_loop_alive():
+    import weakref
+
+    p, optimizer = weight()
+    initlab.GradClipper(optimizer, 1.0)
+    optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    p.grad = torch.full((4,), NAN)
+
+    def loop():
+        batch = torch.ones(3)
+        try:
+            optimizer.step()
+        except ZeroDivisionError:
+            return weakref.ref(batch)
+
+    assert loop()() is None
