@@ -391,7 +391,7 @@ def _with_empty(norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _in_order(norms: Sequence[_GroupNorm], prepared: TensorGroups) -> Tensor:
-    """The norms of tensors on several devices, in the tensors' order. An index would have to be copied, and waited for."""
+    """The norms of tensors on several devices, in the tensors' order, without an index that is copied to a device."""
     parts = {
         group.device: iter(norm.tensor_norms.unbind())
         for group, norm in zip(prepared.groups, norms, strict=True)

@@ -694,6 +694,8 @@ def test_the_norms_of_tensors_that_are_cut(backend, monkeypatch):
         z[: n // 2] *= low
         check_each([x, torch.ones(5), z, w * low, x[: n // 2], torch.empty(0), w])
         check_each([x, y, z, torch.ones(5), y[: n // 2], w * high])
+    x = torch.full((n,), (4 / n) ** 0.5 * 1e154, dtype=torch.float64)  # whose parts' squares overflow only when added
+    check_each([torch.ones(5), x, x[: n // 4]])
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"], indirect=True)
