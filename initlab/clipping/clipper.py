@@ -332,8 +332,7 @@ class GradClipper:
         classified = classify(gradients.tensors)
         if classified.has_wrapper_subclass:
             raise NotImplementedError("GradClipper takes no gradients that wrap other tensors, except DTensors")
-        # A GradScaler leaves its scale here where gradients are still scaled.
-        scales = [as_0d(getattr(one, "grad_scale", None)) for one in self._optimizers]
+        scales = [as_0d(getattr(one, "grad_scale", None)) for one in self._optimizers]  # of a GradScaler
         if len(scales) > 1 and (scales != [None] * len(scales) or waits_for_unscale(self._scaler, self._optimizers)):
             raise RuntimeError(
                 "gradients are still multiplied by the GradScaler's scale, perhaps not those of all optimizers, so "
