@@ -1,6 +1,7 @@
 """kernels/norms.py on every backend: norms against float64 (and exact) arithmetic, scaling, flags, odd tensors."""
 
 import concurrent.futures
+import ctypes
 import hashlib
 import itertools
 import math
@@ -538,6 +539,19 @@ def test_python_threads_that_clip_at_once(serving, threads, common):
         expected = clipped_digest(tensors)
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             assert set(pool.map(clipped_digest, [tensors] * 18)) == {expected}
+
+
+def test_inside_a_parallel_region_of_openmp(serving, threads, common):
+    """There OpenMP starts no further threads: each one that calls claims all blocks itself."""
+    if common._openmp is None:
+        pytest.skip("no OpenMP that can be called")
+    tensors, seen = several_tensors(), []
+    with serving("numba"):
+        threads(2)
+        expected = clipped_digest(tensors)
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: seen.append(clipped_digest(tensors)))
+        common._openmp(ctypes.cast(call, ctypes.c_void_p), None, 3, 0)
+    assert seen == [expected] * 3
 
 
 def digest_in_child(tensors, pipe):
