@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -200,7 +201,7 @@ def share(tasks: Iterable[_T], run: Callable[[_T], object], threads: int) -> Non
                 helper.result()
 
 
-_Job = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # which releases the GIL
+_callable = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))  # of an address; a call releases the GIL
 
 
 def run_on_all(job: Any, data: int, threads: int) -> None:
@@ -213,5 +214,8 @@ def run_on_all(job: Any, data: int, threads: int) -> None:
     if threads > 1 and _openmp is not None:
         _openmp(job.address, data, threads, 0)
         return
-    run = _Job(job.address)
-    share(range(threads), lambda _: run(data), threads)
+    run = _callable(job.address)
+    if threads > 1:
+        share(range(threads), lambda _: run(data), threads)
+    else:
+        run(data)

@@ -223,6 +223,8 @@ class _DtypeGroup:
         self.indices = np.array(entries.indices, dtype=np.int64)[selected]
         self.ends = ((self.lengths + (BLOCK_SIZE - 1)) // BLOCK_SIZE).cumsum()
         self.blocks = int(self.ends[-1])
+        arrays = (self.addresses, self.lengths, self.ends)
+        self.job = np.array([*(array.ctypes.data for array in arrays), len(self.ends), 0, 0, 0], dtype=np.int64)
 
     def run(self, kernel: Callable[[int], Any], *arguments: Any) -> None:
         """Runs `kernel`'s job, with up to two arrays or floats, on torch.get_num_threads() threads, which claim blocks.
@@ -230,9 +232,7 @@ class _DtypeGroup:
         They claim them inside compiled code: a thread that has to share its core, as with one of torch's that still
         spins, must not hold up the others by holding Python's lock.
         """
-        job = np.zeros(7, dtype=np.int64)
-        arrays = (self.addresses, self.lengths, self.ends)
-        job[:4] = [*(array.ctypes.data for array in arrays), len(self.ends)]
+        job = self.job.copy()
         for i, x in enumerate(arguments):
             job[5 + i] = x.ctypes.data if isinstance(x, np.ndarray) else np.float64(x).view(np.int64)
         threads = torch.get_num_threads() if int(self.lengths.sum()) > ONE_THREAD else 1
