@@ -190,9 +190,12 @@ def test_values_that_would_ruin_every_gradient_are_refused(value):
     ):
         with pytest.raises(ValueError, match=f"{value}; it must be 0 or more"):
             call()
-    for call in (initlab.clip_grad_norm_, initlab.GradClipper):
-        with pytest.raises(ValueError, match="'ignore'; it must be one of propagate, raise, skip, zero"):
-            call(p if call is initlab.clip_grad_norm_ else torch.optim.SGD([p]), 1.0, nonfinite="ignore")
+    with pytest.raises(ValueError, match="'ignore'; it must be one of propagate, raise, keep, zero"):
+        initlab.clip_grad_norm_(p, 1.0, nonfinite="ignore")
+    with pytest.raises(ValueError, match="'keep' leaves gradients as they are, for a step to apply"):
+        initlab.clip_grad_norm_(p, 1.0, nonfinite="skip")
+    with pytest.raises(ValueError, match="'ignore'; it must be one of propagate, raise, skip, zero"):
+        initlab.GradClipper(torch.optim.SGD([p]), 1.0, nonfinite="ignore")
     assert torch.equal(p.grad, before)
 
 
@@ -216,7 +219,7 @@ def test_clip_grad_value_is_torchs():
 
 def test_under_torch_compile():
     """One graph, no break: the plain torch backend is traced."""
-    for nonfinite in ("propagate", "skip", "zero"):
+    for nonfinite in ("propagate", "keep", "zero"):
 
         def step(params, policy=nonfinite):
             return initlab.clip_grad_norm_(params, 0.5, nonfinite=policy)
@@ -317,7 +320,7 @@ def test_other_wrappers_are_left_to_torch():
     p.grad = TwoTensor(torch.ones(3), torch.ones(3))
     assert type(initlab.clip_grad_norm_([p], 0.5)) is TwoTensor
     torch.testing.assert_close(p.grad.a, torch.full((3,), 0.5 / 3**0.5))
-    for extra in ({"nonfinite": "skip"}, {"report": True}):
+    for extra in ({"nonfinite": "keep"}, {"report": True}):
         with pytest.raises(NotImplementedError, match=f"{next(iter(extra))}=.* leave it out"):
             initlab.clip_grad_norm_([p], 0.5, **extra)
     optimizer = torch.optim.SGD([p])
@@ -373,7 +376,7 @@ def check_planted(value, kind, place, at):
         with pytest.raises(RuntimeError, match=rf"non-finite, so it cannot be clipped: gradient {at} of shape \("):
             initlab.clip_grad_norm_(params, 1.0, **extra)
         assert equal(params, before)
-    report = initlab.clip_grad_norm_(named(params), 1.0, nonfinite="skip", report=True)
+    report = initlab.clip_grad_norm_(named(params), 1.0, nonfinite="keep", report=True)
     assert report.nonfinite
     assert report.first_bad == f"layer.{at}.weight"
     assert f"{kind[-3:]}" in str(report)
@@ -393,7 +396,7 @@ def test_two_step_clipping_has_the_policies_too():
     bad = torch.tensor(math.inf)
     with pytest.raises(RuntimeError, match="total_norm is inf"):
         initlab.clip_grads_with_norm_(p, 1.0, bad, nonfinite="raise")
-    initlab.clip_grads_with_norm_(p, 1.0, bad, nonfinite="skip")
+    initlab.clip_grads_with_norm_(p, 1.0, bad, nonfinite="keep")
     assert torch.equal(p.grad, before)
     initlab.clip_grads_with_norm_(p, 1.0, bad, nonfinite="zero")
     assert not p.grad.any()
@@ -425,3 +428,59 @@ def test_partial_norms_add_up(backend):
     for options in ({"report": True}, {"norm_type": 0.0}):
         with pytest.raises(ValueError, match="partial=True"):
             initlab.get_total_norm(gradients, partial=True, **options)
+
+
+@BOTH
+def test_the_norm_of_each_parameter(backend):
+    params = parameters((50,), (60, 2), (0,), (), (70,), seed=3)
+    gradients = [p.grad for p in params]
+    gradients[0].mul_(1e-25)
+    gradients[4].mul_(1e25)
+    norm, norms = initlab.get_total_norm(named_gradients(params), per_parameter=True)
+    assert torch.equal(norm, initlab.get_total_norm(gradients))
+    assert (norms.dtype, norms.shape, norms.requires_grad) == (torch.float32, (5,), False)
+    expected = torch.stack([torch.linalg.vector_norm(g.double()) for g in gradients])
+    torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0.0)
+    gradients[1][3] = math.nan
+    norm, norms = initlab.get_total_norm(gradients, per_parameter=True)
+    assert norm.isnan()
+    assert norms.isnan().tolist() == [False, True, False, False, False]
+    with pytest.raises(RuntimeError, match="gradient 1 of shape"):
+        initlab.get_total_norm(gradients, error_if_nonfinite=True, per_parameter=True)
+    wide = torch.tensor([3e200, 4e200], dtype=torch.float64)
+    norm, norms = initlab.get_total_norm([wide, gradients[0]], per_parameter=True)
+    assert norm.dtype == norms.dtype == torch.float64
+    assert norms[0].item() == pytest.approx(5e200, rel=1e-14)
+    norm, norms = initlab.get_total_norm([], per_parameter=True)
+    assert (norm.item(), norms.dtype, norms.shape) == (0.0, torch.float32, (0,))
+    norm, norms = initlab.get_total_norm(wide, per_parameter=True)
+    assert norms.tolist() == [norm.item()]
+
+
+def named_gradients(params):
+    return [(name, p.grad) for name, p in named(params)]
+
+
+def test_what_goes_with_the_norm_of_each_parameter():
+    gradients = [p.grad for p in parameters()]
+    for p in (1.0, 0.0, 3.0, math.inf, "inf"):
+        with pytest.raises(ValueError, match=rf"norm_type=2 alone, not with {float(p)}.* for each tensor"):
+            initlab.get_total_norm(gradients, p, per_parameter=True)
+    for other in ("report", "partial"):
+        with pytest.raises(ValueError, match=f"does not go with {other}=True; make two calls"):
+            initlab.get_total_norm(gradients, per_parameter=True, **{other: True})
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    wrapped = TwoTensor(torch.ones(3), torch.ones(3))
+    with pytest.raises(NotImplementedError, match="per_parameter=True does not work with tensors that wrap"):
+        initlab.get_total_norm([wrapped], per_parameter=True)
+
+
+def test_the_norm_of_each_parameter_under_torch_compile():
+    gradients = [p.grad for p in parameters()]
+    compiled = torch.compile(
+        lambda tensors: initlab.get_total_norm(tensors, per_parameter=True), backend="eager", fullgraph=True
+    )
+    for found, expected in zip(compiled(gradients), initlab.get_total_norm(gradients, per_parameter=True), strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.compiler.reset()
