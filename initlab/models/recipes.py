@@ -221,12 +221,12 @@ def gpt2(std: float = 0.02, layers: int | None = None, residual: Sequence[str] =
 
     def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
         inside = _residual_layers(view, patterns)
-        lists = [name for name, module in walk(view.model) if isinstance(module, nn.ModuleList) and len(module) > 1]
-        if not inside and patterns and lists:
+        blocks_of = next((name for name, module in walk(view.model) if _holds_blocks(module)), None)
+        if not inside and patterns and blocks_of is not None:
             known_names = ", ".join(pattern.removeprefix("*.") for pattern in patterns)
             warn(
-                f"recipe 'gpt2' found no layer that adds to the residual stream in the blocks of {lists[0] or 'the model'}"
-                f": none is called {known_names}. All weights get std {plain.std:.3g}. Name those layers, recipe="
+                f"recipe 'gpt2' found no layer that adds to the residual stream in the blocks of {blocks_of or 'model'}: "
+                f"none is called {known_names}. All weights get std {plain.std:.3g}. Name those layers, recipe="
                 "initlab.recipes.gpt2(residual='*.down'), or say that there are none, residual=()"
             )
         blocks, source = (known, "given") if known is not None else _count_blocks(view, inside)
@@ -340,6 +340,11 @@ def _layer_count(layers: Any) -> int:
     if count < 0:
         raise ValueError(f"layers is {layers!r}; it must be the number of blocks of the whole model, or None")
     return count
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether it is a list of modules that have modules of their own."""
+    return isinstance(module, nn.ModuleList) and any(next(block.children(), None) is not None for block in module)
 
 
 def _residual_layers(view: View, patterns: Sequence[str]) -> dict[int, TensorRef]:
