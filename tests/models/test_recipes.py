@@ -942,7 +942,7 @@ class Blocks(nn.Module):
 
 
 def test_gpt2_says_where_no_residual_layer_is_known_by_name():
-    message = r"no layer that adds to the residual stream in the blocks of blocks: none.*residual='\*\.down'"
+    message = r"no layer that adds to the residual stream in blocks: none of its blocks.*residual='\*\.down'"
     with pytest.warns(UserWarning, match=message):
         initlab.init_model_(Blocks("down"), seed=0, recipe="gpt2")
     report = initlab.init_model_(Blocks("down"), seed=0, recipe=recipes.gpt2(residual="*.down"))
