@@ -226,8 +226,8 @@ def gpt2(std: float = 0.02, layers: int | None = None, residual: Sequence[str] =
             known_names = ", ".join(pattern.removeprefix("*.") for pattern in patterns)
             warn(
                 f"recipe 'gpt2' found no layer that adds to the residual stream in {blocks_of or 'the model'}: none of "
-                f"its blocks' layers is called {known_names}. All weights get std {plain.std:.3g}. Name those layers, recipe="
-                "initlab.recipes.gpt2(residual='*.down'), or say that there are none, residual=()"
+                f"its blocks' layers is called {known_names}. All weights get std {plain.std:.3g}. Name those layers, "
+                "recipe=initlab.recipes.gpt2(residual='*.down'), or say that there are none, residual=()"
             )
         blocks, source = (known, "given") if known is not None else _count_blocks(view, inside)
         scaled = Normal(0.0, plain.std / math.sqrt(2 * blocks)) if blocks else plain
@@ -343,8 +343,10 @@ def _layer_count(layers: Any) -> int:
 
 
 def _holds_blocks(module: nn.Module) -> bool:
-    """Whether it is a list of several modules that have modules of their own."""
-    return isinstance(module, nn.ModuleList) and sum(next(one.children(), None) is not None for one in module) > 1
+    """Whether it is a list of modules of one class that have modules of their own."""
+    if not isinstance(module, nn.ModuleList) or len(module) < 2 or len(set(map(type, module))) > 1:
+        return False
+    return next(module[0].children(), None) is not None
 
 
 def _residual_layers(view: View, patterns: Sequence[str]) -> dict[int, TensorRef]:
