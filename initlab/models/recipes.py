@@ -343,10 +343,10 @@ def _layer_count(layers: Any) -> int:
 
 
 def _holds_blocks(module: nn.Module) -> bool:
-    """Whether it is a list of modules of one class that have modules of their own."""
+    """Whether it is a list of modules of one class, not Sequential, that have modules of their own."""
     if not isinstance(module, nn.ModuleList) or len(module) < 2 or len(set(map(type, module))) > 1:
         return False
-    return next(module[0].children(), None) is not None
+    return not isinstance(module[0], nn.Sequential) and next(module[0].children(), None) is not None
 
 
 def _residual_layers(view: View, patterns: Sequence[str]) -> dict[int, TensorRef]:
