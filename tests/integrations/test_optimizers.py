@@ -1,0 +1,169 @@
+"""Steps with NaN under optimizers of other packages: everything that they hold is what it was before the step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import utils
+
+import initlab
+
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("optimizers"), pytest.mark.filterwarnings("ignore")]
+MAX_NORM = 0.1
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are small here; on a busy machine torch's threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def of_package(name, **options):
+    def make(parameters):
+        import pytorch_optimizer
+
+        return getattr(pytorch_optimizer, name)(parameters, lr=0.01, **options)
+
+    return make
+
+
+def lookahead(parameters):
+    import pytorch_optimizer
+
+    return pytorch_optimizer.Lookahead(torch.optim.AdamW(parameters, 0.01), k=3)
+
+
+def sam(parameters):
+    import pytorch_optimizer
+
+    return pytorch_optimizer.SAM(parameters, torch.optim.SGD, lr=0.01, momentum=0.9)
+
+
+def schedule_free(name, **options):
+    def make(parameters):
+        import schedulefree
+
+        optimizer = getattr(schedulefree, name)(parameters, lr=0.01, **options)
+        optimizer.train()
+        return optimizer
+
+    return make
+
+
+OPTIMIZERS = {
+    "SOAP": of_package("SOAP", precondition_frequency=2),
+    "CAME": of_package("CAME"),
+    "Lamb": of_package("Lamb"),
+    "AdEMAMix": of_package("AdEMAMix"),
+    "Lookahead": lookahead,
+    "SAM": sam,
+    "AdamWScheduleFree": schedule_free("AdamWScheduleFree", warmup_steps=5),
+    "SGDScheduleFree": schedule_free("SGDScheduleFree", warmup_steps=5),
+    "RAdamScheduleFree": schedule_free("RAdamScheduleFree"),
+    "LBFGS": lambda ps: torch.optim.LBFGS(ps, 0.1, max_iter=3, history_size=2),
+}
+WITH_CLOSURE = {"SAM", "LBFGS"}
+ONE_MOVE = {"LBFGS"}  # runs its closure at weights that it has moved: see the test of that
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def batch(step):
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+    return x, (x[:, :3] * 4).sin() * (1 + step % 5)
+
+
+def closure_of(model, optimizer, step, bad=(), clip=False):
+    """A closure, for one step. Its calls are counted from 0; those in `bad` put a NaN into a gradient."""
+    calls = iter(range(1000))
+
+    def closure():
+        optimizer.zero_grad()
+        x, y = batch(step)
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        if next(calls) in bad:
+            model[2].weight.grad[1, 3] = torch.nan
+        if clip:
+            utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        return loss
+
+    return closure
+
+
+def take_step(name, model, optimizer, closure):
+    if name in WITH_CLOSURE:
+        optimizer.step(closure)
+    else:
+        closure()
+        optimizer.step()
+
+
+def contents(value, seen=None):
+    """All that an object holds: numbers, tensors and what is in containers and optimizers, in one comparable tree."""
+    seen = set() if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        return ("tensor", value.dtype, value.detach().clone().double().nan_to_num(7.25).tolist())
+    if isinstance(value, torch.optim.Optimizer):
+        if id(value) in seen:
+            return "seen"
+        seen.add(id(value))
+        mine = {k: v for k, v in vars(value).items() if not k.startswith(("_optimizer_", "_initlab", "_zero_grad"))}
+        return contents(mine, seen)
+    if isinstance(value, dict):
+        return {k if isinstance(k, str) else f"key {i}": contents(v, seen) for i, (k, v) in enumerate(value.items())}
+    if isinstance(value, (list, tuple)):
+        return [contents(v, seen) for v in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_with_nan_changes_nothing_that_the_optimizer_holds(name):
+    model = net()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    clipper = initlab.GradClipper(optimizer, MAX_NORM, named_parameters=model.named_parameters())
+    for step in range(12):
+        bad = step in (0, 5, 6)
+        closure = closure_of(model, optimizer, step, bad=range(1000) if bad else ())
+        before = contents([optimizer, *model.parameters()])
+        take_step(name, model, optimizer, closure)
+        if bad:
+            assert contents([optimizer, *model.parameters()]) == before
+    stats = clipper.stats()
+    assert stats.first_bad_parameter == "2.weight"
+    assert stats.first_bad_step == 1
+    assert stats.nonfinite == (stats.steps - 9 if name not in WITH_CLOSURE else stats.nonfinite)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_is_that_of_clipping_before_each_step(name):
+    """The steps with a NaN are left out of the training with torch's clipping, or of its closures."""
+    ours, theirs = net(), net()
+    mine, other = (OPTIMIZERS[name](model.parameters()) for model in (ours, theirs))
+    initlab.GradClipper(mine, MAX_NORM)
+    for step in range(40):
+        bad = step in (0, 5, 6, 20)
+        take_step(name, ours, mine, closure_of(ours, mine, step, bad=range(1000) if bad else ()))
+        if not bad:
+            take_step(name, theirs, other, closure_of(theirs, other, step, clip=True))
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-6, atol=1e-6)
+    assert not torch.equal(ours[0].weight, net()[0].weight)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_nan_in_either_call_of_the_closure_skips_a_step_of_sam(bad):
+    model = net()
+    optimizer = sam(model.parameters())
+    initlab.GradClipper(optimizer, MAX_NORM)
+    for step in range(3):
+        optimizer.step(closure_of(model, optimizer, step))
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step(closure_of(model, optimizer, 3, bad=(bad,)))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
