@@ -19,7 +19,7 @@ else:
         nonfinite_flag,
         nonfinite_flag_fast,
     )
-    from .norms import Norm, TensorGroups, clip_, clip_coefficient, combine_norms, grad_norm
+    from .norms import EPSILON, Norm, TensorGroups, clip_, clip_coefficient, combine_norms, grad_norm
     from .region import Region
     from .sampling import (
         STREAM_VERSION,
@@ -37,6 +37,7 @@ else:
     from .tensors import PLAIN, all_plain
 
     __all__ = [
+        "EPSILON",
         "NAN",
         "NEGATIVE_INF",
         "PLAIN",

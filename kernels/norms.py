@@ -33,7 +33,7 @@ from .nonfinite import check_memory, is_dense, nonfinite_flag
 from .tensors import PLAIN, all_plain
 
 EPSILON = 1e-6  # torch's: added to the norm before max_norm is divided by it
-POLICIES = ("propagate", "skip", "zero")
+POLICIES = ("propagate", "keep", "zero")
 
 # What the backends read. A dtype's code, for compiled code, is its place here.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -193,7 +193,7 @@ def clip_(
         norm: 0-d, floating, on any device: `Norm.norm64` of these tensors, or of more.
         max_norm: the largest norm that is left as it is.
         nonfinite: the policy where the norm is NaN or infinite. "propagate": what the formula says, so NaN everywhere
-            or zeros; "skip": nothing is written; "zero": every element becomes zero, also NaN and infinite ones.
+            or zeros; "keep": nothing is written; "zero": every element becomes zero, also NaN and infinite ones.
 
     Raises:
         ValueError: for another policy than these.

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from initlab.kernels import Norm, clip_coefficient
+from initlab.kernels import EPSILON, clip_coefficient
 
-from ..distributed.dtensors import classify, is_dtensor
+from ..distributed.dtensors import classify
 from ..distributed.groups import pp_mesh_dim_of
 from ..distributed.norm import MeshTensors
 from .functional import (
     LabelledTensors,
-    Policy,
+    StepPolicy,
     check_policy,
     gradients_of,
     mesh_tensors_of,
     nonfinite_error,
     report_of,
 )
+from .optimizers import (
+    HiddenGradients,
+    OptimizerCopy,
+    changes_more,
+    hooked_optimizer,
+    make_momentum_buffers,
+    refuse_partitioned,
+    skips_on_device,
+    starts_dampened_momentum,
+)
 from .report import ON_ANOTHER_RANK, ClipReport, ClipStats, label
+from .spikes import SpikePolicy
+from .steps import Decision, GradientMarks, Measurement, Round, Step, as_0d, is_running, step_frame
+
+_SPIKE_STEPS = 16  # of so many spikes, the last ones, the steps are kept
+# Places in the counts, which stay on the device. FIRST_STEP is 0 where there is none.
+_CLIPPED, _NONFINITE, _FIRST_STEP, _FIRST_PARAMETER, _SPIKES = range(5)
 
 
 class GradClipper:
@@ -36,34 +53,48 @@ class GradClipper:
     for a GPU. With others gradients are scaled in place, and "skip" waits for the device once a step; "raise" always
     does.
 
+    A closure that is passed to step(), as Lightning does always, is run by the optimizer as before, and clipped each
+    time it has run. Compiled steps are clipped too: torch.compile breaks the graph at the hook, so fullgraph=True
+    raises. Wrappers of accelerate and Lightning are looked into.
+
     Works under torch.amp.GradScaler: the norm of gradients that are still scaled is that of the unscaled ones, and a
     step that the scaler skips stays skipped. Parameter groups count as one vector; parameters without a gradient are
-    passed over.
+    passed over, and one that is passed twice counts once. Sparse gradients count by their coalesced values.
 
     Works with DTensors on any meshes (FSDP2, tensor, expert and hybrid parallelism): every rank of the meshes takes the
     same norm, and a NaN on one makes all skip the step. Ranks that share no mesh know nothing of each other, unless
     pp_group joins them. See `get_total_norm`.
 
     Args:
-        optimizer: any whose step() takes no closure. Reports use its names if it was made of named_parameters().
-        max_norm: more than 0; inf only measures and guards. The attribute may be set at any time.
-        nonfinite: what to do in a step with NaN or inf in a gradient. "skip": no parameter, moment or step count
-            changes; "raise": RuntimeError before anything changes, naming the parameter; "zero": step with gradients
-            of zero; "propagate": as if nothing was wrong.
+        optimizer: one, or several whose gradients count as one vector, as with Muon for matrices and AdamW for the
+            rest. All must step after one backward pass; the first that does takes the norm and decides for all.
+        max_norm: more than 0; inf only measures and guards. The attribute may be set at any time, as `nonfinite` and
+            `norm_type` may.
+        nonfinite: what to do in a step with NaN or inf in a gradient. "skip": no parameter, moment, counter or other
+            value that the optimizer holds changes; "raise": RuntimeError before anything changes, naming the
+            parameter; "zero": step with gradients of zero; "propagate": as if nothing was wrong.
         norm_type: p, any number, or "inf".
-        named_parameters: (name, parameter) pairs, for reports.
+        named_parameters: (name, parameter) pairs, for reports; without it the optimizer's own names, if it was made of
+            named_parameters().
         pp_group: pipeline stages to take the norm over; as for `get_total_norm`. All stages must step, whether they
             have gradients or not. torch.amp.GradScaler goes by each stage's own gradients, so scales drift apart; use
             torch's ShardedGradScaler with the process group of the stages, and call its unscale_ before each step.
+        scaler: the torch.amp.GradScaler whose step() steps the optimizer. With optimizers that are not fused it does
+            not call their step() where it has found an inf: with it passed, such steps are counted too.
+        per_parameter: keep the norm of each gradient, for `norms` and `top`. It comes out of the same read. p = 2 only.
+        spikes: a policy beside max_norm for norms far above those before, such as `ZScoreSpikes()`.
 
     Attributes:
         max_norm: the largest norm.
         report: the ClipReport of the last step; None before it. Its norm is that before clipping.
 
     Raises:
-        ValueError: for a max_norm that is not positive, an unknown policy for nonfinite, or a pp_group that is neither
-            a ProcessGroup nor a DeviceMesh with one dimension.
-        RuntimeError: if the optimizer has a GradClipper already.
+        ValueError: for a max_norm that is not positive, an unknown policy for nonfinite, per_parameter with a norm_type
+            other than 2, no optimizer, or a pp_group that is neither a ProcessGroup nor a DeviceMesh with one
+            dimension. Also when an attribute is set so.
+        TypeError: for what is no optimizer, and wraps none, whose step() runs hooks.
+        RuntimeError: if an optimizer has a GradClipper already.
+        NotImplementedError: for DeepSpeed's ZeRO, of whose gradients a rank sees a part.
 
     Source:
         R. Pascanu, T. Mikolov and Y. Bengio, "On the difficulty of training recurrent neural networks", ICML 2013.
@@ -78,274 +109,393 @@ class GradClipper:
         ...     model(torch.tensor([[0.1, x]])).sum().backward()
         ...     optimizer.step()
         >>> clipper.stats()
-        ClipStats(steps=3, clipped=2, nonfinite=1, first_bad_step=2, first_bad_parameter='weight')
+        ClipStats(steps=3, clipped=2, nonfinite=1, first_bad_step=3, first_bad_parameter='weight')
         >>> bool(model.weight.isfinite().all())
         True
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         max_norm: float,
-        nonfinite: Policy = "skip",
+        nonfinite: StepPolicy = "skip",
         *,
         norm_type: float = 2.0,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         pp_group: Any = None,
+        scaler: torch.amp.GradScaler | None = None,
+        per_parameter: bool = False,
+        spikes: SpikePolicy | None = None,
     ) -> None:
-        check_policy(nonfinite)
-        if not float(max_norm) > 0.0:
-            raise ValueError(f"max_norm is {max_norm}; it must be more than 0; inf only measures and guards")
-        if getattr(optimizer, "_initlab_clipper", None) is not None:
+        optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+        self._optimizers = list(dict.fromkeys(map(hooked_optimizer, optimizers)))
+        if not self._optimizers:
+            raise ValueError("optimizer is an empty list; pass one optimizer, or those whose gradients count as one")
+        self._per_parameter = per_parameter
+        self.max_norm, self.nonfinite, self.norm_type = max_norm, nonfinite, norm_type
+        if any(getattr(one, "_initlab_clipper", None) is not None for one in self._optimizers):
             raise RuntimeError("this optimizer has a GradClipper already; remove() that one first")
-        self.max_norm, self.nonfinite, self.norm_type = float(max_norm), nonfinite, float(norm_type)
         self.report: ClipReport | None = None
-        self._optimizer = optimizer
         self._pp_mesh_dim = pp_mesh_dim_of(pp_group)
         self._names = {id(p): name for name, p in named_parameters or ()}
-        self._known = LabelledTensors([], [], [], [])  # the optimizer's parameters at the last step
+        self._known = LabelledTensors([], [], [], [])  # the optimizers' parameters at the last step
+        refuse_partitioned(self._parameters().passed)
         self._steps = 0
-        self._counts = torch.tensor([0, 0, -1, -1])  # clipped, non-finite, the first such step, its parameter
-        self._set: tuple[Tensor | None, ...] = ()  # grad_scale and found_inf, where no GradScaler had set them
-        self._hidden: list[tuple[Tensor, Tensor]] = []  # parameters, and the gradients that step() must not see
-        optimizer._initlab_clipper = self  # type: ignore[attr-defined]
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        self._counts = torch.tensor([0, 0, 0, -1, 0], device="cpu")
+        self._spikes = spikes
+        self._spike_state = None if spikes is None else spikes.new_state(torch.device("cpu"))
+        self._spike_steps = torch.zeros(_SPIKE_STEPS, dtype=torch.int64, device="cpu")  # a ring
+        self._norms: tuple[Sequence[int], Tensor] | None = None  # parameters by index, and their gradients' norms
+        self._step: Step | None = None  # that is going on, or was interrupted
+        self._round: Round | None = None  # of several optimizers
+        self._hooks = []
+        for one in self._optimizers:
+            # A traced hook would set grad_scale too late for the step that is traced with it.
+            self._hooks.append(one.register_step_pre_hook(torch.compiler.disable(self._before_step)))
+            self._hooks.append(one.register_step_post_hook(torch.compiler.disable(self._after_step)))
+            one._initlab_clipper = self  # type: ignore[attr-defined]
+        self._scaler = scaler
+        if scaler is not None:
+            self._scaler_step = scaler.step
+            scaler.step = functools.wraps(scaler.step)(self._step_of_scaler)  # type: ignore[method-assign]
+
+    @property
+    def max_norm(self) -> float:
+        """The largest norm."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, max_norm: float) -> None:
+        number = float(max_norm)
+        if not number > 0.0:
+            raise ValueError(f"max_norm is {max_norm}; it must be more than 0; inf only measures and guards")
+        self._max_norm = number
+
+    @property
+    def nonfinite(self) -> StepPolicy:
+        """What to do in a step with NaN or inf in a gradient."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, nonfinite: StepPolicy) -> None:
+        check_policy(nonfinite, StepPolicy)
+        self._nonfinite = nonfinite
+
+    @property
+    def norm_type(self) -> float:
+        """The order of the norm."""
+        return self._norm_type
+
+    @norm_type.setter
+    def norm_type(self, norm_type: float) -> None:
+        number = float(norm_type)
+        if math.isnan(number):
+            raise ValueError(f"norm_type is {norm_type}; it must be a number, or inf")
+        if self._per_parameter and number != 2.0:
+            raise ValueError(f"norm_type is {norm_type}, and per_parameter=True gives norms of order 2; leave it out")
+        self._norm_type = number
 
     def stats(self) -> ClipStats:
         """The counts so far, read from the device."""
-        clipped, nonfinite, step, parameter = self._counts.tolist()
-        if step < 0:
-            return ClipStats(self._steps, clipped, nonfinite, None, None)
-        name = label(self._parameters().labels(), parameter) if parameter >= 0 else ON_ANOTHER_RANK
-        return ClipStats(self._steps, clipped, nonfinite, step, name)
+        clipped, nonfinite, step, parameter, spikes = self._counts.tolist()
+        name = None
+        if step > 0:
+            name = label(self._parameters().labels(), parameter) if parameter >= 0 else ON_ANOTHER_RANK
+        last = tuple(sorted(self._spike_steps.tolist())[-min(spikes, _SPIKE_STEPS) :]) if spikes else ()
+        return ClipStats(self._steps, clipped, nonfinite, step or None, name, spikes, last)
+
+    def norms(self) -> dict[str, float]:
+        """The norm of each parameter's gradient in the last step, by name, before clipping. Waits for the device.
+
+        Parameters without a gradient are left out; of a DTensor it is the norm of the whole.
+
+        Raises:
+            RuntimeError: without per_parameter=True.
+        """
+        if not self._per_parameter:
+            raise RuntimeError("norms are kept only where asked for: GradClipper(..., per_parameter=True)")
+        if self._norms is None:
+            return {}
+        labels = self._parameters().labels()
+        indices, norms = self._norms
+        return {label(labels, index): norm for index, norm in zip(indices, norms.tolist(), strict=True)}
+
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """The largest norms of the last step, with names, in descending order; NaN before all. See `norms`."""
+        items = self.norms().items()
+        return sorted(items, key=lambda item: math.inf if math.isnan(item[1]) else item[1], reverse=True)[:count]
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, as plain numbers."""
-        return {"steps": self._steps, "counts": self._counts.tolist()}
+        """What a resumed run goes on from: counts, and the statistics of spikes with their policy. Plain numbers."""
+        state: dict[str, Any] = {"steps": self._steps, "counts": self._counts.tolist()}
+        if self._spikes is not None:
+            assert self._spike_state is not None
+            state["spike_steps"] = self._spike_steps.tolist()
+            state["spikes"] = {"policy": self._spikes.config(), "statistics": self._spike_state.tolist()}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the counts that `state_dict` returned."""
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            ValueError: if it was saved with another policy for spikes than this clipper has: statistics of one say
+                nothing to another.
+        """
+        saved = state_dict.get("spikes")
+        policy = None if saved is None else saved["policy"]
+        own = None if self._spikes is None else self._spikes.config()
+        if policy != own:
+            raise ValueError(
+                f"the state was saved with spikes={policy} and this clipper has spikes={own}; make it with the same, "
+                "or take 'spikes' out of the state to begin with new statistics"
+            )
         self._steps = int(state_dict["steps"])
-        self._counts = torch.tensor(state_dict["counts"])
+        self._counts = torch.tensor(state_dict["counts"], dtype=torch.int64, device="cpu")
+        if saved is not None and self._spike_state is not None:
+            self._spike_steps = torch.tensor(state_dict["spike_steps"], dtype=torch.int64, device="cpu")
+            self._spike_state = torch.tensor(saved["statistics"], dtype=self._spike_state.dtype, device="cpu")
 
     def remove(self) -> None:
-        """Leave the optimizer as it was before."""
+        """Leave the optimizers, and the scaler, as they were before."""
         for hook in self._hooks:
             hook.remove()
-        self._undo()
-        if getattr(self._optimizer, "_initlab_clipper", None) is self:
-            del self._optimizer._initlab_clipper
+        self._end_interrupted()
+        for one in self._optimizers:
+            if getattr(one, "_initlab_clipper", None) is self:
+                del one._initlab_clipper
+        if self._scaler is not None:
+            vars(self._scaler).pop("step", None)
+            self._scaler = None
 
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):
-            raise RuntimeError(
-                "GradClipper clips before step() runs, and a closure computes the gradients inside it; "
-                "call initlab.clip_grad_norm_ in the closure, after backward(), and remove() the GradClipper"
-            )
-        self._undo()
-        measured = self._measure()
-        if measured is None:
-            return
-        self._record(measured)
-        self._apply(measured, self._decide(measured))
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        frame = step_frame()
+        if self._step is not None and self._step.frame is not None and is_running(self._step.frame, frame):
+            self._step.depth += 1  # a subclass whose step() calls super().step(), which runs hooks again
+            return None
+        self._end_interrupted()
+        self._step = Step(optimizer, frame)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._clip(self._step)
+            return None
+        if changes_more(optimizer) and (self.nonfinite == "skip" or self._skips_spikes()):
+            self._step.before = OptimizerCopy(optimizer, everything=True)
+        clipping = functools.partial(self._run_closure, self._step, closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": clipping}
+        return (args[0], clipping, *args[2:]), kwargs
+
+    def _run_closure(self, step: Step, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A closure, and then clipping; as often as the optimizer calls it."""
+        if step.hidden is not None:
+            step.hidden.show()
+        loss = closure(*args, **kwargs)
+        with torch.no_grad():
+            self._clip(step)
+        return loss
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._undo()
+        step = self._step
+        if step is None:
+            return
+        if step.depth:
+            step.depth -= 1
+            return
+        self._step = None
+        step.take_back_scale()
+        if step.hidden is not None:
+            step.hidden.end()
+        if self._round is not None:
+            self._round.stepped[optimizer] = GradientMarks(optimizer)
 
-    def _measure(self) -> _Measurement | None:
-        """Read the gradients. None where there is nothing to do: no gradient, and no other stage that may have one."""
+    def _end_interrupted(self) -> None:
+        """What is left of a step that raised. Gradients that it hid are gone: there may be others by now."""
+        if self._step is not None:
+            self._step.take_back_scale()
+        self._step = None
+
+    def _clip(self, step: Step) -> None:
+        step.take_back_scale()  # of an earlier call of the same closure
+        measured = self._measure() if len(self._optimizers) == 1 else self._measure_together(step.optimizer)
+        if measured is not None:
+            self._apply(step, measured, self._decide(step.optimizer, measured))
+
+    def _measure(self) -> Measurement | None:
+        """Read all gradients, report and count. None where there is no gradient, and no other stage may have one."""
         gradients = gradients_of(self._parameters())
         if not gradients.tensors and self._pp_mesh_dim is None:
             return None
         classified = classify(gradients.tensors)
         if classified.has_wrapper_subclass:
             raise NotImplementedError("GradClipper takes no gradients that wrap other tensors, except DTensors")
-        # A GradScaler leaves its scale here where gradients are still scaled, and always what it has found.
-        scale, found_inf = (_as_0d(getattr(self._optimizer, name, None)) for name in ("grad_scale", "found_inf"))
-        mesh_tensors = mesh_tensors_of(gradients, classified, self._pp_mesh_dim)
-        total = mesh_tensors.norm(self.norm_type)
+        # A GradScaler leaves its scale here where gradients are still scaled.
+        scales = [as_0d(getattr(one, "grad_scale", None)) for one in self._optimizers]
+        if len(scales) > 1 and (scales != [None] * len(scales) or self._is_still_scaled()):
+            raise RuntimeError(
+                "gradients are still multiplied by the GradScaler's scale, perhaps not those of all optimizers, so they "
+                "have no common norm; call scaler.unscale_(optimizer) for each optimizer before the first one steps"
+            )
+        mesh_tensors = mesh_tensors_of(gradients, classified, self._pp_mesh_dim, takes_sparse=True)
+        total = mesh_tensors.norm(self.norm_type, **({"per_tensor": True} if self._per_parameter else {}))
+        scale = scales[0]
         if scale is not None:
-            norm64 = total.norm64 / scale.to(total.norm64.device)
+            scale64 = scale.to(total.norm64)
+            norm64 = total.norm64 / scale64
             total = total._replace(norm64=norm64, norm=norm64.to(total.norm.dtype))
         assert total.flag is not None
-        coefficient = clip_coefficient(total.norm64, self.max_norm)
-        return _Measurement(gradients, mesh_tensors, total, total.flag != 0, coefficient, scale, found_inf)
+        bad, limit, spike = total.flag != 0, self.max_norm, None
+        if self._spikes is not None:
+            assert self._spike_state is not None
+            spike = self._spikes.step(self._spike_state.to(total.norm64.device, non_blocking=True), total.norm64)
+            self._spike_state = spike.state
+            limit = limit if self._skips_spikes() else spike.limit.clamp(max=limit)
+        coefficient = clip_coefficient(total.norm64, limit)
+        measured = Measurement(gradients, mesh_tensors, total, bad, coefficient, spike, scale)
+        self._record(measured)
+        return measured
 
-    def _record(self, measured: _Measurement) -> None:
+    def _measure_together(self, optimizer: torch.optim.Optimizer) -> Measurement | None:
+        """One measurement for several optimizers: the first of them to step makes it, the others go by it."""
+        current = self._round
+        if current is not None and optimizer not in current.stepped:
+            if current.marks[optimizer].hold():
+                return current.measured
+            if any(marks.hold() for marks in current.stepped.values()):
+                raise RuntimeError(
+                    f"the gradients of {type(optimizer).__name__} changed after the norm of all was taken; unscale, "
+                    "accumulate or change gradients before the first optimizer steps, or make one GradClipper for each"
+                )
+        measured = self._measure()
+        marks = {one: GradientMarks(one) for one in self._optimizers}
+        self._round = None if measured is None else Round(measured, marks, {})
+        return measured
+
+    def _record(self, measured: Measurement) -> None:
         """The report of this step, and the counts, which stay on the device."""
+        self._steps += 1
         self.report = report_of(measured.total, measured.gradients.labels())
+        # tensor norms here
         bad, index = measured.nonfinite, self.report.first_nonfinite_index
         clipped = ~bad & (measured.coefficient < 1.0)
         counts = self._counts.to(bad.device, non_blocking=True)
-        is_first = bad & (counts[2] < 0)
-        step, parameter = torch.where(is_first, self._steps, counts[2]), torch.where(is_first, index, counts[3])
-        self._counts = torch.stack([counts[0] + clipped, counts[1] + bad, step, parameter])
-        self._steps += 1
+        is_first = bad & (counts[_FIRST_STEP] == 0)
+        step = torch.where(is_first, self._steps, counts[_FIRST_STEP])
+        parameter = torch.where(is_first, index, counts[_FIRST_PARAMETER])
+        spikes = counts[_SPIKES]
+        if measured.spike is not None:
+            is_spike = measured.spike.spike
+            ring = self._spike_steps.to(bad.device, non_blocking=True)
+            is_next = torch.arange(_SPIKE_STEPS, device=bad.device) == spikes % _SPIKE_STEPS
+            self._spike_steps = torch.where(is_next & is_spike, self._steps, ring)
+            spikes = spikes + is_spike
+            if self._skips_spikes():
+                clipped = clipped & ~is_spike
+        self._counts = torch.stack([counts[_CLIPPED] + clipped, counts[_NONFINITE] + bad, step, parameter, spikes])
 
-    def _decide(self, measured: _Measurement) -> _Decision:
+    def _decide(self, optimizer: torch.optim.Optimizer, measured: Measurement) -> Decision:
         """What happens in this step. Nothing has been changed so far; under "raise" this is where it ends."""
-        bad, found_inf = measured.nonfinite, measured.found_inf
-        policy = self.nonfinite
+        bad, found_inf = measured.nonfinite, as_0d(getattr(optimizer, "found_inf", None))  # of a GradScaler
+        policy: str = self.nonfinite
         if policy == "raise" and found_inf is not None:
             policy = "skip"  # the scaler sees to infs
         if policy == "raise" and bool(bad):
             total, mesh_tensors = measured.total, measured.mesh_tensors
             raise nonfinite_error(total, total.norm.dtype, mesh_tensors, measured.gradients, self.norm_type)
-        fused = _is_fused(self._optimizer)
         skip = bad if policy == "skip" else None
-        if fused and found_inf is not None:  # the scaler, or we, or both
+        if found_inf is not None:  # the scaler, or we, or both
             skip = bad | (found_inf.to(bad.device) != 0)
-        skips_by_itself = fused and not _starts_dampened_momentum(self._optimizer)
-        return _Decision(
-            fused=fused,
+        if measured.spike is not None and self._skips_spikes():
+            skip = measured.spike.spike if skip is None else skip | measured.spike.spike
+        on_device = skips_on_device(optimizer)
+        skips_by_itself = on_device and not starts_dampened_momentum(optimizer)
+        return Decision(
+            on_device=on_device,
             skip=skip,
             hide=skip is not None and not skips_by_itself and bool(skip),
             zero=policy == "zero",
-            norm=measured.total.norm64 if policy == "propagate" else torch.where(bad, math.nan, measured.total.norm64),
             coefficient=measured.coefficient if policy == "propagate" else torch.where(bad, 1.0, measured.coefficient),
         )
 
-    def _apply(self, measured: _Measurement, decision: _Decision) -> None:
+    def _apply(self, step: Step, measured: Measurement, decision: Decision) -> None:
         """Carry a decision out: in the gradients, or by what a fused optimizer reads in its step."""
-        mesh_tensors, max_norm = measured.mesh_tensors, self.max_norm
+        optimizer = step.optimizer
         if decision.hide:
-            self._hide_gradients()
-        if not decision.fused:
+            if step.hidden is None:
+                step.hidden = HiddenGradients(optimizer, step.before)
+            else:
+                step.hidden.hide()
+        if not decision.on_device:
             if not decision.hide:
-                how = "zero" if decision.zero else "propagate" if decision.skip is None else "skip"
-                mesh_tensors.clip_(decision.norm, max_norm, nonfinite=how)
+                self._scale(optimizer, measured, decision)
             return
         if decision.zero:
-            mesh_tensors.clip_(decision.norm, math.inf, nonfinite="zero")
+            self._mesh_tensors(optimizer, measured).clip_(measured.total.norm64, math.inf, nonfinite="zero")
         if decision.skip is not None and not decision.hide:
-            _make_momentum_buffers(self._optimizer)
+            make_momentum_buffers(optimizer)
         # Both 0-d: vectors of one element do not go with DTensors.
         scale = 1.0 if measured.scale is None else measured.scale.to(decision.coefficient.device)
         grad_scale = (scale / decision.coefficient).to(torch.float32)
         found_inf = None if decision.skip is None else decision.skip.to(torch.float32)
-        self._set = () if measured.found_inf is not None else (grad_scale, found_inf)
-        self._optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
-        self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        step.give_scale(grad_scale, found_inf)
+
+    def _scale(self, optimizer: torch.optim.Optimizer, measured: Measurement, decision: Decision) -> None:
+        """Scale an optimizer's gradients in place."""
+        mesh_tensors, norm = self._mesh_tensors(optimizer, measured), measured.total.norm64
+        if decision.zero or self.nonfinite == "propagate":
+            how = "zero" if decision.zero else "propagate"
+        else:  # what is skipped is hidden; a NaN keeps what is not from being written
+            how, norm = "keep", torch.where(measured.nonfinite, math.nan, norm)
+        if measured.spike is None or self._skips_spikes():
+            mesh_tensors.clip_(norm, self.max_norm, nonfinite=how)
+        else:  # by a norm that comes to the same coefficient
+            norm = torch.where(norm.isfinite(), 1.0 / decision.coefficient - EPSILON, norm)
+            mesh_tensors.clip_(norm, 1.0, nonfinite=how)
+
+    def _mesh_tensors(self, optimizer: torch.optim.Optimizer, measured: Measurement) -> MeshTensors:
+        """An optimizer's own gradients, prepared for scaling."""
+        if len(self._optimizers) == 1:
+            return measured.mesh_tensors
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = gradients_of(LabelledTensors(parameters, range(len(parameters)), parameters, None))
+        return mesh_tensors_of(gradients, classify(gradients.tensors), takes_sparse=True)
+
+    def _skips_spikes(self) -> bool:
+        return self._spikes is not None and self._spikes.action == "skip"
+
+    def _is_still_scaled(self) -> bool:
+        """Whether the scaler has yet to unscale an optimizer's gradients."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return False
+        states = self._scaler._per_optimizer_states  # type: ignore[attr-defined]
+        return any(states[id(one)]["stage"].name == "READY" for one in self._optimizers)
+
+    @torch.no_grad()
+    def _step_of_scaler(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """GradScaler.step, which does not call that of an optimizer if it has found an inf: then we count it."""
+        before = self._steps
+        with torch.enable_grad():
+            result = self._scaler_step(optimizer, *args, **kwargs)
+        if hooked_optimizer(optimizer) in self._optimizers and self._steps == before:
+            self._measure() if len(self._optimizers) == 1 else self._measure_together(hooked_optimizer(optimizer))
+        return result
 
     def _parameters(self) -> LabelledTensors:
-        """The optimizer's parameters, and their names as far as they are known. Made anew only where they changed."""
-        parameters: list[Tensor] = [p for group in self._optimizer.param_groups for p in group["params"]]
+        """The optimizers' parameters, each once, and their names as far as they are known. Made anew on changes."""
+        groups = [group for one in self._optimizers for group in one.param_groups]
+        parameters: list[Tensor] = list({id(p): p for group in groups for p in group["params"]}.values())
         known = self._known.passed
         if len(parameters) == len(known) and all(map(operator.is_, parameters, known)):
             return self._known
-        names = []
-        for number, group in enumerate(self._optimizer.param_groups):
-            own = group.get("param_names")
-            for i, p in enumerate(group["params"]):
-                name = own[i] if own is not None else f"parameter {i} of group {number}, of shape {tuple(p.shape)}"
-                names.append(self._names.get(id(p), name))
-        self._known = LabelledTensors(parameters, range(len(parameters)), parameters, names)
+        names: dict[int, str] = {}
+        for k, one in enumerate(self._optimizers):
+            of_optimizer = f" of optimizer {k}" if len(self._optimizers) > 1 else ""
+            for number, group in enumerate(one.param_groups):
+                own = group.get("param_names")
+                for i, p in enumerate(group["params"]):
+                    place = f"parameter {i} of group {number}{of_optimizer}, of shape {tuple(p.shape)}"
+                    names.setdefault(id(p), self._names.get(id(p), place if own is None else own[i]))
+        self._known = LabelledTensors(parameters, range(len(parameters)), parameters, list(names.values()))
         return self._known
-
-    def _hide_gradients(self) -> None:
-        """Take the gradients away until step() is over: an optimizer passes over parameters that have none."""
-        self._hidden = [(p, p.grad) for p in self._parameters().passed if p.grad is not None]
-        for p, _ in self._hidden:
-            p.grad = None
-
-    def _undo(self) -> None:
-        """Undo what one step needed, also where an earlier one raised."""
-        for p, gradient in self._hidden:
-            p.grad = gradient
-        self._hidden = []
-        for name, tensor in zip(("grad_scale", "found_inf"), self._set, strict=False):
-            if hasattr(self._optimizer, name) and getattr(self._optimizer, name) is tensor:
-                delattr(self._optimizer, name)
-        self._set = ()
-
-
-class _Measurement(NamedTuple):
-    """The gradients of one step, before anything is decided or changed. Tensors are 0-d, on the gradients' device.
-
-    Attributes:
-        gradients: those that there are, and the parameters' names.
-        mesh_tensors: the same, prepared for scaling.
-        total: the norm, without a GradScaler's scale.
-        nonfinite: bool: whether a gradient holds NaN or inf, on any rank.
-        coefficient: what clips them: min(1, max_norm / norm).
-        scale: of a GradScaler, by which gradients are still multiplied; None if they are not.
-        found_inf: of a GradScaler, not 0 where it skips the step; None without a GradScaler.
-    """
-
-    gradients: LabelledTensors
-    mesh_tensors: MeshTensors
-    total: Norm
-    nonfinite: Tensor
-    coefficient: Tensor
-    scale: Tensor | None
-    found_inf: Tensor | None
-
-
-class _Decision(NamedTuple):
-    """What happens to the gradients of one step. Tensors are 0-d, on the gradients' device.
-
-    Attributes:
-        fused: the optimizer multiplies by the coefficient and skips by itself, in its own pass; else gradients are
-            scaled in place, and skipping means hiding them.
-        skip: bool: whether the step changes nothing at all; None where no step is skipped, whatever gradients hold.
-        hide: whether the step is skipped by taking all gradients away while it runs, since the optimizer cannot.
-        zero: whether all gradients become zero if one is non-finite.
-        norm: what gradients in place are scaled by; NaN where one is non-finite, but for "propagate".
-        coefficient: what a fused optimizer multiplies gradients by; 1 where one is non-finite, but for "propagate".
-    """
-
-    fused: bool
-    skip: Tensor | None
-    hide: bool
-    zero: bool
-    norm: Tensor
-    coefficient: Tensor
-
-
-def _as_0d(tensor: Tensor | None) -> Tensor | None:
-    """A number of a GradScaler's, 0-d: a DTensor where gradients are, one element of ShardedGradScaler's."""
-    if tensor is None:
-        return None
-    plain: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-    return plain.reshape(())
-
-
-def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether every group's step takes grad_scale and found_inf."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
-        group.get("fused") for group in optimizer.param_groups
-    )
-
-
-def _without_momentum_buffer(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Tensor]:
-    """Parameters of a group for which SGD makes momentum buffers in its next step."""
-    if group.get("momentum", 0) == 0 or "dampening" not in group:
-        return []
-    state = optimizer.state
-    return [p for p in group["params"] if p.grad is not None and state.get(p, {}).get("momentum_buffer") is None]
-
-
-def _starts_dampened_momentum(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether SGD makes momentum buffers in its next step, and leaves its dampening out of that step.
-
-    A fused SGD makes buffers without values, and leaves them so in a step that found_inf skips. Zeros would be right
-    there, but not in a step that is not skipped: dampening would apply to it.
-    """
-    groups = (group for group in optimizer.param_groups if group.get("dampening", 0) != 0)
-    return any(_without_momentum_buffer(optimizer, group) for group in groups)
-
-
-def _make_momentum_buffers(optimizer: torch.optim.Optimizer) -> None:
-    """Make SGD's momentum buffers before its first step, as zeros: see `_starts_dampened_momentum`.
-
-    Without dampening they give the step that torch takes: 0 * momentum + gradient.
-    """
-    for group in optimizer.param_groups:
-        if group.get("dampening", 0) == 0:
-            for p in _without_momentum_buffer(optimizer, group):
-                assert p.grad is not None
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)

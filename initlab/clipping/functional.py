@@ -5,10 +5,11 @@ One read gives the norm; what is not clipped is not written. `MeshTensors` makes
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -20,14 +21,20 @@ from initlab.kernels import Norm, describe
 from ..distributed.dtensors import ClassifiedTensors, classify, is_dtensor, without_elements
 from ..distributed.groups import MeshDim, pp_mesh_dim_of
 from ..distributed.norm import MeshTensors
+from .optimizers import refuse_partitioned
 from .report import ON_ANOTHER_RANK, ClipReport, PartialNorm, label
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
-Policy: TypeAlias = Literal["propagate", "raise", "skip", "zero"]
+Policy: TypeAlias = Literal["propagate", "raise", "keep", "zero"]  # for gradients
+StepPolicy: TypeAlias = Literal["propagate", "raise", "skip", "zero"]  # for an optimizer's step
 Tensors: TypeAlias = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
-_POLICIES = ("propagate", "raise", "skip", "zero")
+# Where a word of the one is used for the other.
+_MEANT = {
+    "skip": "; 'skip' is GradClipper's, which skips the step: 'keep' leaves gradients as they are, for a step to apply",
+    "keep": "; 'keep' is clip_grad_norm_'s, which leaves bad gradients for the step to apply: 'skip' skips the step",
+}
 
 
 @torch.no_grad()
@@ -81,7 +88,7 @@ def get_total_norm(
     if partial and (report or p == 0.0):
         raise ValueError("partial=True goes neither with report=True nor with norm_type=0; ask for one of them")
     pp_mesh_dim = pp_mesh_dim_of(pp_group)
-    labelled = as_labelled_tensors(tensors)
+    labelled = _each_once(as_labelled_tensors(tensors))
     _check_foreach(labelled.tensors, foreach)
     classified = classify(labelled.tensors)
     if classified.has_wrapper_subclass:
@@ -126,7 +133,8 @@ def clip_grad_norm_(
         error_if_nonfinite: raise where the norm is NaN or infinite, before anything is written.
         foreach: True raises on devices where torch has no foreach kernels; there is no other difference.
         nonfinite: what to do when a gradient holds NaN or inf. "propagate": what torch does, the formula's NaN or
-            zeros; "raise": as error_if_nonfinite; "skip": leave all gradients as they are; "zero": set all to zero.
+            zeros; "raise": as error_if_nonfinite; "keep": leave all gradients as they are, so that a step would
+            apply them; "zero": set all to zero. GradClipper can skip the step.
         report: return a ClipReport in place of the norm.
         pp_group: pipeline stages to take the norm over; as for `get_total_norm`.
 
@@ -161,7 +169,7 @@ def clip_grad_norm_(
     classified = classify(gradients.tensors)
     if classified.has_wrapper_subclass:
         _reject_extras(report=report, nonfinite=nonfinite, pp_group=pp_group)
-        return utils.clip_grad_norm_(labelled.passed, max_norm, p, error_if_nonfinite, foreach)
+        return utils.clip_grad_norm_(_owners(gradients), max_norm, p, error_if_nonfinite, foreach)
     raises = error_if_nonfinite or nonfinite == "raise"
     mesh_tensors = mesh_tensors_of(gradients, classified, pp_mesh_dim)
     total = mesh_tensors.norm(p, detect_nonfinite=raises or report)
@@ -215,7 +223,7 @@ def clip_grads_with_norm_(
     classified, classified_norm = classify(gradients.tensors), classify([norm])
     if classified.has_wrapper_subclass or classified_norm.has_wrapper_subclass:
         _reject_extras(nonfinite=nonfinite)
-        utils.clip_grads_with_norm_(gradients.passed, max_norm, norm, foreach)
+        utils.clip_grads_with_norm_(_owners(gradients), max_norm, norm, foreach)
         return
     if classified_norm.has_dtensor:
         norm = norm.full_tensor()  # type: ignore[attr-defined]
@@ -302,40 +310,95 @@ def as_labelled_tensors(tensors: Tensors) -> LabelledTensors:
 def gradients_of(parameters: LabelledTensors) -> LabelledTensors:
     """The gradients of parameters; those without one are left out.
 
-    For a DTensor without a gradient there is one of which this rank holds nothing: other ranks may have theirs, as
+    Parameters that DeepSpeed's ZeRO has partitioned raise NotImplementedError. For a DTensor without a gradient there is one of which this rank holds nothing: other ranks may have theirs, as
     where experts got no tokens on this rank, and would wait.
     """
-    gradients: list[Any] = [p.grad for p in parameters.passed]
-    if type(None) not in set(map(type, gradients)):
-        return parameters._replace(tensors=gradients)
     if not torch.compiler.is_compiling():
+        refuse_partitioned(parameters.passed)
+    gradients: list[Any] = [p.grad for p in parameters.passed]
+    missing = type(None) in set(map(type, gradients))
+    if missing and not torch.compiler.is_compiling():
         for i, p in enumerate(parameters.passed):
             if gradients[i] is None and p.requires_grad and is_dtensor(p):
                 gradients[i] = without_elements(p)
-    indices = [i for i, g in enumerate(gradients) if g is not None]
-    return parameters._replace(tensors=[gradients[i] for i in indices], indices=indices)
+    return _each_once(parameters._replace(tensors=gradients, indices=range(len(gradients))))
+
+
+def _each_once(labelled: LabelledTensors) -> LabelledTensors:
+    """Without what is None, and what came before: a tied weight, passed for both modules that have it."""
+    tensors = labelled.tensors
+    ids = set(map(id, tensors))
+    if len(ids) == len(tensors) and id(None) not in ids:
+        return labelled
+    places = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
+    indices = sorted(i for i in places.values() if tensors[i] is not None)
+    return labelled._replace(tensors=[tensors[i] for i in indices], indices=indices)
 
 
 def mesh_tensors_of(
-    labelled: LabelledTensors, classified: ClassifiedTensors, pp_mesh_dim: MeshDim | None = None
+    labelled: LabelledTensors,
+    classified: ClassifiedTensors,
+    pp_mesh_dim: MeshDim | None = None,
+    takes_sparse: bool | None = None,
 ) -> MeshTensors:
-    """Tensors prepared for norm and scaling. A sparse one raises NotImplementedError with its name."""
+    """Tensors prepared for norm and scaling.
+
+    Sparse ones (COO) are taken where asked for, by default where torch's own functions take them. If not they raise
+    NotImplementedError, with the tensor's name.
+    """
     try:
         return MeshTensors(classified, labelled.indices, pp_mesh_dim)
     except NotImplementedError:
-        for tensor, index in zip(labelled.tensors, labelled.indices, strict=True):
-            if tensor.layout != torch.strided:
-                raise NotImplementedError(
-                    f"{label(labelled.labels(), index)} has layout {tensor.layout}, and torch defines no norm for it; "
-                    "leave it out, or make it dense: p.grad = p.grad.to_dense()"
-                ) from None
-        raise
+        others = [i for i, tensor in enumerate(labelled.tensors) if tensor.layout != torch.strided]
+        if not others:
+            raise
+        first = label(labelled.labels(), labelled.indices[others[0]])
+        layouts = {labelled.tensors[i].layout for i in others}
+        if layouts == {torch.sparse_coo} and (_torch_takes_sparse() if takes_sparse is None else takes_sparse):
+            return _SparseMeshTensors(labelled, pp_mesh_dim)
+        raise NotImplementedError(
+            f"{first} has layout {labelled.tensors[others[0]].layout}, for which torch {torch.__version__} defines no "
+            "norm; leave it out. GradClipper takes sparse_coo"
+        ) from None
 
 
-def check_policy(nonfinite: str) -> None:
-    """Raise a ValueError for a policy that does not exist."""
-    if nonfinite not in _POLICIES:
-        raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(_POLICIES)}")
+@functools.cache
+def _torch_takes_sparse() -> bool:
+    """Whether torch.nn.utils clips sparse gradients: since 2.14."""
+    try:
+        utils.get_total_norm([torch.sparse_coo_tensor([[0]], [1.0], (2,), device="cpu", check_invariants=False)])
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+class _SparseMeshTensors(MeshTensors):
+    """As MeshTensors, with sparse tensors among them: the norm is that of their coalesced values."""
+
+    def __init__(self, labelled: LabelledTensors, pp_mesh_dim: MeshDim | None) -> None:
+        def prepared(values: Callable[[Tensor], Tensor]) -> ClassifiedTensors:
+            return classify([values(t) if t.layout == torch.sparse_coo else t for t in labelled.tensors])
+
+        super().__init__(prepared(lambda t: t.coalesce().values()), labelled.indices, pp_mesh_dim)
+        # Values that are added up scale as their sum does, so what is not coalesced may stay so.
+        self._written = MeshTensors(prepared(lambda t: t.detach()._values()), labelled.indices, pp_mesh_dim)
+
+    def clip_(self, norm: Tensor, max_norm: float, *, nonfinite: str = "propagate") -> None:
+        """Multiply what this rank holds by min(1, max_norm / (norm + 1e-6))."""
+        self._written.clip_(norm, max_norm, nonfinite=nonfinite)
+
+
+def check_policy(nonfinite: str, policies: Any = Policy) -> None:
+    """Raise a ValueError for a policy that is none of a Literal's."""
+    names = get_args(policies)
+    if nonfinite not in names:
+        meant = _MEANT.get(nonfinite, "") if isinstance(nonfinite, str) else ""
+        raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(names)}{meant}")
+
+
+def _owners(gradients: LabelledTensors) -> list[Tensor]:
+    """The parameters whose gradients these are."""
+    return [gradients.passed[i] for i in gradients.indices]
 
 
 def _check_max_norm(max_norm: Any) -> float:
@@ -383,6 +446,6 @@ def nonfinite_error(
         why = f"every gradient is finite, but their norm, {float(total.norm64):.6g}, is beyond {dtype}"
     return RuntimeError(
         f"The total norm of order {p} for gradients from `parameters` is non-finite, so it cannot be clipped: {why}. "
-        "No gradient was changed. Pass nonfinite='skip' or 'zero' to go on without them, or error_if_nonfinite=False "
+        "No gradient was changed. Pass nonfinite='zero' to go on without them, or error_if_nonfinite=False "
         "to scale by the non-finite norm anyway"
     )

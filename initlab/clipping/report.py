@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -121,11 +121,13 @@ class ClipStats:
     """What a GradClipper has seen.
 
     Attributes:
-        steps: how often it ran.
+        steps: how often it ran: once a step, and with closures once for each of their calls.
         clipped: steps whose gradients were scaled down.
         nonfinite: steps with a NaN or inf in a gradient; under nonfinite="skip" they changed nothing.
-        first_bad_step: the first of them, counted from 0; None if there was none.
+        first_bad_step: the first of them, counted from 1; None if there was none.
         first_bad_parameter: the first parameter whose gradient held one then; says so where that lies on another rank.
+        spikes: steps whose norm the policy for spikes limited or skipped.
+        spike_steps: the last of these steps, up to 16, counted from 1.
     """
 
     steps: int
@@ -133,3 +135,10 @@ class ClipStats:
     nonfinite: int
     first_bad_step: int | None
     first_bad_parameter: str | None
+    spikes: int = 0
+    spike_steps: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        """Without spikes where there were none: most clippers have no policy for them."""
+        shown = [f"{one.name}={getattr(self, one.name)!r}" for one in fields(self)]
+        return f"ClipStats({', '.join(shown if self.spikes else shown[:5])})"

@@ -19,9 +19,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._contents import CONTAINERS, Contents
 from ..distributed.dtensors import is_dtensor
 from .report import Diagnosis
-from .state import CONTAINERS, Contents
 
 _SHARDED = (("torch.distributed.fsdp", "FSDPModule"), ("torch.distributed.fsdp", "FullyShardedDataParallel"))
 _DDP = (("torch.nn.parallel.distributed", "DistributedDataParallel"),)

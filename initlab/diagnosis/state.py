@@ -3,11 +3,9 @@
 import contextlib
 import functools
 import inspect
-import operator
 import random
 import sys
 import types
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from .._contents import CONTAINERS, Contents, restore_dict
 from .._tree import tensors_in
 
 
@@ -47,7 +46,7 @@ class Snapshot:
         for owner, kind, attributes in self.attributes:
             if type(owner) is not kind:
                 owner.__class__ = kind
-            _restore_dict(owner.__dict__, attributes)
+            restore_dict(owner.__dict__, attributes)
         for container in self.containers:
             container.restore()
         for copied in self.tensors:
@@ -79,51 +78,7 @@ def referenced_modules(function: Any, depth: int = 3) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-CONTAINERS = (dict, list, set, deque)
 _DEPTH = 5  # containers within which a tensor is still found; attributes may refer to anything, also to themselves
-
-
-class Contents:
-    """The items of a container, one level deep."""
-
-    def __init__(self, container: Any) -> None:
-        self.container = container
-        self.items = list(container.items()) if isinstance(container, dict) else list(container)
-
-    def restore(self) -> None:
-        """Make it what it was."""
-        self.put(self.items)
-
-    def replace(self, others: dict[int, Any]) -> None:
-        """Replace items by others, by the id of what they replace."""
-        if isinstance(self.container, dict):
-            self.put([(others.get(id(key), key), others.get(id(value), value)) for key, value in self.items])
-        else:
-            self.put([others.get(id(item), item) for item in self.items])
-
-    def put(self, items: list[Any]) -> None:
-        """Make these its contents; what is so already is not touched."""
-        container = self.container
-        if isinstance(container, dict):
-            _restore_dict(container, dict(items))
-            return
-        if len(container) == len(items) and all(map(operator.is_, container, items)):
-            return
-        container.clear()
-        if isinstance(container, list | deque):
-            container.extend(items)
-        else:
-            container.update(items)
-
-
-def _restore_dict(entries: dict[Any, Any], before: dict[Any, Any]) -> None:
-    """Make a dict what it was, without touching what has not changed; order counts, as it does for hooks."""
-    now = (part for item in entries.items() for part in item)
-    then = (part for item in before.items() for part in item)
-    if len(entries) == len(before) and all(map(operator.is_, now, then)):
-        return
-    entries.clear()
-    entries.update(before)
 
 
 class _TensorCopy:

@@ -191,7 +191,7 @@ def test_values_that_would_ruin_every_gradient_are_refused(value):
         with pytest.raises(ValueError, match=f"{value}; it must be 0 or more"):
             call()
     for call in (initlab.clip_grad_norm_, initlab.GradClipper):
-        with pytest.raises(ValueError, match="'ignore'; it must be one of propagate, raise, skip, zero"):
+        with pytest.raises(ValueError, match="'ignore'; it must be one of propagate, raise, keep, zero"):
             call(p if call is initlab.clip_grad_norm_ else torch.optim.SGD([p]), 1.0, nonfinite="ignore")
     assert torch.equal(p.grad, before)
 
@@ -216,7 +216,7 @@ def test_clip_grad_value_is_torchs():
 
 def test_under_torch_compile():
     """One graph, no break: the plain torch backend is traced."""
-    for nonfinite in ("propagate", "skip", "zero"):
+    for nonfinite in ("propagate", "keep", "zero"):
 
         def step(params, policy=nonfinite):
             return initlab.clip_grad_norm_(params, 0.5, nonfinite=policy)
@@ -317,7 +317,7 @@ def test_other_wrappers_are_left_to_torch():
     p.grad = TwoTensor(torch.ones(3), torch.ones(3))
     assert type(initlab.clip_grad_norm_([p], 0.5)) is TwoTensor
     torch.testing.assert_close(p.grad.a, torch.full((3,), 0.5 / 3**0.5))
-    for extra in ({"nonfinite": "skip"}, {"report": True}):
+    for extra in ({"nonfinite": "keep"}, {"report": True}):
         with pytest.raises(NotImplementedError, match=f"{next(iter(extra))}=.* leave it out"):
             initlab.clip_grad_norm_([p], 0.5, **extra)
     optimizer = torch.optim.SGD([p])
@@ -373,7 +373,7 @@ def check_planted(value, kind, place, at):
         with pytest.raises(RuntimeError, match=rf"non-finite, so it cannot be clipped: gradient {at} of shape \("):
             initlab.clip_grad_norm_(params, 1.0, **extra)
         assert equal(params, before)
-    report = initlab.clip_grad_norm_(named(params), 1.0, nonfinite="skip", report=True)
+    report = initlab.clip_grad_norm_(named(params), 1.0, nonfinite="keep", report=True)
     assert report.nonfinite
     assert report.first_bad == f"layer.{at}.weight"
     assert f"{kind[-3:]}" in str(report)
@@ -393,7 +393,7 @@ def test_two_step_clipping_has_the_policies_too():
     bad = torch.tensor(math.inf)
     with pytest.raises(RuntimeError, match="total_norm is inf"):
         initlab.clip_grads_with_norm_(p, 1.0, bad, nonfinite="raise")
-    initlab.clip_grads_with_norm_(p, 1.0, bad, nonfinite="skip")
+    initlab.clip_grads_with_norm_(p, 1.0, bad, nonfinite="keep")
     assert torch.equal(p.grad, before)
     initlab.clip_grads_with_norm_(p, 1.0, bad, nonfinite="zero")
     assert not p.grad.any()
