@@ -78,12 +78,12 @@ class GradClipperCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the optimizers as they were before."""
-        for clipper in self.clippers:
+        for clipper in reversed(self.clippers):
             clipper.remove()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the optimizers as they were before."""
-        for clipper in self.clippers:
+        for clipper in reversed(self.clippers):
             clipper.remove()
 
     def state_dict(self) -> dict[str, Any]:

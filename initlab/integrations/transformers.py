@@ -49,8 +49,8 @@ class GradClipperMixin:
         for name in ("_clip_grad_norm", "_get_grad_norm"):
             if not hasattr(super(), name):
                 raise RuntimeError(
-                    f"{type(self).__name__} has no {name} behind GradClipperMixin: name the mixin first, then a Trainer "
-                    "of transformers 5, or clip by an optimizer of your own with initlab.GradClipper(optimizer, ...)"
+                    f"{type(self).__name__} has no {name} behind GradClipperMixin: name the mixin first, then a "
+                    "Trainer of transformers 5; or pass an optimizer of your own, with initlab.GradClipper around it"
                 )
         super().__init__(*args, **kwargs)
         self.clipper: GradClipper | None = None
@@ -71,7 +71,9 @@ class GradClipperMixin:
 
     def _make_clipper(self, trainer: Any) -> GradClipper:
         options = {"named_parameters": trainer.model.named_parameters(), "scaler": trainer.accelerator.scaler}
-        clipper = GradClipper(trainer.optimizer, trainer.args.max_grad_norm or math.inf, **options | self._clipper_options)
+        clipper = GradClipper(
+            trainer.optimizer, trainer.args.max_grad_norm or math.inf, **options | self._clipper_options
+        )
         # The Trainer itself hands states back only with restore_callback_states_from_checkpoint=True.
         saved = trainer.state.stateful_callbacks.get(GradClipperState.__name__)
         if trainer.state.global_step > 0 and saved is not None and saved["attributes"]["saved"] is not None:
@@ -100,6 +102,8 @@ class GradClipperState(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove what a training that was interrupted has left."""
         self._remove()
+        # When it saves, the Trainer looks for what the checkpoint that it resumed from says of this callback.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fill in the norm; nothing waits for it."""

@@ -167,6 +167,12 @@ def accelerate_accumulating(model, optimizer, ours):
     return clipper
 
 
+LIGHTNING = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+LIGHTNING |= {"enable_progress_bar": False, "enable_model_summary": False}
+HUGGING_FACE = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+HUGGING_FACE |= {"num_train_epochs": 1, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+
+
 def lightning_loop(manual):
     def loop(model, optimizer, ours):
         import lightning
@@ -195,11 +201,10 @@ def lightning_loop(manual):
 
         callbacks = [GradClipperCallback(MAX_NORM)] if ours else []
         trainer = lightning.Trainer(
-            **{"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False},
-            **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": callbacks},
-            gradient_clip_val=None if ours or manual else MAX_NORM,
+            **LIGHTNING, callbacks=callbacks, gradient_clip_val=None if ours or manual else MAX_NORM
         )
-        trainer.fit(Module(), torch.utils.data.DataLoader(batches(model[0].weight.dtype, clean=not ours), batch_size=None))
+        data = batches(model[0].weight.dtype, clean=not ours)
+        trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=None))
         return callbacks[0].clippers[0] if ours else None
 
     return loop
@@ -222,11 +227,7 @@ def hugging_face(model, optimizer, ours):
     class ClippingTrainer(GradClipperMixin, transformers.Trainer):
         pass
 
-    arguments = transformers.TrainingArguments(
-        **{"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"},
-        **{"num_train_epochs": 1, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"},
-        max_grad_norm=MAX_NORM,
-    )
+    arguments = transformers.TrainingArguments(**HUGGING_FACE, max_grad_norm=MAX_NORM)
     trainer = (ClippingTrainer if ours else transformers.Trainer)(
         WithLoss(model),
         arguments,
@@ -260,7 +261,8 @@ def contents(optimizer):
         # torch.compile adds "capturable" to groups that have none, where it compiles the first step.
         found |= {f"group {i}, {key}": value for key, value in group.items() if key != "capturable"}
     found |= vars(optimizer)
-    return {name: torch.as_tensor(value) for name, value in found.items() if isinstance(value, (torch.Tensor, int, float))}
+    numbers = torch.Tensor, int, float
+    return {name: torch.as_tensor(value) for name, value in found.items() if isinstance(value, numbers)}
 
 
 def check(loop, make, dtype=torch.float32):
