@@ -68,11 +68,11 @@ class GradClipperCallback(Callback):
         loaded, self._loaded = self._loaded, None
         if loaded is not None and len(loaded) != len(optimizers):
             raise ValueError(f"the checkpoint holds {len(loaded)} GradClippers, and here are {len(optimizers)}")
-        names = list(pl_module.named_parameters())
-        options = {"named_parameters": names, "scaler": getattr(trainer.precision_plugin, "scaler", None)}
+        names, scaler = list(pl_module.named_parameters()), getattr(trainer.precision_plugin, "scaler", None)
+        options: dict[str, Any] = {"named_parameters": names, "scaler": scaler, **self._options}
         self.clippers = []  # one by one: those that were made are removed if the next one cannot be
         for optimizer in optimizers:
-            self.clippers.append(GradClipper(optimizer, self._max_norm, **options | self._options))
+            self.clippers.append(GradClipper(optimizer, self._max_norm, **options))
         for clipper, state in zip(self.clippers, loaded or (), strict=False):
             clipper.load_state_dict(state)
 

@@ -14,7 +14,7 @@ from ..clipping import ClipReport, GradClipper
 try:
     from transformers.trainer_callback import ExportableState, TrainerCallback
 except ImportError:
-    ExportableState = TrainerCallback = object
+    ExportableState, TrainerCallback = type("ExportableState", (), {}), type("TrainerCallback", (), {})
 
 
 class GradClipperMixin:
@@ -50,7 +50,8 @@ class GradClipperMixin:
             if not hasattr(super(), name):
                 raise RuntimeError(
                     f"{type(self).__name__} has no {name} behind GradClipperMixin: name the mixin first, then a "
-                    "Trainer of transformers 5; or pass an optimizer of your own, with initlab.GradClipper around it"
+                    "Trainer that has it, as that of transformers 5.24; or pass an optimizer of your own, and put "
+                    "initlab.GradClipper around it"
                 )
         super().__init__(*args, **kwargs)
         self.clipper: GradClipper | None = None
@@ -70,7 +71,8 @@ class GradClipperMixin:
         return callback.norm
 
     def _make_clipper(self, trainer: Any) -> GradClipper:
-        options = {"named_parameters": trainer.model.named_parameters(), "scaler": trainer.accelerator.scaler}
+        names, scaler = trainer.model.named_parameters(), trainer.accelerator.scaler
+        options: dict[str, Any] = {"named_parameters": names, "scaler": scaler, **self._clipper_options}
         clipper = GradClipper(
             trainer.optimizer, trainer.args.max_grad_norm or math.inf, **options | self._clipper_options
         )

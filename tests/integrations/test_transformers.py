@@ -158,6 +158,6 @@ def test_the_mixin_must_come_first():
     class Alone(GradClipperMixin):
         pass
 
-    with pytest.raises(RuntimeError, match="name the mixin first, then a Trainer of transformers 5"):
+    with pytest.raises(RuntimeError, match="name the mixin first, then a Trainer that has it"):
         Alone()
     assert Trainer._clip_grad_norm is transformers.Trainer._clip_grad_norm
