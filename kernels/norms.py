@@ -147,9 +147,9 @@ def grad_norm(
     p = float(norm_type)
     prepared = tensors if isinstance(tensors, TensorGroups) else TensorGroups(tensors)
     if not prepared.tensors:
-        zero = torch.zeros((), dtype=torch.float64)
-        none = torch.full((), -1, dtype=torch.int64)
-        return Norm(zero.to(torch.float32), zero, zero, torch.zeros((), dtype=torch.int32), none)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        none = torch.full((), -1, dtype=torch.int64, device="cpu")
+        return Norm(zero.to(torch.float32), zero, zero, zero.to(torch.int32), none)
     norms = [_group_norm(group, p, detect_nonfinite) for group in prepared.groups]
     total = norms[0]
     if len(norms) > 1:

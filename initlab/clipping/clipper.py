@@ -26,7 +26,7 @@ from .functional import (
     report_of,
 )
 from .optimizers import (
-    HiddenGradients,
+    SkippedStep,
     OptimizerCopy,
     changes_more,
     hooked_optimizer,
@@ -140,7 +140,7 @@ class GradClipper:
         self._names = {id(p): name for name, p in named_parameters or ()}
         self._known = LabelledTensors([], [], [], [])  # the optimizers' parameters at the last step
         refuse_partitioned(self._parameters().passed)
-        self._steps = 0
+        self._steps = self._hook_runs = 0
         self._counts = torch.tensor([0, 0, 0, -1, 0], device="cpu")
         self._spikes = spikes
         self._spike_state = None if spikes is None else spikes.new_state(torch.device("cpu"))
@@ -157,7 +157,7 @@ class GradClipper:
         self._scaler = scaler
         if scaler is not None:
             self._scaler_step = scaler.step
-            scaler.step = functools.wraps(scaler.step)(self._step_of_scaler)  # type: ignore[method-assign]
+            scaler.step = self._step_of_scaler  # type: ignore[method-assign]
 
     @property
     def max_norm(self) -> float:
@@ -276,6 +276,7 @@ class GradClipper:
             self._step.depth += 1  # a subclass whose step() calls super().step(), which runs hooks again
             return None
         self._end_interrupted()
+        self._hook_runs += 1
         self._step = Step(optimizer, frame)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
@@ -290,8 +291,8 @@ class GradClipper:
 
     def _run_closure(self, step: Step, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A closure, and then clipping; as often as the optimizer calls it."""
-        if step.hidden is not None:
-            step.hidden.show()
+        if step.skipped is not None:
+            step.skipped.show()
         loss = closure(*args, **kwargs)
         with torch.no_grad():
             self._clip(step)
@@ -306,8 +307,8 @@ class GradClipper:
             return
         self._step = None
         step.take_back_scale()
-        if step.hidden is not None:
-            step.hidden.end()
+        if step.skipped is not None:
+            step.skipped.end()
         if self._round is not None:
             self._round.stepped[optimizer] = GradientMarks(optimizer)
 
@@ -335,8 +336,8 @@ class GradClipper:
         scales = [as_0d(getattr(one, "grad_scale", None)) for one in self._optimizers]
         if len(scales) > 1 and (scales != [None] * len(scales) or self._is_still_scaled()):
             raise RuntimeError(
-                "gradients are still multiplied by the GradScaler's scale, perhaps not those of all optimizers, so they "
-                "have no common norm; call scaler.unscale_(optimizer) for each optimizer before the first one steps"
+                "gradients are still multiplied by the GradScaler's scale, perhaps not those of all optimizers, so "
+                "they have no common norm; call scaler.unscale_(optimizer) for each before the first one steps"
             )
         mesh_tensors = mesh_tensors_of(gradients, classified, self._pp_mesh_dim, takes_sparse=True)
         total = mesh_tensors.norm(self.norm_type, **({"per_tensor": True} if self._per_parameter else {}))
@@ -423,10 +424,10 @@ class GradClipper:
         """Carry a decision out: in the gradients, or by what a fused optimizer reads in its step."""
         optimizer = step.optimizer
         if decision.hide:
-            if step.hidden is None:
-                step.hidden = HiddenGradients(optimizer, step.before)
+            if step.skipped is None:
+                step.skipped = SkippedStep(optimizer, step.before)
             else:
-                step.hidden.hide()
+                step.skipped.hide()
         if not decision.on_device:
             if not decision.hide:
                 self._scale(optimizer, measured, decision)
@@ -475,10 +476,10 @@ class GradClipper:
     @torch.no_grad()
     def _step_of_scaler(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """GradScaler.step, which does not call that of an optimizer if it has found an inf: then we count it."""
-        before = self._steps
+        before = self._hook_runs
         with torch.enable_grad():
             result = self._scaler_step(optimizer, *args, **kwargs)
-        if hooked_optimizer(optimizer) in self._optimizers and self._steps == before:
+        if hooked_optimizer(optimizer) in self._optimizers and self._hook_runs == before:
             self._measure() if len(self._optimizers) == 1 else self._measure_together(hooked_optimizer(optimizer))
         return result
 

@@ -219,7 +219,9 @@ def clip_grads_with_norm_(
     if not gradients.tensors:
         return
     _check_foreach(gradients.tensors, foreach)
-    norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm), dtype=torch.float64)
+    norm = total_norm
+    if not isinstance(norm, Tensor):
+        norm = torch.tensor(float(norm), dtype=torch.float64, device="cpu")
     classified, classified_norm = classify(gradients.tensors), classify([norm])
     if classified.has_wrapper_subclass or classified_norm.has_wrapper_subclass:
         _reject_extras(nonfinite=nonfinite)
@@ -310,8 +312,9 @@ def as_labelled_tensors(tensors: Tensors) -> LabelledTensors:
 def gradients_of(parameters: LabelledTensors) -> LabelledTensors:
     """The gradients of parameters; those without one are left out.
 
-    Parameters that DeepSpeed's ZeRO has partitioned raise NotImplementedError. For a DTensor without a gradient there is one of which this rank holds nothing: other ranks may have theirs, as
-    where experts got no tokens on this rank, and would wait.
+    Parameters that DeepSpeed's ZeRO has partitioned raise NotImplementedError. For a DTensor without a gradient there is
+    one of which this rank holds nothing: other ranks may have theirs, as where experts got no tokens on this rank, and
+    would wait.
     """
     if not torch.compiler.is_compiling():
         refuse_partitioned(parameters.passed)

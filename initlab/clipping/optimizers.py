@@ -98,20 +98,24 @@ def _without_momentum_buffer(optimizer: torch.optim.Optimizer, group: dict[str, 
     return [p for p in group["params"] if p.grad is not None and state.get(p, {}).get("momentum_buffer") is None]
 
 
-class HiddenGradients:
-    """An optimizer's gradients, taken away while its step runs: it passes over parameters that have none.
+class SkippedStep:
+    """A step that is to change nothing, though the optimizer takes it.
 
-    What the step changes nevertheless is put back with them: state, groups and attributes, also those of optimizers
-    inside it.
+    Its gradients are hidden meanwhile: it passes over parameters that have none. What it changes nevertheless is put
+    back: state, groups and attributes, also those of optimizers inside it.
 
     Args:
-        optimizer: whose gradients to hide.
-        before: what it held before the step; None to copy that now.
+        optimizer: whose step it is.
+        before: everything that it held before the step, for one that has run its closure already, perhaps several
+            times. Then nothing is hidden, which its line search would not expect, and everything is put back.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, before: OptimizerCopy | None = None) -> None:
-        self._before = OptimizerCopy(optimizer, everything=changes_more(optimizer)) if before is None else before
-        self._parameters = list({id(p): p for group in optimizer.param_groups for p in group["params"]}.values())
+        self._parameters: list[Tensor] = []
+        if before is None:
+            before = OptimizerCopy(optimizer, everything=changes_more(optimizer))
+            self._parameters += {id(p): p for group in optimizer.param_groups for p in group["params"]}.values()
+        self._before = before
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self.hide()
 

@@ -15,7 +15,7 @@ from initlab.kernels import Norm
 from ..distributed.dtensors import is_dtensor
 from ..distributed.norm import MeshTensors
 from .functional import LabelledTensors
-from .optimizers import HiddenGradients, OptimizerCopy
+from .optimizers import SkippedStep, OptimizerCopy
 from .spikes import SpikeStep
 
 _RUNS_HOOKS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
@@ -29,13 +29,13 @@ class Step:
         frame: of the function that runs the hooks; None where it was not found.
         depth: how many more steps of the same optimizer are going on inside it.
         before: what the optimizer held, where its closure may run several times.
-        hidden: its gradients, while they are hidden.
+        skipped: how it is kept from changing anything; None while it may.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> None:
         self.optimizer, self.frame, self.depth = optimizer, frame, 0
         self.before: OptimizerCopy | None = None
-        self.hidden: HiddenGradients | None = None
+        self.skipped: SkippedStep | None = None
         self._given: dict[str, Tensor | None] = {}  # grad_scale and found_inf, where no GradScaler had set them
 
     def give_scale(self, grad_scale: Tensor, found_inf: Tensor | None) -> None:
@@ -142,8 +142,10 @@ class GradientMarks:
     def hold(self) -> bool:
         """Whether there are gradients, the same tensors as then, and nothing has been written to them."""
         now = {key: p.grad for key, p in self._parameters.items() if p.grad is not None}
-        return bool(now) and now.keys() == self._marks.keys() and all(
-            ref() is now[key] and version == now[key]._version for key, (ref, version) in self._marks.items()
+        return (
+            bool(now)
+            and now.keys() == self._marks.keys()
+            and all(ref() is now[key] and version == now[key]._version for key, (ref, version) in self._marks.items())
         )
 
     @staticmethod

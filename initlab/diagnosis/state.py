@@ -29,7 +29,9 @@ class Snapshot:
 
     def __init__(self, models: Iterable[nn.Module], optimizer: Optimizer | None, tensors: Iterable[Tensor]) -> None:
         modules = {module: None for model in models for module in model.modules()}
-        owners = [*modules, *([optimizer] if optimizer is not None else [])]
+        owners: list[Any] = [*modules, *([optimizer] if optimizer is not None else [])]
+        if (clipper := getattr(optimizer, "_initlab_clipper", None)) is not None:
+            owners.append(clipper)  # it counts steps, and these are none of the user's
         self.attributes = [(owner, type(owner), dict(owner.__dict__)) for owner in owners]
         values = [value for _, _, attributes in self.attributes for value in attributes.values()]
         groups = list(optimizer.param_groups) if optimizer is not None else []

@@ -32,7 +32,9 @@ def differing(messages: Mapping[str, str], mesh_dims: Sequence[MeshDim]) -> dict
     """
     text = "\0".join(f"{name}\0{message}" for name, message in sorted(messages.items()))
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-    extremes = all_reduce(torch.tensor([digest, -digest]), [all_mesh_dims(mesh_dims)] * 2, mesh_dims, "max").tolist()
+    extremes = all_reduce(
+        torch.tensor([digest, -digest], device="cpu"), [all_mesh_dims(mesh_dims)] * 2, mesh_dims, "max"
+    ).tolist()
     if extremes[0] == -extremes[1]:
         return {}
     ranks = all_gather_object(messages, [mesh_dim.group for mesh_dim in mesh_dims])

@@ -110,8 +110,8 @@ class MeshTensors:
             norm64, counts = self._over_meshes(norms, p)
             first = _first([norm.first_nonfinite_index for _, norm in norms])
         else:
-            norm64 = torch.full((), 0.0 if p >= 0.0 else math.inf, dtype=torch.float64)
-            counts, first = norm64.new_zeros(len(_BITS)), torch.full((), -1)
+            norm64 = torch.full((), 0.0 if p >= 0.0 else math.inf, dtype=torch.float64, device="cpu")
+            counts, first = norm64.new_zeros(len(_BITS)), torch.full((), -1, device="cpu")
         if self.pp_mesh_dim is not None:
             rows = all_gather(torch.cat([norm64[None], counts]), self.pp_mesh_dim)
             norm64, counts = combine_norms(rows[:, 0], p), rows[:, 1:].amax(0)

@@ -133,7 +133,7 @@ class ModelHooks:
             output = Observation(call, "output", "output", (), torch.float32)
             device = _device_of(module, args, kwargs)
             if device.type in _SYNCHRONOUS:
-                flag = torch.zeros(1, dtype=torch.int32)
+                flag = torch.zeros(1, dtype=torch.int32, device="cpu")
             else:
                 flag = self.step.new_flag(device, output)
             call.own_flag = output, flag

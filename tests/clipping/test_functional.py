@@ -190,9 +190,12 @@ def test_values_that_would_ruin_every_gradient_are_refused(value):
     ):
         with pytest.raises(ValueError, match=f"{value}; it must be 0 or more"):
             call()
-    for call in (initlab.clip_grad_norm_, initlab.GradClipper):
-        with pytest.raises(ValueError, match="'ignore'; it must be one of propagate, raise, keep, zero"):
-            call(p if call is initlab.clip_grad_norm_ else torch.optim.SGD([p]), 1.0, nonfinite="ignore")
+    with pytest.raises(ValueError, match="'ignore'; it must be one of propagate, raise, keep, zero"):
+        initlab.clip_grad_norm_(p, 1.0, nonfinite="ignore")
+    with pytest.raises(ValueError, match="'keep' leaves gradients as they are, for a step to apply"):
+        initlab.clip_grad_norm_(p, 1.0, nonfinite="skip")
+    with pytest.raises(ValueError, match="'ignore'; it must be one of propagate, raise, skip, zero"):
+        initlab.GradClipper(torch.optim.SGD([p]), 1.0, nonfinite="ignore")
     assert torch.equal(p.grad, before)
 
 
