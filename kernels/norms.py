@@ -233,7 +233,7 @@ def clip_(
                 _scale_without_reading(group.tensors, group_norm, max_norm, nonfinite)
 
 
-def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """min(1, max_norm / (norm + 1e-6)), NaN where that is: what clipping multiplies by.
 
     Args:

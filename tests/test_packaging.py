@@ -177,6 +177,7 @@ def test_editable_install(project: Path, elsewhere: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("through", ["cwd", "PYTHONPATH"])
+@pytest.mark.long_if.with_args(lambda through: through == "PYTHONPATH")
 def test_bare_checkout_without_numba_and_triton(through: str, tmp_path: Path) -> None:
     cwd, path = (ROOT, []) if through == "cwd" else (tmp_path, [ROOT])
     not_installed = 'import sys; sys.modules["numba"] = sys.modules["triton"] = None\n'
@@ -185,6 +186,7 @@ def test_bare_checkout_without_numba_and_triton(through: str, tmp_path: Path) ->
     assert Path(kernels) == ROOT / "kernels/__init__.py"
 
 
+@pytest.mark.long
 def test_a_process_that_never_imported_initlab_can_unpickle_from_a_checkout() -> None:
     pickled = "import pickle; from initlab.kernels import named_key; print(pickle.dumps(named_key).hex())"
     data = python(pickled, cwd=ROOT).strip()

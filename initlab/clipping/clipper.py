@@ -26,18 +26,19 @@ from .functional import (
     report_of,
 )
 from .optimizers import (
-    SkippedStep,
     OptimizerCopy,
+    SkippedStep,
     changes_more,
     hooked_optimizer,
     make_momentum_buffers,
     refuse_partitioned,
     skips_on_device,
     starts_dampened_momentum,
+    waits_for_unscale,
 )
 from .report import ON_ANOTHER_RANK, ClipReport, ClipStats, label
 from .spikes import SpikePolicy
-from .steps import Decision, GradientMarks, Measurement, Round, Step, as_0d, is_running, step_frame
+from .steps import Decision, GradientMarks, Measurement, Round, Step, as_0d, runs_inside_another
 
 _SPIKE_STEPS = 16  # of so many spikes, the last ones, the steps are kept
 # Places in the counts, which stay on the device. FIRST_STEP is 0 where there is none.
@@ -148,15 +149,14 @@ class GradClipper:
         self._norms: tuple[Sequence[int], Tensor] | None = None  # parameters by index, and their gradients' norms
         self._step: Step | None = None  # that is going on, or was interrupted
         self._round: Round | None = None  # of several optimizers
+        self._scaler, self._scaler_step = scaler, None if scaler is None else scaler.step
         self._hooks = []
         for one in self._optimizers:
             # A traced hook would set grad_scale too late for the step that is traced with it.
             self._hooks.append(one.register_step_pre_hook(torch.compiler.disable(self._before_step)))
             self._hooks.append(one.register_step_post_hook(torch.compiler.disable(self._after_step)))
             one._initlab_clipper = self  # type: ignore[attr-defined]
-        self._scaler = scaler
         if scaler is not None:
-            self._scaler_step = scaler.step
             scaler.step = self._step_of_scaler  # type: ignore[method-assign]
 
     @property
@@ -262,22 +262,25 @@ class GradClipper:
         self._end_interrupted()
         for one in self._optimizers:
             if getattr(one, "_initlab_clipper", None) is self:
-                del one._initlab_clipper
-        if self._scaler is not None:
-            vars(self._scaler).pop("step", None)
-            self._scaler = None
+                del vars(one)["_initlab_clipper"]
+        scaler, self._scaler = self._scaler, None
+        if scaler is not None and vars(scaler).get("step") == self._step_of_scaler:
+            del vars(scaler)["step"]
+            below: Any = self._scaler_step
+            while getattr(below, "__func__", None) is GradClipper._step_of_scaler and below.__self__._scaler is None:
+                below = below.__self__._scaler_step  # of a clipper that was removed before
+            if below != scaler.step:
+                scaler.step = below  # type: ignore[method-assign]
 
     @torch.no_grad()
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        frame = step_frame()
-        if self._step is not None and self._step.frame is not None and is_running(self._step.frame, frame):
-            self._step.depth += 1  # a subclass whose step() calls super().step(), which runs hooks again
+        if runs_inside_another(optimizer):
             return None
         self._end_interrupted()
         self._hook_runs += 1
-        self._step = Step(optimizer, frame)
+        self._step = Step(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._clip(self._step)
@@ -300,10 +303,7 @@ class GradClipper:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = self._step
-        if step is None:
-            return
-        if step.depth:
-            step.depth -= 1
+        if step is None or runs_inside_another(optimizer):
             return
         self._step = None
         step.take_back_scale()
@@ -334,7 +334,7 @@ class GradClipper:
             raise NotImplementedError("GradClipper takes no gradients that wrap other tensors, except DTensors")
         # A GradScaler leaves its scale here where gradients are still scaled.
         scales = [as_0d(getattr(one, "grad_scale", None)) for one in self._optimizers]
-        if len(scales) > 1 and (scales != [None] * len(scales) or self._is_still_scaled()):
+        if len(scales) > 1 and (scales != [None] * len(scales) or waits_for_unscale(self._scaler, self._optimizers)):
             raise RuntimeError(
                 "gradients are still multiplied by the GradScaler's scale, perhaps not those of all optimizers, so "
                 "they have no common norm; call scaler.unscale_(optimizer) for each before the first one steps"
@@ -347,12 +347,14 @@ class GradClipper:
             norm64 = total.norm64 / scale64
             total = total._replace(norm64=norm64, norm=norm64.to(total.norm.dtype))
         assert total.flag is not None
-        bad, limit, spike = total.flag != 0, self.max_norm, None
+        bad, spike = total.flag != 0, None
+        limit: float | Tensor = self.max_norm
         if self._spikes is not None:
             assert self._spike_state is not None
             spike = self._spikes.step(self._spike_state.to(total.norm64.device, non_blocking=True), total.norm64)
             self._spike_state = spike.state
-            limit = limit if self._skips_spikes() else spike.limit.clamp(max=limit)
+            if not self._skips_spikes():
+                limit = spike.limit.clamp(max=self.max_norm)
         coefficient = clip_coefficient(total.norm64, limit)
         measured = Measurement(gradients, mesh_tensors, total, bad, coefficient, spike, scale)
         self._record(measured)
@@ -466,19 +468,15 @@ class GradClipper:
     def _skips_spikes(self) -> bool:
         return self._spikes is not None and self._spikes.action == "skip"
 
-    def _is_still_scaled(self) -> bool:
-        """Whether the scaler has yet to unscale an optimizer's gradients."""
-        if self._scaler is None or not self._scaler.is_enabled():
-            return False
-        states = self._scaler._per_optimizer_states  # type: ignore[attr-defined]
-        return any(states[id(one)]["stage"].name == "READY" for one in self._optimizers)
-
     @torch.no_grad()
     def _step_of_scaler(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """GradScaler.step, which does not call that of an optimizer if it has found an inf: then we count it."""
+        assert self._scaler_step is not None
         before = self._hook_runs
         with torch.enable_grad():
             result = self._scaler_step(optimizer, *args, **kwargs)
+        if self._scaler is None:  # removed, while another clipper had wrapped it
+            return result
         if hooked_optimizer(optimizer) in self._optimizers and self._hook_runs == before:
             self._measure() if len(self._optimizers) == 1 else self._measure_together(hooked_optimizer(optimizer))
         return result

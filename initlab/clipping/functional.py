@@ -312,9 +312,8 @@ def as_labelled_tensors(tensors: Tensors) -> LabelledTensors:
 def gradients_of(parameters: LabelledTensors) -> LabelledTensors:
     """The gradients of parameters; those without one are left out.
 
-    Parameters that DeepSpeed's ZeRO has partitioned raise NotImplementedError. For a DTensor without a gradient there is
-    one of which this rank holds nothing: other ranks may have theirs, as where experts got no tokens on this rank, and
-    would wait.
+    For a DTensor without a gradient there is one of which this rank holds nothing: other ranks may have theirs, as
+    where experts got no tokens on this rank, and would wait. Parameters of DeepSpeed's ZeRO raise NotImplementedError.
     """
     if not torch.compiler.is_compiling():
         refuse_partitioned(parameters.passed)
@@ -369,7 +368,7 @@ def mesh_tensors_of(
 def _torch_takes_sparse() -> bool:
     """Whether torch.nn.utils clips sparse gradients: since 2.14."""
     try:
-        utils.get_total_norm([torch.sparse_coo_tensor([[0]], [1.0], (2,), device="cpu", check_invariants=False)])
+        utils.get_total_norm([torch.ones(2, device="cpu").to_sparse()])
     except (NotImplementedError, RuntimeError):
         return False
     return True

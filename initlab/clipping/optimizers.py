@@ -40,7 +40,7 @@ def hooked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
             )
         runs_hooks = getattr(getattr(type(found), "step", None), "hooked", False)
         if runs_hooks and "_optimizer_step_pre_hooks" in vars(found):
-            return found  # type: ignore[no-any-return]
+            return found
         attributes = vars(found) if hasattr(found, "__dict__") else {}
         found = next((attributes[name] for name in _INNER if attributes.get(name) is not None), None)
     raise TypeError(
@@ -66,6 +66,14 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return any(isinstance(optimizer, cls) and step is inspect.unwrap(cls.step) for cls in _SKIP_ON_DEVICE) and all(
         group.get("fused") for group in optimizer.param_groups
     )
+
+
+def waits_for_unscale(scaler: torch.amp.GradScaler | None, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """Whether a GradScaler has yet to unscale the gradients of one of these optimizers."""
+    if scaler is None or not scaler.is_enabled():
+        return False
+    states = scaler._per_optimizer_states
+    return any(states[id(one)]["stage"].name == "READY" for one in optimizers)
 
 
 def starts_dampened_momentum(optimizer: torch.optim.Optimizer) -> bool:

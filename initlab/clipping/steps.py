@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from initlab.kernels import Norm
 from ..distributed.dtensors import is_dtensor
 from ..distributed.norm import MeshTensors
 from .functional import LabelledTensors
-from .optimizers import SkippedStep, OptimizerCopy
+from .optimizers import OptimizerCopy, SkippedStep
 from .spikes import SpikeStep
 
 _RUNS_HOOKS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
@@ -26,14 +25,12 @@ class Step:
 
     Attributes:
         optimizer: whose step it is.
-        frame: of the function that runs the hooks; None where it was not found.
-        depth: how many more steps of the same optimizer are going on inside it.
         before: what the optimizer held, where its closure may run several times.
         skipped: how it is kept from changing anything; None while it may.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, frame: FrameType | None) -> None:
-        self.optimizer, self.frame, self.depth = optimizer, frame, 0
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
         self.before: OptimizerCopy | None = None
         self.skipped: SkippedStep | None = None
         self._given: dict[str, Tensor | None] = {}  # grad_scale and found_inf, where no GradScaler had set them
@@ -54,19 +51,19 @@ class Step:
         self._given = {}
 
 
-def step_frame() -> FrameType | None:
-    """The frame of torch's function that runs an optimizer's hooks and step, among the callers."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename != _RUNS_HOOKS:
+def runs_inside_another(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a hook runs for a step inside another one of the same optimizer.
+
+    That of a subclass whose step() calls super().step(): torch runs the hooks for each. Asked of the stack, which an
+    exception cannot leave in the wrong state. What torch.compile makes of a function after a graph break has another
+    name.
+    """
+    found, frame = 0, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == _RUNS_HOOKS and frame.f_code.co_name == "wrapper":
+            found += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return frame
-
-
-def is_running(frame: FrameType, inside: FrameType | None) -> bool:
-    """Whether a frame is among the callers of another one."""
-    while inside is not None and inside is not frame:
-        inside = inside.f_back
-    return inside is frame
+    return found > 1
 
 
 class Measurement(NamedTuple):
@@ -145,10 +142,14 @@ class GradientMarks:
         return (
             bool(now)
             and now.keys() == self._marks.keys()
-            and all(ref() is now[key] and version == now[key]._version for key, (ref, version) in self._marks.items())
+            and all(ref() is now[key] and version == _version(now[key]) for key, (ref, version) in self._marks.items())
         )
 
     @staticmethod
     def _mark(p: Tensor) -> tuple[TensorWeakRef, int]:
         assert p.grad is not None
-        return TensorWeakRef(p.grad), p.grad._version
+        return TensorWeakRef(p.grad), _version(p.grad)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # which inference tensors do not have

@@ -400,7 +400,7 @@ def test_what_is_no_optimizer_is_refused_and_nothing_is_left_behind():
     with pytest.raises(ValueError, match="empty list"):
         initlab.GradClipper([], 1.0)
     for options in ({"max_norm": -1}, {"norm_type": "two"}, {"norm_type": 1, "per_parameter": True}):
-        with pytest.raises(ValueError, match="max_norm|could not convert|norms of order 2"):
+        with pytest.raises(ValueError, match=r"max_norm|could not convert|norms of order 2"):
             initlab.GradClipper(optimizer, **{"max_norm": 1.0} | options)
     initlab.GradClipper(optimizer, 1.0)
 
@@ -493,7 +493,7 @@ def test_sparse_gradients():
     try:
         expected = utils.clip_grad_norm_(embedding().parameters(), 1.0)
     except NotImplementedError:
-        with pytest.raises(NotImplementedError, match="layout torch.sparse_coo.*leave it out"):
+        with pytest.raises(NotImplementedError, match=r"layout torch\.sparse_coo.*leave it out"):
             initlab.clip_grad_norm_(embedding().parameters(), 1.0)
     else:
         torch.testing.assert_close(initlab.clip_grad_norm_(embedding().parameters(), 1.0), expected)
@@ -592,7 +592,7 @@ def test_several_optimizers_under_a_grad_scaler(fused):
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
             else:
-                with pytest.raises(RuntimeError, match="call scaler.unscale_"):
+                with pytest.raises(RuntimeError, match=r"call scaler\.unscale_"):
                     scaler.step(optimizers[0])
                 break
             for optimizer in optimizers:
@@ -662,3 +662,38 @@ def test_the_doctor_leaves_the_counts_alone():
     before = clipper.state_dict(), clipper.stats(), clipper.report
     initlab.diagnose(model, torch.randn(5, 3), lambda out: out.square().mean(), optimizer)
     assert (clipper.state_dict(), clipper.stats(), clipper.report) == before
+
+
+def test_two_clippers_of_one_scaler_come_and_go_in_any_order():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    plain = scaler.step
+    for order in ((0, 1), (1, 0)):
+        pairs = [weight() for _ in range(2)]
+        clippers = [initlab.GradClipper(optimizer, 1.0, scaler=scaler) for _, optimizer in pairs]
+        for k in (*order, None):
+            for p, optimizer in pairs:
+                scaled(p, scaler, math.inf)
+                scaler.step(optimizer)
+            scaler.update()
+            if k is not None:
+                clippers[k].remove()
+        assert sorted(clipper.stats().nonfinite for clipper in clippers) == [1, 2]
+        assert scaler.step == plain
+
+
+def test_an_interrupted_step_keeps_nothing_of_the_loop_alive():
+    import weakref
+
+    p, optimizer = weight()
+    initlab.GradClipper(optimizer, 1.0)
+    optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    p.grad = torch.full((4,), NAN)
+
+    def loop():
+        batch = torch.ones(3)
+        try:
+            optimizer.step()
+        except ZeroDivisionError:
+            return weakref.ref(batch)
+
+    assert loop()() is None

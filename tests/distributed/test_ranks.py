@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
 
+_LONG = ("beside_torch", "watching")  # modules
 CASES = [
     (world, name) for world in (2, 3, 4, 8) for module in ranks.modules() for name in ranks.scenarios(module, world)
 ]
@@ -22,7 +23,7 @@ def outcome(world, names):
 
 
 @pytest.mark.xdist_group("ranks")  # a world has as many processes as ranks, and runs all of its scenarios at once
-@pytest.mark.long_if.with_args(lambda world, name: world > 2)
+@pytest.mark.long_if.with_args(lambda world, name: world > 2 or name.startswith(_LONG))
 @pytest.mark.parametrize(("world", "name"), CASES)
 def test_scenario(world, name, request):
     items = (item for item in request.session.items if getattr(item, "originalname", "") == "test_scenario")

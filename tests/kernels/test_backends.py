@@ -272,6 +272,7 @@ EVERY_OP = textwrap.dedent("""
     [("triton", ["fill", "norm", "clip", "flag", "linear"]), ("numba", ["fill", "norm", "clip"])],
 )  # numba serves neither flags nor linear_relu
 @pytest.mark.parametrize("error", [RuntimeError("0 active drivers"), ModuleNotFoundError("No module named 'x'")])
+@pytest.mark.long_if.with_args(lambda error, **_: isinstance(error, ModuleNotFoundError))
 def test_every_op_works_beside_a_package_that_cannot_be_imported(python, tmp_path, package, raising, error):
     pytest.importorskip(package)
     broken = tmp_path / "broken" / package
@@ -539,6 +540,7 @@ def copy_of_the_package(folder):
     return folder / "initlab" / "kernels"
 
 
+@pytest.mark.long
 def test_a_second_process_uses_the_cache_on_disk(check, tmp_path):
     pytest.importorskip("numba")
     for hits, misses, change in ((0, 1, ""), (1, 0, ""), (0, 1, "stream.NOTE = 1")):
@@ -547,6 +549,7 @@ def test_a_second_process_uses_the_cache_on_disk(check, tmp_path):
     assert [*tmp_path.rglob("*.nbi")]
 
 
+@pytest.mark.long
 def test_where_no_cache_can_be_written(check, tmp_path):
     """No cache folder of ours, none of the user's, none that the environment names: compiled, and not kept."""
     pytest.importorskip("numba")
@@ -558,6 +561,7 @@ def test_where_no_cache_can_be_written(check, tmp_path):
     assert check(after=CACHE, root=tmp_path, PYTHONDONTWRITEBYTECODE=1, **nowhere) == ["NullCache 0 1"]
 
 
+@pytest.mark.long_if.with_args(lambda name: name == "numba")
 @pytest.mark.parametrize("name", ["torch", "numba"])
 def test_another_cpu_gives_the_same_bits(check, tmp_path, name):
     """Code for the plainest CPU of this architecture, without its vector and fused instructions."""
@@ -567,6 +571,7 @@ def test_another_cpu_gives_the_same_bits(check, tmp_path, name):
     assert check(DISTRIBUTIONS, INITLAB_BACKEND=name, ATEN_CPU_CAPABILITY="default", **plain) == []
 
 
+@pytest.mark.long
 def test_a_fill_while_the_interpreter_shuts_down(check):
     """Then no thread can be started: the calling one does all of it."""
     pytest.importorskip("numba")

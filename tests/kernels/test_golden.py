@@ -129,6 +129,7 @@ def test_distributions_meet_every_map():
     assert flips == {"TailMap": {0, 2**32 - 1}, "FarMap": {0, 2**32 - 1}}
 
 
+@pytest.mark.long
 def test_the_file_tells_what_it_holds():
     """Everything but the values, which the tests below compare: a distribution or region changed here only is seen."""
 
