@@ -124,10 +124,10 @@ def test_several_optimizers_together():
 
 
 def test_options_reach_the_clipper():
-    callback = GradClipperCallback(float("inf"), "raise", per_parameter=True)
+    callback = GradClipperCallback(0.1, "raise", norm_type="inf")
     with pytest.raises(RuntimeError, match=r"nets\.0\.weight is the first of those that hold NaN"):
         fit(callback)
-    assert set(callback.clippers[0].norms()) == {"nets.0.weight", "nets.0.bias"}
+    assert callback.clippers[0].norm_type == float("inf")
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -184,3 +184,21 @@ def test_a_checkpoint_of_another_number_of_optimizers_is_refused():
     callback.load_state_dict({"clippers": [clipper.state_dict()] * 2})
     with pytest.raises(ValueError, match="the checkpoint holds 2 GradClippers, and here are 1"):
         fit(callback)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fabric(fused):
+    """Lightning Fabric has no callbacks for this, and needs none."""
+    from lightning import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    torch.manual_seed(0)
+    net = nn.Linear(4, 1)
+    model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), 0.01, fused=fused))
+    clipper = GradClipper(optimizer, 0.1)
+    for batch in data():
+        fabric.backward(model(batch).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (clipper.stats().steps, clipper.stats().nonfinite, clipper.stats().first_bad_step) == (6, 1, 3)
+    assert all(p.isfinite().all() for p in net.parameters())
