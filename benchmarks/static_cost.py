@@ -192,8 +192,14 @@ def norm_cases() -> Iterator[Case]:
     signature = {"sums_ptr": "*fp64", "items": "i32", "sound": "fp32", "results_ptr": "*i64"}
     yield Case("norm: finish", "", norms.finish_norm_kernel, signature, {}, 0, 0, options={})
     signature = {**table, "items": "i32", "results_ptr": "*i64", "scratch_ptr": "*fp64"}
-    constants = {"BLOCK_SIZE": block, "RESCAN_BLOCK": norms.RESCAN_BLOCK}
+    constants = {"BLOCK_SIZE": block, "RESCAN_BLOCK": norms.RESCAN_BLOCK, "sums_ptr": None}
     yield Case("norm: rescan", "", norms.rescan_kernel, signature, constants, 0, 0, options={})
+    signature |= {"sums_ptr": "*fp64"}
+    constants = {"BLOCK_SIZE": block, "RESCAN_BLOCK": norms.RESCAN_BLOCK}
+    yield Case("norm: rescan per tensor", "", norms.rescan_kernel, signature, constants, 0, 0, options={})
+    signature |= {"norms_ptr": "*fp64"}
+    constants = {"BLOCK_SIZE": block}
+    yield Case("norm: per tensor", "", norms.tensor_norms_kernel, signature, constants, 0, 0, options={})
     signature = {"scratch_ptr": "*fp64", "items": "i32", "results_ptr": "*i64"}
     yield Case("norm: rescan finish", "", norms.finish_rescan_kernel, signature, {}, 0, 0, options={})
 

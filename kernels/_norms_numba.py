@@ -26,6 +26,7 @@ ON_DEVICE = False
 BLOCK_SIZE = 1 << 16  # elements
 ONE_THREAD = 1 << 18  # elements: up to here a second thread costs more than it gives
 _FLOAT64 = DTYPES.index(torch.float64)
+_SOUND = 2.0**-960  # for each element: a sum of squares below it may have lost bits, in float64
 _HALF_SCALE = np.float32(2.0**112)
 
 
@@ -180,16 +181,19 @@ _scaled_sums, _scale = _make_scaled_sums(_FINGERPRINT), _make_scale(_FINGERPRINT
 
 
 class _DtypeGroup:
-    """The tensors of one dtype, cut into blocks."""
+    """The tensors of one dtype, cut into blocks. `selected` says which entries they are."""
 
-    def __init__(self, entries: Entries, code: int) -> None:
-        selected = np.array(entries.codes, dtype=np.int8) == code
-        self.code, self.tag = code, TAGS[DTYPES[code]]
+    def __init__(self, entries: Entries, code: int, selected: np.ndarray[Any, Any]) -> None:
+        self.code, self.tag, self.selected = code, TAGS[DTYPES[code]], selected
         self.addresses = np.array(entries.addresses, dtype=np.int64)[selected]
         self.lengths = np.array(entries.lengths, dtype=np.int64)[selected]
         self.indices = np.array(entries.indices, dtype=np.int64)[selected]
         self.ends = ((self.lengths + (BLOCK_SIZE - 1)) // BLOCK_SIZE).cumsum()
         self.blocks = int(self.ends[-1])
+
+    def per_tensor(self, sums: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Sums of blocks, added up in order: a row for each tensor."""
+        return np.add.reduceat(sums, np.concatenate([[0], self.ends[:-1]]))
 
     def run(self, kernel: Callable[..., object], *arguments: Any) -> None:
         """kernel(addresses, lengths, ends, tag, counter, ...) on torch.get_num_threads() threads, which claim blocks.
@@ -209,14 +213,16 @@ class _DtypeGroup:
 class _Plan(NamedTuple):
     groups: list[_DtypeGroup]
     disjoint: bool  # whether no two tensors share memory
+    entries: Entries
 
 
 def prepare(entries: Entries, device: torch.device) -> _Plan:
     """What `norm` and `scale` work by."""
-    groups = [_DtypeGroup(entries, code) for code in sorted(set(entries.codes))]
+    codes = np.array(entries.codes, dtype=np.int8)
+    groups = [_DtypeGroup(entries, code, codes == code) for code in sorted(set(entries.codes))]
     start = np.concatenate([group.addresses for group in groups]) if groups else np.empty(0, dtype=np.int64)
     nbytes = [group.lengths * DTYPES[group.code].itemsize for group in groups]
-    return _Plan(groups, _disjoint(start, np.concatenate(nbytes) if groups else start))
+    return _Plan(groups, _disjoint(start, np.concatenate(nbytes) if groups else start), entries)
 
 
 def _disjoint(start: np.ndarray[Any, Any], nbytes: np.ndarray[Any, Any]) -> bool:
@@ -224,14 +230,20 @@ def _disjoint(start: np.ndarray[Any, Any], nbytes: np.ndarray[Any, Any]) -> bool
     return bool(((start + nbytes)[order][:-1] <= start[order][1:]).all())
 
 
-def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The 2-norm, its square, the flag and the index of the first tensor with a non-finite value; see norms.Norm."""
+def norm(plan: _Plan, count: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The 2-norm, its square, the flag and the index of the first tensor with a non-finite value; see norms.Norm.
+
+    count: of all tensors, also those without elements, where the norm of each is asked for too.
+    """
     power, flag, first = 0.0, 0, -1
+    tensor_norms = None if count is None else np.zeros(count)
     rescanned: _DtypeGroup | None = None
     for group in plan.groups:
         sums = np.empty(group.blocks)
         group.run(_block_sums, sums)
         total = float(sums.sum())
+        if tensor_norms is not None:
+            tensor_norms[_places(plan.entries, group.selected)] = _tensor_norms(plan.entries, group, sums)
         bad = None if math.isfinite(total) else np.flatnonzero(~np.isfinite(sums))
         if bad is not None:
             flags = np.empty(len(bad), dtype=np.int64)
@@ -242,7 +254,7 @@ def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 index = int(group.indices[np.searchsorted(group.ends, block, side="right")])
                 first = index if first < 0 else min(first, index)
         # In float64 squares of finite elements overflow, or lose bits below the normal range.
-        if group.code == _FLOAT64 and not (2.0**-960 * int(group.lengths.sum()) <= total < math.inf):
+        if group.code == _FLOAT64 and not (_SOUND * int(group.lengths.sum()) <= total < math.inf):
             rescanned = group
             continue
         power += total
@@ -261,7 +273,37 @@ def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         torch.tensor(power, dtype=torch.float64, device="cpu"),
         torch.tensor(flag, dtype=torch.int32, device="cpu"),
         torch.tensor(first, dtype=torch.int64, device="cpu"),
+        None if tensor_norms is None else torch.from_numpy(tensor_norms),
     )
+
+
+def _places(entries: Entries, selected: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Where these entries are among all tensors."""
+    return selected.nonzero()[0] if entries.places is None else np.array(entries.places)[selected]
+
+
+def _tensor_norms(entries: Entries, group: _DtypeGroup, sums: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The norm of each tensor from its blocks' sums. Tensors of float64 whose own sum is not sound are read again."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        totals = group.per_tensor(sums)
+    norms: np.ndarray[Any, Any] = np.sqrt(totals)
+    if group.code == _FLOAT64:
+        unsound = ~((totals >= _SOUND * group.lengths) & (totals < math.inf))
+        if unsound.any():
+            norms[unsound] = _scaled_norms(_DtypeGroup(entries, group.code, group.selected.nonzero()[0][unsound]))
+    return norms
+
+
+def _scaled_norms(group: _DtypeGroup) -> np.ndarray[Any, Any]:
+    sums = np.empty((group.blocks, 3))
+    group.run(_scaled_sums, sums)
+    big, mid, tiny = group.per_tensor(sums).T
+    middle = np.sqrt(mid)
+    with np.errstate(over="ignore"):
+        large = np.hypot(np.sqrt(big) / SHRINK, middle)
+    norms: np.ndarray[Any, Any] = np.where(big > 0.0, large, np.hypot(middle, np.sqrt(tiny) / GROW))
+    norms[np.isnan(mid)] = math.nan  # hypot(inf, NaN) is inf
+    return norms
 
 
 def scale(plan: _Plan, a: float, b: float) -> None:

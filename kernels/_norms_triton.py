@@ -4,7 +4,8 @@ A table has a column for each tensor. The work is cut into items of up to `block
 tensor, from a multiple of 16 bytes on, and a program finds its item's column by bisection. Every item has one sum; a
 single program adds them up in order, so that equal gradients give equal bits. Where the total overflows or vanishes, a
 rescan reads again, in float64; its programs are launched always, read the total, and leave at once where it is sound.
-So nothing waits for the device.
+So nothing waits for the device. Where the norm of each tensor is asked for, the rescan also reads those items whose own
+sum is not sound, and one more kernel adds up the items of each tensor.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ _SPLIT_FACTOR_LOWER, _SPLIT_FACTOR = map(tl.constexpr, SPLIT_FACTOR)
 _EPSILON = tl.constexpr(EPSILON)
 
 # Rows of the table. Elements are counted from ADDRESS, which is rounded down to 16 bytes. `find` looks into row 0.
-FIRST_ITEM, ADDRESS, BEGIN, END, CODE, INDEX = map(tl.constexpr, range(6))
+FIRST_ITEM, ADDRESS, BEGIN, END, CODE, INDEX, PLACE = map(tl.constexpr, range(7))
 # Rows of the scratch, a column for each work item: sums in float64 (the first pass has one, in row 0), then int64.
+# Where the norm of each tensor is asked for, the first pass's sums are kept apart.
 _BIG_SUM, _MID_SUM, _TINY_SUM, _ITEM_FLAG, _ITEM_INDEX = map(tl.constexpr, range(5))
 _NO_INDEX = tl.constexpr((1 << 63) - 1)
 # Results, of 64 bits each: the first two float64, the others int64; RESCAN is 1 where the total calls for a rescan.
@@ -116,7 +118,7 @@ def _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE: tl.constexpr):
 
 @_table_jit
 def norm_kernel(
-    table_ptr, columns, blocks, first_item,  # inputs: (6, columns) int64; how the work is cut
+    table_ptr, columns, blocks, first_item,  # inputs: (7, columns) int64; how the work is cut
     sums_ptr,  # output: float64, one for each item
     FP64: tl.constexpr, BLOCK_SIZE: tl.constexpr,  # meta
 ):  # fmt: skip
@@ -195,14 +197,28 @@ def _or_of(flags):
     return tl.max(flags & _NAN) | tl.max(flags & _POSITIVE_INF) | tl.max(flags & _NEGATIVE_INF)
 
 
+@triton.jit
+def _is_sound(sums, blocks, BLOCK_SIZE: tl.constexpr):
+    """Whether sums of items can be trusted: as `sound` of finish_norm_kernel, for as many elements as an item has."""
+    least = tl.maximum(blocks.to(tl.float32) * (BLOCK_SIZE * 1e-38), 1e-30)
+    return (sums >= least) & (sums < float("inf"))
+
+
 @_table_jit
 def rescan_kernel(
     table_ptr, columns, blocks, items, results_ptr,  # inputs: as norm_kernel; (5,) int64
     scratch_ptr,  # output: (5, items), float64 and int64
+    sums_ptr,  # input: (items,) float64 where the norm of each tensor is asked for, else None
     BLOCK_SIZE: tl.constexpr, RESCAN_BLOCK: tl.constexpr,  # meta
 ):  # fmt: skip
-    """Big, middling and tiny squares, flag and first index of one item, where results[RESCAN]; a program for each."""
-    if tl.load(results_ptr + RESCAN) == 0:
+    """Big, middling and tiny squares, flag and first index of one item; a program for each.
+
+    Of items for which results[RESCAN] calls, and with sums_ptr also of those whose own sum is not sound.
+    """
+    leave = tl.load(results_ptr + RESCAN) == 0
+    if sums_ptr is not None:
+        leave = leave & _is_sound(tl.load(sums_ptr + tl.program_id(0)), blocks, BLOCK_SIZE)
+    if leave:
         return
     item = tl.program_id(0).to(tl.int64)
     column_ptr, address, start, begin, end, code = _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
@@ -222,6 +238,21 @@ def rescan_kernel(
     tl.store(scratch_ptr + _ITEM_FLAG * items + item, flag.to(tl.int64))
     index = tl.where(flag != 0, tl.load(column_ptr + INDEX * columns), _NO_INDEX)
     tl.store(scratch_ptr + _ITEM_INDEX * items + item, index)
+
+
+@triton.jit
+def _root(big, mid, tiny, flag):
+    """sqrt(big / SHRINK^2 + mid + tiny / GROW^2), or what the flag says."""
+    # What is left out beside a larger sum is below half a unit in its last place, or is added with its scale.
+    middle = tl.sqrt(mid)
+    a = tl.sqrt(big)
+    b = middle * _SHRINK
+    c = tl.sqrt(tiny)
+    large = tl.sqrt(a * a + b * b) / _SHRINK
+    small = tl.sqrt(mid + (c / _GROW) * (c / _GROW))
+    small = tl.where(mid == 0.0, c / _GROW, small)
+    norm = tl.where(big > 0.0, large, small)
+    return tl.where(flag == 0, norm, tl.where((flag & _NAN) != 0, float("nan"), float("inf")))
 
 
 @triton.jit(do_not_specialize=["items"])
@@ -246,20 +277,43 @@ def finish_rescan_kernel(
         indices = tl.minimum(indices, index)
     flag = _or_of(flags)
     first = tl.min(indices)
-    # What is left out beside a larger sum is below half a unit in its last place, or is added with its scale.
-    middle = tl.sqrt(mid)
-    a = tl.sqrt(big)
-    b = middle * _SHRINK
-    c = tl.sqrt(tiny)
-    large = tl.sqrt(a * a + b * b) / _SHRINK
-    small = tl.sqrt(mid + (c / _GROW) * (c / _GROW))
-    small = tl.where(mid == 0.0, c / _GROW, small)
-    norm = tl.where(big > 0.0, large, small)
-    norm = tl.where(flag == 0, norm, tl.where((flag & _NAN) != 0, float("nan"), float("inf")))
+    norm = _root(big, mid, tiny, flag)
     tl.store(results_ptr.to(tl.pointer_type(tl.float64)) + NORM, norm)
     tl.store(results_ptr.to(tl.pointer_type(tl.float64)) + SUM_OF_SQUARES, norm * norm)
     tl.store(results_ptr + FLAG, flag)
     tl.store(results_ptr + FIRST_NONFINITE, tl.where(flag != 0, first, -1))
+
+
+@_table_jit
+def tensor_norms_kernel(
+    table_ptr, columns, blocks, items, results_ptr,  # inputs: as rescan_kernel
+    sums_ptr, scratch_ptr,  # inputs: (items,) float64 of the first pass; (5, items) of the rescan
+    norms_ptr,  # output: float64, one for each tensor, in the tensors' order
+    BLOCK_SIZE: tl.constexpr,  # meta
+):  # fmt: skip
+    """norms[PLACE] = sqrt(sum(x^2)) of one column's tensor, from the sums of its items; a program for each column."""
+    column_ptr = table_ptr + tl.program_id(0)
+    first = tl.load(column_ptr + FIRST_ITEM * columns)
+    end = items.to(tl.int64)
+    if tl.program_id(0) + 1 < columns:
+        end = tl.load(column_ptr + FIRST_ITEM * columns + 1)
+    all_again = tl.load(results_ptr + RESCAN) != 0
+    flag_ptr = scratch_ptr.to(tl.pointer_type(tl.int64)) + _ITEM_FLAG * items
+    big = tl.zeros([_ADD_BLOCK], tl.float64)
+    mid = tl.zeros([_ADD_BLOCK], tl.float64)
+    tiny = tl.zeros([_ADD_BLOCK], tl.float64)
+    flags = tl.zeros([_ADD_BLOCK], tl.int64)
+    for i in range(first, end, _ADD_BLOCK):
+        offsets = i + tl.arange(0, _ADD_BLOCK)
+        mask = offsets < end
+        sums = tl.load(sums_ptr + offsets, mask=mask, other=0.0)
+        again = mask & (all_again | (_is_sound(sums, blocks, BLOCK_SIZE) == 0))
+        big += tl.load(scratch_ptr + _BIG_SUM * items + offsets, mask=again, other=0.0)
+        mid += tl.where(again, tl.load(scratch_ptr + _MID_SUM * items + offsets, mask=again, other=0.0), sums)
+        tiny += tl.load(scratch_ptr + _TINY_SUM * items + offsets, mask=again, other=0.0)
+        flags |= tl.load(flag_ptr + offsets, mask=again, other=0)
+    norm = _root(tl.sum(big), tl.sum(mid), tl.sum(tiny), _or_of(flags))
+    tl.store(norms_ptr + tl.load(column_ptr + PLACE * columns), norm)
 
 
 @triton.jit
@@ -344,21 +398,22 @@ class _Plan(NamedTuple):
     narrow: int  # items of tensors that are not float64; theirs come first
     items: int
     elements: int
+    full: bool  # whether every tensor has elements
 
 
 # By device, stream and what was asked: gradients lie where they lay in the step before, nearly always.
-_plans: OrderedDict[tuple[torch.device, int, bytes], _Plan] = OrderedDict()
+_plans: OrderedDict[tuple[torch.device, int, bytes, tuple[int, ...] | None], _Plan] = OrderedDict()
 _KEPT = 16
 
 
 def prepare(entries: Entries, device: torch.device) -> _Plan:
     """The plan of an earlier call where addresses, lengths, dtypes and indices are the same."""
-    rows = np.array(entries, dtype=np.int64)
+    rows = np.array(entries[:4], dtype=np.int64)
     stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
-    key = (device, stream, rows.tobytes())
+    key = (device, stream, rows.tobytes(), None if entries.places is None else tuple(entries.places))
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _make_plan(rows, device)
+        plan = _plans[key] = _make_plan(rows, entries.places, device)
         while len(_plans) > _KEPT:
             _plans.popitem(last=False)
     else:
@@ -366,8 +421,9 @@ def prepare(entries: Entries, device: torch.device) -> _Plan:
     return plan
 
 
-def _make_plan(rows: np.ndarray[Any, Any], device: torch.device) -> _Plan:
-    address, length, code, index = rows[:, np.argsort(rows[2] == _FLOAT64.value, kind="stable")]
+def _make_plan(rows: np.ndarray[Any, Any], places: list[int] | None, device: torch.device) -> _Plan:
+    wide_last = np.argsort(rows[2] == _FLOAT64.value, kind="stable")
+    address, length, code, index = rows[:, wide_last]
     itemsize = np.array([dtype.itemsize for dtype in DTYPES])[code]
     order = address.argsort()
     disjoint = bool(((address + length * itemsize)[order][:-1] <= address[order][1:]).all())
@@ -383,10 +439,11 @@ def _make_plan(rows: np.ndarray[Any, Any], device: torch.device) -> _Plan:
         END.value: end,
         CODE.value: code,
         INDEX.value: index,
+        PLACE.value: wide_last if places is None else np.array(places, dtype=np.int64)[wide_last],
     }
     on_gpu = on_device([np.stack([table[row] for row in range(len(table))])], device)
     narrow = int(items[code != _FLOAT64.value].sum())
-    return _Plan(device, disjoint, on_gpu, len(length), blocks, narrow, int(items.sum()), elements)
+    return _Plan(device, disjoint, on_gpu, len(length), blocks, narrow, int(items.sum()), elements, places is None)
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -394,25 +451,40 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
         kernel[(programs,)](*arguments, **constants, num_warps=NUM_WARPS)
 
 
-def norm(plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The 2-norm, its square, the flag and the index of the first tensor with a non-finite value; see norms.Norm."""
+def norm(plan: _Plan, count: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The 2-norm, its square, the flag and the index of the first tensor with a non-finite value; see norms.Norm.
+
+    count: of all tensors, also those without elements, where the norm of each is asked for too.
+    """
     items, table = plan.items, (plan.table, plan.columns, plan.blocks)
     # Below it, squares that float32 rounds to subnormals could weigh 1e-7 in the total.
     sound = max(1e-30, plan.elements * 1e-38)
     with torch.inference_mode(False), launching(plan.device):
         results = torch.empty(5, dtype=torch.int64, device=plan.device)
         scratch = torch.empty(5 * items, dtype=torch.float64, device=plan.device)
-        _launch(norm_kernel, plan.narrow, *table, 0, scratch, FP64=False, BLOCK_SIZE=BLOCK_SIZE)
-        _launch(norm_kernel, items - plan.narrow, *table, plan.narrow, scratch, FP64=True, BLOCK_SIZE=BLOCK_SIZE)
-        _launch(finish_norm_kernel, 1, scratch, items, sound, results)
-        _launch(rescan_kernel, items, *table, items, results, scratch, BLOCK_SIZE=BLOCK_SIZE, RESCAN_BLOCK=RESCAN_BLOCK)
+        sums = scratch if count is None else torch.empty(items, dtype=torch.float64, device=plan.device)
+        _launch(norm_kernel, plan.narrow, *table, 0, sums, FP64=False, BLOCK_SIZE=BLOCK_SIZE)
+        _launch(norm_kernel, items - plan.narrow, *table, plan.narrow, sums, FP64=True, BLOCK_SIZE=BLOCK_SIZE)
+        _launch(finish_norm_kernel, 1, sums, items, sound, results)
+        _launch(
+            rescan_kernel, items, *table, items, results, scratch, None if count is None else sums,
+            BLOCK_SIZE=BLOCK_SIZE, RESCAN_BLOCK=RESCAN_BLOCK,
+        )  # fmt: skip
         _launch(finish_rescan_kernel, 1, scratch, items, results)
+        if count is not None:
+            make = torch.empty if plan.full else torch.zeros
+            tensor_norms = make(count, dtype=torch.float64, device=plan.device)
+            _launch(
+                tensor_norms_kernel, plan.columns, *table, items, results, sums, scratch, tensor_norms,
+                BLOCK_SIZE=BLOCK_SIZE,
+            )  # fmt: skip
         reals = results.view(torch.float64)
         return (
             reals[NORM.value],
             reals[SUM_OF_SQUARES.value],
             results[FLAG.value].to(torch.int32),
             results[FIRST_NONFINITE.value],
+            tensor_norms if count is not None else None,
         )
 
 

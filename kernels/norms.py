@@ -26,13 +26,15 @@ import torch
 from torch import Tensor
 
 from . import backends
+from ._norms_torch import EPSILON as EPSILON  # for the GPU backend too
+from ._norms_torch import clip_coefficient as clip_coefficient
+from ._norms_torch import scale_by, tensor_norm, vector_norm
 from .nonfinite import NAN as NAN  # for the backends too, which import their own op alone
 from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
 from .nonfinite import POSITIVE_INF as POSITIVE_INF
 from .nonfinite import check_memory, is_dense, nonfinite_flag
 from .tensors import PLAIN, all_plain
 
-EPSILON = 1e-6  # torch's: added to the norm before max_norm is divided by it
 POLICIES = ("propagate", "keep", "zero")
 
 # What the backends read. A dtype's code, for compiled code, is its place here.
@@ -64,6 +66,8 @@ class Norm(NamedTuple):
             have cost reads.
         first_nonfinite_index: the index of the first tensor that holds a non-finite value, -1 if none does; int64;
             None as `flag`.
+        tensor_norms: the 2-norm of each tensor, 1-D, in their order and of norm64's dtype; NaN of one that holds NaN,
+            otherwise inf of one that holds inf. None where they were not asked for.
     """
 
     norm: Tensor
@@ -71,6 +75,7 @@ class Norm(NamedTuple):
     sum_of_powers: Tensor
     flag: Tensor | None
     first_nonfinite_index: Tensor | None
+    tensor_norms: Tensor | None = None
 
 
 class TensorGroups:
@@ -115,7 +120,11 @@ class TensorGroups:
 
 
 def grad_norm(
-    tensors: Sequence[Tensor] | TensorGroups, norm_type: float = 2.0, *, detect_nonfinite: bool = True
+    tensors: Sequence[Tensor] | TensorGroups,
+    norm_type: float = 2.0,
+    *,
+    detect_nonfinite: bool = True,
+    per_tensor: bool = False,
 ) -> Norm:
     """The p-norm of tensors, as if they were one vector.
 
@@ -124,14 +133,16 @@ def grad_norm(
         norm_type: p, any number; inf and -inf give the largest and the smallest |x|, 0 what torch gives: how many
             tensors hold a non-zero.
         detect_nonfinite: whether to return a flag even where it costs reads, as on devices that plain torch serves.
+        per_tensor: whether to return the norm of each tensor too, of the same read; of p = 2 alone.
 
     Returns:
         See Norm. The 2-norm is within 1e-6 of the true one wherever it fits its dtype, also where squares overflow
-        or vanish. Equal bits from run to run on one machine, for any number of threads.
+        or vanish; so is that of each tensor. Equal bits from run to run on one machine, for any number of threads.
 
     Raises:
         RuntimeError: for a tensor that is neither floating nor complex.
         NotImplementedError: for a tensor that is not strided.
+        ValueError: for per_tensor with another p than 2.
 
     Source:
         On a CPU sums in float64. On a GPU sums of 8 squares in float32, then float64, and a rescan in float64 where
@@ -145,19 +156,25 @@ def grad_norm(
         tensor(5.)
     """
     p = float(norm_type)
+    if per_tensor and p != 2.0:
+        raise ValueError(f"the norm of each tensor comes with p = 2 alone, and norm_type is {p}; call for each tensor")
     prepared = tensors if isinstance(tensors, TensorGroups) else TensorGroups(tensors)
     if not prepared.tensors:
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
         none = torch.full((), -1, dtype=torch.int64, device="cpu")
-        return Norm(zero.to(torch.float32), zero, zero, zero.to(torch.int32), none)
-    norms = [_group_norm(group, p, detect_nonfinite) for group in prepared.groups]
+        no_norms = zero.new_zeros(0) if per_tensor else None
+        return Norm(zero.to(torch.float32), zero, zero, zero.to(torch.int32), none, no_norms)
+    norms = [_group_norm(group, p, detect_nonfinite, per_tensor) for group in prepared.groups]
     total = norms[0]
     if len(norms) > 1:
-        total = _combine_groups([_to_device(norm, prepared.tensors[0].device) for norm in norms], p)
+        norms = [_to_device(norm, prepared.tensors[0].device) for norm in norms]
+        total = _combine_groups(norms, p)
+        if per_tensor:
+            total = total._replace(tensor_norms=_in_order(norms, prepared))
     wide = not prepared.dtypes.isdisjoint(_FLOAT64)
     norm = total.norm64.to(torch.float64 if wide else torch.float32)
     norm64 = total.norm64 if wide else torch.where(norm.isfinite(), norm.to(total.norm64.dtype), total.norm64)
-    return Norm(norm, norm64, total.sum_of_powers, total.flag, total.first_nonfinite_index)
+    return Norm(norm, norm64, *total[1:])
 
 
 def combine_norms(norms: Tensor, norm_type: float = 2.0) -> Tensor:
@@ -230,23 +247,7 @@ def clip_(
             elif _host_readable(group_norm):
                 _scale_on_host(group, float(group_norm), max_norm, nonfinite)
             else:
-                _scale_without_reading(group.tensors, group_norm, max_norm, nonfinite)
-
-
-def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
-    """min(1, max_norm / (norm + 1e-6)), NaN where that is: what clipping multiplies by.
-
-    Args:
-        norm: floating, any shape and device.
-        max_norm: the largest norm that is left as it is.
-
-    Example:
-        >>> import torch
-        >>> from initlab.kernels import clip_coefficient
-        >>> clip_coefficient(torch.tensor([0.5, 4.0]), 2.0)
-        tensor([1.0000, 0.5000])
-    """
-    return (max_norm / (norm + EPSILON)).clamp(max=1.0)
+                scale_by(group.tensors, group_norm, max_norm, nonfinite)
 
 
 class Entries(NamedTuple):
@@ -256,6 +257,7 @@ class Entries(NamedTuple):
     lengths: list[int]
     codes: list[int]  # of the dtypes
     indices: list[int]
+    places: list[int] | None = None  # among the tensors; None where these are all of them
 
 
 class DeviceGroup:
@@ -325,10 +327,11 @@ def _entries(tensors: Sequence[Tensor], indices: Sequence[int]) -> Entries | Non
             if codes[i] is None:
                 codes[i] = _CODES[_REAL[t.dtype]]
                 lengths[i] *= 2
+    full = None
     if 0 in lengths:
         full = [i for i, n in enumerate(lengths) if n > 0]
         addresses, lengths, codes, indices = ([row[i] for i in full] for row in (addresses, lengths, codes, indices))
-    return None if 0 in addresses else Entries(addresses, lengths, codes, indices)
+    return None if 0 in addresses else Entries(addresses, lengths, codes, indices, full)
 
 
 def _host_readable(tensor: Tensor) -> bool:
@@ -343,53 +346,58 @@ class _GroupNorm(NamedTuple):
     sum_of_powers: Tensor
     flag: Tensor | None
     first_nonfinite_index: Tensor | None
+    tensor_norms: Tensor | None = None
 
 
-def _group_norm(group: DeviceGroup, p: float, detect_nonfinite: bool) -> _GroupNorm:
+def _group_norm(group: DeviceGroup, p: float, detect_nonfinite: bool, per_tensor: bool = False) -> _GroupNorm:
     if group.backend is None or p != 2.0:
-        return _norm_by_torch(group.tensors, group.indices, p, detect_nonfinite)
+        return _norm_by_torch(group.tensors, group.indices, p, detect_nonfinite, per_tensor)
     plan, copies = group.plan, group.tensors
     if group.strided:
         copies = [t if is_dense(t) else t.detach().contiguous() for t in group.tensors]
         plan = group.prepare(copies, group.indices)
-    norm = _GroupNorm(*group.backend.norm(plan))
+    norm = _GroupNorm(*group.backend.norm(plan, len(group.tensors) if per_tensor else None))
     del copies  # until here: a plan knows addresses only
     return norm
 
 
-def _norm_by_torch(tensors: Sequence[Tensor], indices: Sequence[int], p: float, detect_nonfinite: bool) -> _GroupNorm:
+def _norm_by_torch(
+    tensors: Sequence[Tensor], indices: Sequence[int], p: float, detect_nonfinite: bool, per_tensor: bool
+) -> _GroupNorm:
     """The reference: float64 (float32 on mps, which has no float64), a norm for each tensor, then the norm of these."""
     wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     with torch.no_grad():
         full = [t.detach() for t in tensors if t.numel() > 0]
         if full:
-            norms = torch.stack([_tensor_norm(t, p, wide) for t in full])
+            norms = torch.stack([tensor_norm(t, p, wide) for t in full])
         else:  # of nothing
             norms = torch.full((1,), 0.0 if p >= 0.0 else math.inf, dtype=wide, device=tensors[0].device)
-        norm64 = _vector_norm(norms, p)
+        norm64 = vector_norm(norms, p)
         power = norm64 if math.isinf(p) or p == 0.0 else norms.pow(p).sum()
+        each = _with_empty(norms, tensors) if per_tensor else None
         if not detect_nonfinite:
-            return _GroupNorm(norm64, power, None, None)
+            return _GroupNorm(norm64, power, None, None, each)
         if p > 0.0 and _host_readable(norms) and bool(norms.isfinite().all()):
             flags = torch.zeros(len(tensors), dtype=torch.int32, device=norm64.device)
         else:
             flags = torch.stack([nonfinite_flag(t) for t in tensors])
-        return _GroupNorm(norm64, power, *_merge_flags(flags, torch.tensor(indices, device=flags.device)))
+        return _GroupNorm(norm64, power, *_merge_flags(flags, torch.tensor(indices, device=flags.device)), each)
 
 
-def _tensor_norm(tensor: Tensor, p: float, wide: torch.dtype) -> Tensor:
-    if tensor.is_complex():
-        tensor = tensor.abs() if tensor.dtype == torch.complex128 else tensor.to(torch.complex128).abs()
-    return _vector_norm(tensor.to(wide).reshape(-1), p)
+def _with_empty(norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Norms of the tensors that have elements, with zeros for the others between them."""
+    parts, zero = iter(norms.unbind()), norms.new_zeros(())
+    return torch.stack([next(parts) if t.numel() > 0 else zero for t in tensors])
 
 
-def _vector_norm(x: Tensor, p: float) -> Tensor:
-    """The p-norm of a wide vector, scaled by its largest element so that no power overflows or vanishes."""
-    if p in (0.0, math.inf, -math.inf):
-        return torch.linalg.vector_norm(x, p)
-    largest = x.abs().amax()
-    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-    return torch.linalg.vector_norm(x / scale, p) * scale
+def _in_order(norms: Sequence[_GroupNorm], prepared: TensorGroups) -> Tensor:
+    """The norms of tensors on several devices, in the tensors' order, without an index that is copied to a device."""
+    parts = {
+        group.device: iter(norm.tensor_norms.unbind())
+        for group, norm in zip(prepared.groups, norms, strict=True)
+        if norm.tensor_norms is not None
+    }
+    return torch.stack([next(parts[t.device]) for t in prepared.tensors])
 
 
 def _merge_flags(flags: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,8 +413,8 @@ def _to_device(norm: _GroupNorm, device: torch.device) -> _GroupNorm:
     def moved(x: Tensor) -> Tensor:
         return x.to(device, non_blocking=device.type != "cpu")
 
-    flag, first = (None if x is None else moved(x) for x in norm[2:])
-    return _GroupNorm(moved(norm.norm64), moved(norm.sum_of_powers), flag, first)
+    others = (None if x is None else moved(x) for x in norm[2:])
+    return _GroupNorm(moved(norm.norm64), moved(norm.sum_of_powers), *others)
 
 
 def _combine_groups(norms: Sequence[_GroupNorm], p: float) -> _GroupNorm:
@@ -471,7 +479,7 @@ def _scale_on_device(group: DeviceGroup, norm: Tensor, max_norm: float, policy: 
         group.backend.scale(group.plan, norm, max_norm, policy)
         by_torch = group.strided
     if by_torch:
-        _scale_without_reading(by_torch, norm, max_norm, policy)
+        scale_by(by_torch, norm, max_norm, policy)
 
 
 def _increment_versions(group: DeviceGroup) -> None:
@@ -480,15 +488,3 @@ def _increment_versions(group: DeviceGroup) -> None:
     if torch.is_inference_mode_enabled():
         tensors = [t for t in tensors if not t.is_inference()]
     torch.autograd.graph.increment_version(tensors)
-
-
-def _scale_without_reading(tensors: Sequence[Tensor], norm: Tensor, max_norm: float, policy: str) -> None:
-    """Where Python does not read the norm: every tensor is read and written."""
-    bad = ~norm.isfinite()
-    c = clip_coefficient(norm, max_norm)
-    if policy != "propagate":
-        c = torch.where(bad, 1.0, c)
-    for t in tensors:
-        t.mul_(c)
-        if policy == "zero":
-            t.masked_fill_(bad, 0.0)

@@ -332,20 +332,20 @@ class GradClipper:
         classified = classify(gradients.tensors)
         if classified.has_wrapper_subclass:
             raise NotImplementedError("GradClipper takes no gradients that wrap other tensors, except DTensors")
-        # A GradScaler leaves its scale here where gradients are still scaled.
-        scales = [as_0d(getattr(one, "grad_scale", None)) for one in self._optimizers]
+        scales = [as_0d(getattr(one, "grad_scale", None)) for one in self._optimizers]  # of a GradScaler
         if len(scales) > 1 and (scales != [None] * len(scales) or waits_for_unscale(self._scaler, self._optimizers)):
             raise RuntimeError(
                 "gradients are still multiplied by the GradScaler's scale, perhaps not those of all optimizers, so "
                 "they have no common norm; call scaler.unscale_(optimizer) for each before the first one steps"
             )
         mesh_tensors = mesh_tensors_of(gradients, classified, self._pp_mesh_dim, takes_sparse=True)
-        total = mesh_tensors.norm(self.norm_type, **({"per_tensor": True} if self._per_parameter else {}))
+        total = mesh_tensors.norm(self.norm_type, per_tensor=self._per_parameter)
         scale = scales[0]
         if scale is not None:
             scale64 = scale.to(total.norm64)
             norm64 = total.norm64 / scale64
-            total = total._replace(norm64=norm64, norm=norm64.to(total.norm.dtype))
+            norms = None if total.tensor_norms is None else total.tensor_norms / scale64
+            total = total._replace(norm64=norm64, norm=norm64.to(total.norm.dtype), tensor_norms=norms)
         assert total.flag is not None
         bad, spike = total.flag != 0, None
         limit: float | Tensor = self.max_norm
@@ -380,7 +380,8 @@ class GradClipper:
         """The report of this step, and the counts, which stay on the device."""
         self._steps += 1
         self.report = report_of(measured.total, measured.gradients.labels())
-        # tensor norms here
+        if measured.total.tensor_norms is not None:
+            self._norms = measured.gradients.indices, measured.total.tensor_norms
         bad, index = measured.nonfinite, self.report.first_nonfinite_index
         clipped = ~bad & (measured.coefficient < 1.0)
         counts = self._counts.to(bad.device, non_blocking=True)
@@ -405,8 +406,7 @@ class GradClipper:
         if policy == "raise" and found_inf is not None:
             policy = "skip"  # the scaler sees to infs
         if policy == "raise" and bool(bad):
-            total, mesh_tensors = measured.total, measured.mesh_tensors
-            raise nonfinite_error(total, total.norm.dtype, mesh_tensors, measured.gradients, self.norm_type)
+            raise nonfinite_error(measured.total, measured.mesh_tensors, measured.gradients, self.norm_type)
         skip = bad if policy == "skip" else None
         if found_inf is not None:  # the scaler, or we, or both
             skip = bad | (found_inf.to(bad.device) != 0)

@@ -6,6 +6,7 @@ One read gives the norm; what is not clipped is not written. `MeshTensors` makes
 from __future__ import annotations
 
 import functools
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +48,7 @@ def get_total_norm(
     report: bool = False,
     partial: bool = False,
     pp_group: Any = None,
+    per_parameter: bool = False,
 ) -> Any:
     """The norm of tensors, as if they were one vector. Drop-in for torch.nn.utils.get_total_norm.
 
@@ -64,12 +66,15 @@ def get_total_norm(
         partial: return a PartialNorm, to be reduced over ranks.
         pp_group: a ProcessGroup of pipeline stages, or a DeviceMesh with one dimension, over which to take the norm
             too. A stage without tensors must make the call as well. Tied weights that two stages hold count twice.
+        per_parameter: return (norm, norms), with the 2-norm of each tensor, of the same read. For norm_type = 2 alone.
 
     Returns:
         The norm, 0-d, on the first tensor's device: float64 where a tensor is float64 or complex128, else float32
         (torch: the tensors' own dtype). Within 1e-6 of the true norm wherever float32 holds it, also where squares
         overflow or vanish (torch: inf, or 0). 0 for no tensors. A replicated DTensor, as in torch, where all tensors
-        are DTensors on one mesh.
+        are DTensors on one mesh. The norms per parameter: a 1-D tensor in the order of the tensors, as exact as the
+        norm, on its device and of its dtype. Of a DTensor the norm of the whole; of a tensor that is tiny beside the
+        others, or lies beside non-finite ones, its own.
 
     Raises:
         RuntimeError: for a non-finite norm, if asked to, on every rank; the message names the first bad tensor, and the
@@ -77,14 +82,18 @@ def get_total_norm(
         NotImplementedError: for sparse tensors, as in torch; for Partial DTensors other than sums and averages.
         ValueError: for both report and partial, or partial with p = 0; for a pp_group that is neither a ProcessGroup
             nor a DeviceMesh with one dimension, or has ranks over which a mesh spreads a DTensor, which would then
-            count several times.
+            count several times; for per_parameter with report, partial or another norm_type than 2.
 
     Example:
         >>> import torch, initlab
         >>> initlab.get_total_norm([torch.tensor([3.0e30]), torch.tensor([4.0e30])])
         tensor(5.0000e+30)
+        >>> initlab.get_total_norm([torch.tensor([3.0, 0.0]), torch.tensor([4.0])], per_parameter=True)
+        (tensor(5.), tensor([3., 4.]))
     """
     p = float(norm_type)
+    if per_parameter:
+        _check_per_parameter(p, report=report, partial=partial)
     if partial and (report or p == 0.0):
         raise ValueError("partial=True goes neither with report=True nor with norm_type=0; ask for one of them")
     pp_mesh_dim = pp_mesh_dim_of(pp_group)
@@ -92,15 +101,22 @@ def get_total_norm(
     _check_foreach(labelled.tensors, foreach)
     classified = classify(labelled.tensors)
     if classified.has_wrapper_subclass:
-        _reject_extras(report=report, partial=partial, pp_group=pp_group)
+        _reject_extras(report=report, partial=partial, pp_group=pp_group, per_parameter=per_parameter)
         return utils.get_total_norm(labelled.tensors, p, error_if_nonfinite, foreach)
     mesh_tensors = mesh_tensors_of(labelled, classified, pp_mesh_dim)
-    total = mesh_tensors.norm(p, detect_nonfinite=report or partial or error_if_nonfinite)
+    total = mesh_tensors.norm(p, detect_nonfinite=report or partial or error_if_nonfinite, per_tensor=per_parameter)
     if error_if_nonfinite and not bool(total.norm.isfinite()):
-        raise nonfinite_error(total, total.norm.dtype, mesh_tensors, labelled, p)
+        raise nonfinite_error(total, mesh_tensors, labelled, p)
     if partial:
         assert total.flag is not None
         return PartialNorm(total.sum_of_powers, total.flag, p)
+    if per_parameter:
+        assert total.tensor_norms is not None
+        norms = total.tensor_norms.to(total.norm.dtype)
+        if len(labelled.tensors) < len(labelled.passed):  # some were passed twice
+            places = {id(t): i for i, t in enumerate(labelled.tensors)}
+            norms = norms[torch.tensor([places[id(t)] for t in labelled.passed], device=norms.device)]
+        return mesh_tensors.replicated(total.norm), norms
     return report_of(total, labelled.labels()) if report else mesh_tensors.replicated(total.norm)
 
 
@@ -176,7 +192,7 @@ def clip_grad_norm_(
     if raises:
         checked = total.norm if error_if_nonfinite else total.norm64
         if not bool(checked.isfinite()):
-            raise nonfinite_error(total, checked.dtype, mesh_tensors, gradients, p)
+            raise nonfinite_error(total, mesh_tensors, gradients, p)
     mesh_tensors.clip_(total.norm64, max_norm, nonfinite="propagate" if nonfinite == "raise" else nonfinite)
     return report_of(total, labelled.labels()) if report else mesh_tensors.replicated(total.norm)
 
@@ -410,6 +426,17 @@ def _check_max_norm(max_norm: Any) -> float:
     return number
 
 
+def _check_per_parameter(p: float, **others: bool) -> None:
+    if p != 2.0:
+        raise ValueError(
+            f"per_parameter=True goes with norm_type=2 alone, not with {p}: the sums of other powers are not kept by "
+            f"tensor; leave it out, or call get_total_norm(tensor, {p}) for each tensor"
+        )
+    for name, value in others.items():
+        if value:
+            raise ValueError(f"per_parameter=True does not go with {name}=True; make two calls, one for each of them")
+
+
 def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
     for device in {t.device for t in tensors} if foreach else ():
         if not _device_has_foreach_support(device):
@@ -433,10 +460,8 @@ def report_of(total: Norm, labels: Sequence[str | torch.Size]) -> ClipReport:
     return ClipReport(total.norm, total.flag, total.first_nonfinite_index, labels)
 
 
-def nonfinite_error(
-    total: Norm, dtype: torch.dtype, mesh_tensors: MeshTensors, labelled: LabelledTensors, p: float
-) -> RuntimeError:
-    """The error for a norm that is non-finite in a dtype. Every rank must ask for it: ranks tell each other names."""
+def nonfinite_error(total: Norm, mesh_tensors: MeshTensors, labelled: LabelledTensors, p: float) -> RuntimeError:
+    """The error for a norm that is not finite. Every rank must ask for it: ranks tell each other names."""
     report = report_of(total, labelled.labels())
     if report.nonfinite:
         first = report.first_bad
@@ -445,7 +470,9 @@ def nonfinite_error(
             first = ON_ANOTHER_RANK if lowest is None else f"{lowest[1]}, on rank {lowest[0]},"
         why = f"{first} is the first of those that hold {describe(int(report.flag))}"
     else:
-        why = f"every gradient is finite, but their norm, {float(total.norm64):.6g}, is beyond {dtype}"
+        norm = float(total.norm64)
+        dtype = total.norm.dtype if math.isfinite(norm) else total.norm64.dtype
+        why = f"every gradient is finite, but their norm, {norm:.6g}, is beyond {dtype}"
     return RuntimeError(
         f"The total norm of order {p} for gradients from `parameters` is non-finite, so it cannot be clipped: {why}. "
         "No gradient was changed. Pass nonfinite='zero' to go on without them, or error_if_nonfinite=False "

@@ -29,16 +29,35 @@ def all_reduce(
     Returns:
         A new tensor like `numbers`, the same on all ranks of a number's dimensions.
     """
-    results = list(numbers.clone().unbind())  # an index would have to be copied to the device, which waits for it
+    # An index would have to be copied to the device, which waits for it.
+    return torch.cat(all_reduce_parts(numbers.split(1), reduce_over, mesh_dims, op))
+
+
+def all_reduce_parts(
+    parts: Sequence[Tensor], reduce_over: Sequence[frozenset[int]], mesh_dims: Sequence[MeshDim], op: str = "sum"
+) -> list[Tensor]:
+    """Reduce the numbers of each part over mesh dimensions of that part; as `all_reduce`, with as many collectives.
+
+    Args:
+        parts: of this rank, 1-D, on one device; parts and their lengths are those of the other ranks.
+        reduce_over: for each part the indices of its dimensions in `mesh_dims`.
+        mesh_dims: from MeshDims, in the same order on every rank.
+        op: "sum", "min" or "max".
+
+    Returns:
+        New tensors like the parts; a part that is reduced over no dimension as it is.
+    """
+    results = list(parts)
     for i, mesh_dim in enumerate(mesh_dims):
         taking_part = [k for k, indices in enumerate(reduce_over) if i in indices]
         if not taking_part:
             continue
-        packed = torch.stack([results[k] for k in taking_part]).to(mesh_dim.device)
+        packed = torch.cat([results[k] for k in taking_part]).to(mesh_dim.device)
         torch.distributed.all_reduce(packed, _OPS[op](), group=mesh_dim.group)
-        for k, number in zip(taking_part, packed.to(numbers.device).unbind(), strict=True):
-            results[k] = number
-    return torch.stack(results) if results else numbers.clone()
+        reduced = packed.to(parts[0].device).split([len(parts[k]) for k in taking_part])
+        for k, part in zip(taking_part, reduced, strict=True):
+            results[k] = part
+    return results
 
 
 _OPS = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from initlab.kernels import NAN, NEGATIVE_INF, POSITIVE_INF, Norm, TensorGroups, clip_, combine_norms, grad_norm
 
-from .collectives import all_gather, all_gather_object, all_mesh_dims, all_reduce, listed
+from .collectives import all_gather, all_gather_object, all_mesh_dims, all_reduce_parts, listed
 from .dtensors import ClassifiedTensors, local
 from .groups import MeshDim, MeshDims
 
@@ -31,6 +31,7 @@ class _Group(NamedTuple):
     sharded: frozenset[int]  # indices of these dimensions
     partial: bool  # they are terms of sums: the norm is that of the sums
     tensors: list[Tensor]  # as passed
+    places: list[int]  # among all tensors
     indices: list[int]
     local: TensorGroups
 
@@ -83,11 +84,12 @@ class MeshTensors:
         for (sharded, partial), members in places.items():
             group_indices = [indices[i] for i in members]
             prepared = TensorGroups([self.local[i] for i in members], group_indices)
-            self._groups.append(_Group(sharded, partial, [self.tensors[i] for i in members], group_indices, prepared))
+            group_tensors = [self.tensors[i] for i in members]
+            self._groups.append(_Group(sharded, partial, group_tensors, members, group_indices, prepared))
         if len(self._groups) == 1:
             self._all_local = self._groups[0].local
 
-    def norm(self, p: float, *, detect_nonfinite: bool = True) -> Norm:
+    def norm(self, p: float, *, detect_nonfinite: bool = True, per_tensor: bool = False) -> Norm:
         """The p-norm of the whole tensors as one vector: the same on every rank.
 
         Which collectives it takes depends on p and on the tensors' dtypes and placements alone.
@@ -95,19 +97,27 @@ class MeshTensors:
         Args:
             p: any number.
             detect_nonfinite: as for `grad_norm`; where it communicates, non-finite values are always looked for.
+            per_tensor: whether to return the norm of each tensor too, of p = 2 alone; by the same collectives.
 
         Returns:
             As from `grad_norm`, but where it communicates `norm64` is not rounded to float32. The flag word is or-ed
             over ranks; `first_nonfinite_index` is the first on this rank, -1 if the flag speaks of another rank. A
-            non-finite value that one rank has seen makes the norm non-finite on all.
+            non-finite value that one rank has seen makes the norm non-finite on all. `tensor_norms` holds the norm of
+            the whole tensor for each of this rank's DTensors, of copies that of this rank's; no other stage's tensors.
+
+        Raises:
+            ValueError: for per_tensor with another p than 2.
         """
         if not self.communicates:
             assert self._all_local is not None
-            return grad_norm(self._all_local, p, detect_nonfinite=detect_nonfinite)
+            return grad_norm(self._all_local, p, detect_nonfinite=detect_nonfinite, per_tensor=per_tensor)
+        if per_tensor and p != 2.0:
+            raise ValueError(f"the norm of each tensor comes with p = 2 alone, and p is {p}")
         device = self.local[0].device if self.local else torch.device("cpu")
-        norms = [(sharded, _moved(norm, device)) for sharded, norm in self._local_norms(p)]
+        norms = [(sharded, _moved(norm, device)) for sharded, norm in self._local_norms(p, per_tensor)]
+        each: list[Tensor] = []
         if norms:
-            norm64, counts = self._over_meshes(norms, p)
+            norm64, each, counts = self._over_meshes(norms, p, per_tensor)
             first = _first([norm.first_nonfinite_index for _, norm in norms])
         else:
             norm64 = torch.full((), 0.0 if p >= 0.0 else math.inf, dtype=torch.float64, device="cpu")
@@ -123,7 +133,9 @@ class MeshTensors:
         sum_of_powers = norm64 if p == 0.0 or math.isinf(p) else norm64.pow(p)
         flag = sum((counts[i] > 0.0).to(torch.int32) * bit for i, bit in enumerate(_BITS))
         assert isinstance(flag, Tensor)
-        return Norm(norm64.to(torch.float64 if wide else torch.float32), norm64, sum_of_powers, flag, first)
+        tensor_norms = _in_order(each, [group.places for group in self._groups], norm64) if per_tensor else None
+        norm = norm64.to(torch.float64 if wide else torch.float32)
+        return Norm(norm, norm64, sum_of_powers, flag, first, tensor_norms)
 
     def clip_(self, norm: Tensor, max_norm: float, *, nonfinite: str = "propagate") -> None:
         """Multiply what this rank holds by min(1, max_norm / (norm + 1e-6)); as `clip_` of initlab.kernels."""
@@ -157,7 +169,7 @@ class MeshTensors:
         messages = all_gather_object(message, [mesh_dim.group for mesh_dim in dims])
         return next(((rank, one) for rank, one in messages.items() if one is not None), None)
 
-    def _local_norms(self, p: float) -> Iterator[tuple[frozenset[int], Norm]]:
+    def _local_norms(self, p: float, per_tensor: bool) -> Iterator[tuple[frozenset[int], Norm]]:
         """This rank's norms, and the mesh dimensions over which each is to be taken further."""
         for group in self._groups:
             prepared = group.local
@@ -167,48 +179,57 @@ class MeshTensors:
                 for tensor, index in zip(prepared.tensors, group.indices, strict=True):
                     yield group.sharded, grad_norm(TensorGroups([tensor], [index]), p)
             else:
-                yield group.sharded, grad_norm(prepared, p)
+                yield group.sharded, grad_norm(prepared, p, per_tensor=per_tensor)
 
-    def _over_meshes(self, norms: Sequence[tuple[frozenset[int], Norm]], p: float) -> tuple[Tensor, Tensor]:
-        """The norm over all meshes, and how often each non-finite value was seen there."""
+    def _over_meshes(
+        self, norms: Sequence[tuple[frozenset[int], Norm]], p: float, per_tensor: bool
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Over all meshes the norm, each tensor's norm by groups, and how often each non-finite value was seen."""
         sharded = [dims for dims, _ in norms]
         norm64 = torch.stack([norm.norm64 for _, norm in norms])
+        each = [norm.tensor_norms for _, norm in norms if norm.tensor_norms is not None]
         counts = _counts([norm.flag for _, norm in norms])
         if p == 1.0 or (p == 2.0 and _WIDE.isdisjoint(t.dtype for t in self._dtensors if t is not None)):
             powers = torch.stack([norm.sum_of_powers for _, norm in norms])
-            powers, counts = self._all_reduce(powers, sharded, counts, "sum")
+            powers, squares, counts = self._all_reduce(powers, sharded, counts, "sum", [x.square() for x in each])
             roots = powers.pow(1.0 / p)
             # The power of a plain tensor may overflow; its norm is known.
             norm64 = torch.stack([roots[i] if dims else norm64[i] for i, dims in enumerate(sharded)])
+            if per_tensor:
+                each = [squares[i].sqrt() if dims else each[i] for i, dims in enumerate(sharded)]
         elif p == 0.0 or p == math.inf:
-            norm64, counts = self._all_reduce(norm64, sharded, counts, "max")
+            norm64, _, counts = self._all_reduce(norm64, sharded, counts, "max")
         elif p == -math.inf:
-            norm64, counts = self._all_reduce(norm64, sharded, -counts, "min")
+            norm64, _, counts = self._all_reduce(norm64, sharded, -counts, "min")
             counts = -counts
         else:
-            norm64, counts = self._all_gather(norm64, sharded, counts, p)
-        return combine_norms(norm64, p), counts
+            norm64, each, counts = self._all_gather(norm64, sharded, counts, p, each)
+        return combine_norms(norm64, p), each, counts
 
     def _all_reduce(
-        self, numbers: Tensor, sharded: Sequence[frozenset[int]], counts: Tensor, op: str
-    ) -> tuple[Tensor, Tensor]:
-        """Numbers reduced over the dimensions that shard their tensors, counts over all dimensions."""
-        reduce_over = [*sharded, *[all_mesh_dims(self.mesh_dims)] * len(counts)]
-        results = all_reduce(torch.cat([numbers, counts]), reduce_over, self.mesh_dims, op)
-        return results[: len(numbers)], results[len(numbers) :]
+        self, numbers: Tensor, sharded: Sequence[frozenset[int]], counts: Tensor, op: str, each: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Numbers of groups, and of each tensor, over the dimensions that shard them; counts over all dimensions."""
+        reduce_over = [*sharded, *(sharded if each else ()), all_mesh_dims(self.mesh_dims)]
+        parts = [*numbers.split(1), *each, counts]
+        results = all_reduce_parts(parts, reduce_over, self.mesh_dims, op)
+        return torch.cat(results[: len(numbers)]), results[len(numbers) : -1], results[-1]
 
     def _all_gather(
-        self, norm64: Tensor, sharded: Sequence[frozenset[int]], counts: Tensor, p: float
-    ) -> tuple[Tensor, Tensor]:
+        self, norm64: Tensor, sharded: Sequence[frozenset[int]], counts: Tensor, p: float, each: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Where sums of powers could overflow: the norms themselves, of every rank along a dimension."""
-        norms = list(norm64.unbind())
+        norms, each = list(norm64.unbind()), list(each)
         for i, mesh_dim in enumerate(self.mesh_dims):
             taking_part = [k for k, dims in enumerate(sharded) if i in dims]  # ranks need not hold equally many others
-            rows = all_gather(torch.stack([*(norms[k] for k in taking_part), *counts.unbind()]), mesh_dim)
-            for column, k in enumerate(taking_part):
-                norms[k] = combine_norms(rows[:, column], p)
-            counts = rows[:, len(taking_part) :].amax(0)
-        return torch.stack(norms), counts
+            parts = [counts, *(norms[k][None] for k in taking_part), *(each[k] for k in taking_part if each)]
+            columns = iter(all_gather(torch.cat(parts), mesh_dim).split([len(part) for part in parts], dim=1))
+            counts = next(columns).amax(0)
+            for k in taking_part:
+                norms[k] = combine_norms(next(columns)[:, 0], p)
+            for k in taking_part if each else ():
+                each[k] = _combined(next(columns))
+        return torch.stack(norms), each, counts
 
 
 def _refuse_overlap(pp_mesh_dim: MeshDim, mesh_dims: Sequence[MeshDim]) -> None:
@@ -242,9 +263,26 @@ def _summed(dtensor: Any) -> Tensor:
     return summed
 
 
+def _combined(rows: Tensor) -> Tensor:
+    """The 2-norms of vectors whose parts have these norms: a vector in each column, a part of it in each row."""
+    largest = rows.amax(0)
+    scale = torch.where((largest > 0.0) & largest.isfinite(), largest, 1.0)
+    return (rows / scale).square().sum(0).sqrt() * scale
+
+
+def _in_order(each: Sequence[Tensor], places: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    """One number for each tensor, by their places; an index would have to be copied to the device."""
+    if len(each) == 1:
+        return each[0]
+    numbers = {
+        i: x for part, where in zip(each, places, strict=True) for i, x in zip(where, part.unbind(), strict=True)
+    }
+    return torch.stack([numbers[i] for i in range(len(numbers))]) if numbers else like.new_zeros(0)
+
+
 def _moved(norm: Norm, device: torch.device) -> Norm:
     def moved(x: Any) -> Any:
-        return x.to(device, non_blocking=device.type != "cpu")
+        return None if x is None else x.to(device, non_blocking=device.type != "cpu")
 
     return Norm(*map(moved, norm))
 

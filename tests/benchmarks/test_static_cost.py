@@ -82,6 +82,7 @@ def test_clipping_full_blocks_on_hopper(costs):
 @pytest.mark.parametrize("target", TARGETS)
 def test_clipping_kernels_compile_for_every_target(target, costs):
     wanted = ["norm: kernel", "norm: finish", "norm: rescan", "norm: rescan finish", "scale: kernel"]
+    wanted += ["norm: rescan per tensor", "norm: per tensor"]
     found = costs([target], *wanted)
     assert {cost["kernel"] for cost in found} == set(wanted)
     for cost in found:

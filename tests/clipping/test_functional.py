@@ -428,3 +428,59 @@ def test_partial_norms_add_up(backend):
     for options in ({"report": True}, {"norm_type": 0.0}):
         with pytest.raises(ValueError, match="partial=True"):
             initlab.get_total_norm(gradients, partial=True, **options)
+
+
+@BOTH
+def test_the_norm_of_each_parameter(backend):
+    params = parameters((50,), (60, 2), (0,), (), (70,), seed=3)
+    gradients = [p.grad for p in params]
+    gradients[0].mul_(1e-25)
+    gradients[4].mul_(1e25)
+    norm, norms = initlab.get_total_norm(named_gradients(params), per_parameter=True)
+    assert torch.equal(norm, initlab.get_total_norm(gradients))
+    assert (norms.dtype, norms.shape, norms.requires_grad) == (torch.float32, (5,), False)
+    expected = torch.stack([torch.linalg.vector_norm(g.double()) for g in gradients])
+    torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0.0)
+    gradients[1][3] = math.nan
+    norm, norms = initlab.get_total_norm(gradients, per_parameter=True)
+    assert norm.isnan()
+    assert norms.isnan().tolist() == [False, True, False, False, False]
+    with pytest.raises(RuntimeError, match="gradient 1 of shape"):
+        initlab.get_total_norm(gradients, error_if_nonfinite=True, per_parameter=True)
+    wide = torch.tensor([3e200, 4e200], dtype=torch.float64)
+    norm, norms = initlab.get_total_norm([wide, gradients[0]], per_parameter=True)
+    assert norm.dtype == norms.dtype == torch.float64
+    assert norms[0].item() == pytest.approx(5e200, rel=1e-14)
+    norm, norms = initlab.get_total_norm([], per_parameter=True)
+    assert (norm.item(), norms.dtype, norms.shape) == (0.0, torch.float32, (0,))
+    norm, norms = initlab.get_total_norm(wide, per_parameter=True)
+    assert norms.tolist() == [norm.item()]
+
+
+def named_gradients(params):
+    return [(name, p.grad) for name, p in named(params)]
+
+
+def test_what_goes_with_the_norm_of_each_parameter():
+    gradients = [p.grad for p in parameters()]
+    for p in (1.0, 0.0, 3.0, math.inf, "inf"):
+        with pytest.raises(ValueError, match=rf"norm_type=2 alone, not with {float(p)}.* for each tensor"):
+            initlab.get_total_norm(gradients, p, per_parameter=True)
+    for other in ("report", "partial"):
+        with pytest.raises(ValueError, match=f"does not go with {other}=True; make two calls"):
+            initlab.get_total_norm(gradients, per_parameter=True, **{other: True})
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    wrapped = TwoTensor(torch.ones(3), torch.ones(3))
+    with pytest.raises(NotImplementedError, match="per_parameter=True does not work with tensors that wrap"):
+        initlab.get_total_norm([wrapped], per_parameter=True)
+
+
+def test_the_norm_of_each_parameter_under_torch_compile():
+    gradients = [p.grad for p in parameters()]
+    compiled = torch.compile(
+        lambda tensors: initlab.get_total_norm(tensors, per_parameter=True), backend="eager", fullgraph=True
+    )
+    for found, expected in zip(compiled(gradients), initlab.get_total_norm(gradients, per_parameter=True), strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.compiler.reset()

@@ -697,3 +697,36 @@ def test_an_interrupted_step_keeps_nothing_of_the_loop_alive():
             return weakref.ref(batch)
 
     assert loop()() is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_norms_of_single_parameters(fused):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.Linear(2, 2))
+    model[3].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.named_parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    clipper = initlab.GradClipper(optimizer, 0.1, per_parameter=True, scaler=scaler)
+    assert clipper.norms() == {}
+    scaler.scale(model(torch.randn(5, 3)).square().sum()).backward()
+    expected = {name: float(p.grad.double().norm()) / 4.0 for name, p in model.named_parameters() if p.grad is not None}
+    scaler.step(optimizer)
+    scaler.update()
+    assert clipper.norms() == pytest.approx(expected, rel=1e-6)
+    assert list(clipper.norms()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    largest = sorted(expected, key=expected.get, reverse=True)
+    assert [name for name, _ in clipper.top(2)] == largest[:2]
+    assert float(clipper.report.norm) == pytest.approx(math.hypot(*expected.values()), rel=1e-6)
+    model[2].bias.grad[0] = NAN
+    optimizer.step()
+    assert clipper.top(1)[0][0] == "2.bias"
+    with pytest.raises(ValueError, match="per_parameter=True gives norms of order 2"):
+        clipper.norm_type = 1.0
+    clipper.remove()
+    with pytest.raises(RuntimeError, match=r"GradClipper\(..., per_parameter=True\)"):
+        initlab.GradClipper(optimizer, 1.0).norms()
+
+
+def test_norms_of_tensors_that_are_passed_twice():
+    x, y = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
+    norm, norms = initlab.get_total_norm([x, y, x], per_parameter=True)
+    assert (float(norm), norms.tolist()) == (13.0, [5.0, 12.0, 5.0])

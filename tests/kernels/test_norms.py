@@ -3,6 +3,7 @@
 import concurrent.futures
 import itertools
 import math
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -292,7 +293,7 @@ def test_policies(backend, norm, bits):
     expected = [t * (1.0 / (norm + 1e-6)) for t in start]  # NaN, or 0 * inf = NaN
     assert all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(propagated, expected, strict=True))
     assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(propagated, expected, strict=True))
-    with pytest.raises(ValueError, match="propagate, skip, zero"):
+    with pytest.raises(ValueError, match="propagate, keep, zero"):
         clip_(start, torch.tensor(1.0), 1.0, nonfinite="ignore")
 
 
@@ -574,11 +575,11 @@ def test_blocks_begin_at_multiples_of_16_bytes(serving):
         for dtype in DTYPES:
             for offset in range(9):
                 x = torch.zeros(20_000, dtype=dtype)[offset:]
-                plan = backend.prepare(([x.data_ptr()], [x.numel()], [DTYPES.index(dtype)], [0]), x.device)
-                first_item, address, begin, end, code, index = plan.table.view(6, 1)[:, 0].tolist()
+                plan = backend.prepare(norms.Entries([x.data_ptr()], [x.numel()], [DTYPES.index(dtype)], [0]), x.device)
+                first_item, address, begin, end, code, index, place = plan.table.view(7, 1)[:, 0].tolist()
                 assert address % 16 == 0
                 assert address + begin * dtype.itemsize == x.data_ptr()
-                assert (first_item, end - begin, code, index) == (0, x.numel(), DTYPES.index(dtype), 0)
+                assert (first_item, end - begin, code, index, place) == (0, x.numel(), DTYPES.index(dtype), 0, 0)
 
 
 def test_work_items_of_several_blocks(serving, monkeypatch):
@@ -613,3 +614,163 @@ def test_scratch_and_results_may_hold_anything_before(serving, monkeypatch):
         monkeypatch.setattr(torch, "empty", poisoned)
         for values in ([3.0, 4.0], [3e30, 4e30], [3e-30, 4e-30]):
             assert float(grad_norm([torch.tensor([x]) for x in values]).norm) == pytest.approx(values[1] * 1.25)
+            found = grad_norm([torch.tensor([1.0]), *[torch.tensor([x]) for x in values]], per_tensor=True)
+            assert found.tensor_norms.tolist() == pytest.approx([1.0, *values])
+
+
+def check_each(tensors, tolerance=TOLERANCE):
+    """The norm of each tensor against the exact one; the total has the bits that it has without them."""
+    found, alone = grad_norm(tensors, per_tensor=True), grad_norm(tensors)
+    assert found.tensor_norms.dtype == torch.float64
+    assert found.tensor_norms.shape == (len(tensors),)
+    for i, (t, norm) in enumerate(zip(tensors, found.tensor_norms.tolist(), strict=True)):
+        exact = exact_norm([t.resolve_conj().resolve_neg()])
+        # Below the normal range of float64 a norm is a multiple of the smallest subnormal.
+        assert abs(Fraction(norm) - Fraction(exact)) <= Fraction(exact) * Fraction(tolerance) + Fraction(2.0**-1074), i
+    assert alone.tensor_norms is None
+    for x, y in zip(found[:5], alone[:5], strict=True):
+        assert torch.equal(x, y)
+
+
+@BACKENDS
+def test_the_norm_of_each_tensor(backend):
+    torch.manual_seed(10)
+    sizes = (1, 7, 0, 4095, 4097, 9000, 0)
+    tensors = [torch.randn(n, dtype=torch.float64).to(d) for n in sizes for d in (*DTYPES, torch.complex64)]
+    tensors += [torch.randn(9, 8).t(), torch.randn(30, 7)[:, ::2], torch.randn(40).bfloat16()[1:], torch.tensor(-3.0)]
+    tensors += [torch.randn(9, dtype=torch.complex64).conj(), torch.randn(9, dtype=torch.complex64).conj().imag]
+    tensors += [torch.randn(5, dtype=torch.complex128), torch.ones(1).expand(5), tensors[4]]
+    check_each(tensors)
+    check_each([t for t in tensors if t.numel() > 0 and t.dtype == torch.float32])
+    check_each([tensors[2], torch.empty(0, 3)])
+
+
+# Squares of some of these vanish or overflow in float32, or float64.
+EXTREMES = [1e-25, 1e25, 0.0, 3e38, 1e-38, 1e-44, 1.0]
+WIDE_EXTREMES = [1e-200, 1e200, 0.0, 1e-310, 1e-161, 1e-155, 1e154, 1e300, 1.0]
+
+
+@BACKENDS
+@pytest.mark.parametrize("total", ["sound", "small", "large"])
+def test_the_norm_of_a_tensor_that_is_tiny_or_huge_beside_others(backend, total):
+    """Whether or not the total calls for a rescan by itself."""
+    sizes = (3, 4200) if backend == "triton" else (3, 70_000)
+    narrow = [torch.full((n,), x) for x in EXTREMES for n in sizes]
+    narrow += [torch.full((33,), x).bfloat16() for x in EXTREMES] + [torch.tensor([6e-8, 1e-7]).half()]
+    wide = [torch.full((n,), x, dtype=torch.float64) for x in WIDE_EXTREMES for n in sizes]
+    wide += [torch.tensor(x, dtype=torch.float64) for x in ([1e-200, 1e-150, 1.0], [1e300, 1e-300, 1e140], [1e-320])]
+    least, most = {"sound": (0.0, 1e15), "small": (0.0, 1e-24), "large": (0.0, math.inf)}[total]
+    tensors = [t for t in [*wide, *narrow] if least <= float(t.abs().max()) <= most]
+    check_each(tensors)
+    check_each([t for t in tensors if t.dtype != torch.float64])
+
+
+@BACKENDS
+def test_the_norms_of_tensors_beside_non_finite_ones(backend):
+    tensors = [torch.tensor(x) for x in ([3.0, 4.0], [math.inf, 1.0], [1.0, math.nan, math.inf], [1e-25], [0.0])]
+    tensors += [torch.empty(0), torch.tensor([-math.inf], dtype=torch.float64), torch.ones(4).half()]
+    tensors += [torch.tensor([math.inf, math.nan], dtype=torch.float64), torch.tensor([1e-200], dtype=torch.float64)]
+    tensors += [torch.tensor([1e200] * 9, dtype=torch.float64), torch.tensor([complex(math.inf, math.nan)])]
+    found = grad_norm(tensors, per_tensor=True).tensor_norms
+    expected = [5.0, math.inf, math.nan, 1e-25, 0.0, 0.0, math.inf, 2.0, math.nan, 1e-200, 3e200, math.nan]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"], indirect=True)
+def test_the_norms_of_tensors_that_are_cut(backend, monkeypatch):
+    """Into work items of which some can be trusted and others cannot."""
+    if backend == "triton":
+        from initlab.kernels import _norms_triton
+
+        monkeypatch.setattr(_norms_triton, "_plans", type(_norms_triton._plans)())
+        monkeypatch.setattr(_norms_triton, "WORK_ITEMS", 9)
+        monkeypatch.setattr(_norms_triton, "_ADD_BLOCK", type(_norms_triton._ADD_BLOCK)(2))
+    n = 20_000 if backend == "triton" else 150_000
+    for dtype, low, high in ((torch.float32, 1e-25, 1e25), (torch.float64, 1e-200, 1e200)):
+        x, y, z, w = (torch.randn(n + i, dtype=torch.float64).to(dtype) for i in range(4))
+        x[: n // 2] *= low
+        y[n // 2 :] *= high
+        z[: n // 3] *= low
+        z[: n // 2] *= low
+        check_each([x, torch.ones(5), z, w * low, x[: n // 2], torch.empty(0), w])
+        check_each([x, y, z, torch.ones(5), y[: n // 2], w * high])
+    x = torch.full((n,), (4 / n) ** 0.5 * 1e154, dtype=torch.float64)  # whose parts' squares overflow only when added
+    check_each([torch.ones(5), x, x[: n // 4]])
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"], indirect=True)
+def test_the_norms_of_many_small_tensors(backend):
+    torch.manual_seed(11)
+    magnitudes = [1.0, 1e-25, 1e25, 0.0]
+    check_each([torch.randn(1 + i % 3) * magnitudes[i % 4] for i in range(40 if backend == "triton" else 3000)])
+
+
+def test_the_norm_of_each_tensor_has_the_same_bits_for_any_number_of_threads(serving, threads):
+    torch.manual_seed(12)
+    tensors = [torch.randn(n, dtype=d) for n in (1_000_001, 5, 70_000) for d in (torch.float32, torch.float64)]
+    tensors.append(torch.full((400_000,), 1e-200, dtype=torch.float64))
+    with serving("numba"):
+        seen = set()
+        for n in (1, 2, 3, 1):
+            threads(n)
+            seen.add(tuple(grad_norm([t.clone() for t in tensors], per_tensor=True).tensor_norms.tolist()))
+        assert len(seen) == 1
+
+
+def test_the_norm_of_each_tensor_is_refused_for_other_orders():
+    for p in (1.0, 0.0, 3.0, math.inf):
+        with pytest.raises(ValueError, match="with p = 2 alone, and norm_type is"):
+            grad_norm([torch.ones(2)], p, per_tensor=True)
+    found = grad_norm([], per_tensor=True)
+    assert found.tensor_norms.shape == (0,)
+
+
+def test_norms_from_several_devices_come_in_the_tensors_order():
+    """As if there were two: there is one to test on."""
+    tensors = [types.SimpleNamespace(device=d) for d in "abbab"]
+    groups = types.SimpleNamespace(tensors=tensors, groups=[types.SimpleNamespace(device=d) for d in "ab"])
+    parts = [types.SimpleNamespace(tensor_norms=torch.tensor(x)) for x in ([1.0, 2.0], [3.0, 4.0, 5.0])]
+    assert norms._in_order(parts, groups).tolist() == [1.0, 3.0, 4.0, 2.0, 5.0]
+
+
+@pytest.fixture
+def launches(serving, monkeypatch):
+    """The kernels that the GPU backend launches, by name, in its interpreter."""
+    with serving("triton"):
+        from initlab.kernels import _norms_triton as backend
+
+        seen = []
+        launch = backend._launch
+
+        def counted(kernel, programs, *arguments, **constants):
+            if programs > 0:
+                seen.append(kernel.fn.__name__)
+            launch(kernel, programs, *arguments, **constants)
+
+        monkeypatch.setattr(backend, "_launch", counted)
+        yield seen
+
+
+def test_the_norm_of_each_tensor_takes_one_more_launch(launches):
+    finish = ["finish_norm_kernel", "rescan_kernel", "finish_rescan_kernel"]
+    wide = torch.ones(3, dtype=torch.float64)
+    for tensors in ([torch.ones(3)], [torch.ones(3)] * 9, [torch.ones(3), wide], [torch.zeros(3), torch.empty(0)]):
+        first = ["norm_kernel"] * len({t.dtype for t in tensors})
+        launches.clear()
+        grad_norm(tensors)
+        assert launches == [*first, *finish]
+        launches.clear()
+        grad_norm(tensors, per_tensor=True)
+        assert launches == [*first, *finish, "tensor_norms_kernel"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+def test_property_the_norm_of_each_tensor(backend, serving):
+    with serving(backend):
+
+        @settings(max_examples=8 if backend == "triton" else 60, deadline=None, derandomize=True, database=None)
+        @given(gradients(most=20))
+        def check(tensors):
+            check_each(tensors)
+
+        check()

@@ -28,6 +28,18 @@ def norm_of(wholes: Sequence[Tensor], p: float = 2.0) -> float:
     return float(torch.linalg.vector_norm(torch.cat([w.double().reshape(-1) for w in wholes]), p))
 
 
+def each_close(gradients: Sequence[Tensor], expected: Sequence[float], number: int, pp: Any = None) -> None:
+    """The norm of each gradient, by as many collectives as the norm of all takes, which stays the same."""
+    with collectives(number):
+        norm, norms = initlab.get_total_norm(gradients, per_parameter=True, pp_group=pp)
+    total = initlab.get_total_norm(gradients, pp_group=pp)
+    assert local(norm).dtype == norms.dtype == local(total).dtype
+    assert local(norm).nan_to_num(-1.0) == local(total).nan_to_num(-1.0)
+    assert type(norm) is type(total)
+    expected_norms = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(norms.double(), expected_norms, rtol=1e-6, atol=0.0, equal_nan=True)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """What ranks hold, put together by the regions that they hold it of, in float64."""
     if not is_dtensor(tensor):
@@ -69,6 +81,7 @@ def check(parameters: Sequence[Tensor], mesh_dims: int, torch_too: bool = False,
     """Norms and scaled gradients against float64, collectives counted; torch's own result where it has one."""
     gradients = [p.grad for p in parameters]
     wholes = [whole(g) for g in gradients]
+    own_norms = [norm_of([w]) for w in wholes]
     if pp is not None:
         gathered: list[Any] = [None] * dist.get_world_size(pp)
         dist.all_gather_object(gathered, wholes, group=pp)
@@ -84,6 +97,7 @@ def check(parameters: Sequence[Tensor], mesh_dims: int, torch_too: bool = False,
             assert type(norm) is type(other) is DTensor
             assert norm.full_tensor() == norm.item()
             assert set(norm.placements) == {Replicate()}
+    each_close(gradients, own_norms, mesh_dims, pp)
     parts = [local(g) for g in gradients]
     before = [part.clone() for part in parts]
     norm = norm_of(wholes)

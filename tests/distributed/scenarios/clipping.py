@@ -13,6 +13,7 @@ from scenarios._clipping import (
     check_model,
     close,
     collectives,
+    each_close,
     fused,
     momentum,
     norm_of,
@@ -33,7 +34,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import utils
 
 import initlab
-from initlab.distributed.dtensors import local
+from initlab.clipping.functional import as_labelled_tensors, gradients_of, mesh_tensors_of
+from initlab.distributed.dtensors import classify, local
 
 
 @on(2)
@@ -103,9 +105,19 @@ def experts_and_others() -> None:
     for p, seed in zip(parameters, range(1, 7), strict=True):
         expected = random_like(p.shape, seed, p.dtype).clamp(-0.5, 0.5)
         torch.testing.assert_close(whole(p.grad), expected.double(), rtol=0, atol=0)
+    norms = [norm_of([whole(g)]) for g in gradients]
     plant(gradients[1], 2, math.inf)
     for p in (2.0, 3.0, math.inf):
         assert initlab.get_total_norm(gradients, p) == math.inf
+    norms[1] = math.inf if dist.get_rank() == 2 else norms[1]  # each rank has a plain tensor of its own
+    each_close(gradients, norms, 3)
+    plant(gradients[3], 1, math.nan)
+    plant(gradients[0], 0, -math.inf)
+    norms[3] = math.nan
+    norms[0] = math.inf if dist.get_rank() < 2 else norms[0]  # the other line of "ep" holds copies
+    each_close(gradients, norms, 3)
+    for g, value in ((gradients[0], 0.5), (gradients[3], 0.5)):
+        local(g).nan_to_num_(value, value, value)
     plant(gradients[4], 3, math.nan)  # on one of those that hold the same
     for p in (2.0, 3.0, math.inf):
         assert initlab.get_total_norm(gradients, p).isnan()
@@ -124,6 +136,7 @@ def every_order() -> None:
         with collectives(1):
             norm = initlab.get_total_norm(some, p)
         close(norm, 4.0 if p == 0.0 else norm_of(wholes[: len(some)], p))
+    each_close(gradients, [norm_of([w]) for w in wholes], 1)
 
 
 @on(2)
@@ -138,6 +151,7 @@ def gradients_on_some_ranks_only() -> None:
     parts = [*(local(shards[0]), local(shards[2])), local(shards[1])] if first else [local(shards[2])]
     gathered: list[Any] = [None] * 2
     dist.all_gather_object(gathered, parts)
+    norms = [norm_of([gathered[0][i]]) for i in (0, 2, 1)]  # of what the first rank holds of each
     for p in (2.0, 1.0, 0.0, math.inf, 3.0, -1.0):
         for some in (shards[:1], shards):
             parameters = [nn.Parameter(torch.zeros_like(s)) for s in some]
@@ -150,6 +164,16 @@ def gradients_on_some_ranks_only() -> None:
                 norm = initlab.clip_grad_norm_([*part, *parameters], 1e30, p)
             close(norm, float(len(some) + len(part)) if p == 0.0 else norm_of([*expected, *[alone] * len(part)], p))
             assert [q.grad is None for q in parameters] == [not first and s is not shards[2] for s in some]
+    for some in (shards[:1], shards):
+        passed = gradients_of(as_labelled_tensors([parameter(s) if first else nn.Parameter(s) for s in some]))
+        mesh_tensors = mesh_tensors_of(passed, classify(passed.tensors))
+        with collectives(1):
+            found = mesh_tensors.norm(2.0, per_tensor=True).tensor_norms
+        assert found is not None
+        for norm, expected_norm in zip(found, norms[: len(some)], strict=True):
+            close(norm, expected_norm)
+        with pytest.raises(ValueError, match="p = 2 alone"):
+            mesh_tensors.norm(3.0, per_tensor=True)
     for optimizer in (fused, momentum):
         weight = nn.Parameter(torch.zeros_like(shards[0]))
         ours = optimizer([weight])
@@ -174,6 +198,7 @@ def outside() -> None:
     gradients.append(DTensor.from_local(wholes[1], mesh, [Partial("sum")]))
     out = dist.get_rank() == 2
     expected = 0.0 if out else norm_of([*wholes, 2 * wholes[1]])
+    each_close(gradients, [0.0 if out else norm_of([w]) for w in (*wholes, 2 * wholes[1])], 0 if out else 2)
     with collectives(0 if out else 2):
         norm = initlab.clip_grad_norm_([parameter(g) for g in gradients], 0.5 * expected, error_if_nonfinite=True)
     close(norm, expected)
@@ -200,10 +225,18 @@ def large_and_small() -> None:
                 norm = initlab.get_total_norm(gradients, p)
             assert norm.dtype == dtype
             close(norm, expected)
+        each_close(gradients, [norm_of([whole(g) / scale]) * scale for g in gradients], 1)
     small = distribute_tensor(random_like((5,), 1), mesh, [Shard(0)])
     close(initlab.get_total_norm([small, torch.full((3,), 1e200, dtype=torch.float64)]), 3.0**0.5 * 1e200)
     z = torch.complex(random_like((5, 3), 1), random_like((5, 3), 2))
     close(initlab.get_total_norm(distribute_tensor(z, mesh, [Shard(0)])), norm_of([z.real, z.imag]))
+    for dtype, tiny, huge in ((torch.float32, 1e-25, 1e25), (torch.float64, 1e-200, 1e200)):
+        factors = [1.0, tiny, huge, 0.0]
+        wholes = [random_like((5, 3), i, dtype) for i in range(4)]
+        gradients = [distribute_tensor(w * x, mesh, [Shard(0)]) for w, x in zip(wholes, factors, strict=True)]
+        gradients += [torch.full((3,), 1e200, dtype=torch.float64), DTensor.from_local(wholes[0], mesh, [Replicate()])]
+        norms = [norm_of([w * x / (x or 1.0)]) * x for w, x in zip(wholes, factors, strict=True)]
+        each_close(gradients, [*norms, 3.0**0.5 * 1e200, norms[0]], 1)
 
 
 @on(2)
@@ -277,6 +310,7 @@ def pipeline_of_shards() -> None:
     with collectives(2):
         norm = initlab.get_total_norm(gradients, pp_group=mesh["pp"])
     close(norm, expected)
+    each_close(gradients, [norm_of([whole_in(g, mesh["dp"].get_group())]) for g in gradients], 2, mesh["pp"])
     assert type(norm) is DTensor
     part = initlab.get_total_norm(gradients, partial=True)  # over "dp" already
     dist.all_reduce(part.sum_of_powers, group=mesh["pp"].get_group())

@@ -76,3 +76,56 @@ def steps_of_shards() -> None:
 def steps_of_meshes() -> None:
     trained(spread.hybrid, GPT, fused, 2)
     trained(spread.two_dimensional, wide, one_by_one, 2)  # two meshes, which torch's other loops refuse
+
+
+def halves(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Two optimizers, for the matrices and the rest."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [fused(matrices), momentum(others)]
+
+
+def decided_alike(shard: Callable[[nn.Module], nn.Module], action: str, number: int) -> None:
+    """Spikes, a NaN on one rank, two optimizers: every rank decides as one process does, and knows whole norms."""
+    torch.manual_seed(0)
+    plain = GPT()
+    model = shard(copy.deepcopy(plain))
+    policy = initlab.clipping.MedianSpikes(factor=3.0, window=8, warmup=3, action=action)
+    pairs = []
+    for one in (model, plain):
+        optimizers = halves(one)[:number] if number > 1 else [fused(one.parameters())]
+        options = {"named_parameters": one.named_parameters(), "spikes": policy, "per_parameter": True}
+        pairs.append((optimizers, initlab.GradClipper(optimizers, 10.0, **options)))
+    for step in range(10):
+        for one, (optimizers, clipper) in zip((model, plain), pairs, strict=True):
+            one.zero_grad()
+            (one.loss(step) * (100.0 if step in (6, 8) else 1.0)).backward()
+            if step == 4:
+                plant(dict(one.named_parameters())["layers.1.up.weight"].grad, dist.get_world_size() - 1, math.nan)
+                if one is plain:
+                    dict(one.named_parameters())["layers.1.up.weight"].grad.fill_(math.nan)
+            expected = {name: p.grad for name, p in one.named_parameters()}
+            norms = {name: float(whole(g).norm()) for name, g in expected.items()} if step != 4 else {}
+            for optimizer in optimizers:
+                optimizer.step()
+            if norms:
+                assert clipper.norms() == pytest.approx(norms, rel=1e-6)
+                assert clipper.top(1)[0][0] == max(norms, key=norms.__getitem__)
+    (_, ours), (_, theirs) = pairs
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, ours.state_dict() | {"counts": ours.state_dict()["counts"][:3]})
+    assert all(state == states[0] for state in states), states
+    stats, reference = ours.stats(), theirs.stats()
+    assert (stats.steps, stats.clipped, stats.nonfinite, stats.spikes) == (
+        *(reference.steps, reference.clipped, reference.nonfinite, reference.spikes),
+    )
+    assert (stats.nonfinite, stats.first_bad_step, stats.spike_steps) == (1, 5, (7, 9))
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(whole(q.detach()), p.detach().double(), rtol=1e-4, atol=1e-5)
+
+
+@on(2, 4)
+def spikes() -> None:
+    for action in ("clip", "skip"):
+        for number in (1, 2):
+            decided_alike(spread.fsdp, action, number)
