@@ -136,7 +136,7 @@ def test_counts_go_on_where_training_resumes(tmp_path, by_trainer):
     second = trainer(
         tmp_path,
         restore_callback_states_from_checkpoint=by_trainer,
-        options={"per_parameter": True},
+        options={"norm_type": "inf"},
         num_train_epochs=2,
     )
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
