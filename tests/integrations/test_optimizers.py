@@ -173,3 +173,72 @@ def test_nan_in_either_call_of_the_closure_skips_a_step_of_sam(bad):
     take_step("SAM", model, optimizer, closure_of(model, optimizer, 4))
     assert not torch.equal(model[0].weight, before["0.weight"])
     assert (clipper.stats().nonfinite, clipper.stats().first_bad_step) == (1, 4)
+
+
+# They need a model, another optimizer or more ranks; or do not run like the others.
+NOT_IN_THE_SWEEP = {"AdaLOMO", "AdamMini", "DeMo", "DistributedMuon", "GSAM", "LOMO", "MuonClip", "NorMuon", "WSAM"}
+NOT_IN_THE_SWEEP |= {
+    "AliG",
+    "Lookahead",
+    "Magma",
+    "OrthoGrad",
+    "PCGrad",
+    "SafeFP16Optimizer",
+    "ScheduleFreeWrapper",
+    "TRAC",
+}
+WITHOUT_GRADIENTS_THEY_RAISE = {"Adai", "AdamS", "Ranger21"}
+MOVES_WEIGHTS_BEFORE_ITS_CLOSURE = {"BSAM"}
+MUONS = {"AdaGO", "AdaMuon", "Muon"}
+ARGUMENTS = {"BSAM": {"num_data": 10}, "Ranger21": {"num_iterations": 10}}
+ARGUMENTS |= {name: {"base_optimizer": torch.optim.SGD, "lr": 0.01} for name in ("FriendlySAM", "LookSAM", "SAM")}
+
+
+def changed_by_bad_steps(name):
+    """What goes wrong with an optimizer of pytorch_optimizer: in steps with NaN everything stays, in others not."""
+    import pytorch_optimizer
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 3, bias=False))
+    parameters = list(model.parameters())
+    groups = [{"params": parameters, "use_muon": True}] if name in MUONS else parameters
+    optimizer = getattr(pytorch_optimizer, name)(groups, **ARGUMENTS.get(name, {}))
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    initlab.GradClipper(optimizer, MAX_NORM)
+    takes_closure = name in {"BSAM", "FriendlySAM", "LookSAM", "SAM", "LBFGS"}
+    for step, x in enumerate((1.0, torch.nan, 1.0, torch.nan, torch.nan, 1.0)):
+
+        def closure(x=x):
+            optimizer.zero_grad()
+            loss = model(torch.full((2, 4), x)).pow(4).mean()
+            loss.backward(create_graph=True)  # some ask for second derivatives
+            return loss
+
+        closure()
+        before = contents([optimizer, parameters])
+        optimizer.step(closure) if takes_closure else optimizer.step()
+        if (contents([optimizer, parameters]) == before) != (x != x):
+            return f"step {step}"
+    return None
+
+
+def test_every_optimizer_of_pytorch_optimizer():
+    import pytorch_optimizer
+
+    classes = (c for c in vars(pytorch_optimizer).values() if isinstance(c, type))
+    names = {c.__name__ for c in classes if issubclass(c, torch.optim.Optimizer)} - NOT_IN_THE_SWEEP
+    names -= WITHOUT_GRADIENTS_THEY_RAISE | MOVES_WEIGHTS_BEFORE_ITS_CLOSURE
+    assert len(names) > 100
+    assert {name: wrong for name in sorted(names) if (wrong := changed_by_bad_steps(name)) is not None} == {}
+
+
+@pytest.mark.xfail(reason="their step raises where no parameter has a gradient, so none can be hidden from it")
+@pytest.mark.parametrize("name", sorted(WITHOUT_GRADIENTS_THEY_RAISE))
+def test_optimizers_that_raise_without_gradients(name):
+    assert changed_by_bad_steps(name) is None
+
+
+@pytest.mark.xfail(reason="it adds noise to the weights before its closure runs, and nothing takes that away again")
+def test_an_optimizer_that_moves_weights_before_its_closure():
+    assert changed_by_bad_steps("BSAM") is None

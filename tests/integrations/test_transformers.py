@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import utils
 
+import initlab
 from initlab.integrations.transformers import GradClipperMixin
 
 # transformers warns of pinned memory and of itself.
@@ -143,6 +144,15 @@ def test_counts_go_on_where_training_resumes(tmp_path, by_trainer):
     stats = second.clipper.stats()
     assert (stats.steps, stats.nonfinite, stats.first_bad_step) == (12, 2, 3)
     assert second.clipper.norm_type == math.inf  # options are those of this training
+
+
+def test_statistics_of_spikes_go_on_too(tmp_path):
+    options = {"spikes": initlab.ZScoreSpikes(warmup=2)}
+    first = trainer(tmp_path, options=options, save_strategy="steps", save_steps=4)
+    first.train()
+    second = trainer(tmp_path, options=options)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert second.clipper.state_dict() == first.clipper.state_dict()
 
 
 def test_resuming_from_a_checkpoint_made_without_it(tmp_path):
