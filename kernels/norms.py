@@ -157,7 +157,7 @@ def grad_norm(
     """
     p = float(norm_type)
     if per_tensor and p != 2.0:
-        raise ValueError(f"the norm of each tensor comes with p = 2 alone, and norm_type is {p}; call for each tensor")
+        raise ValueError(f"per_tensor=True goes with p = 2 alone, and norm_type is {p}; pass each tensor alone")
     prepared = tensors if isinstance(tensors, TensorGroups) else TensorGroups(tensors)
     if not prepared.tensors:
         zero = torch.zeros((), dtype=torch.float64, device="cpu")

@@ -112,7 +112,7 @@ class MeshTensors:
             assert self._all_local is not None
             return grad_norm(self._all_local, p, detect_nonfinite=detect_nonfinite, per_tensor=per_tensor)
         if per_tensor and p != 2.0:
-            raise ValueError(f"the norm of each tensor comes with p = 2 alone, and p is {p}")
+            raise ValueError(f"per_tensor=True goes with p = 2 alone, and p is {p}; pass each tensor alone")
         device = self.local[0].device if self.local else torch.device("cpu")
         norms = [(sharded, _moved(norm, device)) for sharded, norm in self._local_norms(p, per_tensor)]
         each: list[Tensor] = []
