@@ -252,6 +252,15 @@ LOOPS = {
 }
 
 
+# Each of these packages takes seconds to import: one worker for all of its tests.
+GROUPS = {"Lightning": "lightning", "Hugging Face": "transformers", "accelerate": "transformers"}
+
+
+def in_its_group(loop):
+    group = GROUPS.get(loop.split(",")[0])
+    return pytest.param(loop, marks=[] if group is None else pytest.mark.xdist_group(group))
+
+
 def contents(optimizer):
     """Everything that an optimizer holds: state, groups and attributes, as tensors by name."""
     found = {}
@@ -279,7 +288,7 @@ def check(loop, make, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", [in_its_group(loop) for loop in LOOPS])
 def test_a_loop_trains_as_with_clipping_before_each_step(loop, optimizer):
     check(LOOPS[loop], OPTIMIZERS[optimizer], DTYPES.get(optimizer, torch.float32))
 
