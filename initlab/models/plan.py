@@ -12,14 +12,14 @@ from torch._subclasses import FakeTensor
 
 from initlab.kernels import Constant, Draw, fill_, named_key
 
-from .._console import listing
+from .._console import listing, warn
 from ..distributed.agreement import check_agreement
 from ..distributed.fsdp import refuse_hidden_shards
 from ..distributed.shards import LocalShard, local_shards
 from .memory import shared_memory
 from .naming import Names, TensorRef, tensor_refs
 from .patterns import compile_pattern
-from .recipe_parts import RecipeLike, View, keep_padding, short_repr
+from .recipe_parts import RecipeLike, View, head_std, is_head, keep_padding, short_repr
 from .recipes import resolve
 from .report import InitReport, Row, report_of
 from .specs import FillSpec
@@ -133,6 +133,8 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
                 missing.append(f"{ref.name} (in {ref.owner}): {fault}")
                 break
         tasks.append(Task(ref, spec, named_key(seed, ref.name), shards[ref]))
+    if resolved.name == "torch":
+        _warn_of_large_heads(tasks)
     if missing:
         example = missing[0].split(" ")[0]
         raise ValueError(
@@ -148,6 +150,19 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
         else:
             others.append(ref)
     return Plan(model, seed, resolved.name, names, tasks, others)
+
+
+def _warn_of_large_heads(tasks: Sequence[Task]) -> None:
+    """torch starts an embedding by N(0, 1), which is no start for the linear layer that it may be tied to."""
+    for task in tasks:
+        if task.spec is not None and is_head(task.ref) and task.spec.distribution.stddev > 2 * head_std(task.ref):
+            width = task.ref.tensor.shape[-1]
+            std = task.spec.distribution.stddev
+            warn(
+                f"recipe 'torch' gives {task.ref.name} a standard deviation of {std:.3g}, and it is the head as well "
+                f"as the embedding: logits of up to {width * std:.0f} at the first step. Pass recipe='own' for the "
+                "model's own start, or any other recipe"
+            )
 
 
 def _checked_seed(seed: Any) -> int:

@@ -100,6 +100,42 @@ def guess_by_name(ref: TensorRef) -> FillSpec | None:
     return None
 
 
+def is_head(ref: TensorRef) -> bool:
+    """Whether a parameter is both the weight of an embedding and that of a linear layer: a head tied to it."""
+    owners = [module for module, attribute in ref.places if attribute == "weight"]
+    return any(map(is_embedding, owners)) and any(
+        compute_fans(module, "weight", ref.tensor) is not None for module in owners
+    )
+
+
+def head_std(ref: TensorRef) -> float:
+    """The largest std of an embedding that is a head too, with which a first loss is near ln(classes).
+
+    What reaches the head has been normalised, to a length of sqrt(width), and may still point where the embedding of
+    its own token does. Then that token's logit is width * std, whatever the token to be predicted is: std 0.02 makes
+    it 15 at a width of 768, where ln(1,000) is 6.9. std = 4 / width makes it 4 at most, and the std of the others
+    4 / sqrt(width).
+    """
+    return 4.0 / max(1, ref.tensor.shape[-1])
+
+
+def with_small_heads(choose: Callable[[TensorRef], FillSpec | None]) -> Callable[[TensorRef], FillSpec | None]:
+    """As `choose`, with a std of at most `head_std` for embeddings that are heads too."""
+
+    def chosen(ref: TensorRef) -> FillSpec | None:
+        found = choose(ref)
+        if found is None or not is_head(ref):
+            return found
+        part, old = found.fills[0]
+        std = head_std(ref)
+        if part is not None or old.stddev <= std:
+            return found
+        new = replace(old, std=std) if isinstance(old, TruncatedNormal) else Normal(0.0, std)
+        return replace(found, fills=((None, new), *found.fills[1:]), fan=None, why="embedding and head, 4 / width")
+
+    return chosen
+
+
 def by_fan(name: str, measure: Callable[[Fans], tuple[float, float]], distribution: DistributionName) -> NamedRecipe:
     """Weights with std = gain / sqrt(fan), where `measure` gives (fan, gain); their biases 0, all else as "torch"."""
 
@@ -111,7 +147,7 @@ def by_fan(name: str, measure: Callable[[Fans], tuple[float, float]], distributi
                 return centred(distribution, gain, fan, ref.owner)
             return zero_bias(ref) or by_default(view, ref)
 
-        return choose
+        return with_small_heads(choose)
 
     return NamedRecipe(name, prepare)
 
@@ -134,7 +170,7 @@ def every_weight(view: View, distribution: Callable[[TensorRef], FillSpec]) -> C
             return default
         return replace(distribution(ref), guess=True)
 
-    return choose
+    return with_small_heads(choose)
 
 
 def zero_bias(ref: TensorRef) -> FillSpec | None:

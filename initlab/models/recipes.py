@@ -36,6 +36,7 @@ from .recipe_parts import (
     every_weight,
     guess_by_name,
     short_repr,
+    with_small_heads,
     with_std,
     zero_bias,
 )
@@ -295,7 +296,7 @@ def auto() -> NamedRecipe:
                 return replace(_start(activation, counted), guess=not certain)
             return zero_bias(ref) or by_default(view, ref)
 
-        return choose
+        return with_small_heads(choose)
 
     return NamedRecipe("auto", prepare)
 

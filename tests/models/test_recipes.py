@@ -889,3 +889,47 @@ def test_std_of_a_narrow_distribution_is_a_uniforms():
     """Where scipy's own cancels."""
     for low in (-12.0, 0.3, 5.0):
         assert TruncatedNormal(0.0, 1.0, low, low + 1e-6).stddev == pytest.approx(1e-6 / math.sqrt(12), rel=1e-5)
+
+
+class TiedModel(nn.Module):
+    """A decoder's embedding and head around one normalised residual block."""
+
+    def __init__(self, width, vocabulary, head_first=False):
+        super().__init__()
+        if head_first:
+            self.head = nn.Linear(width, vocabulary, bias=False)
+        self.embedding = nn.Embedding(vocabulary, width, padding_idx=0)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        if not head_first:
+            self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        x = self.embedding(x)
+        x = x + self.down(torch.relu(self.up(nn.functional.layer_norm(x, x.shape[-1:]))))
+        return self.head(nn.functional.layer_norm(x, x.shape[-1:], eps=1e-9))
+
+
+@pytest.mark.parametrize("recipe", ["he", "xavier", "lecun", "gpt2", "trunc_normal", "auto"])
+@pytest.mark.parametrize(("width", "head_first"), [(64, False), (256, True), (768, False)])
+def test_the_first_loss_of_a_tied_head_is_that_of_knowing_nothing(recipe, width, head_first):
+    model = TiedModel(width, 1000, head_first)
+    report = initlab.init_model_(model, seed=0, recipe=recipe)
+    torch.manual_seed(0)
+    x = torch.randint(1, 1000, (256,))
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model(x), x.roll(1))
+    assert float(loss) == pytest.approx(math.log(1000), rel=0.2)
+    row = next(row for row in report.rows if row.aliases)
+    assert row.std <= 4 / width * 1.0001
+    assert ("embedding and head" in row.why) == (recipe not in ("gpt2", "trunc_normal") or width > 200)
+
+
+def test_torchs_start_of_a_tied_head_is_warned_of():
+    model = TiedModel(64, 1000)
+    message = r"embedding\.weight a standard deviation of 1,.*logits of up to 64 "
+    with pytest.warns(UserWarning, match=message) as w:
+        initlab.init_model_(model, seed=0, recipe="torch")
+    assert w[0].filename == __file__
+    initlab.init_model_(model, seed=0, recipe={"embedding": Normal(0.0, 0.01), "*": "torch"})
+    initlab.init_model_(model, seed=0, recipe="torch", only="up")
