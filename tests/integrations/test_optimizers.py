@@ -31,10 +31,13 @@ def of_package(name, **options):
     return make
 
 
-def lookahead(parameters):
-    import pytorch_optimizer
+def around_adamw(name, fused=False, **options):
+    def make(parameters):
+        import pytorch_optimizer
 
-    return pytorch_optimizer.Lookahead(torch.optim.AdamW(parameters, 0.01), k=3)
+        return getattr(pytorch_optimizer, name)(torch.optim.AdamW(parameters, 0.01, fused=fused), **options)
+
+    return make
 
 
 def sam(parameters):
@@ -59,7 +62,12 @@ OPTIMIZERS = {
     "CAME": of_package("CAME"),
     "Lamb": of_package("Lamb"),
     "AdEMAMix": of_package("AdEMAMix"),
-    "Lookahead": lookahead,
+    "Lookahead": around_adamw("Lookahead", k=3),
+    "Lookahead, fused": around_adamw("Lookahead", fused=True, k=3),
+    "OrthoGrad": around_adamw("OrthoGrad"),
+    "PCGrad": around_adamw("PCGrad"),
+    "Magma": around_adamw("Magma"),
+    "TRAC": around_adamw("TRAC"),
     "SAM": sam,
     "AdamWScheduleFree": schedule_free("AdamWScheduleFree", warmup_steps=5),
     "SGDScheduleFree": schedule_free("SGDScheduleFree", warmup_steps=5),
@@ -97,7 +105,8 @@ def closure_of(model, optimizer, step, bad=(), clip=False):
     return closure
 
 
-def take_step(name, model, optimizer, closure):
+def take_step(name, model, optimizer, closure, seed=0):
+    torch.manual_seed(seed)  # Magma draws masks
     if name == "SAM":  # moves weights along the gradients that there are, and steps by those of the closure
         closure()
     if name in WITH_CLOSURE:
@@ -153,9 +162,9 @@ def test_training_is_that_of_clipping_before_each_step(name):
     initlab.GradClipper(mine, MAX_NORM)
     for step in range(8 if name == "LBFGS" else 40):  # each step of LBFGS makes differences ten times larger
         bad = step in (0, 5, 6, 20)
-        take_step(name, ours, mine, closure_of(ours, mine, step, bad=range(1000) if bad else ()))
+        take_step(name, ours, mine, closure_of(ours, mine, step, bad=range(1000) if bad else ()), step)
         if not bad:
-            take_step(name, theirs, other, closure_of(theirs, other, step, clip=True))
+            take_step(name, theirs, other, closure_of(theirs, other, step, clip=True), step)
     torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-6, atol=1e-6)
     assert not torch.equal(ours[0].weight, net(torch.float64)[0].weight)
 
