@@ -2,6 +2,7 @@
 
 ``pytest benchmarks/bench_clip.py --benchmark-only``; INITLAB_BENCH_ELEMENTS sets another size. Moved: unclipped one
 read, clipped two reads and a write; torch always does the latter. The floor, in the column fill_, is a sum: one read.
+It comes right before each of our calls, so torch's OpenMP threads still spin then, as they do after a backward pass.
 """
 
 import itertools
@@ -38,6 +39,18 @@ def gate(params):
 @pytest.mark.parametrize("count", [16, 2000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_clip_grad_norm(versus, count, clipped, dtype):
+    time_clip_grad_norm(versus, count, clipped, dtype)
+
+
+@pytest.mark.parametrize("clipped", [False, True], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("count", [16, 2000])
+def test_on_the_pool(versus, count, clipped, monkeypatch):
+    """As where OpenMP cannot be called: on threads beside torch's."""
+    monkeypatch.setattr(pytest.importorskip("initlab.kernels._common_numba"), "_openmp", None)
+    time_clip_grad_norm(versus, count, clipped, torch.float32)
+
+
+def time_clip_grad_norm(versus, count, clipped, dtype):
     params = parameters(count, dtype=dtype)
     gate(params)
     n = sum(p.numel() for p in params)

@@ -6,6 +6,8 @@ Numba has neither bfloat16 nor, on CPUs, float16: kernels see both as integers, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -16,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic, overload
 
@@ -43,6 +45,14 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
         return njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
         return njit(nogil=True, **options)(function)
+
+
+def compiled_job(function: Callable[[int], None], **options: Any) -> Any:
+    """`function(address)` compiled for `run_on_all`; cached as by `compiled`."""
+    try:
+        return cfunc("void(intp)", nogil=True, cache=True, **options)(function)
+    except RuntimeError:
+        return cfunc("void(intp)", nogil=True, **options)(function)
 
 
 SOURCE = Path(__file__).read_bytes() if Path(__file__).is_file() else b""  # for fingerprints
@@ -117,13 +127,32 @@ _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 
 
+def _openmp_parallel() -> Any:
+    """GOMP_parallel(function, data, number of threads, flags) of the OpenMP library that torch runs on, or None.
+
+    GNU's has it, and those of LLVM and Intel for programs built with GNU's. It is looked up where the dynamic linker
+    has looked for torch: first among what is preloaded, then in what torch depends on.
+    """
+    if not torch.backends.openmp.is_available():
+        return None
+    for library in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        with contextlib.suppress(OSError, AttributeError):  # no such file, or not loaded; no such symbol
+            found = ctypes.CDLL(library, mode=os.RTLD_NOW | os.RTLD_NOLOAD).GOMP_parallel
+            found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+            return found
+    return None
+
+
+_openmp = _openmp_parallel()
+
+
 def _forget_pool() -> None:
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+    global _openmp, _pool, _pool_lock
+    _openmp, _pool, _pool_lock = None, None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # a fork copies the pool but not its threads
+    os.register_at_fork(after_in_child=_forget_pool)  # a fork copies pools but not their threads
     # Nor the thread that may be compiling: a fork waits for it, or the child could never compile anything.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
@@ -170,3 +199,23 @@ def share(tasks: Iterable[_T], run: Callable[[_T], object], threads: int) -> Non
         for helper in helpers:
             if not helper.cancel():
                 helper.result()
+
+
+_callable = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))  # of an address; a call releases the GIL
+
+
+def run_on_all(job: Any, data: int, threads: int) -> None:
+    """A `compiled_job` on this thread and up to threads - 1 others at once, which share the work as the job has it.
+
+    On torch's own OpenMP threads where that is possible: they spin for milliseconds after each of torch's calls, on the
+    cores that others would need. Elsewhere, and in a forked child, where OpenMP would wait for threads that are gone,
+    on the pool.
+    """
+    if threads > 1 and _openmp is not None:
+        _openmp(job.address, data, threads, 0)
+        return
+    run = _callable(job.address)
+    if threads > 1:
+        share(range(threads), lambda _: run(data), threads)
+    else:
+        run(data)

@@ -7,6 +7,7 @@ the same on every run, but not on a CPU with other vectors. No other fast-math f
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from numba import carray, njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from ._common_numba import SOURCE, TAGS, bits, claim, compiled, pointer, real, rounded, share
+from ._common_numba import SOURCE, TAGS, bits, claim, compiled, compiled_job, pointer, real, rounded, run_on_all
 from .norms import BIG, DTYPES, GROW, NAN, NEGATIVE_INF, POSITIVE_INF, SHRINK, TINY, Entries
 
 ON_DEVICE = False
@@ -118,30 +119,49 @@ _CONSTANTS = (NAN, POSITIVE_INF, NEGATIVE_INF, BIG, TINY, SHRINK, GROW)
 _FINGERPRINT = zlib.crc32(repr(_CONSTANTS).encode(), zlib.crc32(SOURCE))
 
 
-def _make_block_sums(fingerprint: int) -> Any:
-    def block_sums(addresses, lengths, ends, tag, counter, out):
+@njit(forceinline=True)
+def _unpacked(job):
+    """What `_DtypeGroup.run` packs: addresses, lengths, ends, the counter's address, two arguments as they are."""
+    x = carray(pointer(job, np.int64(0)), 7)
+    integers = np.int64(0)
+    return (
+        carray(pointer(x[0], integers), x[3]),
+        carray(pointer(x[1], integers), x[3]),
+        carray(pointer(x[2], integers), x[3]),
+        job + 32,
+        x[5],
+        x[6],
+    )
+
+
+# Jobs, compiled for each dtype: all threads run one, and each claims blocks until none is left.
+
+
+@functools.cache
+def _block_sums(code: int) -> Any:
+    fingerprint, tag = _FINGERPRINT, TAGS[DTYPES[code]]
+
+    def block_sums(job):
         _ = fingerprint
+        addresses, lengths, ends, counter, out_address, _none = _unpacked(job)
+        out = carray(pointer(out_address, np.float64(0)), ends[-1])
         while True:
             block = claim(counter)
             if block >= ends[-1]:
                 break
             out[block] = _sum_squares(_elements(addresses, lengths, ends, tag, block), tag)
 
-    return compiled(block_sums, fastmath={"reassoc", "contract"})
+    return compiled_job(block_sums, fastmath={"reassoc", "contract"})
 
 
-def _make_block_flags(fingerprint: int) -> Any:
-    def block_flags(addresses, lengths, ends, tag, blocks, out):
+@functools.cache
+def _scaled_sums(code: int) -> Any:
+    fingerprint, tag = _FINGERPRINT, TAGS[DTYPES[code]]
+
+    def scaled_sums(job):
         _ = fingerprint
-        for i in range(len(blocks)):
-            out[i] = _flags(_elements(addresses, lengths, ends, tag, blocks[i]), tag)
-
-    return compiled(block_flags)
-
-
-def _make_scaled_sums(fingerprint: int) -> Any:
-    def scaled_sums(addresses, lengths, ends, tag, counter, out):
-        _ = fingerprint
+        addresses, lengths, ends, counter, out_address, _none = _unpacked(job)
+        out = carray(pointer(out_address, np.float64(0)), (ends[-1], 3))
         while True:
             block = claim(counter)
             if block >= ends[-1]:
@@ -158,12 +178,17 @@ def _make_scaled_sums(fingerprint: int) -> Any:
                     mid += y * y
             out[block, 0], out[block, 1], out[block, 2] = big, mid, tiny
 
-    return compiled(scaled_sums)
+    return compiled_job(scaled_sums)
 
 
-def _make_scale(fingerprint: int) -> Any:
-    def scale(addresses, lengths, ends, tag, counter, a, b):
+@functools.cache
+def _scale(code: int) -> Any:
+    fingerprint, tag = _FINGERPRINT, TAGS[DTYPES[code]]
+
+    def scale(job):
         _ = fingerprint
+        addresses, lengths, ends, counter, a_bits, b_bits = _unpacked(job)
+        a, b = np.int64(a_bits).view(np.float64), np.int64(b_bits).view(np.float64)
         while True:
             block = claim(counter)
             if block >= ends[-1]:
@@ -173,11 +198,19 @@ def _make_scale(fingerprint: int) -> Any:
             for i in range(len(x)):
                 x[i] = _scaled(x[i], a, b, tag)
 
-    return compiled(scale)
+    return compiled_job(scale)
 
 
-_block_sums, _block_flags = _make_block_sums(_FINGERPRINT), _make_block_flags(_FINGERPRINT)
-_scaled_sums, _scale = _make_scaled_sums(_FINGERPRINT), _make_scale(_FINGERPRINT)
+def _make_block_flags(fingerprint: int) -> Any:
+    def block_flags(addresses, lengths, ends, tag, blocks, out):
+        _ = fingerprint
+        for i in range(len(blocks)):
+            out[i] = _flags(_elements(addresses, lengths, ends, tag, blocks[i]), tag)
+
+    return compiled(block_flags)
+
+
+_block_flags = _make_block_flags(_FINGERPRINT)
 
 
 class _DtypeGroup:
@@ -190,24 +223,24 @@ class _DtypeGroup:
         self.indices = np.array(entries.indices, dtype=np.int64)[selected]
         self.ends = ((self.lengths + (BLOCK_SIZE - 1)) // BLOCK_SIZE).cumsum()
         self.blocks = int(self.ends[-1])
+        arrays = (self.addresses, self.lengths, self.ends)
+        self.job = np.array([*(array.ctypes.data for array in arrays), len(self.ends), 0, 0, 0], dtype=np.int64)
 
     def per_tensor(self, sums: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Sums of blocks, added up in order: a row for each tensor."""
         return np.add.reduceat(sums, np.concatenate([[0], self.ends[:-1]]))
 
-    def run(self, kernel: Callable[..., object], *arguments: Any) -> None:
-        """kernel(addresses, lengths, ends, tag, counter, ...) on torch.get_num_threads() threads, which claim blocks.
+    def run(self, kernel: Callable[[int], Any], *arguments: Any) -> None:
+        """Runs `kernel`'s job, with up to two arrays or floats, on torch.get_num_threads() threads, which claim blocks.
 
         They claim them inside compiled code: a thread that has to share its core, as with one of torch's that still
         spins, must not hold up the others by holding Python's lock.
         """
-        counter = np.zeros(1, dtype=np.int64)
-
-        def work(_: int) -> None:
-            kernel(self.addresses, self.lengths, self.ends, self.tag, counter.ctypes.data, *arguments)
-
+        job = self.job.copy()
+        for i, x in enumerate(arguments):
+            job[5 + i] = x.ctypes.data if isinstance(x, np.ndarray) else np.float64(x).view(np.int64)
         threads = torch.get_num_threads() if int(self.lengths.sum()) > ONE_THREAD else 1
-        share(range(threads), work, threads)
+        run_on_all(kernel(self.code), job.ctypes.data, threads)
 
 
 class _Plan(NamedTuple):

@@ -1,8 +1,13 @@
 """kernels/norms.py on every backend: norms against float64 (and exact) arithmetic, scaling, flags, odd tensors."""
 
 import concurrent.futures
+import ctypes
+import hashlib
 import itertools
 import math
+import multiprocessing
+import os
+import sys
 import types
 from fractions import Fraction
 
@@ -425,33 +430,156 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_equal_bits_for_any_number_of_threads(serving, threads):
-    torch.manual_seed(6)
-    tensors = [torch.randn(n) for n in (3_000_001, 5, 700_000, 1 << 20, *[1000] * 500)]
+@pytest.fixture
+def common():
+    """What the CPU backends share; the OpenMP that torch runs on can be taken away there."""
+    pytest.importorskip("numba")
+    from initlab.kernels import _common_numba
+
+    return _common_numba
+
+
+def clipped_digest(tensors):
+    """Norm and clipped values, to the bit."""
+    copies = [torch.from_numpy(t.numpy().copy()) for t in tensors]  # torch's own copy hangs in a forked child
+    found = grad_norm(copies)
+    clip_(copies, found.norm64, 1.0)
+    return float(found.norm64), hashlib.sha256(b"".join(t.numpy().tobytes() for t in copies)).hexdigest()
+
+
+def several_tensors():
+    generator = torch.Generator().manual_seed(6)
+    sizes = (3_000_001, 5, 700_000, 1 << 20, *[1000] * 500)
+    return [torch.randn(n, generator=generator) for n in sizes] + [torch.full((400_000,), 1e200, dtype=torch.float64)]
+
+
+def test_equal_bits_for_any_number_of_threads(serving, threads, common, monkeypatch):
+    """On torch's own threads, and on the pool."""
+    tensors = several_tensors()
     with serving("numba"):
         seen = set()
-        for n in (1, 2, 3, 7, 2, 1):
-            threads(n)
-            copies = [t.clone() for t in tensors]
-            found = grad_norm(copies)
-            clip_(copies, found.norm64, 1.0)
-            seen.add((float(found.norm64), sum(float(t.double().sum()) for t in copies)))
+        for openmp in (common._openmp, None):
+            monkeypatch.setattr(common, "_openmp", openmp)
+            for n in (1, 2, 3, 7, 2, 1):
+                threads(n)
+                seen.add(clipped_digest(tensors))
         assert len(seen) == 1
 
 
-def test_threads_that_never_get_to_run_are_not_waited_for(serving, threads, monkeypatch):
-    """The thread that calls takes every block that no other one claims."""
-    from initlab.kernels import _common_numba
+def test_threads_that_never_get_to_run_are_not_waited_for(serving, threads, common, monkeypatch):
+    """Of the pool: the thread that calls takes every block that no other one claims."""
 
     class Never:
         def submit(self, work):
             return concurrent.futures.Future()  # nobody will run it; it can be cancelled
 
-    monkeypatch.setattr(_common_numba, "_shared_pool", Never)
+    monkeypatch.setattr(common, "_openmp", None)
+    monkeypatch.setattr(common, "_shared_pool", Never)
     with serving("numba"):
         threads(4)
         x = torch.full((1_000_001,), 2.0)
         assert float(grad_norm([x]).norm) == pytest.approx(2 * 1_000_001**0.5)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's OpenMP is that of torch on Linux alone")
+def test_on_the_threads_that_torch_has_already(serving, threads, common, monkeypatch):
+    """A job runs once on each of them, and none are added. The pool adds its own."""
+    if not torch.backends.openmp.is_available():
+        pytest.skip("this torch has no OpenMP")
+    assert common._openmp is not None
+
+    from numba import cfunc
+
+    claim = common.claim
+
+    @cfunc("void(intp)")
+    def job(address):
+        claim(address)
+
+    x = torch.ones(3_000_000)
+
+    def run_and_count(n):
+        monkeypatch.setattr(common, "_pool", None)
+        before, counter = set(os.listdir("/proc/self/task")), np.zeros(1, dtype=np.int64)
+        common.run_on_all(job, counter.ctypes.data, n)
+        return int(counter[0]), len(set(os.listdir("/proc/self/task")) - before)
+
+    for n in (3, 5):
+        threads(n)
+        x.exp()
+        assert run_and_count(n) == (n, 0)
+    assert run_and_count(1) == (1, 0)
+    monkeypatch.setattr(common, "_openmp", None)
+    calls, new = run_and_count(3)
+    assert 1 <= calls <= 3
+    assert new >= 1
+
+
+def test_where_torch_runs_on_no_openmp_that_can_be_called(common, monkeypatch):
+    def no_library(*args, **kwargs):
+        raise OSError("cannot open shared object file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.ctypes, "CDLL", no_library)
+        assert common._openmp_parallel() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(common.ctypes, "CDLL", lambda *args, **kwargs: object())  # without the function
+        assert common._openmp_parallel() is None
+    with monkeypatch.context() as patch:
+        patch.delattr(common.os, "RTLD_NOLOAD", raising=False)  # Windows
+        assert common._openmp_parallel() is None
+    monkeypatch.setattr(torch.backends.openmp, "is_available", lambda: False)
+    assert common._openmp_parallel() is None
+
+
+def test_python_threads_that_clip_at_once(serving, threads, common):
+    """Each has OpenMP threads of its own, as with torch's operations."""
+    tensors = several_tensors()
+    with serving("numba"):
+        threads(2)
+        expected = clipped_digest(tensors)
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            assert set(pool.map(clipped_digest, [tensors] * 18)) == {expected}
+
+
+def test_inside_a_parallel_region_of_openmp(serving, threads, common):
+    """There OpenMP starts no further threads: each one that calls claims all blocks itself."""
+    if common._openmp is None:
+        pytest.skip("no OpenMP that can be called")
+    tensors, seen = several_tensors(), []
+    with serving("numba"):
+        threads(2)
+        expected = clipped_digest(tensors)
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: seen.append(clipped_digest(tensors)))
+        common._openmp(ctypes.cast(call, ctypes.c_void_p), None, 3, 0)
+    assert seen == [expected] * 3
+
+
+def digest_in_child(tensors, pipe):
+    pipe.send([clipped_digest(tensors) for _ in range(2)])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_after_a_fork_with_openmp_alive(serving, threads, common):
+    """The threads of OpenMP are gone in the child, and it would wait for them for ever."""
+    tensors = [torch.full((500_000,), 0.1), torch.ones(50)]
+    context = multiprocessing.get_context("fork")
+    with serving("numba"):
+        threads(3)
+        expected = clipped_digest(tensors)
+        for _ in range(2):
+            ours, theirs = context.Pipe()
+            child = context.Process(target=digest_in_child, args=(tensors, theirs))
+            child.start()
+            theirs.close()
+            try:
+                assert ours.poll(30), "a forked child hangs"
+                assert ours.recv() == [expected] * 2
+            finally:
+                child.kill()
+                child.join()
+            assert clipped_digest(tensors) == expected  # the parent goes on
 
 
 @st.composite
