@@ -207,6 +207,11 @@ _ONLY = (
 
 def _checked_shards(ref: TensorRef) -> list[LocalShard] | None:
     """Of a DTensor what this rank holds of it, None of any other tensor; an error for what cannot be filled at all."""
+    if hasattr(ref.tensor, "ds_id") and ref.tensor.numel() == 0:
+        raise NotImplementedError(
+            f"{ref.name} is partitioned by DeepSpeed's ZeRO-3, and holds no element here; fill the model before "
+            "deepspeed.initialize, without deepspeed.zero.Init, or inside deepspeed.zero.GatheredParameters"
+        )
     if ref.kind == "plain":
         return None
     if ref.kind == "lazy":

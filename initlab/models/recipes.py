@@ -20,6 +20,7 @@ from torch.nn.init import calculate_gain
 
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
+from .._console import warn
 from .activations import activations_after, start_before
 from .fans import Fans, compute_fans
 from .naming import TensorRef, walk
@@ -193,7 +194,8 @@ def gpt2(std: float = 0.02, layers: int | None = None, residual: Sequence[str] =
         std: of every weight of two dimensions or more.
         layers: L, the blocks of the whole model; weights in residual layers have std / sqrt(2 L). None takes it from
             `model.config` (num_hidden_layers or n_layer) or else counts the numbered blocks that hold such layers.
-        residual: name patterns of those layers.
+        residual: name patterns of those layers, one or several; () for none. A UserWarning tells where blocks were
+            found and no such layer.
 
     Biases of weights are 0, all else as "torch".
 
@@ -219,6 +221,14 @@ def gpt2(std: float = 0.02, layers: int | None = None, residual: Sequence[str] =
 
     def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
         inside = _residual_layers(view, patterns)
+        blocks_of = next((name for name, module in walk(view.model) if _holds_blocks(module)), None)
+        if not inside and patterns and blocks_of is not None:
+            known_names = ", ".join(pattern.removeprefix("*.") for pattern in patterns)
+            warn(
+                f"recipe 'gpt2' found no layer that adds to the residual stream in {blocks_of or 'the model'}: none of "
+                f"its blocks' layers is called {known_names}. All weights get std {plain.std:.3g}. Name those layers, "
+                "recipe=initlab.recipes.gpt2(residual='*.down'), or say that there are none, residual=()"
+            )
         blocks, source = (known, "given") if known is not None else _count_blocks(view, inside)
         scaled = Normal(0.0, plain.std / math.sqrt(2 * blocks)) if blocks else plain
 
@@ -330,6 +340,13 @@ def _layer_count(layers: Any) -> int:
     if count < 0:
         raise ValueError(f"layers is {layers!r}; it must be the number of blocks of the whole model, or None")
     return count
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether it is a list of modules of one class that have modules of their own."""
+    if not isinstance(module, nn.ModuleList) or len(module) < 2 or len(set(map(type, module))) > 1:
+        return False
+    return next(module[0].children(), None) is not None
 
 
 def _residual_layers(view: View, patterns: Sequence[str]) -> dict[int, TensorRef]:

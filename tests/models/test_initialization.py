@@ -772,3 +772,13 @@ def test_distributions_that_a_dtype_turns_into_constants():
     assert (model.weight == 0.5).all()
     assert (model.bias == 2).all()
     assert map_of(Uniform(2.0, 2.0), torch.float32) == Constant(2.0)
+
+
+def test_parameters_of_zero_3_are_refused():
+    model = nn.Linear(3, 2)
+    model.weight.data = torch.empty(0)
+    model.weight.ds_id = 0
+    before = model.bias.detach().clone()
+    with pytest.raises(NotImplementedError, match=r"weight is partitioned by DeepSpeed's ZeRO-3.*GatheredParameters"):
+        initlab.init_model_(model, seed=0)
+    assert torch.equal(model.bias, before)

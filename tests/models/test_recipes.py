@@ -933,3 +933,20 @@ def test_torchs_start_of_a_tied_head_is_warned_of():
     assert w[0].filename == __file__
     initlab.init_model_(model, seed=0, recipe={"embedding": Normal(0.0, 0.01), "*": "torch"})
     initlab.init_model_(model, seed=0, recipe="torch", only="up")
+
+
+class Blocks(nn.Module):
+    def __init__(self, down):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 16), down: nn.Linear(16, 4)}) for _ in range(3))
+
+
+def test_gpt2_says_where_no_residual_layer_is_known_by_name():
+    message = r"no layer that adds to the residual stream in blocks: none of its blocks.*residual='\*\.down'"
+    with pytest.warns(UserWarning, match=message):
+        initlab.init_model_(Blocks("down"), seed=0, recipe="gpt2")
+    report = initlab.init_model_(Blocks("down"), seed=0, recipe=recipes.gpt2(residual="*.down"))
+    assert {row.std for row in report.rows if "down.weight" in row.name} == {0.02 / math.sqrt(6)}
+    initlab.init_model_(Blocks("down"), seed=0, recipe=recipes.gpt2(residual=()))
+    initlab.init_model_(Blocks("c_proj"), seed=0, recipe="gpt2")
+    initlab.init_model_(nn.Sequential(nn.Linear(3, 3)), seed=0, recipe=recipes.gpt2(residual=()))
