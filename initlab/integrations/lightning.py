@@ -1,0 +1,95 @@
+"""GradClipper as a callback of Lightning's Trainer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ..clipping import GradClipper
+
+# lightning and pytorch_lightning hold the same code twice: derive from the one that the program uses. Without either
+# this module can be imported, and no Trainer would take its callback.
+try:
+    if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
+        from pytorch_lightning import Callback
+    else:
+        from lightning.pytorch import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback
+    except ImportError:
+        Callback = object
+
+
+class GradClipperCallback(Callback):
+    """Clips gradients in every step of the Trainer's optimizers, and keeps steps with NaN or inf out of the weights.
+
+    Makes a GradClipper for each optimizer when training starts, and removes them when it ends, also where it ends by
+    an exception. Under automatic optimization there is one optimizer. Under manual optimization several mostly step
+    apart, as those of a GAN do, so each has a norm of its own. Works with precision="16-mixed" and its GradScaler.
+
+    Counts are in the Trainer's checkpoints, and go on where fit() resumes from one.
+
+    Args:
+        max_norm: more than 0; inf only measures and guards.
+        nonfinite: what to do in a step with NaN or inf in a gradient: "skip", "raise", "zero" or "propagate".
+        together: take one norm over all optimizers, and one decision, as for Muon beside AdamW.
+        options: what else `GradClipper` takes.
+
+    Attributes:
+        clippers: the GradClippers, in the order of configure_optimizers(), or one with together=True. Empty before
+            training; kept when it is over, for their stats().
+
+    Raises:
+        RuntimeError: when training starts, if the Trainer clips too (gradient_clip_val).
+        ValueError: then, for what `GradClipper` does not take, or a checkpoint of another number of optimizers.
+
+    Example::
+
+        from initlab.integrations.lightning import GradClipperCallback
+        trainer = lightning.Trainer(callbacks=[GradClipperCallback(max_norm=1.0)])
+    """
+
+    def __init__(self, max_norm: float, nonfinite: str = "skip", *, together: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.clippers: list[GradClipper] = []
+        self._max_norm, self._together = max_norm, together
+        self._options: dict[str, Any] = {"nonfinite": nonfinite, **options}
+        self._loaded: list[dict[str, Any]] | None = None  # of a checkpoint, which is read before there are optimizers
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the GradClippers."""
+        if trainer.gradient_clip_val:
+            raise RuntimeError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips before GradClipperCallback measures: "
+                "each gradient would be read twice, and one NaN be spread over all; leave gradient_clip_val out"
+            )
+        optimizers = [trainer.optimizers] if self._together else trainer.optimizers
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and len(loaded) != len(optimizers):
+            raise ValueError(f"the checkpoint holds {len(loaded)} GradClippers, and here are {len(optimizers)}")
+        names, scaler = list(pl_module.named_parameters()), getattr(trainer.precision_plugin, "scaler", None)
+        options: dict[str, Any] = {"named_parameters": names, "scaler": scaler, **self._options}
+        self.clippers = []  # one by one: those that were made are removed if the next one cannot be
+        for optimizer in optimizers:
+            self.clippers.append(GradClipper(optimizer, self._max_norm, **options))
+        for clipper, state in zip(self.clippers, loaded or (), strict=False):
+            clipper.load_state_dict(state)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the optimizers as they were before."""
+        for clipper in reversed(self.clippers):
+            clipper.remove()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the optimizers as they were before."""
+        for clipper in reversed(self.clippers):
+            clipper.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, as plain numbers; Lightning puts them into its checkpoints."""
+        return {"clippers": [clipper.state_dict() for clipper in self.clippers]} if self.clippers else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from these counts when training starts."""
+        self._loaded = state_dict["clippers"]

@@ -1,0 +1,100 @@
+"""The code in docs/integrations.md runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import initlab
+from initlab import ClipStats
+
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]  # of the packages, about small machines
+PAGE = Path(__file__).resolve().parents[2] / "docs/integrations.md"
+
+
+def block(heading):
+    """The code under a heading."""
+    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    [code] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return compile(code, f"{PAGE.name}: {heading}", "exec")
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 4, generator=generator), torch.randn(8, 1, generator=generator)) for _ in range(4)]
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Linear(4, 1)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of its own: some of the code writes where it runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.xdist_group("lightning")
+def test_lightning(here):
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+        def training_step(self, batch):
+            return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    scope = {"model": Module(), "data": torch.utils.data.DataLoader(batches(), batch_size=None)}
+    exec(block("Lightning"), scope)
+    assert scope["callback"].clippers[0].stats().steps == 4
+
+
+@pytest.mark.xdist_group("transformers")
+def test_transformers(here, monkeypatch):
+    import transformers
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x, labels):
+            return {"loss": nn.functional.mse_loss(self.net(x), labels)}
+
+    monkeypatch.setenv("DISABLE_TQDM", "1")
+    scope = {"model": Model(), "data": [{"x": x[i], "labels": y[i]} for x, y in batches() for i in range(8)]}
+    exec(block("Hugging Face's Trainer"), scope)
+    assert scope["trainer"].clipper.stats().steps == 12  # 32 rows, 8 a batch, three epochs
+    assert isinstance(scope["trainer"], transformers.Trainer)
+
+
+@pytest.mark.xdist_group("transformers")
+def test_accelerate(here):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = net()
+    scope = {"initlab": initlab, "model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    scope |= {"data": torch.utils.data.DataLoader(batches(), batch_size=None), "loss_fn": nn.functional.mse_loss}
+    exec(block("accelerate"), scope)
+    assert scope["clipper"].stats().steps == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_checkpoints_of_torch(here):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], 0.1)
+    clipper = initlab.GradClipper(optimizer, 1.0)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    exec(block("Checkpoints of torch"), {"clipper": clipper, "folder": here})
+    assert clipper.stats() == ClipStats(1, 1, 0, None, None)
