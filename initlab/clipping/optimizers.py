@@ -19,6 +19,10 @@ from .._contents import CONTAINERS, Contents, restore_dict
 # change something else in its step.
 _SKIP_ON_DEVICE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 _INNER = ("optimizer", "_optimizer", "optim")  # where wrappers keep the optimizer whose step() they call
+# Of pytorch_optimizer, and not told from the others by anything but their names. These raise in a step in which no
+# parameter has a gradient; and this one adds noise to the weights before it calls its closure.
+_RAISE_WITHOUT_GRADIENTS = ("Adai", "AdamS", "Ranger21")
+_MOVE_BEFORE_THE_CLOSURE = ("BSAM",)
 _COPIED = 1 << 12  # elements: up to here a tensor is copied, to be put back
 
 
@@ -45,7 +49,7 @@ def hooked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         found = next((attributes[name] for name in _INNER if attributes.get(name) is not None), None)
     raise TypeError(
         f"{type(optimizer).__name__} is no torch.optim.Optimizer whose step() runs hooks, nor a wrapper of one under "
-        f"the attribute {', '.join(_INNER)}; pass the optimizer inside, or call initlab.clip_grad_norm_ before step()"
+        f"the attribute {', '.join(_INNER)}; call initlab.clip_grad_norm_(parameters, max_norm) before step() instead"
     )
 
 
@@ -115,12 +119,15 @@ class SkippedStep:
     Args:
         optimizer: whose step it is.
         before: everything that it held before the step, for one that has run its closure already, perhaps several
-            times. Then nothing is hidden, which its line search would not expect, and everything is put back.
+            times. Then nothing is hidden, which its line search would not expect, and everything is put back. So it is
+            where an optimizer would raise for want of gradients.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, before: OptimizerCopy | None = None) -> None:
         self._parameters: list[Tensor] = []
-        if before is None:
+        if before is None and _is_called(optimizer, _RAISE_WITHOUT_GRADIENTS):
+            before = OptimizerCopy(optimizer, everything=True)
+        elif before is None:
             before = OptimizerCopy(optimizer, everything=changes_more(optimizer))
             self._parameters += {id(p): p for group in optimizer.param_groups for p in group["params"]}.values()
         self._before = before
@@ -213,7 +220,12 @@ def changes_more(optimizer: torch.optim.Optimizer) -> bool:
     LBFGS does, and optimizers that hold another one: SAM, Lookahead.
     """
     inner = any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values())
-    return inner or isinstance(optimizer, torch.optim.LBFGS)
+    return inner or isinstance(optimizer, torch.optim.LBFGS) or _is_called(optimizer, _MOVE_BEFORE_THE_CLOSURE)
+
+
+def _is_called(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> bool:
+    classes = [cls for cls in type(optimizer).__mro__ if cls.__module__.partition(".")[0] == "pytorch_optimizer"]
+    return any(cls.__name__ in names for cls in classes)
 
 
 def _is_its_own(name: str) -> bool:
