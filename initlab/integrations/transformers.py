@@ -73,9 +73,7 @@ class GradClipperMixin:
     def _make_clipper(self, trainer: Any) -> GradClipper:
         names, scaler = trainer.model.named_parameters(), trainer.accelerator.scaler
         options: dict[str, Any] = {"named_parameters": names, "scaler": scaler, **self._clipper_options}
-        clipper = GradClipper(
-            trainer.optimizer, trainer.args.max_grad_norm or math.inf, **options | self._clipper_options
-        )
+        clipper = GradClipper(trainer.optimizer, trainer.args.max_grad_norm or math.inf, **options)
         # The Trainer itself hands states back only with restore_callback_states_from_checkpoint=True.
         saved = trainer.state.stateful_callbacks.get(GradClipperState.__name__)
         if trainer.state.global_step > 0 and saved is not None and saved["attributes"]["saved"] is not None:
