@@ -34,6 +34,7 @@ from .optimizers import (
     refuse_partitioned,
     skips_on_device,
     starts_dampened_momentum,
+    versions_of,
     waits_for_unscale,
 )
 from .report import ON_ANOTHER_RANK, ClipReport, ClipStats, label
@@ -149,6 +150,7 @@ class GradClipper:
         self._norms: tuple[Sequence[int], Tensor] | None = None  # parameters by index, and their gradients' norms
         self._step: Step | None = None  # that is going on, or was interrupted
         self._round: Round | None = None  # of several optimizers
+        self._run_closures: set[torch.optim.Optimizer] = set()  # that have run one, so that no more is asked
         self._scaler, self._scaler_step = scaler, None if scaler is None else scaler.step
         self._hooks = []
         for one in self._optimizers:
@@ -287,6 +289,8 @@ class GradClipper:
             return None
         if changes_more(optimizer) and (self.nonfinite == "skip" or self._skips_spikes()):
             self._step.before = OptimizerCopy(optimizer, everything=True)
+        if optimizer not in self._run_closures:
+            self._step.versions = versions_of(optimizer)
         clipping = functools.partial(self._run_closure, self._step, closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": clipping}
@@ -294,6 +298,7 @@ class GradClipper:
 
     def _run_closure(self, step: Step, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A closure, and then clipping; as often as the optimizer calls it."""
+        self._run_closures.add(step.optimizer)
         if step.skipped is not None:
             step.skipped.show()
         loss = closure(*args, **kwargs)
@@ -309,6 +314,13 @@ class GradClipper:
         step.take_back_scale()
         if step.skipped is not None:
             step.skipped.end()
+        before = None if optimizer in self._run_closures else step.versions
+        if before is not None and before != versions_of(optimizer):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has moved its parameters without running the closure that was passed to "
+                "its step(), so their gradients were not clipped, nor looked at; call step() without a closure, after "
+                "backward()"
+            )
         if self._round is not None:
             self._round.stepped[optimizer] = GradientMarks(optimizer)
 

@@ -110,6 +110,12 @@ def _without_momentum_buffer(optimizer: torch.optim.Optimizer, group: dict[str, 
     return [p for p in group["params"] if p.grad is not None and state.get(p, {}).get("momentum_buffer") is None]
 
 
+def versions_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    """The version counters of its parameters, which tell whether it has written them."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [p._version for p in parameters if not p.is_inference()]
+
+
 class SkippedStep:
     """A step that is to change nothing, though the optimizer takes it.
 

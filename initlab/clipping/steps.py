@@ -27,12 +27,14 @@ class Step:
         optimizer: whose step it is.
         before: what the optimizer held, where its closure may run several times.
         skipped: how it is kept from changing anything; None while it may.
+        versions: of its parameters before it, where it may leave out its closure.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.before: OptimizerCopy | None = None
         self.skipped: SkippedStep | None = None
+        self.versions: list[int] | None = None
         self._given: dict[str, Tensor | None] = {}  # grad_scale and found_inf, where no GradScaler had set them
 
     def give_scale(self, grad_scale: Tensor, found_inf: Tensor | None) -> None:

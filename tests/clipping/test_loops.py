@@ -121,6 +121,26 @@ def test_a_closure_is_run_by_the_optimizer_and_clipped(fused, by_keyword):
     torch.testing.assert_close(p.detach(), torch.full((4,), 0.90))
 
 
+class IgnoresItsClosure(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p -= self.param_groups[0]["lr"] * p.grad
+
+
+def test_an_optimizer_that_ignores_its_closure_is_named():
+    p, optimizer = weight(IgnoresItsClosure)
+    initlab.GradClipper(optimizer, 1.0)
+    optimizer.step(lambda: 0.0)
+    p.grad = torch.full((4,), NAN)
+    with pytest.raises(RuntimeError, match="IgnoresItsClosure has moved its parameters without running the closure"):
+        optimizer.step(lambda: 0.0)
+
+
 def lbfgs(line_search):
     torch.manual_seed(0)
     model, x = nn.Linear(3, 1).double(), torch.randn(8, 3).double()
