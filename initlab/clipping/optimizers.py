@@ -6,10 +6,13 @@ step runs, and what that step changes nevertheless (counters, averages of rates)
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,6 +177,7 @@ class OptimizerCopy:
         self._name, self._everything = type(optimizer).__name__, everything
         self._owners: list[tuple[torch.optim.Optimizer, dict[str, Any]]] = []
         self._containers: list[Contents] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._tensors: list[tuple[Tensor, int, Tensor | None]] = []
         self._seen: set[int] = set()
         self._keep(optimizer)
@@ -186,6 +190,8 @@ class OptimizerCopy:
             restore_dict(vars(owner), attributes | others)
         for container in self._containers:
             container.restore()
+        for array, values in self._arrays:
+            array[...] = values
         changed = []
         for tensor, version, copy in self._tensors:
             if copy is not None and (self._everything or tensor._version != version):
@@ -199,7 +205,17 @@ class OptimizerCopy:
             )
 
     def _keep(self, value: Any) -> None:
-        """Keep what a value holds. Other objects than tensors, containers and optimizers are kept as they are."""
+        """Keep what a value holds: tensors, arrays, containers, optimizers, schedulers and plain records of values.
+
+        Other objects are kept as they are: they may hold anything, as a model or a logger.
+        """
+        if isinstance(value, (SimpleNamespace, torch.optim.lr_scheduler.LRScheduler)) or dataclasses.is_dataclass(
+            value
+        ):
+            value = getattr(value, "__dict__", None)
+        if isinstance(value, np.ndarray) and value.flags.writeable and id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._arrays.append((value, value.copy()))
         if not isinstance(value, (Tensor, torch.optim.Optimizer, tuple, *CONTAINERS)) or id(value) in self._seen:
             return
         self._seen.add(id(value))

@@ -4,8 +4,11 @@ Loops of real libraries are in tests/integrations.
 """
 
 import copy
+import dataclasses
 import math
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -293,6 +296,45 @@ def test_a_skipped_step_changes_nothing_that_the_optimizer_holds(with_closure):
             assert unchanged == math.isnan(value)
             assert p.grad is not None
     assert (clipper.stats().steps, clipper.stats().nonfinite, optimizer.calls) == (4, 2, 2)
+
+
+@dataclasses.dataclass
+class Progress:
+    steps: int
+    total: torch.Tensor
+
+
+class CountsElsewhere(torch.optim.SGD):
+    """Its counters are in arrays and in objects that it holds, and its rate in a scheduler."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.counts, self.space = np.zeros(2), types.SimpleNamespace(steps=0)
+        self.progress, self.schedule = Progress(0, torch.zeros(())), torch.optim.lr_scheduler.StepLR(self, 2)
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.schedule.step()
+        self.counts += 1
+        self.space.steps += 1
+        self.progress.steps += 1
+        self.progress.total += 1
+        return loss
+
+    def held(self):
+        schedule = self.schedule.state_dict(), self.param_groups[0]["lr"]
+        return str((self.counts, self.space, self.progress, schedule))
+
+
+def test_a_skipped_step_changes_no_array_and_no_record():
+    p, optimizer = weight(CountsElsewhere)
+    initlab.GradClipper(optimizer, 1.0)
+    for value in (NAN, 1.0, NAN, 1.0, NAN, 1.0):
+        before = optimizer.held()
+        p.grad = torch.full((4,), value)
+        optimizer.step()
+        assert (optimizer.held() == before) == math.isnan(value)
+    assert (optimizer.space.steps, optimizer.progress.steps, optimizer.schedule.last_epoch) == (3, 3, 3)
 
 
 class Decaying(torch.optim.Optimizer):
