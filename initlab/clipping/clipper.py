@@ -94,7 +94,7 @@ class GradClipper:
         ValueError: for a max_norm that is not positive, an unknown policy for nonfinite, per_parameter with a norm_type
             other than 2, no optimizer, or a pp_group that is neither a ProcessGroup nor a DeviceMesh with one
             dimension. Also when an attribute is set so.
-        TypeError: for what is no optimizer, and wraps none, whose step() runs hooks.
+        TypeError: for what is no optimizer, and wraps none, whose step() runs hooks; for arguments of other kinds.
         RuntimeError: if an optimizer has a GradClipper already.
         NotImplementedError: for DeepSpeed's ZeRO, of whose gradients a rank sees a part.
 
@@ -129,6 +129,12 @@ class GradClipper:
         per_parameter: bool = False,
         spikes: SpikePolicy | None = None,
     ) -> None:
+        if spikes is not None and not isinstance(spikes, SpikePolicy):
+            raise TypeError(f"spikes is {spikes!r}; it must be a policy, such as initlab.ZScoreSpikes()")
+        if scaler is not None and not callable(getattr(scaler, "step", None)):
+            raise TypeError(
+                f"scaler is {scaler!r}; it must be the torch.amp.GradScaler whose step() steps the optimizer"
+            )
         optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         self._optimizers = list(dict.fromkeys(map(hooked_optimizer, optimizers)))
         if not self._optimizers:
@@ -139,7 +145,7 @@ class GradClipper:
             raise RuntimeError("this optimizer has a GradClipper already; remove() that one first")
         self.report: ClipReport | None = None
         self._pp_mesh_dim = pp_mesh_dim_of(pp_group)
-        self._names = {id(p): name for name, p in named_parameters or ()}
+        self._names = _names_of(named_parameters)
         self._known = LabelledTensors([], [], [], [])  # the optimizers' parameters at the last step
         refuse_partitioned(self._parameters().passed)
         self._steps = self._hook_runs = 0
@@ -168,7 +174,7 @@ class GradClipper:
 
     @max_norm.setter
     def max_norm(self, max_norm: float) -> None:
-        number = float(max_norm)
+        number = _number("max_norm", max_norm)
         if not number > 0.0:
             raise ValueError(f"max_norm is {max_norm}; it must be more than 0; inf only measures and guards")
         self._max_norm = number
@@ -190,7 +196,7 @@ class GradClipper:
 
     @norm_type.setter
     def norm_type(self, norm_type: float) -> None:
-        number = float(norm_type)
+        number = _number("norm_type", norm_type)
         if math.isnan(number):
             raise ValueError(f"norm_type is {norm_type}; it must be a number, or inf")
         if self._per_parameter and number != 2.0:
@@ -241,8 +247,14 @@ class GradClipper:
 
         Raises:
             ValueError: if it was saved with another policy for spikes than this clipper has: statistics of one say
-                nothing to another.
+                nothing to another. Also if it is no state of a GradClipper.
         """
+        missing = {"steps", "counts"} - state_dict.keys()
+        if missing:
+            raise ValueError(
+                f"the state has no {' and no '.join(sorted(missing, reverse=True))}, so it is none of a GradClipper; "
+                "pass what its state_dict() returned"
+            )
         saved = state_dict.get("spikes")
         policy = None if saved is None else saved["policy"]
         own = None if self._spikes is None else self._spikes.config()
@@ -510,3 +522,27 @@ class GradClipper:
                     names.setdefault(id(p), self._names.get(id(p), place if own is None else own[i]))
         self._known = LabelledTensors(parameters, range(len(parameters)), parameters, list(names.values()))
         return self._known
+
+
+def _number(name: str, value: Any) -> float:
+    """A number that was passed, or a string that says one."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} is {value!r}; it must be a number, or inf ({error})") from None
+
+
+def _names_of(named_parameters: Iterable[tuple[str, Tensor]] | None) -> dict[int, str]:
+    """By the id of each parameter its name."""
+    named = [] if named_parameters is None else named_parameters
+    pairs = list(named) if isinstance(named, Iterable) else [named]
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
+            found = (
+                "parameters without names" if isinstance(pair, Tensor) else f"{type(pair).__name__} in place of pairs"
+            )
+            raise TypeError(
+                f"named_parameters has {found}; it must be (name, parameter) pairs, as model.named_parameters() gives "
+                "them"
+            )
+    return {id(p): name for name, p in pairs}

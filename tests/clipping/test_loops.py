@@ -467,6 +467,29 @@ def test_what_is_no_optimizer_is_refused_and_nothing_is_left_behind():
     initlab.GradClipper(optimizer, 1.0)
 
 
+WRONG_ARGUMENTS = {
+    "max_norm is 'one'; it must be a number": {"max_norm": "one"},
+    "max_norm is None; it must be a number": {"max_norm": None},
+    "norm_type is 'two'; it must be a number": {"norm_type": "two"},
+    "named_parameters has parameters without names": {"named_parameters": nn.Linear(2, 2).parameters()},
+    "named_parameters has Linear in place of pairs": {"named_parameters": nn.Linear(2, 2)},
+    "named_parameters has str in place of pairs": {"named_parameters": {"weight": Parameter(torch.ones(2))}},
+    "spikes is 3.0; it must be a policy": {"spikes": 3.0},
+    "spikes is .*MedianSpikes'>; it must be a policy": {"spikes": initlab.MedianSpikes},
+    "scaler is True; it must be the torch.amp.GradScaler": {"scaler": True},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named_and_leave_nothing_behind(message):
+    _, optimizer = weight()
+    with pytest.raises((TypeError, ValueError), match=message):
+        initlab.GradClipper(optimizer, **{"max_norm": 1.0} | WRONG_ARGUMENTS[message])
+    clipper = initlab.GradClipper(optimizer, 1.0)
+    with pytest.raises(ValueError, match="the state has no steps and no counts, so it is none of a GradClipper"):
+        clipper.load_state_dict({"state": {}})
+
+
 def test_deepspeed_zero_is_refused_by_name():
     p, optimizer = weight()
     p.grad = torch.ones(4)
