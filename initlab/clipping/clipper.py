@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from initlab.kernels import EPSILON, clip_coefficient
 
@@ -518,7 +519,8 @@ class GradClipper:
             for number, group in enumerate(one.param_groups):
                 own = group.get("param_names")
                 for i, p in enumerate(group["params"]):
-                    place = f"parameter {i} of group {number}{of_optimizer}, of shape {tuple(p.shape)}"
+                    shape = "" if is_lazy(p) else f", of shape {tuple(p.shape)}"
+                    place = f"parameter {i} of group {number}{of_optimizer}{shape}"
                     names.setdefault(id(p), self._names.get(id(p), place if own is None else own[i]))
         self._known = LabelledTensors(parameters, range(len(parameters)), parameters, list(names.values()))
         return self._known

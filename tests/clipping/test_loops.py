@@ -522,6 +522,17 @@ def test_a_tied_weight_counts_once(sparse):
     assert float(initlab.get_total_norm([embedding.weight.grad] * 2)) == pytest.approx(1.0, rel=1e-5)
 
 
+def test_lazy_modules_may_be_given_their_shapes_later():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = initlab.GradClipper(optimizer, 1.0)
+    (model(torch.ones(2, 4)).sum() * 100.0).backward()
+    optimizer.step()
+    norm = utils.get_total_norm([p.grad for p in model.parameters()])
+    torch.testing.assert_close(norm, torch.tensor(1.0))
+    assert clipper.stats().clipped == 1
+
+
 def test_float8_gradients_are_refused_before_anything_is_written():
     p, q = Parameter(torch.ones(4)), Parameter(torch.ones(2).to(torch.float8_e4m3fn))
     p.grad, q.grad = torch.full((4,), 9.0), torch.ones(2).to(torch.float8_e4m3fn)
