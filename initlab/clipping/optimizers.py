@@ -59,7 +59,13 @@ def hooked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 def refuse_partitioned(parameters: Iterable[Tensor]) -> None:
     """Raise a NotImplementedError for parameters of which DeepSpeed's ZeRO holds a part on each rank."""
     for i, p in enumerate(parameters):
-        attributes = p.__dict__  # hasattr of what a tensor has not takes five times as long
+        try:
+            attributes = p.__dict__  # hasattr of what a tensor has not takes five times as long
+        except AttributeError:  # as torch says it, which asks for the gradient
+            raise AttributeError(
+                f"{type(p).__name__!r} object has no attribute 'grad'; item {i} must be a parameter, or a "
+                "(name, parameter) pair, as model.parameters() and model.named_parameters() give them"
+            ) from None
         if attributes and ("ds_id" in attributes or "ds_tensor" in attributes):
             raise NotImplementedError(
                 f"parameter {i} of shape {tuple(p.shape)} is partitioned by DeepSpeed's ZeRO (it has ds_id), so each "
