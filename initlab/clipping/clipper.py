@@ -391,7 +391,7 @@ class GradClipper:
         if current is not None and optimizer not in current.stepped:
             if current.marks[optimizer].hold():
                 return current.measured
-            if any(marks.hold() for marks in current.stepped.values()):
+            if any(marks.are_some() and marks.hold() for marks in current.stepped.values()):
                 raise RuntimeError(
                     f"the gradients of {type(optimizer).__name__} changed after the norm of all was taken; unscale, "
                     "accumulate or change gradients before the first optimizer steps, or make one GradClipper for each"

@@ -651,6 +651,21 @@ def test_gradients_that_change_between_the_steps_of_several_optimizers():
     assert clipper.stats().steps == 9
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_one_of_several_optimizers_may_have_nothing_to_step(order):
+    """It is frozen at first."""
+    pairs = weight(), weight()
+    (p, _), (q, _) = pairs
+    clipper = initlab.GradClipper([optimizer for _, optimizer in pairs], 1.0)
+    for frozen in (True, True, False, True):
+        p.grad, q.grad = torch.full((4,), 100.0), None if frozen else torch.zeros(4)
+        for i in order:
+            pairs[i][1].step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.8))
+    assert torch.equal(q, torch.ones(4))
+    assert clipper.stats().clipped == 4
+
+
 def scaled(p, scaler, value):
     p.grad = None
     scaler.scale((p * value).sum()).backward()
