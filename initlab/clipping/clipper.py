@@ -534,7 +534,7 @@ def _number(name: str, value: Any) -> float:
         raise type(error)(f"{name} is {value!r}; it must be a number, or inf ({error})") from None
 
 
-def _names_of(named_parameters: Iterable[tuple[str, Tensor]] | None) -> dict[int, str]:
+def _names_of(named_parameters: Any) -> dict[int, str]:
     """By the id of each parameter its name."""
     named = [] if named_parameters is None else named_parameters
     pairs = list(named) if isinstance(named, Iterable) else [named]
