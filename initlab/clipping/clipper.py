@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from initlab.kernels import EPSILON, clip_coefficient
 
@@ -34,6 +35,7 @@ from .optimizers import (
     refuse_partitioned,
     skips_on_device,
     starts_dampened_momentum,
+    versions_of,
     waits_for_unscale,
 )
 from .report import ON_ANOTHER_RANK, ClipReport, ClipStats, label
@@ -93,7 +95,7 @@ class GradClipper:
         ValueError: for a max_norm that is not positive, an unknown policy for nonfinite, per_parameter with a norm_type
             other than 2, no optimizer, or a pp_group that is neither a ProcessGroup nor a DeviceMesh with one
             dimension. Also when an attribute is set so.
-        TypeError: for what is no optimizer, and wraps none, whose step() runs hooks.
+        TypeError: for what is no optimizer, and wraps none, whose step() runs hooks; for arguments of other kinds.
         RuntimeError: if an optimizer has a GradClipper already.
         NotImplementedError: for DeepSpeed's ZeRO, of whose gradients a rank sees a part.
 
@@ -128,6 +130,12 @@ class GradClipper:
         per_parameter: bool = False,
         spikes: SpikePolicy | None = None,
     ) -> None:
+        if spikes is not None and not isinstance(spikes, SpikePolicy):
+            raise TypeError(f"spikes is {spikes!r}; it must be a policy, such as initlab.ZScoreSpikes()")
+        if scaler is not None and not callable(getattr(scaler, "step", None)):
+            raise TypeError(
+                f"scaler is {scaler!r}; it must be the torch.amp.GradScaler whose step() steps the optimizer"
+            )
         optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         self._optimizers = list(dict.fromkeys(map(hooked_optimizer, optimizers)))
         if not self._optimizers:
@@ -138,7 +146,7 @@ class GradClipper:
             raise RuntimeError("this optimizer has a GradClipper already; remove() that one first")
         self.report: ClipReport | None = None
         self._pp_mesh_dim = pp_mesh_dim_of(pp_group)
-        self._names = {id(p): name for name, p in named_parameters or ()}
+        self._names = _names_of(named_parameters)
         self._known = LabelledTensors([], [], [], [])  # the optimizers' parameters at the last step
         refuse_partitioned(self._parameters().passed)
         self._steps = self._hook_runs = 0
@@ -149,6 +157,7 @@ class GradClipper:
         self._norms: tuple[Sequence[int], Tensor] | None = None  # parameters by index, and their gradients' norms
         self._step: Step | None = None  # that is going on, or was interrupted
         self._round: Round | None = None  # of several optimizers
+        self._run_closures: set[torch.optim.Optimizer] = set()  # that have run one, so that no more is asked
         self._scaler, self._scaler_step = scaler, None if scaler is None else scaler.step
         self._hooks = []
         for one in self._optimizers:
@@ -166,7 +175,7 @@ class GradClipper:
 
     @max_norm.setter
     def max_norm(self, max_norm: float) -> None:
-        number = float(max_norm)
+        number = _number("max_norm", max_norm)
         if not number > 0.0:
             raise ValueError(f"max_norm is {max_norm}; it must be more than 0; inf only measures and guards")
         self._max_norm = number
@@ -188,7 +197,7 @@ class GradClipper:
 
     @norm_type.setter
     def norm_type(self, norm_type: float) -> None:
-        number = float(norm_type)
+        number = _number("norm_type", norm_type)
         if math.isnan(number):
             raise ValueError(f"norm_type is {norm_type}; it must be a number, or inf")
         if self._per_parameter and number != 2.0:
@@ -239,8 +248,14 @@ class GradClipper:
 
         Raises:
             ValueError: if it was saved with another policy for spikes than this clipper has: statistics of one say
-                nothing to another.
+                nothing to another. Also if it is no state of a GradClipper.
         """
+        missing = {"steps", "counts"} - state_dict.keys()
+        if missing:
+            raise ValueError(
+                f"the state has no {' and no '.join(sorted(missing, reverse=True))}, so it is none of a GradClipper; "
+                "pass what its state_dict() returned"
+            )
         saved = state_dict.get("spikes")
         policy = None if saved is None else saved["policy"]
         own = None if self._spikes is None else self._spikes.config()
@@ -287,6 +302,8 @@ class GradClipper:
             return None
         if changes_more(optimizer) and (self.nonfinite == "skip" or self._skips_spikes()):
             self._step.before = OptimizerCopy(optimizer, everything=True)
+        if optimizer not in self._run_closures:
+            self._step.versions = versions_of(optimizer)
         clipping = functools.partial(self._run_closure, self._step, closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": clipping}
@@ -294,6 +311,7 @@ class GradClipper:
 
     def _run_closure(self, step: Step, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A closure, and then clipping; as often as the optimizer calls it."""
+        self._run_closures.add(step.optimizer)
         if step.skipped is not None:
             step.skipped.show()
         loss = closure(*args, **kwargs)
@@ -309,6 +327,13 @@ class GradClipper:
         step.take_back_scale()
         if step.skipped is not None:
             step.skipped.end()
+        before = None if optimizer in self._run_closures else step.versions
+        if before is not None and before != versions_of(optimizer):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has moved its parameters without running the closure that was passed to "
+                "its step(), so their gradients were not clipped, nor looked at; call step() without a closure, after "
+                "backward()"
+            )
         if self._round is not None:
             self._round.stepped[optimizer] = GradientMarks(optimizer)
 
@@ -366,7 +391,7 @@ class GradClipper:
         if current is not None and optimizer not in current.stepped:
             if current.marks[optimizer].hold():
                 return current.measured
-            if any(marks.hold() for marks in current.stepped.values()):
+            if any(marks.are_some() and marks.hold() for marks in current.stepped.values()):
                 raise RuntimeError(
                     f"the gradients of {type(optimizer).__name__} changed after the norm of all was taken; unscale, "
                     "accumulate or change gradients before the first optimizer steps, or make one GradClipper for each"
@@ -494,7 +519,32 @@ class GradClipper:
             for number, group in enumerate(one.param_groups):
                 own = group.get("param_names")
                 for i, p in enumerate(group["params"]):
-                    place = f"parameter {i} of group {number}{of_optimizer}, of shape {tuple(p.shape)}"
+                    shape = "" if is_lazy(p) else f", of shape {tuple(p.shape)}"
+                    place = f"parameter {i} of group {number}{of_optimizer}{shape}"
                     names.setdefault(id(p), self._names.get(id(p), place if own is None else own[i]))
         self._known = LabelledTensors(parameters, range(len(parameters)), parameters, list(names.values()))
         return self._known
+
+
+def _number(name: str, value: Any) -> float:
+    """A number that was passed, or a string that says one."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} is {value!r}; it must be a number, or inf ({error})") from None
+
+
+def _names_of(named_parameters: Any) -> dict[int, str]:
+    """By the id of each parameter its name."""
+    named = [] if named_parameters is None else named_parameters
+    pairs = list(named) if isinstance(named, Iterable) else [named]
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
+            found = (
+                "parameters without names" if isinstance(pair, Tensor) else f"{type(pair).__name__} in place of pairs"
+            )
+            raise TypeError(
+                f"named_parameters has {found}; it must be (name, parameter) pairs, as model.named_parameters() gives "
+                "them"
+            )
+    return {id(p): name for name, p in pairs}

@@ -6,10 +6,13 @@ step runs, and what that step changes nevertheless (counters, averages of rates)
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +59,13 @@ def hooked_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 def refuse_partitioned(parameters: Iterable[Tensor]) -> None:
     """Raise a NotImplementedError for parameters of which DeepSpeed's ZeRO holds a part on each rank."""
     for i, p in enumerate(parameters):
-        attributes = p.__dict__  # hasattr of what a tensor has not takes five times as long
+        try:
+            attributes = p.__dict__  # hasattr of what a tensor has not takes five times as long
+        except AttributeError:  # as torch says it, which asks for the gradient
+            raise AttributeError(
+                f"{type(p).__name__!r} object has no attribute 'grad'; item {i} must be a parameter, or a "
+                "(name, parameter) pair, as model.parameters() and model.named_parameters() give them"
+            ) from None
         if attributes and ("ds_id" in attributes or "ds_tensor" in attributes):
             raise NotImplementedError(
                 f"parameter {i} of shape {tuple(p.shape)} is partitioned by DeepSpeed's ZeRO (it has ds_id), so each "
@@ -108,6 +117,12 @@ def _without_momentum_buffer(optimizer: torch.optim.Optimizer, group: dict[str, 
         return []
     state = optimizer.state
     return [p for p in group["params"] if p.grad is not None and state.get(p, {}).get("momentum_buffer") is None]
+
+
+def versions_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    """The version counters of its parameters, which tell whether it has written them."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [p._version for p in parameters if not p.is_inference()]
 
 
 class SkippedStep:
@@ -168,6 +183,7 @@ class OptimizerCopy:
         self._name, self._everything = type(optimizer).__name__, everything
         self._owners: list[tuple[torch.optim.Optimizer, dict[str, Any]]] = []
         self._containers: list[Contents] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
         self._tensors: list[tuple[Tensor, int, Tensor | None]] = []
         self._seen: set[int] = set()
         self._keep(optimizer)
@@ -180,6 +196,8 @@ class OptimizerCopy:
             restore_dict(vars(owner), attributes | others)
         for container in self._containers:
             container.restore()
+        for array, values in self._arrays:
+            array[...] = values
         changed = []
         for tensor, version, copy in self._tensors:
             if copy is not None and (self._everything or tensor._version != version):
@@ -193,7 +211,17 @@ class OptimizerCopy:
             )
 
     def _keep(self, value: Any) -> None:
-        """Keep what a value holds. Other objects than tensors, containers and optimizers are kept as they are."""
+        """Keep what a value holds: tensors, arrays, containers, optimizers, schedulers and plain records of values.
+
+        Other objects are kept as they are: they may hold anything, as a model or a logger.
+        """
+        if isinstance(value, (SimpleNamespace, torch.optim.lr_scheduler.LRScheduler)) or dataclasses.is_dataclass(
+            value
+        ):
+            value = getattr(value, "__dict__", None)
+        if isinstance(value, np.ndarray) and value.flags.writeable and id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._arrays.append((value, value.copy()))
         if not isinstance(value, (Tensor, torch.optim.Optimizer, tuple, *CONTAINERS)) or id(value) in self._seen:
             return
         self._seen.add(id(value))

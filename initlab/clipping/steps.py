@@ -27,12 +27,14 @@ class Step:
         optimizer: whose step it is.
         before: what the optimizer held, where its closure may run several times.
         skipped: how it is kept from changing anything; None while it may.
+        versions: of its parameters before it, where it may leave out its closure.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.before: OptimizerCopy | None = None
         self.skipped: SkippedStep | None = None
+        self.versions: list[int] | None = None
         self._given: dict[str, Tensor | None] = {}  # grad_scale and found_inf, where no GradScaler had set them
 
     def give_scale(self, grad_scale: Tensor, found_inf: Tensor | None) -> None:
@@ -136,13 +138,15 @@ class GradientMarks:
         self._parameters = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         self._marks = {key: self._mark(p) for key, p in self._parameters.items() if p.grad is not None}
 
+    def are_some(self) -> bool:
+        """Whether there were gradients."""
+        return bool(self._marks)
+
     def hold(self) -> bool:
-        """Whether there are gradients, the same tensors as then, and nothing has been written to them."""
+        """Whether gradients are the same tensors as then, and nothing has been written to them. None are none."""
         now = {key: p.grad for key, p in self._parameters.items() if p.grad is not None}
-        return (
-            bool(now)
-            and now.keys() == self._marks.keys()
-            and all(ref() is now[key] and version == _version(now[key]) for key, (ref, version) in self._marks.items())
+        return now.keys() == self._marks.keys() and all(
+            ref() is now[key] and version == _version(now[key]) for key, (ref, version) in self._marks.items()
         )
 
     @staticmethod

@@ -484,3 +484,10 @@ def test_the_norm_of_each_parameter_under_torch_compile():
     for found, expected in zip(compiled(gradients), initlab.get_total_norm(gradients, per_parameter=True), strict=True):
         torch.testing.assert_close(found, expected)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("clip", [initlab.clip_grad_norm_, nn.utils.clip_grad_norm_])
+@pytest.mark.parametrize("item", [None, "weight", {"params": []}, 1.0])
+def test_what_is_no_parameter_is_named_as_torch_names_it(clip, item):
+    with pytest.raises(AttributeError, match=f"'{type(item).__name__}' object has no attribute 'grad'"):
+        clip([nn.Parameter(torch.ones(2)), item], 1.0)

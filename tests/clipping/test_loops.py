@@ -4,8 +4,11 @@ Loops of real libraries are in tests/integrations.
 """
 
 import copy
+import dataclasses
 import math
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -119,6 +122,26 @@ def test_a_closure_is_run_by_the_optimizer_and_clipped(fused, by_keyword):
     clipper.nonfinite = "skip"
     step(100.0)
     torch.testing.assert_close(p.detach(), torch.full((4,), 0.90))
+
+
+class IgnoresItsClosure(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p -= self.param_groups[0]["lr"] * p.grad
+
+
+def test_an_optimizer_that_ignores_its_closure_is_named():
+    p, optimizer = weight(IgnoresItsClosure)
+    initlab.GradClipper(optimizer, 1.0)
+    optimizer.step(lambda: 0.0)
+    p.grad = torch.full((4,), NAN)
+    with pytest.raises(RuntimeError, match="IgnoresItsClosure has moved its parameters without running the closure"):
+        optimizer.step(lambda: 0.0)
 
 
 def lbfgs(line_search):
@@ -275,6 +298,45 @@ def test_a_skipped_step_changes_nothing_that_the_optimizer_holds(with_closure):
     assert (clipper.stats().steps, clipper.stats().nonfinite, optimizer.calls) == (4, 2, 2)
 
 
+@dataclasses.dataclass
+class Progress:
+    steps: int
+    total: torch.Tensor
+
+
+class CountsElsewhere(torch.optim.SGD):
+    """Its counters are in arrays and in objects that it holds, and its rate in a scheduler."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.counts, self.space = np.zeros(2), types.SimpleNamespace(steps=0)
+        self.progress, self.schedule = Progress(0, torch.zeros(())), torch.optim.lr_scheduler.StepLR(self, 2)
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.schedule.step()
+        self.counts += 1
+        self.space.steps += 1
+        self.progress.steps += 1
+        self.progress.total += 1
+        return loss
+
+    def held(self):
+        schedule = self.schedule.state_dict(), self.param_groups[0]["lr"]
+        return str((self.counts, self.space, self.progress, schedule))
+
+
+def test_a_skipped_step_changes_no_array_and_no_record():
+    p, optimizer = weight(CountsElsewhere)
+    initlab.GradClipper(optimizer, 1.0)
+    for value in (NAN, 1.0, NAN, 1.0, NAN, 1.0):
+        before = optimizer.held()
+        p.grad = torch.full((4,), value)
+        optimizer.step()
+        assert (optimizer.held() == before) == math.isnan(value)
+    assert (optimizer.space.steps, optimizer.progress.steps, optimizer.schedule.last_epoch) == (3, 3, 3)
+
+
 class Decaying(torch.optim.Optimizer):
     """Moves parameters without gradients too: its steps cannot be skipped by hiding these."""
 
@@ -405,6 +467,29 @@ def test_what_is_no_optimizer_is_refused_and_nothing_is_left_behind():
     initlab.GradClipper(optimizer, 1.0)
 
 
+WRONG_ARGUMENTS = {
+    "max_norm is 'one'; it must be a number": {"max_norm": "one"},
+    "max_norm is None; it must be a number": {"max_norm": None},
+    "norm_type is 'two'; it must be a number": {"norm_type": "two"},
+    "named_parameters has parameters without names": {"named_parameters": nn.Linear(2, 2).parameters()},
+    "named_parameters has Linear in place of pairs": {"named_parameters": nn.Linear(2, 2)},
+    "named_parameters has str in place of pairs": {"named_parameters": {"weight": Parameter(torch.ones(2))}},
+    "spikes is 3.0; it must be a policy": {"spikes": 3.0},
+    "spikes is .*MedianSpikes'>; it must be a policy": {"spikes": initlab.MedianSpikes},
+    "scaler is True; it must be the torch.amp.GradScaler": {"scaler": True},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named_and_leave_nothing_behind(message):
+    _, optimizer = weight()
+    with pytest.raises((TypeError, ValueError), match=message):
+        initlab.GradClipper(optimizer, **{"max_norm": 1.0} | WRONG_ARGUMENTS[message])
+    clipper = initlab.GradClipper(optimizer, 1.0)
+    with pytest.raises(ValueError, match="the state has no steps and no counts, so it is none of a GradClipper"):
+        clipper.load_state_dict({"state": {}})
+
+
 def test_deepspeed_zero_is_refused_by_name():
     p, optimizer = weight()
     p.grad = torch.ones(4)
@@ -435,6 +520,17 @@ def test_a_tied_weight_counts_once(sparse):
     assert float(initlab.clip_grad_norm_(both, 1.0)) == pytest.approx(float(gradient.norm()), rel=1e-6)
     torch.testing.assert_close(embedding.weight.grad, gradient / gradient.norm())
     assert float(initlab.get_total_norm([embedding.weight.grad] * 2)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_lazy_modules_may_be_given_their_shapes_later():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = initlab.GradClipper(optimizer, 1.0)
+    (model(torch.ones(2, 4)).sum() * 100.0).backward()
+    optimizer.step()
+    norm = utils.get_total_norm([p.grad for p in model.parameters()])
+    torch.testing.assert_close(norm, torch.tensor(1.0))
+    assert clipper.stats().clipped == 1
 
 
 def test_float8_gradients_are_refused_before_anything_is_written():
@@ -553,6 +649,21 @@ def test_gradients_that_change_between_the_steps_of_several_optimizers():
             optimizer.step()
             assert float(clipper.report.norm) == pytest.approx(norm, rel=1e-6)
     assert clipper.stats().steps == 9
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_one_of_several_optimizers_may_have_nothing_to_step(order):
+    """It is frozen at first."""
+    pairs = weight(), weight()
+    (p, _), (q, _) = pairs
+    clipper = initlab.GradClipper([optimizer for _, optimizer in pairs], 1.0)
+    for frozen in (True, True, False, True):
+        p.grad, q.grad = torch.full((4,), 100.0), None if frozen else torch.zeros(4)
+        for i in order:
+            pairs[i][1].step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.8))
+    assert torch.equal(q, torch.ones(4))
+    assert clipper.stats().clipped == 4
 
 
 def scaled(p, scaler, value):
