@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from initlab.kernels import EPSILON, clip_coefficient
 
 from ..distributed.dtensors import classify
 from ..distributed.groups import pp_mesh_dim_of
 from ..distributed.norm import MeshTensors
+from .counts import StepCounts
 from .functional import (
     LabelledTensors,
     StepPolicy,
@@ -38,13 +37,10 @@ from .optimizers import (
     versions_of,
     waits_for_unscale,
 )
-from .report import ON_ANOTHER_RANK, ClipReport, ClipStats, label
+from .parameters import OptimizerParameters
+from .report import ClipReport, ClipStats, label
 from .spikes import SpikePolicy
 from .steps import Decision, GradientMarks, Measurement, Round, Step, as_0d, runs_inside_another
-
-_SPIKE_STEPS = 16  # of so many spikes, the last ones, the steps are kept
-# Places in the counts, which stay on the device. FIRST_STEP is 0 where there is none.
-_CLIPPED, _NONFINITE, _FIRST_STEP, _FIRST_PARAMETER, _SPIKES = range(5)
 
 
 class GradClipper:
@@ -89,7 +85,8 @@ class GradClipper:
 
     Attributes:
         max_norm: the largest norm.
-        report: the ClipReport of the last step; None before it. Its norm is that before clipping.
+        report: the ClipReport of the last step; None before it, and after a step in which no parameter had a gradient,
+            which is not counted. Its norm is that before clipping.
 
     Raises:
         ValueError: for a max_norm that is not positive, an unknown policy for nonfinite, per_parameter with a norm_type
@@ -146,27 +143,38 @@ class GradClipper:
             raise RuntimeError("this optimizer has a GradClipper already; remove() that one first")
         self.report: ClipReport | None = None
         self._pp_mesh_dim = pp_mesh_dim_of(pp_group)
-        self._names = _names_of(named_parameters)
-        self._known = LabelledTensors([], [], [], [])  # the optimizers' parameters at the last step
-        refuse_partitioned(self._parameters().passed)
-        self._steps = self._hook_runs = 0
-        self._counts = torch.tensor([0, 0, 0, -1, 0], device="cpu")
-        self._spikes = spikes
-        self._spike_state = None if spikes is None else spikes.new_state(torch.device("cpu"))
-        self._spike_steps = torch.zeros(_SPIKE_STEPS, dtype=torch.int64, device="cpu")  # a ring
+        self._parameters = OptimizerParameters(self._optimizers, named_parameters)
+        refuse_partitioned(self._parameters.labelled().passed)
+        self._counts = StepCounts(spikes)
+        self._hook_runs = 0
         self._norms: tuple[Sequence[int], Tensor] | None = None  # parameters by index, and their gradients' norms
         self._step: Step | None = None  # that is going on, or was interrupted
         self._round: Round | None = None  # of several optimizers
         self._run_closures: set[torch.optim.Optimizer] = set()  # that have run one, so that no more is asked
-        self._scaler, self._scaler_step = scaler, None if scaler is None else scaler.step
+        self._scaler = scaler
+        self._attach()
+
+    def _attach(self) -> None:
+        """Register the hooks, and take the scaler's step over."""
+        self._scaler_step = None if self._scaler is None else self._scaler.step
         self._hooks = []
         for one in self._optimizers:
             # A traced hook would set grad_scale too late for the step that is traced with it.
             self._hooks.append(one.register_step_pre_hook(torch.compiler.disable(self._before_step)))
             self._hooks.append(one.register_step_post_hook(torch.compiler.disable(self._after_step)))
             one._initlab_clipper = self  # type: ignore[attr-defined]
-        if scaler is not None:
-            scaler.step = self._step_of_scaler  # type: ignore[method-assign]
+        if self._scaler is not None:
+            self._scaler.step = self._step_of_scaler  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have hooks of their own on the optimizers that are copied with it."""
+        if self._scaler is not None:
+            raise TypeError("a GradClipper with a scaler cannot be copied; save its state_dict(), and make another one")
+        return vars(self) | {"_hooks": [], "_step": None, "_round": None, "_run_closures": set()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._attach()
 
     @property
     def max_norm(self) -> float:
@@ -206,12 +214,7 @@ class GradClipper:
 
     def stats(self) -> ClipStats:
         """The counts so far, read from the device."""
-        clipped, nonfinite, step, parameter, spikes = self._counts.tolist()
-        name = None
-        if step > 0:
-            name = label(self._parameters().labels(), parameter) if parameter >= 0 else ON_ANOTHER_RANK
-        last = tuple(sorted(self._spike_steps.tolist())[-min(spikes, _SPIKE_STEPS) :]) if spikes else ()
-        return ClipStats(self._steps, clipped, nonfinite, step or None, name, spikes, last)
+        return self._counts.stats(self._parameters.labelled().labels())
 
     def norms(self) -> dict[str, float]:
         """The norm of each parameter's gradient in the last step, by name, before clipping. Waits for the device.
@@ -225,23 +228,20 @@ class GradClipper:
             raise RuntimeError("norms are kept only where asked for: GradClipper(..., per_parameter=True)")
         if self._norms is None:
             return {}
-        labels = self._parameters().labels()
+        labels = self._parameters.labelled().labels()
         indices, norms = self._norms
         return {label(labels, index): norm for index, norm in zip(indices, norms.tolist(), strict=True)}
 
     def top(self, count: int) -> list[tuple[str, float]]:
         """The largest norms of the last step, with names, in descending order; NaN before all. See `norms`."""
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"count is {count!r}; it must be how many norms to return, 0 or more")
         items = self.norms().items()
         return sorted(items, key=lambda item: math.inf if math.isnan(item[1]) else item[1], reverse=True)[:count]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from: counts, and the statistics of spikes with their policy. Plain numbers."""
-        state: dict[str, Any] = {"steps": self._steps, "counts": self._counts.tolist()}
-        if self._spikes is not None:
-            assert self._spike_state is not None
-            state["spike_steps"] = self._spike_steps.tolist()
-            state["spikes"] = {"policy": self._spikes.config(), "statistics": self._spike_state.tolist()}
-        return state
+        return self._counts.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned.
@@ -250,25 +250,7 @@ class GradClipper:
             ValueError: if it was saved with another policy for spikes than this clipper has: statistics of one say
                 nothing to another. Also if it is no state of a GradClipper.
         """
-        missing = {"steps", "counts"} - state_dict.keys()
-        if missing:
-            raise ValueError(
-                f"the state has no {' and no '.join(sorted(missing, reverse=True))}, so it is none of a GradClipper; "
-                "pass what its state_dict() returned"
-            )
-        saved = state_dict.get("spikes")
-        policy = None if saved is None else saved["policy"]
-        own = None if self._spikes is None else self._spikes.config()
-        if policy != own:
-            raise ValueError(
-                f"the state was saved with spikes={policy} and this clipper has spikes={own}; make it with the same, "
-                "or take 'spikes' out of the state to begin with new statistics"
-            )
-        self._steps = int(state_dict["steps"])
-        self._counts = torch.tensor(state_dict["counts"], dtype=torch.int64, device="cpu")
-        if saved is not None and self._spike_state is not None:
-            self._spike_steps = torch.tensor(state_dict["spike_steps"], dtype=torch.int64, device="cpu")
-            self._spike_state = torch.tensor(saved["statistics"], dtype=self._spike_state.dtype, device="cpu")
+        self._counts.load_state_dict(state_dict)
 
     def remove(self) -> None:
         """Leave the optimizers, and the scaler, as they were before."""
@@ -300,7 +282,7 @@ class GradClipper:
         if not callable(closure):
             self._clip(self._step)
             return None
-        if changes_more(optimizer) and (self.nonfinite == "skip" or self._skips_spikes()):
+        if changes_more(optimizer) and (self.nonfinite == "skip" or self._counts.skips_spikes):
             self._step.before = OptimizerCopy(optimizer, everything=True)
         if optimizer not in self._run_closures:
             self._step.versions = versions_of(optimizer)
@@ -351,8 +333,9 @@ class GradClipper:
 
     def _measure(self) -> Measurement | None:
         """Read all gradients, report and count. None where there is no gradient, and no other stage may have one."""
-        gradients = gradients_of(self._parameters())
+        gradients = gradients_of(self._parameters.labelled())
         if not gradients.tensors and self._pp_mesh_dim is None:
+            self.report = self._norms = None  # of this step, and not of one before
             return None
         classified = classify(gradients.tensors)
         if classified.has_wrapper_subclass:
@@ -372,16 +355,12 @@ class GradClipper:
             norms = None if total.tensor_norms is None else total.tensor_norms / scale64
             total = total._replace(norm64=norm64, norm=norm64.to(total.norm.dtype), tensor_norms=norms)
         assert total.flag is not None
-        bad, spike = total.flag != 0, None
         limit: float | Tensor = self.max_norm
-        if self._spikes is not None:
-            assert self._spike_state is not None
-            spike = self._spikes.step(self._spike_state.to(total.norm64.device, non_blocking=True), total.norm64)
-            self._spike_state = spike.state
-            if not self._skips_spikes():
-                limit = spike.limit.clamp(max=self.max_norm)
+        spike = self._counts.judge(total.norm64)
+        if spike is not None and not self._counts.skips_spikes:
+            limit = spike.limit.clamp(max=self.max_norm)
         coefficient = clip_coefficient(total.norm64, limit)
-        measured = Measurement(gradients, mesh_tensors, total, bad, coefficient, spike, scale)
+        measured = Measurement(gradients, mesh_tensors, total, total.flag != 0, coefficient, spike, scale)
         self._record(measured)
         return measured
 
@@ -402,27 +381,13 @@ class GradClipper:
         return measured
 
     def _record(self, measured: Measurement) -> None:
-        """The report of this step, and the counts, which stay on the device."""
-        self._steps += 1
+        """The report of this step, and the counts."""
         self.report = report_of(measured.total, measured.gradients.labels())
         if measured.total.tensor_norms is not None:
             self._norms = measured.gradients.indices, measured.total.tensor_norms
-        bad, index = measured.nonfinite, self.report.first_nonfinite_index
+        bad = measured.nonfinite
         clipped = ~bad & (measured.coefficient < 1.0)
-        counts = self._counts.to(bad.device, non_blocking=True)
-        is_first = bad & (counts[_FIRST_STEP] == 0)
-        step = torch.where(is_first, self._steps, counts[_FIRST_STEP])
-        parameter = torch.where(is_first, index, counts[_FIRST_PARAMETER])
-        spikes = counts[_SPIKES]
-        if measured.spike is not None:
-            is_spike = measured.spike.spike
-            ring = self._spike_steps.to(bad.device, non_blocking=True)
-            is_next = torch.arange(_SPIKE_STEPS, device=bad.device) == spikes % _SPIKE_STEPS
-            self._spike_steps = torch.where(is_next & is_spike, self._steps, ring)
-            spikes = spikes + is_spike
-            if self._skips_spikes():
-                clipped = clipped & ~is_spike
-        self._counts = torch.stack([counts[_CLIPPED] + clipped, counts[_NONFINITE] + bad, step, parameter, spikes])
+        self._counts.record(bad, self.report.first_nonfinite_index, clipped, measured.spike)
 
     def _decide(self, optimizer: torch.optim.Optimizer, measured: Measurement) -> Decision:
         """What happens in this step. Nothing has been changed so far; under "raise" this is where it ends."""
@@ -435,7 +400,7 @@ class GradClipper:
         skip = bad if policy == "skip" else None
         if found_inf is not None:  # the scaler, or we, or both
             skip = bad | (found_inf.to(bad.device) != 0)
-        if measured.spike is not None and self._skips_spikes():
+        if measured.spike is not None and self._counts.skips_spikes:
             skip = measured.spike.spike if skip is None else skip | measured.spike.spike
         on_device = skips_on_device(optimizer)
         skips_by_itself = on_device and not starts_dampened_momentum(optimizer)
@@ -476,7 +441,7 @@ class GradClipper:
             how = "zero" if decision.zero else "propagate"
         else:  # what is skipped is hidden; a NaN keeps what is not from being written
             how, norm = "keep", torch.where(measured.nonfinite, math.nan, norm)
-        if measured.spike is None or self._skips_spikes():
+        if measured.spike is None or self._counts.skips_spikes:
             mesh_tensors.clip_(norm, self.max_norm, nonfinite=how)
         else:  # by a norm that comes to the same coefficient
             norm = torch.where(norm.isfinite(), 1.0 / decision.coefficient - EPSILON, norm)
@@ -489,9 +454,6 @@ class GradClipper:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = gradients_of(LabelledTensors(parameters, range(len(parameters)), parameters, None))
         return mesh_tensors_of(gradients, classify(gradients.tensors), takes_sparse=True)
-
-    def _skips_spikes(self) -> bool:
-        return self._spikes is not None and self._spikes.action == "skip"
 
     @torch.no_grad()
     def _step_of_scaler(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -506,25 +468,6 @@ class GradClipper:
             self._measure() if len(self._optimizers) == 1 else self._measure_together(hooked_optimizer(optimizer))
         return result
 
-    def _parameters(self) -> LabelledTensors:
-        """The optimizers' parameters, each once, and their names as far as they are known. Made anew on changes."""
-        groups = [group for one in self._optimizers for group in one.param_groups]
-        parameters: list[Tensor] = list({id(p): p for group in groups for p in group["params"]}.values())
-        known = self._known.passed
-        if len(parameters) == len(known) and all(map(operator.is_, parameters, known)):
-            return self._known
-        names: dict[int, str] = {}
-        for k, one in enumerate(self._optimizers):
-            of_optimizer = f" of optimizer {k}" if len(self._optimizers) > 1 else ""
-            for number, group in enumerate(one.param_groups):
-                own = group.get("param_names")
-                for i, p in enumerate(group["params"]):
-                    shape = "" if is_lazy(p) else f", of shape {tuple(p.shape)}"
-                    place = f"parameter {i} of group {number}{of_optimizer}{shape}"
-                    names.setdefault(id(p), self._names.get(id(p), place if own is None else own[i]))
-        self._known = LabelledTensors(parameters, range(len(parameters)), parameters, list(names.values()))
-        return self._known
-
 
 def _number(name: str, value: Any) -> float:
     """A number that was passed, or a string that says one."""
@@ -532,19 +475,3 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name} is {value!r}; it must be a number, or inf ({error})") from None
-
-
-def _names_of(named_parameters: Any) -> dict[int, str]:
-    """By the id of each parameter its name."""
-    named = [] if named_parameters is None else named_parameters
-    pairs = list(named) if isinstance(named, Iterable) else [named]
-    for pair in pairs:
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
-            found = (
-                "parameters without names" if isinstance(pair, Tensor) else f"{type(pair).__name__} in place of pairs"
-            )
-            raise TypeError(
-                f"named_parameters has {found}; it must be (name, parameter) pairs, as model.named_parameters() gives "
-                "them"
-            )
-    return {id(p): name for name, p in pairs}

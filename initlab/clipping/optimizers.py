@@ -1,7 +1,7 @@
 """What GradClipper needs to know of an optimizer: where its step takes hooks, who can skip a step, and how.
 
-A fused optimizer of torch skips a step by itself, on the device. From any other the gradients are hidden while its
-step runs, and what that step changes nevertheless (counters, averages of rates) is put back.
+A fused optimizer of torch skips a step by itself, on the device. From others the gradients are hidden while the step
+runs, and what that step changes nevertheless (counters, averages of rates) is put back.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .._contents import CONTAINERS, Contents, restore_dict
 # change something else in its step.
 _SKIP_ON_DEVICE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 _INNER = ("optimizer", "_optimizer", "optim")  # where wrappers keep the optimizer whose step() they call
+# Packages whose optimizers, but for those below, pass over parameters without a gradient: tried one by one.
+_PASS_OVER = ("torch", "schedulefree", "pytorch_optimizer")
 # Of pytorch_optimizer, and not told from the others by anything but their names. These raise in a step in which no
 # parameter has a gradient; and this one adds noise to the weights before it calls its closure.
 _RAISE_WITHOUT_GRADIENTS = ("Adai", "AdamS", "Ranger21")
@@ -128,37 +130,38 @@ def versions_of(optimizer: torch.optim.Optimizer) -> list[int]:
 class SkippedStep:
     """A step that is to change nothing, though the optimizer takes it.
 
-    Its gradients are hidden meanwhile: it passes over parameters that have none. What it changes nevertheless is put
-    back: state, groups and attributes, also those of optimizers inside it.
+    What is known to pass over parameters without a gradient sees none meanwhile. Others see zeros: they may do anything
+    without gradients, so everything that they hold is copied before. What a step changes nevertheless is put back:
+    state, groups and attributes, also those of optimizers inside it.
 
     Args:
         optimizer: whose step it is.
         before: everything that it held before the step, for one that has run its closure already, perhaps several
-            times. Then nothing is hidden, which its line search would not expect, and everything is put back. So it is
-            where an optimizer would raise for want of gradients.
+            times. Then it sees its gradients, which its line search may expect, and everything is put back.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, before: OptimizerCopy | None = None) -> None:
         self._parameters: list[Tensor] = []
-        if before is None and _is_called(optimizer, _RAISE_WITHOUT_GRADIENTS):
-            before = OptimizerCopy(optimizer, everything=True)
-        elif before is None:
-            before = OptimizerCopy(optimizer, everything=changes_more(optimizer))
+        self._sees_zeros = not _passes_over_missing_gradients(optimizer)
+        if before is None:
+            before = OptimizerCopy(optimizer, everything=self._sees_zeros or changes_more(optimizer))
             self._parameters += {id(p): p for group in optimizer.param_groups for p in group["params"]}.values()
         self._before = before
-        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._hidden: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.hide()
 
     def hide(self) -> None:
         """Take away the gradients that there are."""
-        self._hidden = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        for p, _ in self._hidden:
-            p.grad = None
+        for p in self._parameters:
+            if p.grad is not None:
+                shown = torch.zeros_like(p.grad) if self._sees_zeros else None
+                self._hidden.append((p, p.grad, shown))
+                p.grad = shown
 
     def show(self) -> None:
         """Put them back, where there are no others by now."""
-        for p, gradient in self._hidden:
-            if p.grad is None:
+        for p, gradient, shown in self._hidden:
+            if p.grad is shown:
                 p.grad = gradient
         self._hidden = []
 
@@ -166,7 +169,7 @@ class SkippedStep:
         """The step is over: put everything back.
 
         Raises:
-            RuntimeError: if the optimizer has changed large tensors though it saw no gradient.
+            RuntimeError: if an optimizer that was to pass over its parameters has changed large tensors.
         """
         self.show()
         self._before.restore()
@@ -249,6 +252,12 @@ def changes_more(optimizer: torch.optim.Optimizer) -> bool:
     """
     inner = any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values())
     return inner or isinstance(optimizer, torch.optim.LBFGS) or _is_called(optimizer, _MOVE_BEFORE_THE_CLOSURE)
+
+
+def _passes_over_missing_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step leaves parameters without a gradient alone, and their moments."""
+    package = inspect.unwrap(type(optimizer).step).__module__.partition(".")[0]
+    return package in _PASS_OVER and not _is_called(optimizer, _RAISE_WITHOUT_GRADIENTS)
 
 
 def _is_called(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> bool:

@@ -6,6 +6,7 @@ Loops of real libraries are in tests/integrations.
 import copy
 import dataclasses
 import math
+import pickle
 import types
 
 import numpy as np
@@ -338,7 +339,7 @@ def test_a_skipped_step_changes_no_array_and_no_record():
 
 
 class Decaying(torch.optim.Optimizer):
-    """Moves parameters without gradients too: its steps cannot be skipped by hiding these."""
+    """Moves parameters without gradients too."""
 
     def __init__(self, params):
         super().__init__(params, {})
@@ -349,17 +350,57 @@ class Decaying(torch.optim.Optimizer):
             p *= 0.5
 
 
-def test_an_optimizer_that_moves_without_gradients_is_put_back_or_named():
+class OfAKnownPackage(Decaying):
+    def step(self, closure=None):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p *= 0.5
+
+    step.__module__ = "schedulefree.made_up"
+
+
+class NeverAsks(torch.optim.Optimizer):
+    """Takes every parameter's gradient for granted, and cannot do with NaN."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            assert p.grad.isfinite().all()
+            p.sub_(p.grad * 0.1 + 0.01)
+            self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p, 0.1)
+
+
+@pytest.mark.parametrize("make", [Decaying, NeverAsks])
+@pytest.mark.parametrize("size", [4, 5000])
+def test_an_optimizer_that_moves_without_gradients_is_put_back(make, size):
+    p = Parameter(torch.ones(size))
+    optimizer = make([p])
+    initlab.GradClipper(optimizer, 1.0)
+    for value in (NAN, 1.0, NAN):
+        p.grad = gradient = torch.full((size,), value)
+        before = copy.deepcopy((optimizer.state_dict(), p))
+        optimizer.step()
+        assert p.grad is gradient
+        if math.isnan(value):
+            torch.testing.assert_close((optimizer.state_dict(), p), before, rtol=0, atol=0)
+        else:
+            assert not torch.equal(p, before[1])
+
+
+def test_an_optimizer_that_was_to_pass_over_parameters_is_named():
     small, large = Parameter(torch.ones(4)), Parameter(torch.ones(5000))
-    optimizer = Decaying([small])
+    optimizer = OfAKnownPackage([small])
     initlab.GradClipper(optimizer, 1.0)
     small.grad = torch.full((4,), NAN)
     optimizer.step()
     assert torch.equal(small, torch.ones(4))
-    optimizer = Decaying([large])
+    optimizer = OfAKnownPackage([large])
     initlab.GradClipper(optimizer, 1.0)
     large.grad = torch.full((5000,), NAN)
-    with pytest.raises(RuntimeError, match=r"Decaying changed 1 of its tensors, the first of shape \(5000,\)"):
+    with pytest.raises(RuntimeError, match=r"OfAKnownPackage changed 1 of its tensors, the first of shape \(5000,\)"):
         optimizer.step()
 
 
@@ -841,3 +882,39 @@ def test_norms_of_tensors_that_are_passed_twice():
     x, y = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
     norm, norms = initlab.get_total_norm([x, y, x], per_parameter=True)
     assert (float(norm), norms.tolist()) == (13.0, [5.0, 12.0, 5.0])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_a_clipper_clip_the_copied_optimizer(how, fused):
+    p, optimizer = weight(fused=fused)
+    clipper = initlab.GradClipper(optimizer, 1.0, named_parameters=[("w", p)])
+    p.grad = torch.full((4,), NAN)
+    optimizer.step()
+    q, other, twin = how((p, optimizer, clipper))
+    for value in (100.0, NAN):
+        q.grad = torch.full((4,), value)
+        other.step()
+    torch.testing.assert_close(q.detach(), torch.full((4,), 0.95))
+    stats = twin.stats()
+    assert (stats.steps, stats.clipped, stats.nonfinite, stats.first_bad_parameter) == (3, 1, 2, "w")
+    assert (clipper.stats().steps, clipper.stats().nonfinite) == (1, 1)
+    assert torch.equal(p, torch.ones(4))
+    with pytest.raises(RuntimeError, match="has a GradClipper already"):
+        initlab.GradClipper(other, 1.0)
+    initlab.GradClipper(how(optimizer), 1.0)
+    clipper.remove()
+    clipper = initlab.GradClipper(optimizer, 1.0, scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(TypeError, match=r"with a scaler cannot be copied; save its state_dict\(\)"):
+        how(clipper)
+
+
+def test_a_parameter_belongs_to_one_of_several_optimizers():
+    p, one = weight()
+    other = torch.optim.SGD([p], lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"parameter 0 of group 0 of optimizer 1, of shape \(4,\) is in optimizer 0 too"
+    ):
+        initlab.GradClipper([one, other], 1.0)
+    initlab.GradClipper([one], 1.0)
+    initlab.GradClipper(other, 1.0)
