@@ -21,10 +21,12 @@ from torch.nn.init import calculate_gain
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
 from .activations import activations_after, start_before
+from .builds import BuildRecord
 from .fans import Fans, compute_fans
 from .naming import TensorRef, walk
 from .patterns import compile_pattern
 from .recipe_parts import (
+    Chooser,
     DistributionName,
     DistributionOf,
     NamedRecipe,
@@ -40,7 +42,7 @@ from .recipe_parts import (
     zero_bias,
 )
 from .recording import read_init_weights
-from .specs import FillSpec, whole_fill
+from .specs import FillSpec, Refused, whole_fill
 
 FanMode: TypeAlias = Literal["fan_in", "fan_out"]
 
@@ -408,6 +410,8 @@ def _resolve(recipe: Any, where: str) -> NamedRecipe:
     """`where` is how errors call it: an entry of a mapping by its pattern."""
     if isinstance(recipe, NamedRecipe):
         return recipe
+    if isinstance(recipe, BuildRecord):
+        return recipe.recipe()
     if isinstance(recipe, str):
         if recipe in _RECIPES:
             return _RECIPES[recipe]()
@@ -499,7 +503,7 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
     base = next((part.name for pattern, part in chain if pattern == "*"), "torch")
     special = [pattern for pattern, _ in chain if pattern != "*"]
 
-    def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
+    def prepare(view: View) -> Chooser:
         names = [name for ref in view.refs for name in ref.names]
         fits = {pattern: compile_pattern(pattern, names) for pattern, _ in chain}
         for pattern, fit in fits.items():
@@ -508,7 +512,7 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
         prepared = [(fits[pattern], part(view)) for pattern, part in chain]
         default = torch()(view)
 
-        def choose(ref: TensorRef) -> FillSpec | None:
+        def choose(ref: TensorRef) -> FillSpec | Refused | None:
             for fit, part in prepared:
                 if any(map(fit, ref.names)) and (found := part(ref)) is not None:
                     return found
@@ -516,4 +520,5 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
 
         return choose
 
-    return NamedRecipe(f"{base} with rules for {', '.join(special)}" if special else base, prepare)
+    of_buffers = next((part.prepare_buffers for pattern, part in chain if pattern == "*"), None)
+    return NamedRecipe(f"{base} with rules for {', '.join(special)}" if special else base, prepare, of_buffers)

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uni
 from .._init_draws import kaiming_std
 from .arithmetic import affine, clamped, inverse_error
 from .layers import reader, reset_function
+from .memory import Layout, slice_of
 from .naming import class_name
 from .redirection import Redirect
-from .specs import DimSlice, FillSpec, InitTrace
+from .specs import FillSpec, InitTrace
 
 
 class _Refused(Exception):
@@ -273,7 +274,7 @@ class _Recorder(Redirect):
             if whole:
                 self.temporaries[storage] = tensor, distribution
             return tensor
-        dim_slice = _slice_of(tensor, stand_in)
+        dim_slice = slice_of(Layout.of(tensor), Layout.of(stand_in))
         if dim_slice is False:
             self._give_up([stand_in], f"{self.where} fills a part of it that is no slice of one dimension")
         else:
@@ -458,30 +459,3 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse, or a wrapper around other tensors
         return -id(tensor)
-
-
-def _slice_of(view: Tensor, whole: Tensor) -> DimSlice | Literal[False] | None:
-    """Which slice of a stand-in a view of it is: None if all of it, False if it is none."""
-    if view.storage_offset() == whole.storage_offset() and view.numel() == whole.numel():
-        # All of it in another shape, or its dimensions in another order: independent draws do not mind.
-        dense = view.is_contiguous() and whole.is_contiguous()
-        if dense or _dimensions(view) == _dimensions(whole):
-            return None
-    offset = view.storage_offset() - whole.storage_offset()
-    for dim, (size, stride) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
-        if stride == 0 or offset % stride or not 0 <= offset // stride < max(size, 1):
-            continue
-        start = offset // stride
-        rest = [pair for d, pair in enumerate(zip(whole.shape, whole.stride(), strict=True)) if d != dim]
-        seen = list(zip(view.shape, view.stride(), strict=True))
-        if seen == rest:
-            return DimSlice(dim, start, 1)
-        longer = view.dim() == whole.dim() and view.stride(dim) == stride and start + view.shape[dim] <= size
-        if longer and seen[:dim] + seen[dim + 1 :] == rest:
-            return DimSlice(dim, start, view.shape[dim])
-    return False
-
-
-def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the dimensions that are more than one element long, in no order of theirs."""
-    return sorted((n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
