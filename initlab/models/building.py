@@ -29,6 +29,7 @@ from .contents import Contents, Value, computed, literal, whole
 from .naming import class_name
 from .operations import Operations
 from .patches import INIT_PATCHES, Observer, sinks
+from .redirection import skipped_on_meta
 
 
 class _Recording(Observer):
@@ -116,7 +117,7 @@ class _Functions(TorchFunctionMode):
             mode = args[2] if len(args) > 2 else kwargs.get("mode", "fan_in")
             if 0 not in tensor.shape:
                 recording.contents.note_fan(tensor, _calculate_correct_fan(tensor, mode))
-        elif func is Tensor.ndimension and args[0].is_meta:
+        elif func is Tensor.dim and args[0].is_meta:
             name = skipped_on_meta(sys._getframe(1))
             if name:
                 recording.contents.write(args[0], computed(f"{recording.where()} writes it by {name}"))
@@ -124,22 +125,6 @@ class _Functions(TorchFunctionMode):
 
 
 _OF_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
-_SKIPPED_ON_META = {torch.nn.init.orthogonal_.__code__: "orthogonal_", torch.nn.init.sparse_.__code__: "sparse_"}
-
-
-def skipped_on_meta(frame: FrameType | None) -> str:
-    """The function of torch.nn.init that is running, where it is one that leaves meta tensors alone; else empty.
-
-    Those that a library has imported by name go past every patch; but they ask the tensor for its dimensions, which a
-    function mode sees.
-    """
-    for _ in range(4):  # other modes may lie between
-        if frame is None:
-            return ""
-        if frame.f_code in _SKIPPED_ON_META:
-            return _SKIPPED_ON_META[frame.f_code]
-        frame = frame.f_back
-    return ""
 
 
 def _asks_whether_to_start(frame: FrameType | None) -> bool:

@@ -168,6 +168,9 @@ class Contents:
         found.reverse()
         if any(value.distribution is None for _, value in found):
             return whole(next(value for _, value in found if value.distribution is None))
+        random = next((value for _, value in found if value.draw is not None), None)
+        if random is not None and any(n > 1 and s == 0 for n, s in zip(layout.shape, layout.stride, strict=True)):
+            return computed(f"{random.why} repeats random numbers")
         if found and not covers(found, layout.shape):
             return computed(f"{found[-1][1].why} writes only a part of it")
         return tuple(found)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
+from initlab.kernels import Constant, Distribution, Normal, Uniform
 
 from .arithmetic import affine, clamped, inverse_error
 from .contents import Contents, Fills, Value, computed, literal, whole
@@ -128,7 +128,8 @@ class Operations:
                 return float(value)
         return None
 
-    def _constant(self, tensor: Tensor) -> complex | None:
+    def _constant(self, tensor: Tensor) -> Any:
+        """The number that a tensor holds all over; None if there is none."""
         fills = self._read(tensor)
         found = fills[0][1].distribution if len(fills) == 1 and fills[0][0] is None else None
         return found.value if isinstance(found, Constant) else None
@@ -149,7 +150,8 @@ class Operations:
         if name in ("rand", "rand_like"):
             return self._sampled(lambda: Uniform(0.0, 1.0), kwargs)
         if name == "uniform":
-            low, high = [*args[1:], *(0.0, 1.0)[len(args) - 1 :]]
+            bounds = [*args[1:], *(0.0, 1.0)[len(args) - 1 :]]
+            low, high = bounds[:2]
             low, high = kwargs.get("from", low), kwargs.get("to", high)
             return self._sampled(lambda: Uniform(low, high), kwargs)
         if name == "normal":
@@ -171,10 +173,10 @@ class Operations:
         operands = list(args[1:] if in_place else args)
         mean = operands[0] if operands else kwargs.get("mean", 0.0)
         std = operands[1] if len(operands) > 1 else kwargs.get("std", 1.0)
-        numbers = [self._number(x) for x in (mean, std)]
+        numbers: list[Any] = [self._number(x) for x in (mean, std)]
         if None in numbers:
             return None
-        return self._sampled(lambda: Normal(*numbers), kwargs)  # type: ignore[arg-type]
+        return self._sampled(lambda: Normal(*numbers), kwargs)
 
     def _copied(self, tensor: Tensor, source: Tensor) -> Fills | None:
         fills = self._read(source)
@@ -283,10 +285,10 @@ class Operations:
             return None
         if name in _REARRANGING:
             found = set(values.values())
-            return whole(Value(Constant(found.pop()), self.where())) if len(found) == 1 else None  # type: ignore[arg-type]
+            return whole(Value(Constant(found.pop()), self.where())) if len(found) == 1 else None
 
         def element(x: Any) -> Any:
-            return torch.full((), values[id(x)], dtype=x.dtype, device="cpu") if isinstance(x, Tensor) else x  # type: ignore[arg-type]
+            return torch.full((), values[id(x)], dtype=x.dtype, device="cpu") if isinstance(x, Tensor) else x
 
         try:
             result = func(*tree_map(element, args), **tree_map(element, kwargs))

@@ -6,6 +6,7 @@ constants, and what scales or shifts them. Whatever else is written has no distr
 
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,7 +24,7 @@ from .arithmetic import affine, clamped, inverse_error
 from .layers import reader, reset_function
 from .memory import Layout, slice_of
 from .naming import class_name
-from .redirection import Redirect
+from .redirection import Redirect, skipped_on_meta
 from .specs import FillSpec, InitTrace
 
 
@@ -296,6 +297,8 @@ class _Recorder(Redirect):
                 if not tensor.is_meta and _storage(tensor) in self.real_storages:
                     raise _Refused("it uses a parameter or buffer that it keeps elsewhere as well")
         target = args[0] if args and isinstance(args[0], Tensor) else None
+        if name == "dim" and target is not None and target.is_meta and (skipped := skipped_on_meta(sys._getframe(1))):
+            self.no_distribution(target, skipped)
         if target is not None:
             distribution = self._distribution_after(name, target, args[1:], kwargs)
             if distribution is not None:

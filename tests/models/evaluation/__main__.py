@@ -11,11 +11,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import initlab
 
@@ -51,7 +49,7 @@ def verdict(build: Build, way: str, theirs: list[dict[str, torch.Tensor]]) -> tu
         mine = ours(build, way, len(theirs))
     except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
         inside = any("initlab" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
-        refused = isinstance(error, ValueError) and "cannot fill" in str(error) or "set by nobody" in str(error)
+        refused = (isinstance(error, ValueError) and "cannot fill" in str(error)) or "set by nobody" in str(error)
         lines = [line for line in str(error).splitlines() if line.strip()]
         return ("refused" if refused else "error" if inside else "unbuilt"), "; ".join(
             lines[1:3] if refused else lines[:1]

@@ -13,27 +13,125 @@ from torch import nn
 
 Build = Callable[[], nn.Module]
 
-TIMM = (
-    "resnet18 resnet50 resnetv2_50 resnet26d resnext50_32x4d seresnet50 skresnet18 res2net50_26w_4s regnety_002 "
-    "regnetx_002 efficientnet_b0 efficientnetv2_rw_t mobilenetv2_050 mobilenetv3_small_050 mnasnet_small ghostnet_050 "
-    "densenet121 dla34 dpn68 vgg11 vgg11_bn inception_v3 inception_v4 xception41 nasnetalarge hrnet_w18_small "
-    "selecsls42 tresnet_m nfnet_l0 dm_nfnet_f0 convnext_atto convnextv2_atto convmixer_768_32 poolformer_s12 "
-    "vit_tiny_patch16_224 vit_relpos_small_patch16_224 deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 "
-    "deit3_small_patch16_224 beit_base_patch16_224 beitv2_base_patch16_224 eva02_tiny_patch14_224 cait_xxs24_224 "
-    "xcit_nano_12_p16_224 crossvit_tiny_240 coat_tiny coatnet_nano_rw_224 maxvit_pico_rw_256 levit_128s "
-    "swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swin_s3_tiny_224 twins_svt_small pvt_v2_b0 pit_ti_224 "
-    "tnt_s_patch16_224 visformer_tiny mixer_s32_224 gmixer_12_224 resmlp_12_224 gmlp_ti16_224 edgenext_xx_small "
-    "mobilevit_xxs mobilevitv2_050 efficientformer_l1 efficientformerv2_s0 fastvit_t8 repvit_m0_9 tiny_vit_5m_224 "
-    "volo_d1_224 sequencer2d_s focalnet_tiny_srf davit_tiny gcvit_xxtiny inception_next_tiny mambaout_femto "
-    "hiera_tiny_224 hgnet_tiny rdnet_tiny repghostnet_050 cspresnet50 darknet53 eca_nfnet_l0 gernet_s repvgg_a0 "
-    "starnet_s1 shvit_s1 mobilenetv4_conv_small test_vit test_resnet test_convnext test_byobnet naflexvit_base_patch16_gap"
-).split()
+TIMM = [
+    "resnet18",
+    "resnet50",
+    "resnetv2_50",
+    "resnet26d",
+    "resnext50_32x4d",
+    "seresnet50",
+    "skresnet18",
+    "res2net50_26w_4s",
+    "regnety_002",
+    "regnetx_002",
+    "efficientnet_b0",
+    "efficientnetv2_rw_t",
+    "mobilenetv2_050",
+    "mobilenetv3_small_050",
+    "mnasnet_small",
+    "ghostnet_050",
+    "densenet121",
+    "dla34",
+    "dpn68",
+    "vgg11",
+    "vgg11_bn",
+    "inception_v3",
+    "inception_v4",
+    "xception41",
+    "nasnetalarge",
+    "hrnet_w18_small",
+    "selecsls42",
+    "tresnet_m",
+    "nfnet_l0",
+    "dm_nfnet_f0",
+    "convnext_atto",
+    "convnextv2_atto",
+    "convmixer_768_32",
+    "poolformer_s12",
+    "vit_tiny_patch16_224",
+    "vit_relpos_small_patch16_224",
+    "deit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "beit_base_patch16_224",
+    "beitv2_base_patch16_224",
+    "eva02_tiny_patch14_224",
+    "cait_xxs24_224",
+    "xcit_nano_12_p16_224",
+    "crossvit_tiny_240",
+    "coat_tiny",
+    "coatnet_nano_rw_224",
+    "maxvit_pico_rw_256",
+    "levit_128s",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+    "swin_s3_tiny_224",
+    "twins_svt_small",
+    "pvt_v2_b0",
+    "pit_ti_224",
+    "tnt_s_patch16_224",
+    "visformer_tiny",
+    "mixer_s32_224",
+    "gmixer_12_224",
+    "resmlp_12_224",
+    "gmlp_ti16_224",
+    "edgenext_xx_small",
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "fastvit_t8",
+    "repvit_m0_9",
+    "tiny_vit_5m_224",
+    "volo_d1_224",
+    "sequencer2d_s",
+    "focalnet_tiny_srf",
+    "davit_tiny",
+    "gcvit_xxtiny",
+    "inception_next_tiny",
+    "mambaout_femto",
+    "hiera_tiny_224",
+    "hgnet_tiny",
+    "rdnet_tiny",
+    "repghostnet_050",
+    "cspresnet50",
+    "darknet53",
+    "eca_nfnet_l0",
+    "gernet_s",
+    "repvgg_a0",
+    "starnet_s1",
+    "shvit_s1",
+    "mobilenetv4_conv_small",
+    "test_vit",
+    "test_resnet",
+    "test_convnext",
+    "test_byobnet",
+    "naflexvit_base_patch16_gap",
+]
 
-TORCHVISION = (
-    "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5 "
-    "mobilenet_v2 mobilenet_v3_small regnet_x_400mf resnet18 resnet50 shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t "
-    "vgg11 vgg11_bn vit_b_32"
-).split()
+TORCHVISION = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "resnet18",
+    "resnet50",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_0",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11",
+    "vgg11_bn",
+    "vit_b_32",
+]
 
 
 def _installed(name: str) -> bool:
@@ -45,7 +143,7 @@ def timm_models() -> dict[str, Build]:
     import timm
 
     known = set(timm.list_models())
-    return {f"timm {n}": lambda n=n: timm.create_model(n) for n in TIMM if n in known}
+    return {f"timm {n}": lambda n=n: timm.create_model(n) for n in TIMM.split() if n in known}
 
 
 def torchvision_models() -> dict[str, Build]:
@@ -53,13 +151,16 @@ def torchvision_models() -> dict[str, Build]:
     from torchvision import models
 
     extra = {"inception_v3": {"init_weights": True}, "googlenet": {"init_weights": True}}
-    return {f"torchvision {n}": lambda n=n: getattr(models, n)(weights=None, **extra.get(n, {})) for n in TORCHVISION}
+    return {
+        f"torchvision {n}": lambda n=n: getattr(models, n)(weights=None, **extra.get(n, {}))
+        for n in TORCHVISION.split()
+    }
 
 
 def _torchvision() -> None:
     """Lets torchvision be imported where its compiled operators do not fit this torch: no model here uses them."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except (ImportError, RuntimeError):
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
@@ -98,18 +199,134 @@ SMALL: dict[str, Any] = dict.fromkeys(
     "moe_intermediate_size": 32,
 }
 
-TRANSFORMERS = (
-    "albert audio_spectrogram_transformer bart beit bert bert-generation big_bird bigbird_pegasus blenderbot bloom "
-    "camembert canine codegen cohere convbert convnext convnextv2 ctrl data2vec-text data2vec-vision deberta deberta-v2 "
-    "deit dinov2 distilbert dpr electra ernie esm falcon fnet focalnet gemma gemma2 glm gpt2 gpt_bigcode gpt_neo "
-    "gpt_neox gpt_neox_japanese gptj granite hiera hubert ibert imagegpt jetmoe led levit lilt llama longformer luke "
-    "m2m_100 mamba mamba2 marian markuplm mbart megatron-bert mistral mixtral mobilebert mobilenet_v1 mobilenet_v2 "
-    "mobilevit mobilevitv2 modernbert mpnet mpt mra mt5 mvp nemotron nystromformer olmo olmo2 opt pegasus phi phi3 "
-    "plbart poolformer prophetnet pvt pvt_v2 qwen2 qwen2_moe qwen3 recurrent_gemma regnet rembert resnet roberta "
-    "roberta-prelayernorm roc_bert roformer rwkv segformer speech_to_text splinter squeezebert stablelm starcoder2 swin "
-    "swin2sr swinv2 switch_transformers t5 timesformer umt5 unispeech vit vit_mae vit_msn vivit wav2vec2 wavlm whisper "
-    "xglm xlm xlm-roberta xlnet xmod yolos yoso"
-).split()
+TRANSFORMERS = [
+    "albert",
+    "audio_spectrogram_transformer",
+    "bart",
+    "beit",
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "bigbird_pegasus",
+    "blenderbot",
+    "bloom",
+    "camembert",
+    "canine",
+    "codegen",
+    "cohere",
+    "convbert",
+    "convnext",
+    "convnextv2",
+    "ctrl",
+    "data2vec-text",
+    "data2vec-vision",
+    "deberta",
+    "deberta-v2",
+    "deit",
+    "dinov2",
+    "distilbert",
+    "dpr",
+    "electra",
+    "ernie",
+    "esm",
+    "falcon",
+    "fnet",
+    "focalnet",
+    "gemma",
+    "gemma2",
+    "glm",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gpt_neox_japanese",
+    "gptj",
+    "granite",
+    "hiera",
+    "hubert",
+    "ibert",
+    "imagegpt",
+    "jetmoe",
+    "led",
+    "levit",
+    "lilt",
+    "llama",
+    "longformer",
+    "luke",
+    "m2m_100",
+    "mamba",
+    "mamba2",
+    "marian",
+    "markuplm",
+    "mbart",
+    "megatron-bert",
+    "mistral",
+    "mixtral",
+    "mobilebert",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "mobilevit",
+    "mobilevitv2",
+    "modernbert",
+    "mpnet",
+    "mpt",
+    "mra",
+    "mt5",
+    "mvp",
+    "nemotron",
+    "nystromformer",
+    "olmo",
+    "olmo2",
+    "opt",
+    "pegasus",
+    "phi",
+    "phi3",
+    "plbart",
+    "poolformer",
+    "prophetnet",
+    "pvt",
+    "pvt_v2",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "recurrent_gemma",
+    "regnet",
+    "rembert",
+    "resnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "rwkv",
+    "segformer",
+    "speech_to_text",
+    "splinter",
+    "squeezebert",
+    "stablelm",
+    "starcoder2",
+    "swin",
+    "swin2sr",
+    "swinv2",
+    "switch_transformers",
+    "t5",
+    "timesformer",
+    "umt5",
+    "unispeech",
+    "vit",
+    "vit_mae",
+    "vit_msn",
+    "vivit",
+    "wav2vec2",
+    "wavlm",
+    "whisper",
+    "xglm",
+    "xlm",
+    "xlm-roberta",
+    "xlnet",
+    "xmod",
+    "yolos",
+    "yoso",
+]
 
 
 def transformers_models() -> dict[str, Build]:
@@ -129,7 +346,7 @@ def transformers_models() -> dict[str, Build]:
         model: nn.Module = AutoModel.from_config(config)
         return model
 
-    return {f"transformers {kind}": lambda kind=kind: build(kind) for kind in TRANSFORMERS}
+    return {f"transformers {kind}": lambda kind=kind: build(kind) for kind in TRANSFORMERS.split()}
 
 
 def diffusers_models() -> dict[str, Build]:
@@ -145,6 +362,8 @@ def diffusers_models() -> dict[str, Build]:
         "attention_head_dim": 8,
     }
     up = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    control = {k: v for k, v in unet.items() if k != "sample_size"}
+    control["conditioning_embedding_out_channels"] = (16, 32)
     small = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
     return {
         "diffusers UNet2D": lambda: d.UNet2DModel(
@@ -155,7 +374,7 @@ def diffusers_models() -> dict[str, Build]:
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         ),
         "diffusers UNet2DCondition": lambda: d.UNet2DConditionModel(**unet, **up),
-        "diffusers ControlNet": lambda: d.ControlNetModel(**unet, conditioning_embedding_out_channels=(16, 32)),
+        "diffusers ControlNet": lambda: d.ControlNetModel(**control),
         "diffusers AutoencoderKL": lambda: d.AutoencoderKL(
             block_out_channels=(32, 64),
             down_block_types=("DownEncoderBlock2D",) * 2,
