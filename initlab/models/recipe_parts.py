@@ -71,11 +71,13 @@ class NamedRecipe:
         name: its name.
         prepare: gives, for a model, the function that chooses the spec of each parameter.
         prepare_buffers: the same for buffers; None leaves them to reset_parameters.
+        advice: what else can be done where it refuses, for the message.
     """
 
     name: str
     prepare: Recipe
     prepare_buffers: Callable[[View], Callable[[TensorRef], FillSpec | None]] | None = None
+    advice: str = ""
 
     def __call__(self, view: View) -> Chooser:
         """The function that gives each parameter of the view its spec."""

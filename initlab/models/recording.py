@@ -4,7 +4,6 @@ The code runs on the meta device, so it takes no time, draws nothing and writes 
 constants, and what scales or shifts them. Whatever else is written has no distribution, and is recorded as unreadable.
 """
 
-import inspect
 import math
 import sys
 import warnings
@@ -21,6 +20,7 @@ from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uni
 
 from .._init_draws import kaiming_std
 from .arithmetic import affine, clamped, inverse_error
+from .entry_points import children_first, owners_of_init_weights, public_starts
 from .layers import reader, reset_function
 from .memory import Layout, slice_of
 from .naming import class_name
@@ -30,20 +30,6 @@ from .specs import FillSpec, InitTrace
 
 class _Refused(Exception):
     """The code wrote to a tensor that is not a stand-in."""
-
-
-def children_first(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model in the order in which torch's Module.apply visits them, each once."""
-    seen: set[int] = set()
-    stack: list[tuple[nn.Module, bool]] = [(model, False)]
-    while stack:
-        module, done = stack.pop()
-        if done:
-            yield module
-        elif id(module) not in seen:
-            seen.add(id(module))
-            stack.append((module, True))
-            stack += [(child, False) for child in reversed(module._modules.values()) if child is not None]
 
 
 def read_resets(model: nn.Module, trace: InitTrace) -> None:
@@ -112,30 +98,25 @@ def read_init_weights(model: nn.Module, trace: InitTrace) -> None:
             recorder.run(lambda: owner._init_weights(module), module, where, trace)  # noqa: B023
 
 
-def owners_of_init_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """(module, the nearest module above it, itself included, that has an `_init_weights(module)`), children first."""
-    nearest: dict[int, Any] = {}
-    stack: list[tuple[nn.Module, Any]] = [(model, None)]
-    while stack:
-        module, owner = stack.pop()
-        if id(module) in nearest:
-            continue
-        owner = module if _takes_a_module(module) else owner
-        nearest[id(module)] = owner
-        stack += [(child, owner) for child in module._modules.values() if child is not None]
-    for module in children_first(model):
-        if nearest[id(module)] is not None:
-            yield module, nearest[id(module)]
+def read_public_starts(model: nn.Module, trace: InitTrace) -> bool:
+    """Enter into a trace what the public functions that start a model write, children first.
 
+    These are `init_weights()`, `init_states()` and `initialize_weights()`, as timm and torchtitan have them, where they
+    need no arguments. Those of transformers come to `_init_weights`, and mmengine's may load files: neither is run.
 
-def _takes_a_module(module: nn.Module) -> bool:
-    if not callable(getattr(type(module), "_init_weights", None)):
-        return False
-    try:
-        inspect.signature(module._init_weights).bind(module)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
-    return True
+    Returns:
+        Whether there is any. One that does not run to its end is left out, with all that it wrote.
+    """
+    found = False
+    tied = _owned_by_another(model)
+    for module, name in list(public_starts(model)):
+        attempt = trace.copy()
+        attempt.ignored = tied.get(id(module), frozenset())
+        with stand_ins(model) as recorder:
+            if recorder.run(getattr(module, name), module, f"{class_name(module)}.{name}", attempt):
+                trace.recorded, trace.unreadable, trace.writes = attempt.recorded, attempt.unreadable, attempt.writes
+                found = True
+    return found
 
 
 @contextmanager
@@ -231,9 +212,16 @@ class _Recorder(Redirect):
         for key, spec in found.recorded.items():
             for dim_slice, distribution in spec.fills if key in self.real else ():
                 trace.write(self.real[key], distribution, spec.why, dim_slice, spec.fan)
+            if key in self.real:
+                trace.count(self.real[key], found.writes[key] - len(spec.fills))
 
-    def run(self, code: Callable[[], Any], module: nn.Module, where: str, trace: InitTrace) -> None:
-        """Run code of a module, which may reach everything below it; its writes go into the trace."""
+    def run(self, code: Callable[[], Any], module: nn.Module, where: str, trace: InitTrace) -> bool:
+        """Run code of a module, which may reach everything below it; its writes go into the trace.
+
+        Returns:
+            Whether it ran to its end.
+        """
+        done = False
         self.trace, self.where = trace, where
         places = [
             (tensors, name, tensor, _storage(tensor))
@@ -246,6 +234,7 @@ class _Recorder(Redirect):
             with warnings.catch_warnings(), kept_generators(), torch.no_grad(), torch.device("meta"), self:
                 warnings.simplefilter("ignore")
                 code()
+            done = True
         except _Refused as error:
             self._give_up((place[2] for place in places), f"{where} cannot be read: {error}")
         except Exception as error:
@@ -258,6 +247,7 @@ class _Recorder(Redirect):
                 self._give_up([tensor], f"{where} replaces it instead of filling it")
                 tensors[name] = tensor
         self.temporaries.clear()
+        return done
 
     def _give_up(self, stand_ins: Iterable[Tensor], why: str) -> None:
         for stand_in in stand_ins:
@@ -378,6 +368,15 @@ class _Recorder(Redirect):
         return found if found is not None and len(found.fills) == 1 and found.fills[0][0] is None else None
 
 
+def _writes_of_trunc_normal() -> int:
+    probe = torch.empty(2, device="meta")
+    nn.init.trunc_normal_(probe)
+    return probe._version
+
+
+_TRUNC_NORMAL_WRITES = _writes_of_trunc_normal()  # newer torch leaves tensors on the meta device alone: 0
+
+
 class _RecordingSink:
     """The sink of a recorder: the functions of torch.nn.init, which record the distribution of what they would draw."""
 
@@ -415,6 +414,9 @@ class _RecordingSink:
         b: float = 2.0,
         generator: Any = None,
     ) -> Tensor:
+        stand_in = self.recorder.by_storage.get(_storage(tensor))
+        if stand_in is not None:
+            self.recorder.trace.count(self.recorder.real[id(stand_in)], _TRUNC_NORMAL_WRITES - 1)
         return self.recorder.sampled(tensor, TruncatedNormal(mean, std, a, b))
 
     def orthogonal_(self, tensor: Tensor, gain: float = 1, generator: Any = None) -> Tensor:

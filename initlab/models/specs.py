@@ -82,17 +82,20 @@ class InitTrace:
         recorded: by the id of a tensor, the spec found so far.
         unreadable: by the id of a tensor, why no distribution is known for what is written to it.
         ignored: ids of tensors whose writes are not recorded for now.
+        writes: by the id of a tensor, how many times it is written.
     """
 
     def __init__(self) -> None:
         self.recorded: dict[int, FillSpec] = {}
         self.unreadable: dict[int, str] = {}
         self.ignored: frozenset[int] = frozenset()
+        self.writes: dict[int, int] = {}
 
     def copy(self) -> "InitTrace":
         """Another trace that begins with what this one has recorded."""
         trace = InitTrace()
         trace.recorded, trace.unreadable = dict(self.recorded), dict(self.unreadable)
+        trace.writes = dict(self.writes)
         return trace
 
     def write(
@@ -104,6 +107,7 @@ class InitTrace:
         fan: float | None = None,
     ) -> None:
         """Record that `tensor`, or a slice of it, is filled with `distribution`."""
+        self.count(tensor)
         if id(tensor) in self.ignored:
             return
         if dim_slice is None:
@@ -116,10 +120,15 @@ class InitTrace:
 
     def give_up(self, tensor: Tensor, why: str) -> None:
         """Record that `tensor` is written in a way that no distribution describes."""
+        self.count(tensor)
         if id(tensor) in self.ignored:
             return
         self.recorded.pop(id(tensor), None)
         self.unreadable[id(tensor)] = why
+
+    def count(self, tensor: Tensor, writes: int = 1) -> None:
+        """Count writes to a tensor, also those that are ignored."""
+        self.writes[id(tensor)] = self.writes.get(id(tensor), 0) + writes
 
     def complete(self, tensor: Tensor) -> FillSpec | None:
         """The spec of a tensor, if it fills all elements; None otherwise."""

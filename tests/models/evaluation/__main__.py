@@ -58,7 +58,7 @@ def verdict(build: Build, way: str, theirs: list[dict[str, torch.Tensor]]) -> tu
     return ("different", f"{len(found)}: {found[0]}") if found else ("equal", "")
 
 
-def main(names: list[str], ways: list[str], seeds: int) -> collections.Counter:
+def main(names: list[str], ways: list[str], seeds: int, limit: float) -> collections.Counter:
     groups = [name for name in names if name in GROUPS] or list(GROUPS)
     parts = [name for name in names if name not in GROUPS]
     count: collections.Counter = collections.Counter()
@@ -68,7 +68,9 @@ def main(names: list[str], ways: list[str], seeds: int) -> collections.Counter:
             continue
         began = time.time()
         try:
-            theirs = [start(build, seed) for seed in range(seeds)]
+            theirs = [start(build, 0)]
+            if sum(t.numel() for t in theirs[0].values()) <= limit:
+                theirs += [start(build, seed) for seed in range(1, seeds)]
         except Exception as error:  # a configuration that does not fit together
             print(
                 f"{name:44s} not built: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[
@@ -76,6 +78,8 @@ def main(names: list[str], ways: list[str], seeds: int) -> collections.Counter:
                 ],
                 flush=True,
             )
+            continue
+        if sum(t.numel() for t in theirs[0].values()) > limit:
             continue
         group = name.partition(" ")[0]
         count[group, "models"] += 1
@@ -112,6 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="builds of each model by its library")
+    parser.add_argument("--limit", type=float, default=1e8, help="elements of the largest model")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    main(arguments.names, arguments.ways, arguments.seeds)
+    main(arguments.names, arguments.ways, arguments.seeds, arguments.limit)
