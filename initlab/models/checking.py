@@ -5,13 +5,15 @@ probability less than a level, if the code was read rightly, is refused with les
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
 from ..distributed.dtensors import local
+from .entry_points import uncounted_code
 from .naming import TensorRef
 from .specs import FillSpec
 
@@ -22,15 +24,12 @@ _SAMPLE = 1 << 15  # elements that are looked at
 _SPREAD = 2654435761  # odd, 2^32 / golden ratio: its multiples reach all rows and columns
 
 
-def mismatch(ref: TensorRef, spec: FillSpec, writes: int, tensors: int) -> str | None:
+def mismatch(ref: TensorRef, spec: FillSpec, tensors: int) -> str | None:
     """Why a tensor's values cannot be what a spec says; None where they can, or nothing tells.
-
-    On the meta device there are no values, and only the number of writes in place tells.
 
     Args:
         ref: the parameter.
         spec: what the model's code was read to fill it with.
-        writes: how many times that code writes to it.
         tensors: how many tensors the model has, over which the level is spread.
 
     Example:
@@ -41,13 +40,11 @@ def mismatch(ref: TensorRef, spec: FillSpec, writes: int, tensors: int) -> str |
         >>> from initlab.models.specs import whole_fill
         >>> layer = torch.nn.Linear(64, 1024)
         >>> ref = tensor_refs(layer)[0][0]
-        >>> mismatch(ref, whole_fill(Uniform(-0.125, 0.125), "Linear"), 1, 2)
-        >>> print(mismatch(ref, whole_fill(Uniform(-0.13, 0.13), "Linear"), 1, 2))
+        >>> mismatch(ref, whole_fill(Uniform(-0.125, 0.125), "Linear"), 2)
+        >>> print(mismatch(ref, whole_fill(Uniform(-0.13, 0.13), "Linear"), 2))
         by Linear it would be uniform[-0.13, 0.13), and its values lie much too close to each other
     """
     tensor = ref.tensor.detach()
-    if tensor.is_meta:
-        return _too_many_writes(ref.tensor, spec, writes)
     values = local(tensor)
     if values.layout != torch.strided or values.numel() == 0:
         return None
@@ -64,12 +61,39 @@ def mismatch(ref: TensorRef, spec: FillSpec, writes: int, tensors: int) -> str |
     return None
 
 
-def _too_many_writes(tensor: Tensor, spec: FillSpec, writes: int) -> str | None:
-    if spec.guess:
-        return "no code of the model that initlab can read writes it, and on the meta device it has no values to check"
-    if tensor.is_inference() or tensor._version <= writes:
-        return None
-    return f"it has been written {tensor._version} times, and {spec.why} and what else was read explain {writes}"
+class MetaWrites:
+    """On the meta device there are no values: only how often a tensor has been written to in place tells.
+
+    Args:
+        model: the model.
+        refs: its parameters.
+        resets: by the id of a tensor, how often reset_parameters writes to it.
+        every: the same, with all other code that was read.
+    """
+
+    def __init__(
+        self, model: nn.Module, refs: Sequence[TensorRef], resets: Mapping[int, int], every: Mapping[int, int]
+    ) -> None:
+        self.unseen = uncounted_code(model)
+        # transformers does not call `_init_weights` on the meta device. Then it explains no write either.
+        counts = [(_version(ref.tensor), every.get(id(ref.tensor), 0)) for ref in refs if ref.tensor.is_meta]
+        self.explained = every if all(version >= count for version, count in counts) else resets
+
+    def mismatch(self, ref: TensorRef, spec: FillSpec) -> str | None:
+        """Why a parameter may hold something else than a spec says; None where nothing tells."""
+        if spec.guess:
+            return "no code that can be read writes it, and on the meta device it has no values to check a guess by"
+        for owner, _ in ref.places:
+            if id(owner) in self.unseen:
+                return f"{self.unseen[id(owner)]} may write to it, and on the meta device that shows nowhere"
+        version, explained = _version(ref.tensor), self.explained.get(id(ref.tensor), 0)
+        if version <= explained:
+            return None
+        return f"it has been written {version} times, and the code that was read explains {explained}"
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _differs(values: Tensor, distribution: Distribution, level: float) -> str:

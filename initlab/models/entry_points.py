@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -71,3 +72,57 @@ def _takes_a_module(module: nn.Module) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+_READ = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "forward", *_PUBLIC})
+_UNCOUNTED = frozenset({"trunc_normal_", "orthogonal_", "sparse_"})  # newer torch leaves meta tensors alone in these
+_WRITING = frozenset({"normal_", "uniform_", "fill_", "zero_", "copy_", "mul_", "add_", "div_", "sub_", "clamp_"})
+
+
+def uncounted_code(model: nn.Module) -> dict[int, str]:
+    """Code of a model that is not read and whose writes no version counter of a meta tensor shows.
+
+    Returns:
+        By the id of a module, the name of such code in its class or in that of a module above it.
+    """
+    classes: dict[type, str] = {}
+    found: dict[int, str] = {}
+    stack: list[tuple[nn.Module, str]] = [(model, "")]
+    while stack:
+        module, above = stack.pop()
+        kind = type(module)
+        if kind not in classes:
+            classes[kind] = _uncounted(kind)
+        here = above or classes[kind]
+        if id(module) in found and (found[id(module)] or not here):
+            continue
+        found[id(module)] = here
+        stack += [(child, here) for child in module._modules.values() if child is not None]
+    return {key: where for key, where in found.items() if where}
+
+
+def _uncounted(kind: type) -> str:
+    """The function that does so, of those that the constructor of a class calls, itself included."""
+    waiting: list[Any] = [vars(cls)["__init__"] for cls in kind.__mro__ if "__init__" in vars(cls)]
+    seen: set[Any] = set()
+    while waiting:
+        function = waiting.pop()
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__code__", None)
+        home = str(getattr(function, "__module__", ""))
+        if code is None or code in seen or home == "torch" or home.startswith("torch."):
+            continue
+        seen.add(code)
+        names = _names(code)
+        if names & _UNCOUNTED or ("data" in names and names & _WRITING):
+            return str(function.__qualname__)
+        for name in names - _READ:
+            waiting.append(getattr(kind, name, None))
+            called = function.__globals__.get(name)
+            waiting.append(called if inspect.isfunction(called) else None)
+    return ""
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return {*code.co_names}.union(*inner)

@@ -22,7 +22,7 @@ from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uni
 
 from .activations import activations_after, start_before
 from .builds import BuildRecord
-from .checking import mismatch
+from .checking import MetaWrites, mismatch
 from .fans import Fans, compute_fans
 from .naming import TensorRef, walk
 from .patterns import compile_pattern
@@ -98,16 +98,22 @@ def own(check: bool = True) -> NamedRecipe:
         # Whether the constructor called the public functions is not known: the values tell.
         traces = [public, trace] if read_public_starts(view.model, public) else [trace]
 
+        meta = [MetaWrites(view.model, view.refs, view.resets.writes, found.writes) for found in traces]
+
+        def differs(ref: TensorRef, spec: FillSpec, writes: MetaWrites) -> str | None:
+            if not check:
+                return None
+            return writes.mismatch(ref, spec) if ref.tensor.is_meta else mismatch(ref, spec, len(view.refs))
+
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
             reason = ""
-            for found in traces:
+            for found, writes in zip(traces, meta, strict=True):
                 if id(ref.tensor) in found.unreadable:
                     return Refused(found.unreadable[id(ref.tensor)])
                 spec = found.complete(ref.tensor) or guess_by_name(ref)
                 if spec is None:
                     continue
-                writes = found.writes.get(id(ref.tensor), 0)
-                why = mismatch(ref, keep_padding(ref, spec), writes, len(view.refs)) if check else None
+                why = differs(ref, keep_padding(ref, spec), writes)
                 if why is None:
                     return spec
                 reason = reason or why
