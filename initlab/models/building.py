@@ -55,7 +55,7 @@ class _Recording(Observer):
     def drawn(self, tensor: Tensor, distribution: Distribution) -> None:
         """A function of initlab.init has filled a tensor."""
         if not self.suspended:
-            self.contents.write(tensor, whole(Value(distribution, self.where(), draw=self.contents.new_draw())))
+            self.contents.write(tensor, whole(Value(distribution, self.where(), draws=self.contents.new_draw())))
 
     def observe(self, target: str, call: Callable[[], Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """A function of torch.nn.init, of which operators show too little: on meta these do nothing."""

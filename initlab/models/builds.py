@@ -218,8 +218,8 @@ def _copies(found: Mapping[Any, _Found]) -> tuple[dict[Any, tuple[str, ...]], di
     by_draw: dict[int, dict[Any, list[tuple[Any, ...]]]] = {}
     for place, (_, _, fills) in found.items():
         for _, value in fills or ():
-            if value.draw is not None:
-                by_draw.setdefault(value.draw, {}).setdefault(place, []).append(value.path)
+            for draw in value.draws:
+                by_draw.setdefault(draw, {}).setdefault(place, []).append(value.path)
     equal: dict[Any, tuple[str, ...]] = {}
     shared: dict[Any, tuple[str, ...]] = {}
     for places in by_draw.values():
@@ -240,7 +240,7 @@ def _copies(found: Mapping[Any, _Found]) -> tuple[dict[Any, tuple[str, ...]], di
 
 def _content(tensor: Tensor, name: str, fills: Fills | None) -> Any:
     """What has to be equal for two tensors to hold equal random numbers."""
-    return tuple(tensor.shape), tuple((part, v.distribution, v.draw, v.path) for part, v in fills or ())
+    return tuple(tensor.shape), tuple((part, v.distribution, v.draws, v.path) for part, v in fills or ())
 
 
 def _are_disjoint(groups: list[set[tuple[Any, ...]]]) -> bool:

@@ -3,6 +3,7 @@
 Writes go by storage and place, not by tensor: a view, a slice, `.data` and a Parameter of a tensor see the same ones.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -29,7 +30,7 @@ class Value:
         distribution: None if no distribution describes it.
         why: the code that wrote it, or why there is no distribution.
         fan: the connections that the distribution was derived from, where that is known.
-        draw: which random numbers it is made of; None for constants. Copies have equal ones.
+        draws: which random numbers it is made of; none for constants. Copies have equal ones.
         path: how the elements were taken from those that were drawn: slices of slices; "?" where the order was lost;
             anything else names arithmetic.
     """
@@ -37,7 +38,7 @@ class Value:
     distribution: Distribution | None
     why: str
     fan: float | None = None
-    draw: int | None = None
+    draws: tuple[int, ...] = ()
     path: tuple[DimSlice | str, ...] = ()
 
 
@@ -80,10 +81,10 @@ class Contents:
         self.held: dict[int, _Held] = {}
         self.draws = 0
 
-    def new_draw(self) -> int:
+    def new_draw(self) -> tuple[int, ...]:
         """A number for random numbers that are drawn now."""
         self.draws += 1
-        return self.draws
+        return (self.draws,)
 
     def _entry(self, tensor: Tensor, make: bool) -> _Held | None:
         try:
@@ -163,17 +164,39 @@ class Contents:
             if not isinstance(part, DimSlice):
                 if _are_apart(write.layout, layout):
                     continue
-                return computed(f"{value.why} fills a part of it that is no slice of one dimension")
+                pieces = _pieces(entry.writes, layout, local.dtype)
+                return pieces or computed(f"{value.why} fills a part of it that is no slice of one dimension")
             found.append((part, value))
         found.reverse()
         if any(value.distribution is None for _, value in found):
             return whole(next(value for _, value in found if value.distribution is None))
-        random = next((value for _, value in found if value.draw is not None), None)
+        random = next((value for _, value in found if value.draws), None)
         if random is not None and any(n > 1 and s == 0 for n, s in zip(layout.shape, layout.stride, strict=True)):
             return computed(f"{random.why} repeats random numbers")
         if found and not covers(found, layout.shape):
             return computed(f"{found[-1][1].why} writes only a part of it")
         return tuple(found)
+
+
+def _pieces(writes: Sequence[_Write], layout: Layout, dtype: torch.dtype) -> Fills | None:
+    """The fills of a tensor that is written piece by piece, all pieces from one distribution; None for any other.
+
+    A fused query, key and value of torchtitan is: for each group of heads three pieces.
+    """
+    inside = [w for w in writes if w.layout.offset < layout.end and layout.offset < w.layout.end]
+    first = inside[0].value
+    if first.distribution is None or any(
+        w.value.distribution != first.distribution or w.dtype != dtype for w in inside
+    ):
+        return None
+    fits = layout.is_dense() and all(layout.offset <= w.layout.offset and w.layout.end <= layout.end for w in inside)
+    if not fits or sum(w.layout.numel for w in inside) != layout.numel:
+        return None
+    if not all(_are_apart(a.layout, b.layout) for a, b in itertools.combinations(inside, 2)):
+        return None
+    draws = tuple(draw for w in inside for draw in w.value.draws)
+    paths = tuple(step for w in inside for step in w.value.path)
+    return whole(replace(first, draws=draws, path=paths))
 
 
 def literal(tensor: Any, where: str) -> Fills:
@@ -209,7 +232,9 @@ def _path(view: Layout, drawn: Layout) -> Sequence[DimSlice | str]:
 
 
 def _are_apart(a: Layout, b: Layout) -> bool:
-    """Whether two layouts of one storage, whose spans meet, share no element: slices of one matrix, side by side."""
+    """Whether two layouts of one storage share no element: apart, or slices of one matrix, side by side."""
+    if a.end <= b.offset or b.end <= a.offset:
+        return True
     if a.unit != b.unit:
         return False
     shared = {s for n, s in a.dimensions()} | {s for n, s in b.dimensions()}

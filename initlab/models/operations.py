@@ -139,7 +139,7 @@ class Operations:
         if generator is not None and generator is not torch.default_generator:
             return computed(f"{self.where()} draws it from a generator of its own, which fixes the values")
         try:
-            return whole(Value(distribution(), self.where(), draw=self.contents.new_draw()))
+            return whole(Value(distribution(), self.where(), draws=self.contents.new_draw()))
         except (RuntimeError, ValueError) as error:
             return computed(f"{self.where()}: {error}")
 

@@ -144,6 +144,32 @@ def test_slices(device):
 
 
 @DEVICES
+def test_pieces_of_one_distribution(device):
+    """A fused query, key and value, as torchtitan fills it: for each of two groups of heads three pieces."""
+
+    def fused(scale: float) -> torch.Tensor:
+        weight = torch.empty(2 * 4 * 3, 5)
+        view = weight.view(2, 4, 3, 5)
+        for start, end, std in ((0, 2, 0.02), (2, 3, 0.02 * scale), (3, 4, 0.02)):
+            view[:, start:end].copy_(torch.empty(2, end - start, 3, 5).normal_(std=std))
+        return weight
+
+    assert row_of(lambda: fused(1.0), device).distribution == Normal(0.0, 0.02)
+    with pytest.raises(ValueError, match="no slice of one dimension"):
+        row_of(lambda: fused(2.0), device)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(fused(1.0))
+            self.b = nn.Parameter(self.a.detach().clone())
+
+    made, model = record(Two, device)
+    initlab.init_model_(model, 0, made, device="cpu")
+    assert torch.equal(model.a, model.b)
+
+
+@DEVICES
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
