@@ -346,6 +346,9 @@ def test_numbers_that_are_shared(device):
                 self.q, self.k = nn.Parameter(whole[:3]), nn.Parameter(whole[3:])
             elif how == "negative":
                 self.q, self.k = nn.Parameter(whole.clone()), nn.Parameter(-whole)
+            elif how == "turned":
+                square = torch.randn(3, 3)
+                self.q, self.k = nn.Parameter(square.clone()), nn.Parameter(square.t().clone().contiguous())
             elif how == "transposed":
                 self.q, self.k = nn.Parameter(whole[:3].clone()), nn.Parameter(whole[:3].t().contiguous())
             else:
@@ -355,7 +358,7 @@ def test_numbers_that_are_shared(device):
         made, model = record(lambda how=how: Shared(how), device)
         initlab.init_model_(model, 0, made, device="cpu")
         assert not torch.equal(model.q, model.k)
-    for how in ("negative", "transposed", "overlapping"):
+    for how in ("negative", "turned", "transposed", "overlapping"):
         made, model = record(lambda how=how: Shared(how), device)
         with pytest.raises(ValueError, match=r"q .in Shared.: it is computed from the random numbers of k"):
             initlab.init_model_(model, 0, made, device="cpu")

@@ -31,6 +31,12 @@ def drawn(distribution: object, count: int, dtype: torch.dtype = torch.float32) 
 
 drawn.seed = 0
 
+
+def leaning(count: int, side: int) -> torch.Tensor:
+    """Of the scale of the planned ones; three in four are on one side of 0."""
+    return (torch.randn(count) * 0.02).clamp(-0.04, 0.04).abs() * torch.where(torch.rand(count) < 0.75, side, -side)
+
+
 DISTRIBUTIONS = [
     Normal(0.0, 0.02),
     Normal(1.0, 0.02),
@@ -67,6 +73,8 @@ def test_no_false_refusals(distribution, dtype):
         (100_000, lambda n: torch.rand(n) * 0.18 - 0.09),
         (4096, lambda n: torch.randn(n) * 0.02 + 0.01),
         (4096, lambda n: (torch.randn(n) * 0.02).abs()),
+        (4096, lambda n: leaning(n, 1)),
+        (4096, lambda n: leaning(n, -1)),
     ],
 )
 def test_what_is_refused(planned, count, values):
