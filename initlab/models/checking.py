@@ -75,9 +75,18 @@ class MetaWrites:
         self, model: nn.Module, refs: Sequence[TensorRef], resets: Mapping[int, int], every: Mapping[int, int]
     ) -> None:
         self.unseen = uncounted_code(model)
-        # transformers does not call `_init_weights` on the meta device. Then it explains no write either.
-        counts = [(_version(ref.tensor), every.get(id(ref.tensor), 0)) for ref in refs if ref.tensor.is_meta]
-        self.explained = every if all(version >= count for version, count in counts) else resets
+        self.resets, self.every = resets, every
+        alone = [ref for ref in refs if ref.tensor.is_meta and len(ref.places) == 1]
+        self.skipped = any(_version(ref.tensor) < every.get(id(ref.tensor), 0) for ref in alone)
+
+    def explained(self, tensor: Tensor) -> int:
+        """How many writes to a tensor the code that was read explains.
+
+        transformers does not call `_init_weights` on the meta device. Then that explains none, but a single one in the
+        constructor of a layer that is not torch's does not matter to a tensor that `_init_weights` would write anew.
+        """
+        resets, every = (counts.get(id(tensor), 0) for counts in (self.resets, self.every))
+        return max(resets, 1) if self.skipped and every > resets else every
 
     def mismatch(self, ref: TensorRef, spec: FillSpec) -> str | None:
         """Why a parameter may hold something else than a spec says; None where nothing tells."""
@@ -86,7 +95,7 @@ class MetaWrites:
         for owner, _ in ref.places:
             if id(owner) in self.unseen:
                 return f"{self.unseen[id(owner)]} may write to it, and on the meta device that shows nowhere"
-        version, explained = _version(ref.tensor), self.explained.get(id(ref.tensor), 0)
+        version, explained = _version(ref.tensor), self.explained(ref.tensor)
         if version <= explained:
             return None
         return f"it has been written {version} times, and the code that was read explains {explained}"

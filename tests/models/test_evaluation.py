@@ -15,7 +15,7 @@ from evaluation.zoo import models
 
 SEEDS = 3
 # Computed starts, which a record refuses, and what no code sets on the meta device, leave the rest.
-EQUAL = {"transformers": 0.85, "diffusers": 0.9, "peft": 0.9}
+EQUAL = {"transformers": 0.85, "diffusers": 0.9, "peft": 0.75}
 
 
 @pytest.mark.long
@@ -53,7 +53,7 @@ class Small(nn.Module):
     ("changed", "said"),
     [
         ({}, []),
-        ({"std": 0.023}, ["copy: values have", "weight: values have"]),
+        ({"std": 0.026}, ["copy: values have", "weight: values have"]),
         ({"bias": 0.1}, ["bias: 0.1 to 0.1 for the fixed 0 to 0"]),
         ({"copies": False}, ["other copies"]),
         ({"rows": True}, ["copy: ", "weight: "]),
