@@ -112,7 +112,10 @@ class Contents:
         entry = self._entry(local, make=True)
         if entry is None:
             return
-        layout = Layout.of(local)
+        try:
+            layout = Layout.of(local)
+        except RuntimeError:  # nested tensors have no strides
+            return
         if local is not tensor and any(part is not None for part, _ in fills):
             fills = computed("a part of a DTensor is written")
         for part, value in fills:
@@ -149,7 +152,10 @@ class Contents:
             return None
         if entry.data and not entry.writes:
             return literal(local.detach(), "data")
-        layout = Layout.of(local)
+        try:
+            layout = Layout.of(local)
+        except RuntimeError:
+            return computed("it has no strides")
         found: list[tuple[DimSlice | None, Value]] = []
         for write in reversed(entry.writes):
             if layout.numel and (write.layout.end <= layout.offset or layout.end <= write.layout.offset):

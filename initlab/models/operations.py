@@ -94,17 +94,20 @@ class Operations:
         self, tensor: Tensor, name: str, func: Any, args: Any, kwargs: dict[str, Any], alone: bool
     ) -> Fills | None:
         """What a tensor holds after a call; None where nothing has been written to what it was copied from."""
-        if name == "copy" and self._copies_storage(args):
-            return None
-        if alone:
-            found = self._known(tensor, name, func, args, kwargs)
-            if found is not None:
-                return found
-            found = self._of_constants(tensor, name, func, args, kwargs)
-            if found is not None:
-                return found
-        if name in _COPIES and self._read(args[0]) == ():
-            return None
+        try:
+            if name == "copy" and self._copies_storage(args):
+                return None
+            if alone:
+                found = self._known(tensor, name, func, args, kwargs)
+                if found is not None:
+                    return found
+                found = self._of_constants(tensor, name, func, args, kwargs)
+                if found is not None:
+                    return found
+            if name in _COPIES and self._read(args[0]) == ():
+                return None
+        except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            pass  # what is not understood must not end the build: it is refused later, by name
         return computed(f"{self.where()} computes it, by {name}")
 
     def _copies_storage(self, args: Any) -> bool:

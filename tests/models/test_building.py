@@ -452,3 +452,26 @@ def test_changed_shapes_are_refused():
     model.weight = nn.Parameter(torch.ones(4, 5))
     with pytest.raises(ValueError, match=r"had the shape \(4, 4\), and now it has \(4, 5\)"):
         initlab.init_model_(model, 0, made)
+
+
+def test_tensors_that_are_not_strided():
+    """They are made as without a record, and refused."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sparse = nn.Parameter(torch.eye(3).to_sparse() * 2)
+            self.linear = nn.Linear(3, 3)
+            nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+            self.register_buffer("total", (nested * 2).sum(dim=-1, keepdim=True).unbind()[0].sum())
+            self.register_buffer("quantized", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+            self.register_buffer("complex", torch.view_as_real(torch.ones(2, dtype=torch.complex64)))
+            torch._foreach_mul_([self.linear.weight.data, self.linear.bias.data], 2.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made, model = record(Odd)
+    assert float(model.total) == 4.0
+    assert torch.equal(model.sparse.detach().to_dense(), torch.eye(3) * 2)
+    with pytest.raises(ValueError, match=r"cannot fill 3 of 3(?s:.)*sparse .in Odd(?s:.)*_foreach_mul"):
+        initlab.init_model_(model, 0, made)
