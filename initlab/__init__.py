@@ -30,6 +30,7 @@ from .clipping import (  # noqa: E402
 )
 from .diagnosis import Cause, Diagnosis, LayerRow, Place, diagnose, supervised  # noqa: E402
 from .models import (  # noqa: E402
+    BuildRecord,
     InitReport,
     ModelDigest,
     Row,
@@ -38,12 +39,14 @@ from .models import (  # noqa: E402
     not_loaded,
     plan_model,
     recipes,
+    record_build,
     swap,
 )
 from .nn import LinearReLU, fuse_linear_relu, linear_relu  # noqa: E402
 from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 
 __all__ = [
+    "BuildRecord",
     "Cause",
     "ClipReport",
     "ClipStats",
@@ -75,6 +78,7 @@ __all__ = [
     "not_loaded",
     "plan_model",
     "recipes",
+    "record_build",
     "supervised",
     "swap",
     "watch",

@@ -80,9 +80,11 @@ def test_recipes_know_the_module(recipe):
 
     plain, fused = model(), model()
     assert fuse_linear_relu(fused).fused == ("0", "3")
+    named = recipe
+    recipe = initlab.recipes.own(check=False) if recipe == "own" else recipe  # fusing keeps the values of Linear
     rows = zip(initlab.plan_model(fused, 0, recipe).rows, initlab.plan_model(plain, 0, recipe).rows, strict=True)
     for ours, theirs in rows:
-        if recipe in ("torch", "own") and ours.name[0] in "03":
+        if named in ("torch", "own") and ours.name[0] in "03":
             fan_in = 64 if ours.name[0] == "0" else 16
             assert ours.std == (0 if "bias" in ours.name else pytest.approx((2 / fan_in) ** 0.5))
         else:

@@ -1,12 +1,15 @@
 """Whole models: filling them by name, recipes, redirecting a library's own init calls, reports and digests."""
 
 from . import recipes
+from .building import record_build
+from .builds import BuildRecord
 from .digest import ModelDigest, model_digest
 from .initialization import init_model_, not_loaded, plan_model
 from .report import InitReport, Row
 from .swapping import swap
 
 __all__ = [
+    "BuildRecord",
     "InitReport",
     "ModelDigest",
     "Row",
@@ -15,5 +18,6 @@ __all__ = [
     "not_loaded",
     "plan_model",
     "recipes",
+    "record_build",
     "swap",
 ]

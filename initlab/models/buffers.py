@@ -12,10 +12,11 @@ from initlab.kernels import named_key
 
 from .._console import listing
 from ..distributed.shards import local_shards
+from .entry_points import owners_of_init_weights
 from .layers import reset_function
 from .naming import TensorRef, class_name
 from .plan import Plan
-from .recording import kept_generators, owners_of_init_weights, stand_ins
+from .recording import kept_generators, stand_ins
 from .swapping import swap
 
 Buffers: TypeAlias = Callable[[str, Tensor], Tensor | float | None]

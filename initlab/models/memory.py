@@ -1,10 +1,104 @@
-"""Which parameters of a model share memory."""
+"""Where in its storage a tensor lies, which part of another it is, and which parameters of a model share memory."""
+
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distributed.dtensors import local
 from .naming import TensorRef
+from .specs import DimSlice
+
+
+class Layout(NamedTuple):
+    """Where the elements of a tensor lie in its storage, in bytes.
+
+    Args:
+        offset: of the first element.
+        shape: the tensor's.
+        stride: the bytes from one element to the next, in each dimension.
+        unit: the bytes of an element.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    unit: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Layout":
+        """The layout of a strided tensor."""
+        unit = tensor.element_size()
+        return cls(
+            int(tensor.storage_offset()) * unit, tuple(tensor.shape), tuple(s * unit for s in tensor.stride()), unit
+        )
+
+    def narrow(self, part: DimSlice | None) -> "Layout":
+        """The layout of a slice of the tensor; None is all of it."""
+        if part is None:
+            return self
+        dim, start, length = part
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        return Layout(self.offset + start * self.stride[dim], shape, self.stride, self.unit)
+
+    @property
+    def end(self) -> int:
+        """The byte after the last one."""
+        if 0 in self.shape:
+            return self.offset
+        return self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) + self.unit
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    def dimensions(self) -> list[tuple[int, int]]:
+        """(size, stride) of the dimensions that are more than one element long, in no order of theirs."""
+        return sorted((n, s) for n, s in zip(self.shape, self.stride, strict=True) if n > 1)
+
+    def is_dense(self) -> bool:
+        """Whether it leaves out no byte between its first and its last, and meets none twice."""
+        expected = self.unit
+        for size, stride in sorted(self.dimensions(), key=lambda pair: pair[1]):
+            if stride != expected:
+                return False
+            expected *= size
+        return True
+
+    def is_contiguous(self) -> bool:
+        """Whether it is dense, its last dimension innermost."""
+        expected = self.unit
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1:
+                if stride != expected:
+                    return False
+                expected *= size
+        return True
+
+
+def slice_of(view: Layout, whole: Layout) -> DimSlice | Literal[False] | None:
+    """Which slice of a tensor a view of its storage is: None if all of it, False if it is none."""
+    if view.offset == whole.offset and view.numel == whole.numel:
+        # All of it in another shape, or its dimensions in another order: independent draws do not mind.
+        if view.is_contiguous() and whole.is_contiguous():
+            return None
+        if view.dimensions() == whole.dimensions():
+            return None
+    offset = view.offset - whole.offset
+    for dim, (size, stride) in enumerate(zip(whole.shape, whole.stride, strict=True)):
+        if stride == 0 or offset % stride or not 0 <= offset // stride < max(size, 1):
+            continue
+        start = offset // stride
+        rest = [pair for d, pair in enumerate(zip(whole.shape, whole.stride, strict=True)) if d != dim]
+        seen = list(zip(view.shape, view.stride, strict=True))
+        if seen == rest:
+            return DimSlice(dim, start, 1)
+        longer = len(view.shape) == len(whole.shape) and view.stride[dim] == stride and start + view.shape[dim] <= size
+        if longer and seen[:dim] + seen[dim + 1 :] == rest:
+            return DimSlice(dim, start, view.shape[dim])
+    return False
 
 
 def shared_memory(parameters: list[TensorRef]) -> list[tuple[str, str]]:

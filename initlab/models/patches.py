@@ -40,15 +40,23 @@ class Sink(Protocol):
     def dirac_(self, tensor: Tensor, groups: int = ...) -> Tensor: ...
 
 
+class Observer:
+    """A sink that lets a call pass, to the sink around it or to torch, and looks at it."""
+
+    def observe(self, target: str, call: Callable[[], Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Make the call of the function `target` of torch.nn.init, and return what it returns."""
+        return call()
+
+
 # Modes are per thread, patches are not: the patches ask which sink their own thread has. Not a contextvar, which other
 # threads can inherit, while modes stay where they were entered.
 _thread = threading.local()
 
 
-def sinks() -> list[Sink]:
-    """The sinks of the redirects that this thread is inside, innermost last."""
+def sinks() -> list[Any]:
+    """The sinks, and observers, of the redirects that this thread is inside, innermost last."""
     try:
-        found: list[Sink] = _thread.sinks
+        found: list[Any] = _thread.sinks
     except AttributeError:
         found = _thread.sinks = []
     return found
@@ -126,10 +134,21 @@ def _is_torchs(function: Any) -> bool:
 def _ask_thread(original: _F, target: str) -> _F:
     @functools.wraps(original)
     def redirected(*args: Any, **kwargs: Any) -> Any:
-        entered = sinks()
-        return (getattr(entered[-1], target) if entered else original)(*args, **kwargs)
+        return _through(sinks(), len(sinks()), original, target, args, kwargs)
 
     return redirected  # type: ignore[return-value]
+
+
+def _through(
+    entered: list[Any], depth: int, original: Callable[..., Any], target: str, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Call the innermost sink of the first `depth`; one that only observes calls what is below it."""
+    if depth == 0:
+        return original(*args, **kwargs)
+    sink = entered[depth - 1]
+    if not isinstance(sink, Observer):
+        return getattr(sink, target)(*args, **kwargs)
+    return sink.observe(target, lambda: _through(entered, depth - 1, original, target, args, kwargs), args, kwargs)
 
 
 _PADDING = "_fill_padding_idx_with_zero"  # of embeddings, at the end of reset_parameters
@@ -138,7 +157,8 @@ _PADDING = "_fill_padding_idx_with_zero"  # of embeddings, at the end of reset_p
 def _zero_in_place(original: _F) -> _F:
     @functools.wraps(original)
     def zero_padding(self: Any) -> None:
-        if self.padding_idx is None or not sinks() or not is_dtensor(self.weight):
+        swapped = any(not isinstance(sink, Observer) for sink in sinks())
+        if self.padding_idx is None or not swapped or not is_dtensor(self.weight):
             original(self)
             return
         fill_(draws(self.weight, Constant(0.0), 0, (0, self.padding_idx, 1)))

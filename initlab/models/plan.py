@@ -22,7 +22,7 @@ from .patterns import compile_pattern
 from .recipe_parts import RecipeLike, View, head_std, is_head, keep_padding, short_repr
 from .recipes import resolve
 from .report import InitReport, Row, report_of
-from .specs import FillSpec
+from .specs import FillSpec, Refused
 
 Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
 
@@ -114,6 +114,7 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
     _refuse_shared_memory(list(shards))
     view = View(model, parameters, stage=names is not None)
     spec_of = resolved(view)
+    buffer_spec_of = resolved.for_buffers(view)
     tasks, missing, others = [], [], []
     checked: dict[tuple[Any, torch.dtype], str] = {}
     for ref in parameters:
@@ -121,8 +122,8 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
             others.append(ref)
             continue
         spec = spec_of(ref)
-        if spec is None:
-            missing.append(f"{ref.name} (in {ref.owner}): {view.unreadable(ref)}")
+        if spec is None or isinstance(spec, Refused):
+            missing.append(f"{ref.name} (in {ref.owner}): {spec.why if spec else view.unreadable(ref)}")
             continue
         spec = keep_padding(ref, spec)
         for _, distribution in spec.fills:
@@ -132,7 +133,7 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
             if fault:
                 missing.append(f"{ref.name} (in {ref.owner}): {fault}")
                 break
-        tasks.append(Task(ref, spec, named_key(seed, ref.name), shards[ref]))
+        tasks.append(Task(ref, spec, named_key(seed, spec.copy_of or ref.name), shards[ref]))
     if resolved.name == "torch":
         _warn_of_large_heads(tasks)
     if missing:
@@ -141,10 +142,10 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
             f"recipe {resolved.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
             f"written unless all that are selected can be filled:{listing(missing)}\n"
             f'Give them a distribution by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them out '
-            "with only="
+            f"with only={resolved.advice}"
         )
     for ref in buffers:
-        found = view.resets.complete(ref.tensor) if ref in selected else None
+        found = buffer_spec_of(ref) if ref in selected else None
         if found is not None or (ref in selected and ref.tensor.is_meta):
             tasks.append(Task(ref, found, named_key(seed, ref.name), _checked_shards(ref)))
         else:

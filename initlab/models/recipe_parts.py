@@ -14,7 +14,7 @@ from .fans import Fans, compute_fans, has_weight_matrix, is_embedding
 from .layers import padding_row
 from .naming import TensorRef
 from .recording import read_init_weights, read_resets
-from .specs import ONES, ZEROS, FillSpec, InitTrace, whole_fill
+from .specs import ONES, ZEROS, FillSpec, InitTrace, Refused, whole_fill
 
 DistributionName: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
 
@@ -57,21 +57,37 @@ class View:
         return next(filter(None, reasons), "no code of the model that initlab can read writes it")
 
 
-Recipe: TypeAlias = Callable[[View], Callable[[TensorRef], FillSpec | None]]
+Chooser: TypeAlias = Callable[[TensorRef], FillSpec | Refused | None]
+Recipe: TypeAlias = Callable[[View], Chooser]
 DistributionOf: TypeAlias = Callable[[TensorRef], Distribution | None]
 RecipeLike: TypeAlias = "str | NamedRecipe | Distribution | DistributionOf | Mapping[str, Any]"
 
 
 @dataclass(frozen=True)
 class NamedRecipe:
-    """A recipe with the name that reports give it; called with a View it gives the function from refs to specs."""
+    """A recipe with the name that reports give it; called with a View it gives the function from refs to specs.
+
+    Args:
+        name: its name.
+        prepare: gives, for a model, the function that chooses the spec of each parameter.
+        prepare_buffers: the same for buffers; None leaves them to reset_parameters.
+        advice: what else can be done where it refuses, for the message.
+    """
 
     name: str
     prepare: Recipe
+    prepare_buffers: Callable[[View], Callable[[TensorRef], FillSpec | None]] | None = None
+    advice: str = ""
 
-    def __call__(self, view: View) -> Callable[[TensorRef], FillSpec | None]:
+    def __call__(self, view: View) -> Chooser:
         """The function that gives each parameter of the view its spec."""
         return self.prepare(view)
+
+    def for_buffers(self, view: View) -> Callable[[TensorRef], FillSpec | None]:
+        """The function that gives each buffer its spec."""
+        if self.prepare_buffers is None:
+            return lambda ref: view.resets.complete(ref.tensor)
+        return self.prepare_buffers(view)
 
 
 def keep_padding(ref: TensorRef, found: FillSpec) -> FillSpec:

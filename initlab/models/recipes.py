@@ -22,10 +22,13 @@ from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uni
 
 from .._console import warn
 from .activations import activations_after, start_before
+from .builds import BuildRecord
+from .checking import MetaWrites, mismatch
 from .fans import Fans, compute_fans
 from .naming import TensorRef, walk
 from .patterns import compile_pattern
 from .recipe_parts import (
+    Chooser,
     DistributionName,
     DistributionOf,
     NamedRecipe,
@@ -36,13 +39,14 @@ from .recipe_parts import (
     centred,
     every_weight,
     guess_by_name,
+    keep_padding,
     short_repr,
     with_small_heads,
     with_std,
     zero_bias,
 )
-from .recording import read_init_weights
-from .specs import FillSpec, whole_fill
+from .recording import read_init_weights, read_public_starts
+from .specs import FillSpec, Refused, whole_fill
 
 FanMode: TypeAlias = Literal["fan_in", "fan_out"]
 
@@ -64,10 +68,18 @@ def torch() -> NamedRecipe:
     return NamedRecipe("torch", lambda view: lambda ref: by_default(view, ref))
 
 
-def own() -> NamedRecipe:
-    """What the model's own code does: reset_parameters of every module, then `_init_weights` of the model.
+def own(check: bool = True) -> NamedRecipe:
+    """What the model's own code does: reset_parameters of every module, then `_init_weights`, then `init_weights()`.
 
-    This is the order in which transformers and timm start a model. What a constructor itself draws cannot be read.
+    This is the order in which transformers and timm start a model. What a constructor itself draws cannot be read, so
+    the values that are there are compared with what was read: constants by value, random numbers by exact tests of
+    their scale and shape. What cannot be from that distribution is refused, at a level at which one untouched model in
+    10,000 would be. On the meta device, where there are no values, the writes in place are counted instead, and more
+    than the code that was read explains are refused. `initlab.record_build()` needs neither reading nor guessing.
+
+    Args:
+        check: False leaves the comparison out: for a model that has been trained, loaded or filled otherwise since it
+            was built, whose values say nothing of its start.
 
     Example:
         >>> import torch, initlab
@@ -75,23 +87,55 @@ def own() -> NamedRecipe:
         ...     def _init_weights(self, module):
         ...         if isinstance(module, torch.nn.Linear):
         ...             torch.nn.init.normal_(module.weight, std=0.02)
-        >>> report = initlab.init_model_(Model(torch.nn.Linear(4, 2)), seed=0, recipe="own")
+        >>> model = Model(torch.nn.Linear(4, 2))
+        >>> report = initlab.init_model_(model.apply(model._init_weights), seed=0, recipe="own")
         >>> [row.distribution for row in report.rows]
         [Normal(mean=0.0, std=0.02), Uniform(low=-0.5, high=0.5)]
     """
 
-    def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
+    def prepare(view: View) -> Chooser:
         trace = view.resets.copy()  # the view's own trace is asked for buffers, and must not be read twice
         read_init_weights(view.model, trace)
+        public = trace.copy()
+        # Whether the constructor called the public functions is not known: the values tell.
+        traces = [public, trace] if read_public_starts(view.model, public) else [trace]
 
-        def choose(ref: TensorRef) -> FillSpec | None:
-            if id(ref.tensor) in trace.unreadable:
+        meta = [MetaWrites(view.model, view.refs, view.resets.writes, found.writes) for found in traces]
+
+        def differs(ref: TensorRef, spec: FillSpec, writes: MetaWrites) -> str | None:
+            if not check:
                 return None
-            return trace.complete(ref.tensor) or guess_by_name(ref)
+            return writes.mismatch(ref, spec) if ref.tensor.is_meta else mismatch(ref, spec, len(view.refs))
+
+        def choose(ref: TensorRef) -> FillSpec | Refused | None:
+            reason = ""
+            for found, writes in zip(traces, meta, strict=True):
+                if id(ref.tensor) in found.unreadable:
+                    return Refused(found.unreadable[id(ref.tensor)])
+                spec = found.complete(ref.tensor) or guess_by_name(ref)
+                if spec is None:
+                    continue
+                why = differs(ref, keep_padding(ref, spec), writes)
+                if why is None:
+                    return spec
+                reason = reason or why
+            return Refused(reason) if reason else None
 
         return choose
 
-    return NamedRecipe("own", prepare)
+    return NamedRecipe("own", prepare, advice=_RECORD + (_UNCHECKED if check else ""))
+
+
+_RECORD = (
+    ", or record the build, which sees what no code that can be read tells:\n"
+    "    with initlab.record_build() as build:\n"
+    "        model = ...  # as it was built\n"
+    "    initlab.init_model_(model, seed, recipe=build)"
+)
+_UNCHECKED = (
+    "\nIf the model has been trained, loaded or filled since it was built, its values say nothing of its start: "
+    "recipe=initlab.recipes.own(check=False)"
+)
 
 
 def he(
@@ -426,6 +470,8 @@ def _resolve(recipe: Any, where: str) -> NamedRecipe:
     """`where` is how errors call it: an entry of a mapping by its pattern."""
     if isinstance(recipe, NamedRecipe):
         return recipe
+    if isinstance(recipe, BuildRecord):
+        return recipe.recipe()
     if isinstance(recipe, str):
         if recipe in _RECIPES:
             return _RECIPES[recipe]()
@@ -517,7 +563,7 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
     base = next((part.name for pattern, part in chain if pattern == "*"), "torch")
     special = [pattern for pattern, _ in chain if pattern != "*"]
 
-    def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
+    def prepare(view: View) -> Chooser:
         names = [name for ref in view.refs for name in ref.names]
         fits = {pattern: compile_pattern(pattern, names) for pattern, _ in chain}
         for pattern, fit in fits.items():
@@ -526,7 +572,7 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
         prepared = [(fits[pattern], part(view)) for pattern, part in chain]
         default = torch()(view)
 
-        def choose(ref: TensorRef) -> FillSpec | None:
+        def choose(ref: TensorRef) -> FillSpec | Refused | None:
             for fit, part in prepared:
                 if any(map(fit, ref.names)) and (found := part(ref)) is not None:
                     return found
@@ -534,4 +580,6 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
 
         return choose
 
-    return NamedRecipe(f"{base} with rules for {', '.join(special)}" if special else base, prepare)
+    advice = next((part.advice for _, part in chain if part.advice), "")
+    of_buffers = next((part.prepare_buffers for pattern, part in chain if pattern == "*"), None)
+    return NamedRecipe(f"{base} with rules for {', '.join(special)}" if special else base, prepare, of_buffers, advice)

@@ -4,12 +4,12 @@ The code runs on the meta device, so it takes no time, draws nothing and writes 
 constants, and what scales or shifts them. Whatever else is written has no distribution, and is recorded as unreadable.
 """
 
-import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +20,16 @@ from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uni
 
 from .._init_draws import kaiming_std
 from .arithmetic import affine, clamped, inverse_error
+from .entry_points import children_first, owners_of_init_weights, public_starts
 from .layers import reader, reset_function
+from .memory import Layout, slice_of
 from .naming import class_name
-from .redirection import Redirect
-from .specs import DimSlice, FillSpec, InitTrace
+from .redirection import Redirect, skipped_on_meta
+from .specs import FillSpec, InitTrace
 
 
 class _Refused(Exception):
     """The code wrote to a tensor that is not a stand-in."""
-
-
-def children_first(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model in the order in which torch's Module.apply visits them, each once."""
-    seen: set[int] = set()
-    stack: list[tuple[nn.Module, bool]] = [(model, False)]
-    while stack:
-        module, done = stack.pop()
-        if done:
-            yield module
-        elif id(module) not in seen:
-            seen.add(id(module))
-            stack.append((module, True))
-            stack += [(child, False) for child in reversed(module._modules.values()) if child is not None]
 
 
 def read_resets(model: nn.Module, trace: InitTrace) -> None:
@@ -110,30 +98,25 @@ def read_init_weights(model: nn.Module, trace: InitTrace) -> None:
             recorder.run(lambda: owner._init_weights(module), module, where, trace)  # noqa: B023
 
 
-def owners_of_init_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """(module, the nearest module above it, itself included, that has an `_init_weights(module)`), children first."""
-    nearest: dict[int, Any] = {}
-    stack: list[tuple[nn.Module, Any]] = [(model, None)]
-    while stack:
-        module, owner = stack.pop()
-        if id(module) in nearest:
-            continue
-        owner = module if _takes_a_module(module) else owner
-        nearest[id(module)] = owner
-        stack += [(child, owner) for child in module._modules.values() if child is not None]
-    for module in children_first(model):
-        if nearest[id(module)] is not None:
-            yield module, nearest[id(module)]
+def read_public_starts(model: nn.Module, trace: InitTrace) -> bool:
+    """Enter into a trace what the public functions that start a model write, children first.
 
+    These are `init_weights()`, `init_states()` and `initialize_weights()`, as timm and torchtitan have them, where they
+    need no arguments. Those of transformers come to `_init_weights`, and mmengine's may load files: neither is run.
 
-def _takes_a_module(module: nn.Module) -> bool:
-    if not callable(getattr(type(module), "_init_weights", None)):
-        return False
-    try:
-        inspect.signature(module._init_weights).bind(module)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
-    return True
+    Returns:
+        Whether there is any. One that does not run to its end is left out, with all that it wrote.
+    """
+    found = False
+    tied = _owned_by_another(model)
+    for module, name in list(public_starts(model)):
+        attempt = trace.copy()
+        attempt.ignored = tied.get(id(module), frozenset())
+        with stand_ins(model) as recorder:
+            if recorder.run(getattr(module, name), module, f"{class_name(module)}.{name}", attempt):
+                trace.recorded, trace.unreadable, trace.writes = attempt.recorded, attempt.unreadable, attempt.writes
+                found = True
+    return found
 
 
 @contextmanager
@@ -229,9 +212,16 @@ class _Recorder(Redirect):
         for key, spec in found.recorded.items():
             for dim_slice, distribution in spec.fills if key in self.real else ():
                 trace.write(self.real[key], distribution, spec.why, dim_slice, spec.fan)
+            if key in self.real:
+                trace.count(self.real[key], found.writes[key] - len(spec.fills))
 
-    def run(self, code: Callable[[], Any], module: nn.Module, where: str, trace: InitTrace) -> None:
-        """Run code of a module, which may reach everything below it; its writes go into the trace."""
+    def run(self, code: Callable[[], Any], module: nn.Module, where: str, trace: InitTrace) -> bool:
+        """Run code of a module, which may reach everything below it; its writes go into the trace.
+
+        Returns:
+            Whether it ran to its end.
+        """
+        done = False
         self.trace, self.where = trace, where
         places = [
             (tensors, name, tensor, _storage(tensor))
@@ -244,6 +234,7 @@ class _Recorder(Redirect):
             with warnings.catch_warnings(), kept_generators(), torch.no_grad(), torch.device("meta"), self:
                 warnings.simplefilter("ignore")
                 code()
+            done = True
         except _Refused as error:
             self._give_up((place[2] for place in places), f"{where} cannot be read: {error}")
         except Exception as error:
@@ -256,6 +247,7 @@ class _Recorder(Redirect):
                 self._give_up([tensor], f"{where} replaces it instead of filling it")
                 tensors[name] = tensor
         self.temporaries.clear()
+        return done
 
     def _give_up(self, stand_ins: Iterable[Tensor], why: str) -> None:
         for stand_in in stand_ins:
@@ -273,7 +265,7 @@ class _Recorder(Redirect):
             if whole:
                 self.temporaries[storage] = tensor, distribution
             return tensor
-        dim_slice = _slice_of(tensor, stand_in)
+        dim_slice = slice_of(Layout.of(tensor), Layout.of(stand_in))
         if dim_slice is False:
             self._give_up([stand_in], f"{self.where} fills a part of it that is no slice of one dimension")
         else:
@@ -295,6 +287,8 @@ class _Recorder(Redirect):
                 if not tensor.is_meta and _storage(tensor) in self.real_storages:
                     raise _Refused("it uses a parameter or buffer that it keeps elsewhere as well")
         target = args[0] if args and isinstance(args[0], Tensor) else None
+        if name == "dim" and target is not None and target.is_meta and (skipped := skipped_on_meta(sys._getframe(1))):
+            self.no_distribution(target, skipped)
         if target is not None:
             distribution = self._distribution_after(name, target, args[1:], kwargs)
             if distribution is not None:
@@ -374,6 +368,15 @@ class _Recorder(Redirect):
         return found if found is not None and len(found.fills) == 1 and found.fills[0][0] is None else None
 
 
+def _writes_of_trunc_normal() -> int:
+    probe = torch.empty(2, device="meta")
+    nn.init.trunc_normal_(probe)
+    return probe._version
+
+
+_TRUNC_NORMAL_WRITES = _writes_of_trunc_normal()  # newer torch leaves tensors on the meta device alone: 0
+
+
 class _RecordingSink:
     """The sink of a recorder: the functions of torch.nn.init, which record the distribution of what they would draw."""
 
@@ -411,6 +414,9 @@ class _RecordingSink:
         b: float = 2.0,
         generator: Any = None,
     ) -> Tensor:
+        stand_in = self.recorder.by_storage.get(_storage(tensor))
+        if stand_in is not None:
+            self.recorder.trace.count(self.recorder.real[id(stand_in)], _TRUNC_NORMAL_WRITES - 1)
         return self.recorder.sampled(tensor, TruncatedNormal(mean, std, a, b))
 
     def orthogonal_(self, tensor: Tensor, gain: float = 1, generator: Any = None) -> Tensor:
@@ -458,30 +464,3 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse, or a wrapper around other tensors
         return -id(tensor)
-
-
-def _slice_of(view: Tensor, whole: Tensor) -> DimSlice | Literal[False] | None:
-    """Which slice of a stand-in a view of it is: None if all of it, False if it is none."""
-    if view.storage_offset() == whole.storage_offset() and view.numel() == whole.numel():
-        # All of it in another shape, or its dimensions in another order: independent draws do not mind.
-        dense = view.is_contiguous() and whole.is_contiguous()
-        if dense or _dimensions(view) == _dimensions(whole):
-            return None
-    offset = view.storage_offset() - whole.storage_offset()
-    for dim, (size, stride) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
-        if stride == 0 or offset % stride or not 0 <= offset // stride < max(size, 1):
-            continue
-        start = offset // stride
-        rest = [pair for d, pair in enumerate(zip(whole.shape, whole.stride(), strict=True)) if d != dim]
-        seen = list(zip(view.shape, view.stride(), strict=True))
-        if seen == rest:
-            return DimSlice(dim, start, 1)
-        longer = view.dim() == whole.dim() and view.stride(dim) == stride and start + view.shape[dim] <= size
-        if longer and seen[:dim] + seen[dim + 1 :] == rest:
-            return DimSlice(dim, start, view.shape[dim])
-    return False
-
-
-def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the dimensions that are more than one element long, in no order of theirs."""
-    return sorted((n, stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)

@@ -5,7 +5,7 @@ A TorchFunctionMode sees `Tensor.normal_`, `Tensor.uniform_` and the functions o
 """
 
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -81,3 +81,21 @@ def _as_a_method(fill: Callable[..., Tensor], tensor: Tensor, a: float, b: float
         fill(torch.empty(0, dtype=tensor.dtype, device="meta"), a, b, generator=generator)  # its errors, first
         tensor.zero_()
     return fill(tensor, a, b, generator=generator)
+
+
+_SKIPPED_ON_META = {torch.nn.init.orthogonal_.__code__: "orthogonal_", torch.nn.init.sparse_.__code__: "sparse_"}
+
+
+def skipped_on_meta(frame: FrameType | None) -> str:
+    """The function of torch.nn.init that is running, where it is one that leaves meta tensors alone; else empty.
+
+    Those that a library has imported by name go past every patch; but they ask the tensor for its dimensions, which a
+    function mode sees.
+    """
+    for _ in range(4):  # other modes may lie between
+        if frame is None:
+            return ""
+        if frame.f_code in _SKIPPED_ON_META:
+            return _SKIPPED_ON_META[frame.f_code]
+        frame = frame.f_back
+    return ""

@@ -1,5 +1,6 @@
 """What tensors are filled with, as data: slices, fill specs, and the trace of what a model's code writes."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,17 +28,46 @@ class FillSpec:
         fan: the number of connections that the distribution was derived from; None if it was derived from none.
         why: what the spec was read from.
         guess: whether it was guessed from names or from the order of modules.
+        copy_of: the name whose key it takes, where it starts as a copy of another parameter; empty for its own.
     """
 
     fills: tuple[tuple[DimSlice | None, Distribution], ...]
     fan: float | None = None
     why: str = ""
     guess: bool = False
+    copy_of: str = ""
 
     @property
     def distribution(self) -> Distribution:
         """The distribution of the whole tensor, or of its first slice."""
         return self.fills[0][1]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """In the place of a spec: a recipe must not fill this parameter, and no other rule may do so instead.
+
+    Args:
+        why: the reason, for the message.
+    """
+
+    why: str
+
+
+def covers(fills: Iterable[tuple[DimSlice | None, object]], shape: Sequence[int]) -> bool:
+    """Whether fills, in the order of writing, reach all elements of a tensor of this shape."""
+    covered: dict[int, list[tuple[int, int]]] = {}
+    for part, _ in fills:
+        if part is None:
+            return True
+        covered.setdefault(part.dim, []).append((part.start, part.start + part.length))
+    for dim, spans in covered.items():
+        reached = 0
+        for start, end in sorted(spans):
+            reached = max(reached, end) if start <= reached else reached
+        if reached == shape[dim]:
+            return True
+    return False
 
 
 def whole_fill(distribution: Distribution, why: str, fan: float | None = None, guess: bool = False) -> FillSpec:
@@ -52,17 +82,20 @@ class InitTrace:
         recorded: by the id of a tensor, the spec found so far.
         unreadable: by the id of a tensor, why no distribution is known for what is written to it.
         ignored: ids of tensors whose writes are not recorded for now.
+        writes: by the id of a tensor, how many times it is written.
     """
 
     def __init__(self) -> None:
         self.recorded: dict[int, FillSpec] = {}
         self.unreadable: dict[int, str] = {}
         self.ignored: frozenset[int] = frozenset()
+        self.writes: dict[int, int] = {}
 
     def copy(self) -> "InitTrace":
         """Another trace that begins with what this one has recorded."""
         trace = InitTrace()
         trace.recorded, trace.unreadable = dict(self.recorded), dict(self.unreadable)
+        trace.writes = dict(self.writes)
         return trace
 
     def write(
@@ -74,6 +107,7 @@ class InitTrace:
         fan: float | None = None,
     ) -> None:
         """Record that `tensor`, or a slice of it, is filled with `distribution`."""
+        self.count(tensor)
         if id(tensor) in self.ignored:
             return
         if dim_slice is None:
@@ -86,24 +120,17 @@ class InitTrace:
 
     def give_up(self, tensor: Tensor, why: str) -> None:
         """Record that `tensor` is written in a way that no distribution describes."""
+        self.count(tensor)
         if id(tensor) in self.ignored:
             return
         self.recorded.pop(id(tensor), None)
         self.unreadable[id(tensor)] = why
 
+    def count(self, tensor: Tensor, writes: int = 1) -> None:
+        """Count writes to a tensor, also those that are ignored."""
+        self.writes[id(tensor)] = self.writes.get(id(tensor), 0) + writes
+
     def complete(self, tensor: Tensor) -> FillSpec | None:
         """The spec of a tensor, if it fills all elements; None otherwise."""
         found = self.recorded.get(id(tensor))
-        if found is None or found.fills[0][0] is None:
-            return found
-        covered: dict[int, list[tuple[int, int]]] = {}
-        for part, _ in found.fills:
-            if part is not None:
-                covered.setdefault(part.dim, []).append((part.start, part.start + part.length))
-        for dim, spans in covered.items():
-            reached = 0
-            for start, end in sorted(spans):
-                reached = max(reached, end) if start <= reached else reached
-            if reached == tensor.shape[dim]:
-                return found
-        return None
+        return found if found is not None and covers(found.fills, tensor.shape) else None

@@ -106,6 +106,7 @@ def test_values_are_those_of_the_names():
 
 @pytest.mark.parametrize("recipe", ["torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto"])
 def test_how_a_model_came_about_does_not_show(recipe):
+    recipe = initlab.recipes.own(check=False) if recipe == "own" else recipe  # one of them is filled before
     whole = digest_of(net(), recipe=recipe)
     reverse = net(order=("mlp", "norm", "attn"))
     reverse = nn.ModuleDict({"emb": reverse["emb"], **dict(reversed(list(reverse.items())))})  # the first owner stays

@@ -1,5 +1,6 @@
 """The same weights under every parallelism, compared with what one process fills."""
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Iterable
@@ -92,6 +93,48 @@ def ddp() -> None:
 @on(2, 3, 4, 8)
 def fsdp() -> None:
     check(spread.fsdp)
+
+
+class Started(nn.Module):
+    """A model that starts in its constructor: factories, slices, copies and ties, which nothing but a record knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(53, 15, padding_idx=1)
+        self.layers = nn.ModuleList(nn.Linear(15, 15) for _ in range(2))
+        self.twin = copy.deepcopy(self.layers[1])
+        self.token = nn.Parameter(torch.randn(7, 15) * 0.02)
+        self.gamma = nn.Parameter(torch.full((15,), 1e-5))
+        self.head = nn.Linear(15, 53, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("noise", torch.randn(15))
+        nn.init.trunc_normal_(self.layers[0].weight, std=0.02)
+        nn.init.zeros_(self.layers[0].weight[:5])
+
+
+@on(2, 4)
+def recorded_builds() -> None:
+    """A build is recorded on meta, then the model is sharded, and filled: the bits of one process."""
+    for start in (nn.Module.train, copy.deepcopy):
+        with initlab.record_build() as build, torch.device("meta"):
+            model = Started()
+        model = spread.fsdp(start(model))
+        initlab.init_model_(model, 5, build, device="cpu")
+        with initlab.record_build() as alone:
+            expected = Started()
+        initlab.init_model_(expected, 5, alone)
+        same(model, expected)
+        assert torch.equal(gathered(model.twin.weight), gathered(model.layers[1].weight))
+    with initlab.record_build() as inside:
+        layer = distribute_tensor(torch.empty(7, 15), init_mesh(), [Shard(0)])
+        holder = nn.Module()
+        holder.weight = nn.Parameter(layer)
+        nn.init.normal_(holder.weight, std=0.3)
+    assert initlab.plan_model(holder, 0, inside).rows[0].distribution == Normal(0.0, 0.3)
+
+
+def init_mesh() -> DeviceMesh:
+    return DeviceMesh("cpu", list(range(dist.get_world_size())))
 
 
 @on(2)
