@@ -156,31 +156,6 @@ def drop_state(parameters: Sequence[ParameterStats]) -> str:
     return "\n".join(f"optimizer.state.pop(model.get_parameter({one.name!r}))" for one in parameters)
 
 
-def stable_losses(evidence: Evidence, op: str) -> list[str]:
-    """Loss functions that cannot overflow, for models with logits and for models with probabilities."""
-    targets = [leaf for leaf in evidence.leaves if leaf.is_target]
-    if type(evidence.batch) not in (tuple, list) or len(evidence.batch) != 2 or len(targets) != 1:
-        return []
-    y = targets[0].tensor
-    last = _last_of(evidence.model, (nn.Softmax, nn.LogSoftmax, nn.Sigmoid))
-    identity = f"model.set_submodule({last!r}, torch.nn.Identity())  # the loss takes logits\n" if last else ""
-    functional = "torch.nn.functional"
-    if not y.is_floating_point() and y.dim() == 1 and op not in ("binary_cross_entropy",):
-        classes = "loss_fn = initlab.supervised(torch.nn.CrossEntropyLoss())"
-        by_hand = f"lambda p, y: {functional}.nll_loss(p.clamp_min(1e-7).log(), y)"
-        return [*([identity + classes] if last else []), classes, f"loss_fn = initlab.supervised({by_hand})"]
-    binary = "loss_fn = initlab.supervised(torch.nn.BCEWithLogitsLoss())"
-    shaped = f"lambda z, y: {functional}.binary_cross_entropy_with_logits(z.flatten(), y.float().flatten())"
-    found = [identity + binary] if last else []
-    return [*found, binary, f"loss_fn = initlab.supervised({shaped})"]
-
-
-def _last_of(model: nn.Module, kinds: tuple[type, ...]) -> str | None:
-    """The path of the last leaf module, if it is one of some kinds."""
-    leaves = [(path, module) for path, module in model.named_modules() if not module._modules and path]
-    return leaves[-1][0] if leaves and isinstance(leaves[-1][1], kinds) else None
-
-
 _STABLE = {
     "log": "torch.log(x.clamp_min(eps)), or a loss that takes logits: log_softmax, logsigmoid",
     "div": "x / d.clamp_min(eps), or torch.where(d > 0, x / torch.where(d > 0, d, 1.0), 0.0)",
@@ -196,7 +171,14 @@ _STABLE = {
     "batch_norm": "more than one value per channel: drop_last=True, GroupNorm, or eval mode",
     "where": "replace the argument first: torch.log(torch.where(ok, x, 1.0)), then torch.where(ok, ..., 0.0)",
     "mean": "x.sum() / max(1, x.numel()), for a selection that may be empty",
-    "acos": "torch.acos(x.clamp(-1 + eps, 1 - eps))",
+    "acos": "torch.acos(x.clamp(-1 + eps, 1 - eps)), or torch.atan2 of sine and cosine",
+    "linalg_svd": "separate singular values that are equal or 0 (x + eps * torch.randn_like(x)), or use svdvals only",
+    "linalg_eigh": "separate equal eigenvalues: x + torch.diag(eps * torch.arange(n)), or use eigvalsh only",
+    "linalg_cholesky": "torch.linalg.cholesky(x + eps * torch.eye(n))",
+    "ctc_loss": "zero_infinity=True, or leave out rows with more labels, and repeats, than frames",
+    "cosh": "for log(cosh(x)): x.abs() + torch.nn.functional.softplus(-2 * x.abs()) - math.log(2)",
+    "xlogy": "torch.xlogy(p, p.clamp_min(eps))",
+    "kl_div": "give it log-probabilities: z.log_softmax(-1)",
     "asin": "torch.asin(x.clamp(-1 + eps, 1 - eps))",
     "atan2": "torch.atan2(y, x + eps)",
     "cosine_similarity": "its own eps, above 0",

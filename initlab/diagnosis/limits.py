@@ -46,6 +46,13 @@ class Limits(NamedTuple):
     rise: float = 1.15  # of the loss along one update; dropout and momentum make it rise by a few percent
     loss_excess: float = 3.0  # first loss against that of knowing nothing
 
+    # Trials of a remedy
+    trial_steps: int = 25  # a rate that is too large by little shows itself in these
+    trial_least: int = 2  # steps that a trial takes however slow they are
+    trial_seconds: float = 3.0
+    given_back: float = 0.5  # of what the loss had fallen by: more, and it rises again
+    same_value: float = 1e-4  # difference of two losses in float32 that are the same function
+
     # Low precision
     headroom: float = 8.0  # three bits: what a few steps, or a less ordinary batch, use up
     zero_gradients: float = 0.1  # share of exact zeros in a 16-bit gradient that float32 does not have

@@ -23,6 +23,7 @@ class LossCall:
         problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits"; "" if nothing.
         facts: numbers about the problem.
         fatal: whether the call cannot succeed.
+        options: its keyword arguments that are no tensors and not None.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LossCall:
     problem: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     fatal: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
@@ -41,6 +43,7 @@ def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossC
         return None
     with torch.no_grad():
         call = reader(name, prediction, target, args, kwargs)
+    call.options = {k: v for k, v in kwargs.items() if isinstance(v, str | int | float)}
     if call.baseline is not None and kwargs.get("reduction") == "sum":
         call.baseline *= target.numel()
     return call

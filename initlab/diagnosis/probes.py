@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import warnings
@@ -36,7 +35,6 @@ from .origin import Search
 from .ranks import CommunicatesError
 from .state import Snapshot, referenced_modules
 from .stats import measure
-from .symptoms import gains
 from .trace import Trace, storage_of
 
 LossFn = Callable[[Any, Any], Any]
@@ -154,7 +152,7 @@ def observe_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -
             return
         del loss
         gradients = training_step.gradients()
-        step.gradient = _norm(list(gradients.values()))
+        step.gradient = norm_of(list(gradients.values()))
         if first:
             _roles(evidence)
             _read_gradients(evidence)
@@ -208,7 +206,8 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def _norm(tensors: list[Any]) -> float | None:
+def norm_of(tensors: list[Any]) -> float | None:
+    """The 2-norm of all elements; None of no tensors."""
     return math.hypot(*_norms(tensors)) if tensors else None
 
 
@@ -220,15 +219,15 @@ def _update(training_step: TrainingStep) -> float | None:
     ]
     with torch.no_grad():
         before = [p.detach().clone() for p in weights]
-    _step(training_step.optimizer, training_step.loss_with_gradients)
+    take_step(training_step.optimizer, training_step.loss_with_gradients)
     with torch.no_grad():
         moved = torch._foreach_sub([p.detach() for p in weights], before) if weights else []
-        size = _norm(before)
-        change = _norm(list(moved))
+        size = norm_of(before)
+        change = norm_of(list(moved))
     return change / size if size and change is not None else None
 
 
-def _step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> None:
+def take_step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> None:
     """Let an optimizer take its step; `closure` computes loss and gradients again, for those that search a line."""
     argument = inspect.signature(optimizer.step).parameters.get("closure")
     if argument is not None and argument.default is inspect.Parameter.empty:
@@ -253,7 +252,7 @@ def find_origin(training_step: TrainingStep, evidence: Evidence) -> None:
     for _ in range((evidence.broke_at or 1) - 1):
         training_step.loss_with_gradients()
         assert training_step.optimizer is not None
-        _step(training_step.optimizer, training_step.loss_with_gradients)
+        take_step(training_step.optimizer, training_step.loss_with_gradients)
     training_step.clear_gradients()
     parameters = dict((*training_step.model.named_parameters(), *training_step.model.named_buffers()))
     search = Search(training_step.model, {leaf.code: leaf.tensor for leaf in training_step.leaves}, parameters)
@@ -314,7 +313,7 @@ def _pass(training_step: TrainingStep, batch: Any, mode: Any) -> Replay:
         return Replay(loss if loss is not None and not math.isfinite(loss) else None, None, {})
     gradients = training_step.gradients()
     zeros = {name: zero_share(g) for name, g in gradients.items()}
-    return Replay(loss, _norm(list(gradients.values())), zeros)
+    return Replay(loss, norm_of(list(gradients.values())), zeros)
 
 
 def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
@@ -325,7 +324,7 @@ def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
     parameters = [p for group in training_step.optimizer.param_groups for p in group["params"]]
     with torch.no_grad():
         start = [p.detach().clone() for p in parameters]
-        _step(training_step.optimizer, training_step.loss_with_gradients)
+        take_step(training_step.optimizer, training_step.loss_with_gradients)
         moved = [p.detach() - before for p, before in zip(parameters, start, strict=True)]
     evidence.rates.append((1.0, _or_inf(evidence.losses[1] if len(evidence.losses) > 1 else None)))
     for factor in (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
@@ -342,82 +341,3 @@ def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
 def _or_inf(loss: float | None) -> float:
     """A loss that compares as it should: none and NaN are larger than any."""
     return math.inf if loss is None or math.isnan(loss) else loss
-
-
-def take_further_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
-    """Losses of further steps from the start, at the rate in use."""
-    training_step.snapshot.restore()
-    evidence.further = train(training_step, steps)
-    training_step.snapshot.restore()
-
-
-def train(training_step: TrainingStep, steps: int) -> list[float]:
-    """Losses before each of some steps and after the last; they end where one is not finite or an error is raised."""
-    losses: list[float] = []
-    try:
-        for _ in range(steps):
-            losses.append(float(training_step.loss_with_gradients()))
-            if not math.isfinite(losses[-1]):
-                return losses
-            if training_step.optimizer is not None:
-                _step(training_step.optimizer, training_step.loss_with_gradients)
-            else:
-                _small_step(training_step.model)
-        losses.append(float(training_step.loss()))
-    except Exception:
-        losses.append(math.nan)
-    return losses
-
-
-@torch.no_grad()
-def _small_step(model: nn.Module) -> None:
-    """A step down the gradient by a thousandth of the weights' norm."""
-    pairs = [(p, p.grad) for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
-    size, slope = _norm([p for p, _ in pairs]), _norm([g for _, g in pairs])
-    if size and slope:
-        for p, g in pairs:
-            p.sub_(g, alpha=1e-3 * size / slope)
-
-
-_NAMES = ("model", "batch", "loss_fn", "optimizer")  # what a remedy may change, beside using torch and initlab
-
-
-@contextmanager
-def after_remedy(training_step: TrainingStep, remedy: str) -> Iterator[TrainingStep]:
-    """The training step after a remedy is run as it is printed; everything is restored afterwards."""
-    import initlab
-
-    training_step.snapshot.restore()
-    scope: dict[str, Any] = {
-        "torch": torch,
-        "initlab": initlab,
-        **{name: getattr(training_step, name) for name in _NAMES},
-    }
-    try:
-        exec(remedy, scope)
-        changed = copy.copy(training_step)
-        changed.model, changed.batch, changed.loss_fn, changed.optimizer = (scope[name] for name in _NAMES)
-        yield changed
-    finally:
-        training_step.snapshot.restore()
-
-
-def growth_after(training_step: TrainingStep, remedy: str) -> float | None:
-    """How far the signal grows from the input to the worst layer after a remedy; None where that cannot be said."""
-    with after_remedy(training_step, remedy) as changed:
-        evidence = observe_at_rest(changed)
-        with evidence.trace:
-            changed.loss()
-        return max((total for _, _, total in gains(evidence)), default=None)
-
-
-def effect(training_step: TrainingStep, remedy: str, steps: int = 2) -> str:
-    """What a remedy does for the loss: "falls", "finite", or "" where it does not even run."""
-    try:
-        with after_remedy(training_step, remedy) as changed:
-            losses = train(changed, steps)
-    except Exception:
-        return ""
-    if len(losses) <= steps or not all(map(math.isfinite, losses)):
-        return "finite" if losses and math.isfinite(losses[0]) else ""
-    return "falls" if losses[-1] < losses[0] else "finite"

@@ -67,7 +67,9 @@ class Cause:
         explanation: what happens, in a sentence or two.
         evidence: numbers and short strings.
         remedy: code to paste, with model, batch, loss_fn, optimizer, torch and initlab in scope; may be empty.
-        tried: whether the remedy was run on the user's own batch, and the loss fell.
+        tried: whether the remedy, as it is printed, was run on the user's own batch, and the user's loss stayed finite
+            and fell over all the steps of a trial.
+        trial: that loss, before each of those steps and after the last; empty where nothing was tried.
     """
 
     kind: Kind
@@ -77,6 +79,7 @@ class Cause:
     evidence: dict[str, Any] = field(default_factory=dict)
     remedy: str = ""
     tried: bool = False
+    trial: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The cause as plain data, for JSON."""
@@ -89,6 +92,7 @@ class Cause:
             "evidence": _plain(self.evidence),
             "remedy": self.remedy,
             "tried": self.tried,
+            "trial": list(self.trial),
         }
 
 
@@ -182,7 +186,7 @@ class Diagnosis:
             if cause.evidence:
                 lines.append("   " + ", ".join(f"{name} {_short(value)}" for name, value in cause.evidence.items()))
             if cause.remedy:
-                lines.append(f"   remedy{', tried: the loss fell' if cause.tried else ''}:")
+                lines.append(f"   remedy{_of_trial(cause.trial)}:")
                 lines += [f"       {line}" for line in cause.remedy.splitlines()]
         if self.layers:
             lines += ["", self._table()]
@@ -219,6 +223,13 @@ class Diagnosis:
             row, last = self.layers[place], place
             rows.append((row.name or "(model)", row.kind, row.dtype, *(_cell(getattr(row, name)) for name in head[3:])))
         return table(head, rows, "lllrrrrr")
+
+
+def _of_trial(losses: Sequence[float]) -> str:
+    if not losses:
+        return ""
+    steps = len(losses) - 1
+    return f", tried: the loss fell from {losses[0]:.4g} to {losses[-1]:.4g} in {steps} steps"
 
 
 def _shown(layers: Sequence[LayerRow]) -> list[int]:

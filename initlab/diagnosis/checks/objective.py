@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import fixes
+from .. import rewrites
 from ..evidence import Evidence
 from ..report import Place, Severity
 from .finding import Finding
@@ -23,9 +23,9 @@ def wrong_space(evidence: Evidence) -> Finding | None:
     for call in evidence.trace.losses:
         why = _PROBLEMS.get(f"{call.name}, {call.problem}")
         if why is not None:
-            written = fixes.stable_losses(evidence, call.name)
+            written, losses = rewrites.in_right_space(evidence, call)
             severity: Severity = "broken" if call.fatal or evidence.broke_at is not None else "warning"
-            return Finding("loss", severity, Place(op=call.name), why, dict(call.facts), written)
+            return Finding("loss", severity, Place(op=call.name), why, dict(call.facts), written, losses)
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import fixes
+from .. import fixes, rewrites
 from ..evidence import Evidence
 from ..report import Kind, Place
 from ..symptoms import ran_away
@@ -24,11 +24,25 @@ def unsafe(evidence: Evidence) -> Finding | None:
         f"{origin.op} in {where} produces the first non-finite value from finite inputs, in the {origin.phase} "
         f"pass{only}.",
         dict(origin.facts),
-        [
-            *(fixes.stable_losses(evidence, origin.op) if kind == "loss" else []),
-            *([code] if (code := fixes.rewrite(origin.op, origin.module)) else []),
-        ],
+        [*_bias_of_head(evidence, origin.op), *([code] if (code := fixes.rewrite(origin.op, origin.module)) else [])],
+        rewrites.equivalents(evidence) if kind == "loss" else [],
     )
+
+
+def _bias_of_head(evidence: Evidence, op: str) -> list[str]:
+    """A bias at which the exponential of what comes out is too large, before any training."""
+    if op not in ("exp", "poisson_nll_loss") or not evidence.layers:
+        return []
+    path = evidence.layers[-1].path
+    large = [
+        one
+        for one in evidence.parameters
+        if one.ref.module_name == path and one.ref.attribute == "bias" and one.stats and one.stats.largest > _LARGE_BIAS
+    ]
+    return [fixes.fresh(evidence, large)] if large else []
+
+
+_LARGE_BIAS = 20.0  # its exponential is 5e8
 
 
 def raised(evidence: Evidence) -> Finding | None:
