@@ -35,15 +35,19 @@ def standardise(leaf: Leaf, batch: Any) -> str:
     )
 
 
-def fresh_matrices() -> str:
-    """Xavier's distribution for every matrix, whichever way round it lies."""
-    return "\n".join(
+def fresh_matrices(parameters: Sequence[ParameterStats], among_others: bool) -> list[str]:
+    """Xavier's distribution for matrices that are zero: for every other of them, where they are factors of updates."""
+    every = "\n".join(
         [
             "for p in model.parameters():",
-            "    if p.dim() > 1:",
+            "    if p.requires_grad and p.dim() > 1 and not p.any():",
             "        initlab.init.xavier_normal_(p)",
         ]
     )
+    if not among_others:
+        return [every]
+    first = "\n".join(f"initlab.init.xavier_normal_(model.get_parameter({one.name!r}))" for one in parameters[::2])
+    return [first, every]
 
 
 def impute(leaf: Leaf, batch: Any) -> str:
@@ -204,6 +208,31 @@ def smaller_rate(factor: float, optimizer: Any) -> str:
     return f"for group in optimizer.param_groups:\n    {assign}"
 
 
+def usual_rates(optimizer: Any) -> list[str]:
+    """Rates to begin with: what an optimizer was made with by default, and less."""
+    adaptive = any("betas" in group or "eps" in group for group in optimizer.param_groups)
+    return [
+        f'for group in optimizer.param_groups:\n    group["lr"] = {x}'
+        for x in ((1e-3, 1e-4) if adaptive else (1e-2, 1e-3))
+    ]
+
+
+def minimise() -> str:
+    """An optimizer that goes down."""
+    return 'for group in optimizer.param_groups:\n    group["maximize"] = False'
+
+
+def add_parameters() -> str:
+    """The model's parameters, for an optimizer that does not have them."""
+    return "\n".join(
+        [
+            'known = {id(p) for group in optimizer.param_groups for p in group["params"]}',
+            "new = [p for p in model.parameters() if p.requires_grad and id(p) not in known]",
+            'optimizer.add_param_group({"params": new})  # or make the optimizer after the model is complete',
+        ]
+    )
+
+
 def clip(optimizer: Any) -> str:
     """Gradients of norm 1 at most."""
     if optimizer is None:
@@ -211,11 +240,19 @@ def clip(optimizer: Any) -> str:
     return "clipper = initlab.GradClipper(optimizer, max_norm=1.0)"
 
 
-def wider(evidence: Evidence) -> list[str]:
+_OR_BFLOAT16 = "or model.bfloat16(): the range of float32 in 16 bits"
+
+
+def in_float32(evidence: Evidence) -> list[str]:
+    """Weights of 32 bits, which small updates change."""
+    return wider(evidence, "16 bits in the passes alone: torch.autocast(..., dtype=torch.bfloat16)")[:-1]
+
+
+def wider(evidence: Evidence, otherwise: str = _OR_BFLOAT16) -> list[str]:
     """Float32, or bfloat16's range."""
     found = []
     if any(half(one.ref.tensor.dtype) for one in evidence.parameters_and_buffers):
-        lines = ["model.float()  # or model.bfloat16(): the range of float32 in 16 bits"]
+        lines = [f"model.float()  # {otherwise}"]
         for leaf in evidence.leaves:
             if half(leaf.tensor.dtype):
                 lines.append(leaf.rebind(evidence.batch, f"{leaf.code}.float()"))

@@ -53,6 +53,13 @@ class Limits(NamedTuple):
     given_back: float = 0.5  # of what the loss had fallen by: more, and it rises again
     same_value: float = 1e-4  # difference of two losses in float32 that are the same function
 
+    # Runs that do not learn
+    rounded_away: float = 0.99  # of 16-bit weights that a step leaves as they were; small rates leave half of them
+    slow_rate: float = 1e-6
+    disturbed: int = 8  # modules without a gradient that are looked at one by one
+    response: float = 1e-6  # of the loss, to weights that no gradient reaches
+    flat_input: float = 0.01  # what the rows of a batch change in a first layer's output, against its size
+
     # Low precision
     headroom: float = 8.0  # three bits: what a few steps, or a less ordinary batch, use up
     zero_gradients: float = 0.1  # share of exact zeros in a 16-bit gradient that float32 does not have

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..models.naming import tensor_refs
+from . import movement
 from .batch import Leaf, features, leaves, standardised
 from .evidence import (
     Evidence,
@@ -31,6 +32,7 @@ from .evidence import (
     tiny_share,
     zero_share,
 )
+from .limits import LIMITS
 from .origin import Search
 from .ranks import CommunicatesError
 from .state import Snapshot, referenced_modules
@@ -162,7 +164,7 @@ def observe_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -
         if training_step.optimizer is None:
             return
         try:
-            step.update = _update(training_step)
+            step.update = _update(training_step, evidence)
         except _FOR_THE_CALLER:
             raise
         except Exception as error:
@@ -211,18 +213,24 @@ def norm_of(tensors: list[Any]) -> float | None:
     return math.hypot(*_norms(tensors)) if tensors else None
 
 
-def _update(training_step: TrainingStep) -> float | None:
+def _update(training_step: TrainingStep, evidence: Evidence) -> float | None:
     """Let the optimizer take its step; the size of the update against the weights."""
     assert training_step.optimizer is not None
-    weights = [
-        p for g in training_step.optimizer.param_groups for p in g["params"] if p.dim() > 1 and p.grad is not None
+    first = evidence.movement is None
+    driven = [
+        p for p in movement.parameters_of(training_step.optimizer) if p.grad is not None and (first or p.dim() > 1)
     ]
     with torch.no_grad():
-        before = [p.detach().clone() for p in weights]
+        before = [(p, p.detach().clone()) for p in driven]
     take_step(training_step.optimizer, training_step.loss_with_gradients)
+    if first:
+        evidence.movement = movement.of_step(
+            training_step.optimizer, training_step.model, training_step.referenced_modules, before
+        )
+    weights = [(p.detach(), old) for p, old in before if p.dim() > 1]
     with torch.no_grad():
-        moved = torch._foreach_sub([p.detach() for p in weights], before) if weights else []
-        size = norm_of(before)
+        moved = torch._foreach_sub([p for p, _ in weights], [old for _, old in weights]) if weights else []
+        size = norm_of([old for _, old in weights])
         change = norm_of(list(moved))
     return change / size if size and change is not None else None
 
@@ -341,3 +349,32 @@ def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
 def _or_inf(loss: float | None) -> float:
     """A loss that compares as it should: none and NaN are larger than any."""
     return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Which of the parameters that got no gradient the loss depends on: it is run again with them moved."""
+    moves = evidence.movement
+    assert moves is not None
+    ran = {call.path for call in evidence.trace.calls}
+    names = [n for n in moves.without if n.rpartition(".")[0] in ran]
+    training_step.snapshot.restore()
+    if not names or _value(training_step) != evidence.first_loss:  # it is not the same twice
+        training_step.snapshot.restore()
+        return
+    training_step.loss_with_gradients()
+    groups = list(movement.groups_to_disturb(training_step.model, names))
+    for group in groups:
+        training_step.snapshot.restore()
+        movement.disturb([training_step.model.get_parameter(name) for name in group])
+        depends = not _nearly_equal(_value(training_step), evidence.first_loss)
+        if group is groups[0] and not depends:
+            break
+        if depends and (group is not groups[0] or len(groups) == 2):
+            moves.detached += group
+    training_step.snapshot.restore()
+
+
+def _nearly_equal(loss: float | None, other: float | None) -> bool:
+    if loss is None or other is None:
+        return loss is other
+    return abs(loss - other) <= LIMITS.response * abs(other)

@@ -11,7 +11,16 @@ from .._console import inline_listing, table
 from ..distributed.collectives import listed
 
 Kind: TypeAlias = Literal[
-    "input", "target", "weights", "operation", "precision", "gradient", "learning rate", "loss", "uninitialised"
+    "input",
+    "target",
+    "weights",
+    "operation",
+    "precision",
+    "gradient",
+    "learning rate",
+    "optimizer",
+    "loss",
+    "uninitialised",
 ]
 Severity: TypeAlias = Literal["warning", "broken"]
 Verdict: TypeAlias = Literal["healthy", "warning", "broken"]
@@ -229,7 +238,9 @@ def _of_trial(losses: Sequence[float]) -> str:
     if not losses:
         return ""
     steps = len(losses) - 1
-    return f", tried: the loss fell from {losses[0]:.4g} to {losses[-1]:.4g} in {steps} steps"
+    digits = next((n for n in (4, 6, 8) if f"{losses[0]:.{n}g}" != f"{losses[-1]:.{n}g}"), 10)
+    first, last = (f"{loss:.{digits}g}" for loss in (losses[0], losses[-1]))
+    return f", tried: the loss fell from {first} to {last} in {steps} steps"
 
 
 def _shown(layers: Sequence[LayerRow]) -> list[int]:

@@ -232,6 +232,9 @@ def _probe_further(training_step: TrainingStep, evidence: Evidence, on_stage: Ca
         probes.search_rates(training_step, evidence)
         if not symptoms.blew_up(evidence):
             trials.take_further_steps(training_step, evidence, 3)
+    if evidence.movement is not None and evidence.movement.without and not broke:
+        on_stage("moving the parameters that no gradient reaches")
+        probes.find_detached(training_step, evidence)
     odd = symptoms.odd_scale(evidence)
     if odd is not None and (odd.strong or evidence.broke_at is not None):
         on_stage("running on standardised inputs")

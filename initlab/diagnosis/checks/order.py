@@ -12,6 +12,7 @@ from .finding import Check, Finding
 from .objective import empty_reduction, wrong_space
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow
+from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
 from .start import never_written, nowhere, spoilt_state
 from .step import exploding_gradient, too_fast
 from .weights import dead, growing, shrinking, symmetric
@@ -35,9 +36,16 @@ CHECKS: tuple[Check, ...] = (
     exploding_gradient,
     unsafe,
     raised,
+    no_rate,
+    other_parameters,
+    upside_down,
+    detached,
     shrinking,
     underflow,
+    rounded_away,
     too_fast,
+    too_slow,
+    no_gradient,
     unexplained,
 )
 
@@ -47,7 +55,7 @@ def findings(evidence: Evidence) -> list[Finding]:
     found: list[Finding] = []
     for check in CHECKS:
         one = check(evidence)
-        if check is unexplained and any(other.severity == "broken" for other in found):
+        if check in (no_gradient, unexplained) and any(other.severity == "broken" for other in found):
             continue
         if one is not None and not any(_explains(other, one) for other in found):
             found.append(one)

@@ -42,16 +42,19 @@ def symmetric(evidence: Evidence) -> Finding | None:
 
 def _nothing_but_zeros(evidence: Evidence) -> Finding | None:
     """Weights that a model holds by itself, in no layer that is known, and that are all zero."""
-    matrices = [h for h in evidence.parameters if h.ref.tensor.dim() > 1]
+    matrices = [h for h in evidence.parameters if h.ref.tensor.dim() > 1 and h.ref.tensor.requires_grad]
     if len(matrices) < 2 or not all(map(is_zero, matrices)):
+        return None
+    frozen = any(h.ref.tensor.dim() > 1 and not h.ref.tensor.requires_grad for h in evidence.parameters)
+    if frozen and evidence.steps and evidence.steps[0].gradient != 0:
         return None
     return Finding(
         "weights",
         "broken",
         Place(module=matrices[0].ref.module_name, parameter=matrices[0].name),
-        f"all {len(matrices)} weight matrices are zero: each keeps the gradient from the others.",
+        f"all {len(matrices)} weight matrices that learn are zero: each keeps the gradient from the others.",
         {"weights": len(matrices)},
-        [fixes.fresh_matrices()],
+        fixes.fresh_matrices(matrices, among_others=frozen),
     )
 
 
