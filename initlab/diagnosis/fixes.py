@@ -90,6 +90,13 @@ def into_unit_range(leaf: Leaf, batch: Any, low: float, high: float) -> str:
     return leaf.rebind(batch, f"({leaf.code} - {low:g}) / {high - low:g}")
 
 
+def reshape(leaf: Leaf | None, batch: Any, shape: tuple[int, ...]) -> list[str]:
+    """A target of the prediction's shape."""
+    sizes = ", ".join(map(str, (-1, *shape[1:])))
+    advice = "# in the loss function: target.reshape(prediction.shape)"
+    return [*([leaf.rebind(batch, f"{leaf.code}.reshape({sizes})")] if leaf is not None else []), advice]
+
+
 def positive(leaf: Leaf, batch: Any) -> str:
     """Targets whose logarithm exists."""
     return leaf.rebind(batch, f"{leaf.code}.clamp_min(1e-6)") + "  # or predict log1p of the target"

@@ -20,7 +20,7 @@ class LossCall:
     Args:
         name: of the function.
         baseline: its value for a model that knows nothing about the inputs; None where that is not known.
-        problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits"; "" if nothing.
+        problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits", "shapes"; "" if nothing.
         facts: numbers about the problem.
         fatal: whether the call cannot succeed.
         options: its keyword arguments that are no tensors and not None.
@@ -99,9 +99,27 @@ def _distance(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: 
     call = LossCall(name)
     if prediction.numel() == 0:
         call.problem = "empty"
+    elif multiplies(prediction, target):
+        call.problem, call.facts = "shapes", shapes(prediction, target)
     elif name == "mse_loss" and target.numel() > 1 and target.is_floating_point():
         call.baseline = float(target.float().square().mean())
     return call
+
+
+def multiplies(prediction: Tensor, target: Tensor) -> bool:
+    """Whether tensors of equally many elements make more of them when they are broadcast: (n, 1) against (n,)."""
+    if prediction.shape == target.shape or prediction.numel() != target.numel() or target.numel() < 2:
+        return False
+    try:
+        return math.prod(torch.broadcast_shapes(prediction.shape, target.shape)) > target.numel()
+    except RuntimeError:
+        return False
+
+
+def shapes(prediction: Tensor, target: Tensor) -> dict[str, Any]:
+    """The facts about two tensors that are broadcast."""
+    both = tuple(torch.broadcast_shapes(prediction.shape, target.shape))
+    return {"prediction": tuple(prediction.shape), "target": tuple(target.shape), "broadcast": both}
 
 
 def _kl_div(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
@@ -137,5 +155,6 @@ _READERS: dict[str, _Reader] = {
     "l1_loss": _distance,
     "smooth_l1_loss": _distance,
     "huber_loss": _distance,
+    "poisson_nll_loss": _distance,
     "kl_div": _kl_div,
 }

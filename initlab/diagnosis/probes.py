@@ -92,15 +92,21 @@ _FOR_THE_CALLER = (CommunicatesError, UsageError)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Gradients on, warnings off, compiled code run as it was written."""
+    """Gradients on, compiled code run as it was written; of the warnings, torch's of shapes is given once, at the end.
+
+    The others were seen when the model ran by itself, and would be repeated by every pass.
+    """
     with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", "Using a target size", UserWarning)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if "_dynamo" in vars(torch):  # nothing is compiled where this has not been imported, and it is slow to
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+    for text, one in {str(one.message): one for one in reversed(caught)}.items():
+        warnings.warn_explicit(text, one.category, one.filename, one.lineno)
 
 
 def observe_at_rest(training_step: TrainingStep) -> Evidence:

@@ -17,7 +17,7 @@ from ..models.fans import compute_fans
 from ..models.naming import walk
 from . import names
 from .limits import LIMITS
-from .losses import LossCall, Stopped, loss_call
+from .losses import LossCall, Stopped, loss_call, multiplies, shapes
 from .stats import Stats, edge_share, measure
 
 # Functions after which a signal is still the output of the layer before, for the question which activation follows it.
@@ -201,6 +201,8 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         name = names.of_function(func)
         loss = loss_call(name, args, kwargs)
+        if loss is None and name in ("sub", "rsub"):
+            loss = self._difference(args)
         if loss is not None:
             self.losses.append(loss)
         try:
@@ -215,6 +217,17 @@ class Trace(TorchFunctionMode):
         elif name == "matmul" and isinstance(out, Tensor) and out.dtype in (torch.float16, torch.bfloat16):
             self.low.add(out.dtype)
         return out
+
+    def _difference(self, args: tuple[Any, ...]) -> LossCall | None:
+        """The beginning of a loss by hand: a prediction less a tensor of the batch, where the two are broadcast."""
+        if len(args) < 2 or not all(isinstance(arg, Tensor) for arg in args[:2]):
+            return None
+        first, second = args[:2]
+        for prediction, target in ((first, second), (second, first)):
+            of_batch = not target.requires_grad and storage_of(target) in self._batch
+            if of_batch and prediction.requires_grad and multiplies(prediction, target):
+                return LossCall("sub", problem="shapes", facts=shapes(prediction, target))
+        return None
 
     def _follow(self, name: str, source: Any, out: Any) -> None:
         """Carry the knowledge of which layer made a tensor through a function."""

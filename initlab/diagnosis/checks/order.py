@@ -9,7 +9,7 @@ from __future__ import annotations
 from ..evidence import Evidence
 from .data import bad_index, bad_input, bad_target, log_of_target, scale, target_out_of_range
 from .finding import Check, Finding
-from .objective import empty_reduction, wrong_space
+from .objective import broadcast, empty_reduction, wrong_space
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow
 from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
@@ -28,6 +28,7 @@ CHECKS: tuple[Check, ...] = (
     overflow,
     log_of_target,
     wrong_space,
+    broadcast,
     empty_reduction,
     scale,
     symmetric,
