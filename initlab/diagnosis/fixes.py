@@ -162,6 +162,14 @@ def fresh(evidence: Evidence, parameters: Sequence[ParameterStats], buffer: str 
     return "\n".join(lines)
 
 
+def quieter_head(evidence: Evidence, head: ParameterStats) -> list[str]:
+    """Small weights for a head: GPT-2's for an embedding that is one too, else its layer's own distribution."""
+    tied = isinstance(head.ref.module, nn.Embedding)
+    small = f'initlab.init_model_(model, seed=0, recipe="gpt2", only={head.name!r})'
+    std = f"initlab.init.normal_(model.get_parameter({head.name!r}), std={head.ref.tensor.shape[-1] ** -0.5:.2g})"
+    return [small if tied and _has_distribution(evidence.model, head) else fresh(evidence, [head]), std]
+
+
 def drop_state(parameters: Sequence[ParameterStats]) -> str:
     """The optimizer without the state that is not right."""
     return "\n".join(f"optimizer.state.pop(model.get_parameter({one.name!r}))" for one in parameters)

@@ -60,6 +60,10 @@ class Limits(NamedTuple):
     response: float = 1e-6  # of the loss, to weights that no gradient reaches
     flat_input: float = 0.01  # what the rows of a batch change in a first layer's output, against its size
 
+    # The first loss
+    sure_loss: float = 5.0  # against knowing nothing; a model that starts wrong about some rows stays below
+    sure_spread: float = 3.0  # of the logits: their largest probability is then near 1
+
     # Low precision
     headroom: float = 8.0  # three bits: what a few steps, or a less ordinary batch, use up
     zero_gradients: float = 0.1  # share of exact zeros in a 16-bit gradient that float32 does not have

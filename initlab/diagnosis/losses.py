@@ -24,6 +24,8 @@ class LossCall:
         facts: numbers about the problem.
         fatal: whether the call cannot succeed.
         options: its keyword arguments that are no tensors and not None.
+        classes: how many the prediction has; 0 where it has none.
+        spread: standard deviation of a row's logits over the classes.
     """
 
     name: str
@@ -32,6 +34,8 @@ class LossCall:
     facts: dict[str, Any] = field(default_factory=dict)
     fatal: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    classes: int = 0
+    spread: float = 0.0
 
 
 def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
@@ -49,6 +53,9 @@ def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossC
     return call
 
 
+_ROWS = 64  # enough for a mean
+
+
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any) -> Any:
     return args[place] if len(args) > place else kwargs.get(name, default)
 
@@ -56,7 +63,9 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 def _classes(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
     dim = 1 if prediction.dim() > 1 else 0
     count = prediction.shape[dim] if prediction.dim() else 1
-    call = LossCall(name, baseline=math.log(count) if count > 1 else None)
+    call = LossCall(name, baseline=math.log(count) if count > 1 else None, classes=count)
+    if count > 1 and prediction.numel():
+        call.spread = float(prediction[:_ROWS].detach().float().std(dim).mean())
     if not target.is_floating_point():
         ignored = _argument(args, kwargs, 4, "ignore_index", -100)
         kept = target[target != ignored]

@@ -122,6 +122,7 @@ class Trace(TorchFunctionMode):
     Attributes:
         calls: of modules, in the order in which they began.
         losses: of loss functions.
+        products: names of parameters that a signal was multiplied with, and sizes of what came out, in order.
         failed: (module, operation) that ran when an exception was raised.
         low: 16-bit dtypes that modules put out.
     """
@@ -131,6 +132,8 @@ class Trace(TorchFunctionMode):
         self.modules = Modules(model)
         self.calls: list[Call] = []
         self.losses: list[LossCall] = []
+        self.products: list[tuple[str, torch.Size]] = []
+        self._weights = {storage_of(p): name for name, p in model.named_parameters() if p.dim() > 1}
         self.failed: tuple[str | None, str] | None = None
         self.low: set[torch.dtype] = set()
         self._raised: Exception | None = None
@@ -214,8 +217,11 @@ class Trace(TorchFunctionMode):
             raise
         if name in ACTIVATIONS or name in _PASSING:
             self._follow(name, args[0] if args else kwargs.get("input"), out)
-        elif name == "matmul" and isinstance(out, Tensor) and out.dtype in (torch.float16, torch.bfloat16):
-            self.low.add(out.dtype)
+        elif name in ("linear", "matmul") and isinstance(out, Tensor):
+            found = (self._weights.get(storage_of(arg)) for arg in args[:2] if isinstance(arg, Tensor))
+            self.products += [(weight, out.shape) for weight in found if weight is not None]
+            if name == "matmul" and out.dtype in (torch.float16, torch.bfloat16):
+                self.low.add(out.dtype)
         return out
 
     def _difference(self, args: tuple[Any, ...]) -> LossCall | None:

@@ -88,3 +88,71 @@ def test_broadcasting_that_is_meant(name):
     model = net()
     found = diagnose(model, (X, Y), MEANT[name], adam(model))
     assert found.causes == (), str(found)
+
+
+class Tied(nn.Module):
+    """An embedding that is the head as well."""
+
+    def __init__(self, how="matmul", std=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.e, self.n = nn.Embedding(80, 128), nn.LayerNorm(128)
+        nn.init.normal_(self.e.weight, std=std)
+        self.head = nn.Linear(128, 80, bias=False)
+        if how == "shared":
+            self.head.weight = self.e.weight
+        self.how = how
+
+    def forward(self, i):
+        x = self.n(self.e(i))
+        if self.how == "matmul":
+            return x @ self.e.weight.T
+        return self.head(x) if self.how == "shared" else F.linear(x, self.e.weight)
+
+
+class Arc(nn.Module):
+    """Cosines times 64: a large first loss that is meant."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.w = net(out=16), nn.Parameter(torch.randn(10, 16))
+
+    def forward(self, x):
+        return 64 * (F.normalize(self.body(x)) @ F.normalize(self.w).T - 0.2)
+
+
+IDS = torch.randint(0, 80, (8, 16), generator=G)
+TEXT = IDS, IDS.roll(-1, 1)
+
+
+def next_token(model, batch):
+    return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+@pytest.mark.parametrize("how", ["matmul", "linear", "shared"])
+def test_a_tied_head_that_is_too_large(how):
+    model = Tied(how)
+    (cause,) = diagnose(model, TEXT, next_token, adam(model)).causes
+    assert (cause.kind, cause.place.parameter) == ("weights", "e.weight")
+    assert cause.evidence["loss"] > 5 * cause.evidence["loss of knowing nothing"]
+    assert cause.tried
+    assert cause.trial[0] < 1.2 * cause.evidence["loss of knowing nothing"]
+    assert diagnose(Tied(how, 0.02), TEXT, next_token).causes == ()
+
+
+def test_a_head_of_its_own_that_is_too_large():
+    model = net(nn.LayerNorm(64), nn.Linear(64, 10), out=64)
+    nn.init.normal_(model[4].weight, std=2.0)
+    labels = torch.randint(0, 10, (64,), generator=G)
+    (cause, *_) = diagnose(model, (X, labels), supervised(nn.CrossEntropyLoss()), adam(model)).causes
+    assert (cause.kind, cause.place.parameter) == ("weights", "4.weight")
+    assert cause.tried
+
+
+@pytest.mark.parametrize("factor", [1.0, 1000.0])
+def test_a_first_loss_that_is_meant(factor):
+    labels = torch.randint(0, 10, (64,), generator=G)
+    model = Arc() if factor == 1.0 else net(out=10)
+    found = diagnose(model, (X, labels), lambda m, b: factor * F.cross_entropy(m(b[0]), b[1]), adam(model, 1e-4))
+    assert found.causes == (), str(found)

@@ -15,7 +15,7 @@ from .precision import overflow, underflow
 from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
 from .start import never_written, nowhere, spoilt_state
 from .step import exploding_gradient, too_fast
-from .weights import dead, growing, shrinking, symmetric
+from .weights import dead, growing, shrinking, sure_of_nothing, symmetric
 
 CHECKS: tuple[Check, ...] = (
     nowhere,
@@ -42,6 +42,7 @@ CHECKS: tuple[Check, ...] = (
     upside_down,
     detached,
     shrinking,
+    sure_of_nothing,
     underflow,
     rounded_away,
     too_fast,

@@ -145,6 +145,32 @@ def shrinking(evidence: Evidence) -> Finding | None:
     )
 
 
+def sure_of_nothing(evidence: Evidence) -> Finding | None:
+    """A first loss far above that of a model that knows nothing: a head whose weights are too large for one."""
+    loss, known = evidence.first_loss, [call for call in evidence.trace.losses if call.classes > 1]
+    if loss is None or len(known) != 1 or evidence.excess < LIMITS.sure_loss or known[0].spread < LIMITS.sure_spread:
+        return None
+    call = known[0]
+    names = [name for name, shape in evidence.trace.products if shape and shape[-1] == call.classes]
+    head = next((h for h in evidence.parameters if names and names[-1] in h.ref.names), None)
+    if head is None or call.baseline is None or evidence.broke_at == 1:
+        return None
+    return Finding(
+        "weights",
+        "broken" if evidence.broke_at is not None or diverges(evidence) else "warning",
+        Place(module=head.ref.module_name, parameter=head.name),
+        f"the first loss is {loss:.4g}, and a model that knows nothing has {call.baseline:.4g}, for {call.classes} "
+        f"classes: the weights of the head, {head.name}, are too large, and it is sure of what it cannot know.",
+        {
+            "loss": loss,
+            "loss of knowing nothing": call.baseline,
+            "standard deviation of logits": call.spread,
+            "of the weights": head.stats.std if head.stats is not None else None,
+        },
+        fixes.quieter_head(evidence, head),
+    )
+
+
 def _is_deep(evidence: Evidence) -> bool:
     return len(evidence.layers) > 2
 
