@@ -156,3 +156,10 @@ def test_a_first_loss_that_is_meant(factor):
     model = Arc() if factor == 1.0 else net(out=10)
     found = diagnose(model, (X, labels), lambda m, b: factor * F.cross_entropy(m(b[0]), b[1]), adam(model, 1e-4))
     assert found.causes == (), str(found)
+
+
+def test_a_head_is_not_blamed_for_its_inputs():
+    labels = torch.randint(0, 10, (64,), generator=G)
+    model = net(out=10)
+    found = diagnose(model, (X * 1000, labels), supervised(nn.CrossEntropyLoss()), adam(model))
+    assert [cause.kind for cause in found.causes] == ["input"]

@@ -59,11 +59,14 @@ def findings(evidence: Evidence) -> list[Finding]:
         one = check(evidence)
         if check in (no_gradient, unexplained) and any(other.severity == "broken" for other in found):
             continue
+        if check is sure_of_nothing and any(other.kind in _MAKE_SURE for other in found):
+            continue
         if one is not None and not any(_explains(other, one) for other in found):
             found.append(one)
     return sorted(found, key=lambda one: one.severity != "broken")
 
 
+_MAKE_SURE = ("input", "weights", "loss", "operation", "uninitialised")  # what makes a first loss large, beside a head
 _NONFINITE = ("uninitialised", "input", "target", "precision", "loss", "operation", "weights", "gradient")
 
 
