@@ -5,9 +5,11 @@ Where several may fit, the best is first; `diagnose` tries them on the user's ow
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..models.activations import ACTIVATIONS
@@ -207,8 +209,53 @@ _STABLE = {
 def rewrite(op: str, module: str | None) -> str:
     """The stable form of an operation, as a comment for the user's own code."""
     form = _STABLE.get(op)
-    where = "the loss function" if module is None else f"forward() of {module!r}" if module else "the model's forward()"
-    return f"# in {where}: {form}" if form else ""
+    return f"# in {_code_of(module)}: {form}" if form else ""
+
+
+def guard_division(made_by: str, module: str | None) -> str:
+    """The safe form of a division by one number that is 0, as a comment, by the operation that made it."""
+    if made_by not in (*SPREADS, *COUNTS):
+        return rewrite("div", module)
+    form = "x / (x.std() + eps)" if made_by in SPREADS else "total / count.clamp_min(1), or skip such a batch"
+    return f"# in {_code_of(module)}: {form}"
+
+
+SPREADS = ("std", "var", "norm", "sqrt")
+COUNTS = ("sum", "count_nonzero", "bincount", "select", "index")
+
+
+def _code_of(module: str | None) -> str:
+    return "the loss function" if module is None else f"forward() of {module!r}" if module else "the model's forward()"
+
+
+def casts(evidence: Evidence, error: str) -> tuple[Leaf | None, list[str]]:
+    """Other dtypes for the batch, where an error complains of them: the tensor to blame, and code."""
+    if not any(words in error for words in ("dtype", "scalar type", "should be the same", "not implemented for")):
+        return None, []
+
+    def cast(leaves: list[Leaf], method: str) -> str:
+        return "\n".join(leaf.rebind(evidence.batch, f"{leaf.code}.{method}()") for leaf in leaves)
+
+    inputs = [leaf for leaf in evidence.leaves if not leaf.is_target]
+    wide = [leaf for leaf in evidence.leaves if leaf.tensor.dtype == torch.float64]
+    whole = [leaf for leaf in inputs if not leaf.tensor.is_floating_point() and not leaf.tensor.is_complex()]
+    real = [leaf for leaf in evidence.leaves if leaf.is_target and leaf.tensor.is_floating_point()]
+    if "Long" in error and "target" in error:
+        return (real[0], [cast(real, "long")]) if real else (None, [])
+    for found in (wide, whole):
+        if found:
+            return found[0], [cast(found, "float")]
+    return None, []
+
+
+def width(model: nn.Module, path: str, error: str) -> str:
+    """The width that a layer needs, as a comment, from torch's error."""
+    layer = model.get_submodule(path)
+    got = re.search(r"\(\d+x(\d+) and ", error)
+    if not isinstance(layer, nn.Linear) or got is None:
+        return "# make the layer's width that of its input"
+    right = f"torch.nn.Linear({got[1]}, {layer.out_features})"
+    return f"# {path!r} gets {got[1]} features and takes {layer.in_features}: {right}"
 
 
 def drop_batch_statistics(path: str) -> str:

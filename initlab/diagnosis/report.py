@@ -193,7 +193,8 @@ class Diagnosis:
         for number, cause in enumerate(self.causes, 1):
             lines += ["", f"{number}. {cause.kind} ({cause.severity}): {cause.place}", f"   {cause.explanation}"]
             if cause.evidence:
-                lines.append("   " + ", ".join(f"{name} {_short(value)}" for name, value in cause.evidence.items()))
+                said = {name: _short(value) for name, value in cause.evidence.items() if name != "error"}
+                lines += ["   " + ", ".join(f"{name} {value}" for name, value in said.items())] if said else []
             if cause.remedy:
                 lines.append(f"   remedy{_of_trial(cause.trial)}:")
                 lines += [f"       {line}" for line in cause.remedy.splitlines()]

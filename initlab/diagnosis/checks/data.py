@@ -114,6 +114,8 @@ def log_of_target(evidence: Evidence) -> Finding | None:
     targets = {leaf.code: leaf for leaf in evidence.leaves if leaf.is_target}
     if not origin.sources <= targets.keys() or origin.op in ("mean", "std", "var"):
         return None
+    if "divided by" in origin.facts:  # a count, or a spread: the targets are what they are
+        return None
     leaf = targets[min(origin.sources)]
     if not leaf.tensor.is_floating_point():  # counts of classes, say: the loss function's own arithmetic
         return None

@@ -51,6 +51,9 @@ def empty_reduction(evidence: Evidence) -> Finding | None:
         return None
     for call in evidence.trace.losses:
         if call.problem == "empty":
-            why = f"{call.name} averages over no elements: 0 / 0."
-            return Finding("loss", "broken", Place(op=call.name), why, dict(call.facts), [])
+            empty = [leaf.code for leaf in evidence.leaves if leaf.tensor.numel() == 0]
+            of = f"{empty[0]} is empty, and " if empty else ""
+            why = f"{of}{call.name} averages over no elements: 0 / 0."
+            advice = "# skip such a batch, or give the loss a sum and divide it by max(1, count)"
+            return Finding("loss", "broken", Place(op=call.name), why, dict(call.facts), [advice])
     return None
