@@ -81,7 +81,10 @@ def drop_rows(leaf: Leaf, batch: Any) -> str:
 
 
 def shift_classes(leaf: Leaf, batch: Any, smallest: int, largest: int, classes: int) -> str:
-    """Classes from 0."""
+    """Classes from 0, or the loss function's own mark on those that are to be ignored."""
+    if largest < classes and smallest == -1 and largest - smallest >= classes:
+        ignored = f"{leaf.code}.masked_fill({leaf.code} == -1, -100)"
+        return leaf.rebind(batch, ignored) + "  # or give the loss ignore_index=-1"
     if largest - smallest >= classes:
         return f"# {leaf.code} has classes up to {largest}; the model needs {largest + 1} outputs, not {classes}"
     return leaf.rebind(batch, f"{leaf.code} - {smallest}")

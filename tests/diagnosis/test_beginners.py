@@ -114,3 +114,12 @@ def test_an_empty_batch():
     (cause, *_) = diagnose(model, (X[:0], Y[:0]), MSE, adam(model)).causes
     assert (cause.kind, cause.place.op, cause.tried) == ("loss", "mse_loss", False)
     assert "batch[0] is empty" in cause.explanation
+
+
+def test_labels_that_mark_what_is_ignored():
+    labels = CLASSES.clone()
+    labels[::9] = -1
+    model = net(3)
+    (cause, *_) = diagnose(model, (X, labels), CROSS_ENTROPY, adam(model)).causes
+    assert (cause.kind, cause.place.op, cause.tried) == ("target", "cross_entropy", True)
+    assert "ignore_index=-1" in cause.remedy
