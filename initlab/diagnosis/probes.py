@@ -358,20 +358,24 @@ def _or_inf(loss: float | None) -> float:
 
 
 def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
-    """Which of the parameters that got no gradient the loss depends on: it is run again with them moved."""
+    """Which of the parameters that got no gradient the loss depends on: it is run again with them moved.
+
+    Modules under no_grad(), or in eval mode in a model that trains, are left alone: teachers, and frozen bodies.
+    """
     moves = evidence.movement
     assert moves is not None
-    ran = {call.path for call in evidence.trace.calls}
+    model = training_step.model
+    ran = {call.path for call in evidence.trace.calls if call.recorded and call.module.training == model.training}
     names = [n for n in moves.without if n.rpartition(".")[0] in ran]
     training_step.snapshot.restore()
     if not names or _value(training_step) != evidence.first_loss:  # it is not the same twice
         training_step.snapshot.restore()
         return
     training_step.loss_with_gradients()
-    groups = list(movement.groups_to_disturb(training_step.model, names))
+    groups = list(movement.groups_to_disturb(model, names))
     for group in groups:
         training_step.snapshot.restore()
-        movement.disturb([training_step.model.get_parameter(name) for name in group])
+        movement.disturb([model.get_parameter(name) for name in group])
         depends = not _nearly_equal(_value(training_step), evidence.first_loss)
         if group is groups[0] and not depends:
             break

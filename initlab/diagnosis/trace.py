@@ -46,6 +46,7 @@ class Call:
         activation: the function that its output went through, "" if none was seen.
         activated: of that function's output.
         edge: share of that output near the ends of tanh or sigmoid.
+        recorded: whether its output can pass a gradient on; not under no_grad().
         reads_batch: paths of the leaves of the batch that it got unchanged.
     """
 
@@ -58,6 +59,7 @@ class Call:
         self.activation = ""
         self.activated: Stats | None = None
         self.edge = 0.0
+        self.recorded = True
         self.reads_batch: list[tuple[Any, ...]] = []
         self.steps = 1
 
@@ -194,6 +196,7 @@ class Trace(TorchFunctionMode):
                 return
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 self.low.add(tensor.dtype)
+            call.recorded = tensor.requires_grad
             call.output = measure(tensor)
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call

@@ -153,7 +153,7 @@ def diagnose_alone(
         gradient_norm=evidence.steps[0].gradient if evidence.steps else None,
         broke_at=evidence.broke_at,
         layers=tuple(_rows(evidence)),
-        notes=(*notes, *_bad_gradients(evidence), *_close_calls(evidence)),
+        notes=(*notes, *_bad_gradients(evidence), *_without_gradients(evidence), *_close_calls(evidence)),
     )
 
 
@@ -246,6 +246,15 @@ def _bad_gradients(evidence: Evidence) -> Iterator[str]:
     bad = [one.name for one in evidence.parameters if one.grad is not None and not one.grad.finite]
     if bad:
         yield f"gradients that are not finite in step 1: {inline_listing(bad, _NAMED)}"
+
+
+def _without_gradients(evidence: Evidence) -> Iterator[str]:
+    """The optimizer's parameters in modules that run under no_grad()."""
+    if evidence.movement is not None and evidence.movement.without:
+        silent = {call.path for call in evidence.trace.calls if not call.recorded}
+        names = [name for name in evidence.movement.without if name.rpartition(".")[0] in silent]
+        if names:
+            yield f"under no_grad(), so no gradient reaches what the optimizer has: {inline_listing(names, _NAMED)}"
 
 
 def _close_calls(evidence: Evidence) -> Iterator[str]:
