@@ -92,7 +92,7 @@ def shift_classes(leaf: Leaf, batch: Any, smallest: int, largest: int, classes: 
 
 def into_unit_range(leaf: Leaf, batch: Any, low: float, high: float) -> str:
     """Targets between 0 and 1."""
-    return leaf.rebind(batch, f"({leaf.code} - {low:g}) / {high - low:g}")
+    return leaf.rebind(batch, f"(({leaf.code} - {low:g}) / {high - low:g}).clamp(0, 1)")  # {:g} rounds
 
 
 def reshape(leaf: Leaf | None, batch: Any, shape: tuple[int, ...]) -> list[str]:

@@ -123,3 +123,11 @@ def test_labels_that_mark_what_is_ignored():
     (cause, *_) = diagnose(model, (X, labels), CROSS_ENTROPY, adam(model)).causes
     assert (cause.kind, cause.place.op, cause.tried) == ("target", "cross_entropy", True)
     assert "ignore_index=-1" in cause.remedy
+
+
+def test_scaled_targets_are_within_their_range():
+    """Six digits of the smallest and the largest are printed: the targets must not leave [0, 1] by what they lack."""
+    model = nn.Sequential(nn.Linear(8, 1), nn.Sigmoid())
+    y = torch.linspace(21.67177, 424.15631, 64)[:, None]
+    (cause, *_) = diagnose(model, (X, y), supervised(nn.BCELoss()), adam(model)).causes
+    assert (cause.kind, cause.tried) == ("target", True)
