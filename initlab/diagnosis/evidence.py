@@ -15,6 +15,7 @@ from ..models.fans import compute_fans
 from ..models.naming import TensorRef
 from .batch import Leaf
 from .limits import LIMITS
+from .movement import Movement
 from .origin import Origin
 from .stats import Stats, sample
 from .trace import Call, Trace
@@ -103,6 +104,7 @@ class Evidence:
     rates: list[tuple[float, float]] = field(default_factory=list)  # (factor on the update, loss along it)
     further: list[float] = field(default_factory=list)  # losses of steps beyond those asked for
     standardised: Replay | None = None
+    movement: Movement | None = None  # of the first step that an optimizer took
 
     @property
     def losses(self) -> list[float | None]:

@@ -5,9 +5,11 @@ Where several may fit, the best is first; `diagnose` tries them on the user's ow
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..models.activations import ACTIVATIONS
@@ -35,15 +37,19 @@ def standardise(leaf: Leaf, batch: Any) -> str:
     )
 
 
-def fresh_matrices() -> str:
-    """Xavier's distribution for every matrix, whichever way round it lies."""
-    return "\n".join(
+def fresh_matrices(parameters: Sequence[ParameterStats], among_others: bool) -> list[str]:
+    """Xavier's distribution for matrices that are zero: for every other of them, where they are factors of updates."""
+    every = "\n".join(
         [
             "for p in model.parameters():",
-            "    if p.dim() > 1:",
+            "    if p.requires_grad and p.dim() > 1 and not p.any():",
             "        initlab.init.xavier_normal_(p)",
         ]
     )
+    if not among_others:
+        return [every]
+    first = "\n".join(f"initlab.init.xavier_normal_(model.get_parameter({one.name!r}))" for one in parameters[::2])
+    return [first, every]
 
 
 def impute(leaf: Leaf, batch: Any) -> str:
@@ -75,7 +81,10 @@ def drop_rows(leaf: Leaf, batch: Any) -> str:
 
 
 def shift_classes(leaf: Leaf, batch: Any, smallest: int, largest: int, classes: int) -> str:
-    """Classes from 0."""
+    """Classes from 0, or the loss function's own mark on those that are to be ignored."""
+    if largest < classes and smallest == -1 and largest - smallest >= classes:
+        ignored = f"{leaf.code}.masked_fill({leaf.code} == -1, -100)"
+        return leaf.rebind(batch, ignored) + "  # or give the loss ignore_index=-1"
     if largest - smallest >= classes:
         return f"# {leaf.code} has classes up to {largest}; the model needs {largest + 1} outputs, not {classes}"
     return leaf.rebind(batch, f"{leaf.code} - {smallest}")
@@ -83,7 +92,14 @@ def shift_classes(leaf: Leaf, batch: Any, smallest: int, largest: int, classes: 
 
 def into_unit_range(leaf: Leaf, batch: Any, low: float, high: float) -> str:
     """Targets between 0 and 1."""
-    return leaf.rebind(batch, f"({leaf.code} - {low:g}) / {high - low:g}")
+    return leaf.rebind(batch, f"(({leaf.code} - {low:g}) / {high - low:g}).clamp(0, 1)")  # {:g} rounds
+
+
+def reshape(leaf: Leaf | None, batch: Any, shape: tuple[int, ...]) -> list[str]:
+    """A target of the prediction's shape."""
+    sizes = ", ".join(map(str, (-1, *shape[1:])))
+    advice = "# in the loss function: target.reshape(prediction.shape)"
+    return [*([leaf.rebind(batch, f"{leaf.code}.reshape({sizes})")] if leaf is not None else []), advice]
 
 
 def positive(leaf: Leaf, batch: Any) -> str:
@@ -151,34 +167,17 @@ def fresh(evidence: Evidence, parameters: Sequence[ParameterStats], buffer: str 
     return "\n".join(lines)
 
 
+def quieter_head(evidence: Evidence, head: ParameterStats) -> list[str]:
+    """Small weights for a head: GPT-2's for an embedding that is one too, else its layer's own distribution."""
+    tied = isinstance(head.ref.module, nn.Embedding)
+    small = f'initlab.init_model_(model, seed=0, recipe="gpt2", only={head.name!r})'
+    std = f"initlab.init.normal_(model.get_parameter({head.name!r}), std={head.ref.tensor.shape[-1] ** -0.5:.2g})"
+    return [small if tied and _has_distribution(evidence.model, head) else fresh(evidence, [head]), std]
+
+
 def drop_state(parameters: Sequence[ParameterStats]) -> str:
     """The optimizer without the state that is not right."""
     return "\n".join(f"optimizer.state.pop(model.get_parameter({one.name!r}))" for one in parameters)
-
-
-def stable_losses(evidence: Evidence, op: str) -> list[str]:
-    """Loss functions that cannot overflow, for models with logits and for models with probabilities."""
-    targets = [leaf for leaf in evidence.leaves if leaf.is_target]
-    if type(evidence.batch) not in (tuple, list) or len(evidence.batch) != 2 or len(targets) != 1:
-        return []
-    y = targets[0].tensor
-    last = _last_of(evidence.model, (nn.Softmax, nn.LogSoftmax, nn.Sigmoid))
-    identity = f"model.set_submodule({last!r}, torch.nn.Identity())  # the loss takes logits\n" if last else ""
-    functional = "torch.nn.functional"
-    if not y.is_floating_point() and y.dim() == 1 and op not in ("binary_cross_entropy",):
-        classes = "loss_fn = initlab.supervised(torch.nn.CrossEntropyLoss())"
-        by_hand = f"lambda p, y: {functional}.nll_loss(p.clamp_min(1e-7).log(), y)"
-        return [*([identity + classes] if last else []), classes, f"loss_fn = initlab.supervised({by_hand})"]
-    binary = "loss_fn = initlab.supervised(torch.nn.BCEWithLogitsLoss())"
-    shaped = f"lambda z, y: {functional}.binary_cross_entropy_with_logits(z.flatten(), y.float().flatten())"
-    found = [identity + binary] if last else []
-    return [*found, binary, f"loss_fn = initlab.supervised({shaped})"]
-
-
-def _last_of(model: nn.Module, kinds: tuple[type, ...]) -> str | None:
-    """The path of the last leaf module, if it is one of some kinds."""
-    leaves = [(path, module) for path, module in model.named_modules() if not module._modules and path]
-    return leaves[-1][0] if leaves and isinstance(leaves[-1][1], kinds) else None
 
 
 _STABLE = {
@@ -196,7 +195,14 @@ _STABLE = {
     "batch_norm": "more than one value per channel: drop_last=True, GroupNorm, or eval mode",
     "where": "replace the argument first: torch.log(torch.where(ok, x, 1.0)), then torch.where(ok, ..., 0.0)",
     "mean": "x.sum() / max(1, x.numel()), for a selection that may be empty",
-    "acos": "torch.acos(x.clamp(-1 + eps, 1 - eps))",
+    "acos": "torch.acos(x.clamp(-1 + eps, 1 - eps)), or torch.atan2 of sine and cosine",
+    "linalg_svd": "separate singular values that are equal or 0 (x + eps * torch.randn_like(x)), or use svdvals only",
+    "linalg_eigh": "separate equal eigenvalues: x + torch.diag(eps * torch.arange(n)), or use eigvalsh only",
+    "linalg_cholesky": "torch.linalg.cholesky(x + eps * torch.eye(n))",
+    "ctc_loss": "zero_infinity=True, or leave out rows with more labels, and repeats, than frames",
+    "cosh": "for log(cosh(x)): x.abs() + torch.nn.functional.softplus(-2 * x.abs()) - math.log(2)",
+    "xlogy": "torch.xlogy(p, p.clamp_min(eps))",
+    "kl_div": "give it log-probabilities: z.log_softmax(-1)",
     "asin": "torch.asin(x.clamp(-1 + eps, 1 - eps))",
     "atan2": "torch.atan2(y, x + eps)",
     "cosine_similarity": "its own eps, above 0",
@@ -206,8 +212,53 @@ _STABLE = {
 def rewrite(op: str, module: str | None) -> str:
     """The stable form of an operation, as a comment for the user's own code."""
     form = _STABLE.get(op)
-    where = "the loss function" if module is None else f"forward() of {module!r}" if module else "the model's forward()"
-    return f"# in {where}: {form}" if form else ""
+    return f"# in {_code_of(module)}: {form}" if form else ""
+
+
+def guard_division(made_by: str, module: str | None) -> str:
+    """The safe form of a division by one number that is 0, as a comment, by the operation that made it."""
+    if made_by not in (*SPREADS, *COUNTS):
+        return rewrite("div", module)
+    form = "x / (x.std() + eps)" if made_by in SPREADS else "total / count.clamp_min(1), or skip such a batch"
+    return f"# in {_code_of(module)}: {form}"
+
+
+SPREADS = ("std", "var", "norm", "sqrt")
+COUNTS = ("sum", "count_nonzero", "bincount", "select", "index")
+
+
+def _code_of(module: str | None) -> str:
+    return "the loss function" if module is None else f"forward() of {module!r}" if module else "the model's forward()"
+
+
+def casts(evidence: Evidence, error: str) -> tuple[Leaf | None, list[str]]:
+    """Other dtypes for the batch, where an error complains of them: the tensor to blame, and code."""
+    if not any(words in error for words in ("dtype", "scalar type", "should be the same", "not implemented for")):
+        return None, []
+
+    def cast(leaves: list[Leaf], method: str) -> str:
+        return "\n".join(leaf.rebind(evidence.batch, f"{leaf.code}.{method}()") for leaf in leaves)
+
+    inputs = [leaf for leaf in evidence.leaves if not leaf.is_target]
+    wide = [leaf for leaf in evidence.leaves if leaf.tensor.dtype == torch.float64]
+    whole = [leaf for leaf in inputs if not leaf.tensor.is_floating_point() and not leaf.tensor.is_complex()]
+    real = [leaf for leaf in evidence.leaves if leaf.is_target and leaf.tensor.is_floating_point()]
+    if "Long" in error and "target" in error:
+        return (real[0], [cast(real, "long")]) if real else (None, [])
+    for found in (wide, whole):
+        if found:
+            return found[0], [cast(found, "float")]
+    return None, []
+
+
+def width(model: nn.Module, path: str, error: str) -> str:
+    """The width that a layer needs, as a comment, from torch's error."""
+    layer = model.get_submodule(path)
+    got = re.search(r"\(\d+x(\d+) and ", error)
+    if not isinstance(layer, nn.Linear) or got is None:
+        return "# make the layer's width that of its input"
+    right = f"torch.nn.Linear({got[1]}, {layer.out_features})"
+    return f"# {path!r} gets {got[1]} features and takes {layer.in_features}: {right}"
 
 
 def drop_batch_statistics(path: str) -> str:
@@ -222,6 +273,31 @@ def smaller_rate(factor: float, optimizer: Any) -> str:
     return f"for group in optimizer.param_groups:\n    {assign}"
 
 
+def usual_rates(optimizer: Any) -> list[str]:
+    """Rates to begin with: what an optimizer was made with by default, and less."""
+    adaptive = any("betas" in group or "eps" in group for group in optimizer.param_groups)
+    return [
+        f'for group in optimizer.param_groups:\n    group["lr"] = {x}'
+        for x in ((1e-3, 1e-4) if adaptive else (1e-2, 1e-3))
+    ]
+
+
+def minimise() -> str:
+    """An optimizer that goes down."""
+    return 'for group in optimizer.param_groups:\n    group["maximize"] = False'
+
+
+def add_parameters() -> str:
+    """The model's parameters, for an optimizer that does not have them."""
+    return "\n".join(
+        [
+            'known = {id(p) for group in optimizer.param_groups for p in group["params"]}',
+            "new = [p for p in model.parameters() if p.requires_grad and id(p) not in known]",
+            'optimizer.add_param_group({"params": new})  # or make the optimizer after the model is complete',
+        ]
+    )
+
+
 def clip(optimizer: Any) -> str:
     """Gradients of norm 1 at most."""
     if optimizer is None:
@@ -229,11 +305,19 @@ def clip(optimizer: Any) -> str:
     return "clipper = initlab.GradClipper(optimizer, max_norm=1.0)"
 
 
-def wider(evidence: Evidence) -> list[str]:
+_OR_BFLOAT16 = "or model.bfloat16(): the range of float32 in 16 bits"
+
+
+def in_float32(evidence: Evidence) -> list[str]:
+    """Weights of 32 bits, which small updates change."""
+    return wider(evidence, "16 bits in the passes alone: torch.autocast(..., dtype=torch.bfloat16)")[:-1]
+
+
+def wider(evidence: Evidence, otherwise: str = _OR_BFLOAT16) -> list[str]:
     """Float32, or bfloat16's range."""
     found = []
     if any(half(one.ref.tensor.dtype) for one in evidence.parameters_and_buffers):
-        lines = ["model.float()  # or model.bfloat16(): the range of float32 in 16 bits"]
+        lines = [f"model.float()  # {otherwise}"]
         for leaf in evidence.leaves:
             if half(leaf.tensor.dtype):
                 lines.append(leaf.rebind(evidence.batch, f"{leaf.code}.float()"))

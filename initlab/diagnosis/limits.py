@@ -46,6 +46,24 @@ class Limits(NamedTuple):
     rise: float = 1.15  # of the loss along one update; dropout and momentum make it rise by a few percent
     loss_excess: float = 3.0  # first loss against that of knowing nothing
 
+    # Trials of a remedy
+    trial_steps: int = 25  # a rate that is too large by little shows itself in these
+    trial_least: int = 2  # steps that a trial takes however slow they are
+    trial_seconds: float = 3.0
+    given_back: float = 0.5  # of what the loss had fallen by: more, and it rises again
+    same_value: float = 1e-4  # difference of two losses in float32 that are the same function
+
+    # Runs that do not learn
+    rounded_away: float = 0.99  # of 16-bit weights that a step leaves as they were; small rates leave half of them
+    slow_rate: float = 1e-6
+    disturbed: int = 8  # modules without a gradient that are looked at one by one
+    response: float = 1e-6  # of the loss, to weights that no gradient reaches
+    flat_input: float = 0.01  # what the rows of a batch change in a first layer's output, against its size
+
+    # The first loss
+    sure_loss: float = 5.0  # against knowing nothing; a model that starts wrong about some rows stays below
+    sure_spread: float = 3.0  # of the logits: their largest probability is then near 1
+
     # Low precision
     headroom: float = 8.0  # three bits: what a few steps, or a less ordinary batch, use up
     zero_gradients: float = 0.1  # share of exact zeros in a 16-bit gradient that float32 does not have

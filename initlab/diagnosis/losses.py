@@ -20,9 +20,12 @@ class LossCall:
     Args:
         name: of the function.
         baseline: its value for a model that knows nothing about the inputs; None where that is not known.
-        problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits"; "" if nothing.
+        problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits", "shapes"; "" if nothing.
         facts: numbers about the problem.
         fatal: whether the call cannot succeed.
+        options: its keyword arguments that are no tensors and not None.
+        classes: how many the prediction has; 0 where it has none.
+        spread: standard deviation of a row's logits over the classes.
     """
 
     name: str
@@ -30,6 +33,9 @@ class LossCall:
     problem: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     fatal: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    classes: int = 0
+    spread: float = 0.0
 
 
 def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
@@ -41,9 +47,13 @@ def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossC
         return None
     with torch.no_grad():
         call = reader(name, prediction, target, args, kwargs)
+    call.options = {k: v for k, v in kwargs.items() if isinstance(v, str | int | float)}
     if call.baseline is not None and kwargs.get("reduction") == "sum":
         call.baseline *= target.numel()
     return call
+
+
+_ROWS = 64  # enough for a mean
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any) -> Any:
@@ -53,7 +63,9 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 def _classes(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
     dim = 1 if prediction.dim() > 1 else 0
     count = prediction.shape[dim] if prediction.dim() else 1
-    call = LossCall(name, baseline=math.log(count) if count > 1 else None)
+    call = LossCall(name, baseline=math.log(count) if count > 1 else None, classes=count)
+    if count > 1 and prediction.numel():
+        call.spread = float(prediction[:_ROWS].detach().float().std(dim).mean())
     if not target.is_floating_point():
         ignored = _argument(args, kwargs, 4, "ignore_index", -100)
         kept = target[target != ignored]
@@ -96,9 +108,27 @@ def _distance(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: 
     call = LossCall(name)
     if prediction.numel() == 0:
         call.problem = "empty"
+    elif multiplies(prediction, target):
+        call.problem, call.facts = "shapes", shapes(prediction, target)
     elif name == "mse_loss" and target.numel() > 1 and target.is_floating_point():
         call.baseline = float(target.float().square().mean())
     return call
+
+
+def multiplies(prediction: Tensor, target: Tensor) -> bool:
+    """Whether tensors of equally many elements make more of them when they are broadcast: (n, 1) against (n,)."""
+    if prediction.shape == target.shape or prediction.numel() != target.numel() or target.numel() < 2:
+        return False
+    try:
+        return math.prod(torch.broadcast_shapes(prediction.shape, target.shape)) > target.numel()
+    except RuntimeError:
+        return False
+
+
+def shapes(prediction: Tensor, target: Tensor) -> dict[str, Any]:
+    """The facts about two tensors that are broadcast."""
+    both = tuple(torch.broadcast_shapes(prediction.shape, target.shape))
+    return {"prediction": tuple(prediction.shape), "target": tuple(target.shape), "broadcast": both}
 
 
 def _kl_div(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
@@ -134,5 +164,6 @@ _READERS: dict[str, _Reader] = {
     "l1_loss": _distance,
     "smooth_l1_loss": _distance,
     "huber_loss": _distance,
+    "poisson_nll_loss": _distance,
     "kl_div": _kl_div,
 }

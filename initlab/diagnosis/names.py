@@ -44,6 +44,11 @@ MASKING = frozenset(
     )
 )
 
+# Those that hand on the numbers that they get.
+COPYING = frozenset(
+    ("alias", "clone", "detach", "expand", "lift_fresh", "reshape", "squeeze", "to_copy", "unsqueeze", "view")
+)
+
 
 @functools.lru_cache(maxsize=4096)
 def plain(name: str) -> str:

@@ -65,13 +65,14 @@ class Origin:
 class _Provenance:
     """What is known of the tensors in one storage."""
 
-    __slots__ = ("origin", "ref", "sources", "weights")
+    __slots__ = ("made_by", "origin", "ref", "sources", "weights")
 
     def __init__(self, tensor: Tensor) -> None:
         self.ref = StorageWeakRef(tensor.untyped_storage())  # its address is not used again while this lives
         self.sources: frozenset[str] = frozenset()
         self.weights = False
         self.origin: Origin | None = None
+        self.made_by = ""  # the operation
 
 
 class Search:
@@ -140,6 +141,10 @@ class Search:
             entry = self._entry(out)
             entry.sources |= sources
             entry.weights |= weights
+            if op not in names.COPYING:
+                entry.made_by = op
+            else:
+                entry.made_by = next((m.made_by for m in known), "")
             if not out.is_floating_point() or out.numel() == 0:
                 continue
             low, high = (float(x) for x in out.aminmax())
@@ -174,6 +179,11 @@ class Search:
             facts[f"input {number}"] = f"{float(low):.4g} to {float(high):.4g}"
         if not any(t.numel() for t in inputs):
             facts["elements"] = 0
+        if op == "div" and len(inputs) > 1 and inputs[1].numel() == 1 and not inputs[1].is_meta and not bool(inputs[1]):
+            below = self._find(inputs[1])
+            facts["divided by"] = f"0, made by {below.made_by}" if below is not None and below.made_by else "0"
+        if op == "reciprocal" and inputs and inputs[0].numel() == 1 and not inputs[0].is_meta and not bool(inputs[0]):
+            facts["divided by"] = "0"
         masks = flag == NEGATIVE_INF and op in names.MASKING
         origin = Origin("op", "forward", name, module, flag, out.dtype, sources, weights, facts, intended=masks)
         if not masks and self.first is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import warnings
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..models.naming import tensor_refs
+from . import movement
 from .batch import Leaf, features, leaves, standardised
 from .evidence import (
     Evidence,
@@ -32,11 +32,11 @@ from .evidence import (
     tiny_share,
     zero_share,
 )
+from .limits import LIMITS
 from .origin import Search
 from .ranks import CommunicatesError
 from .state import Snapshot, referenced_modules
 from .stats import measure
-from .symptoms import gains
 from .trace import Trace, storage_of
 
 LossFn = Callable[[Any, Any], Any]
@@ -92,15 +92,21 @@ _FOR_THE_CALLER = (CommunicatesError, UsageError)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Gradients on, warnings off, compiled code run as it was written."""
+    """Gradients on, compiled code run as it was written; of the warnings, torch's of shapes is given once, at the end.
+
+    The others were seen when the model ran by itself, and would be repeated by every pass.
+    """
     with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", "Using a target size", UserWarning)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if "_dynamo" in vars(torch):  # nothing is compiled where this has not been imported, and it is slow to
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+    for text, one in {str(one.message): one for one in reversed(caught)}.items():
+        warnings.warn_explicit(text, one.category, one.filename, one.lineno)
 
 
 def observe_at_rest(training_step: TrainingStep) -> Evidence:
@@ -154,7 +160,7 @@ def observe_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -
             return
         del loss
         gradients = training_step.gradients()
-        step.gradient = _norm(list(gradients.values()))
+        step.gradient = norm_of(list(gradients.values()))
         if first:
             _roles(evidence)
             _read_gradients(evidence)
@@ -164,7 +170,7 @@ def observe_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -
         if training_step.optimizer is None:
             return
         try:
-            step.update = _update(training_step)
+            step.update = _update(training_step, evidence)
         except _FOR_THE_CALLER:
             raise
         except Exception as error:
@@ -208,27 +214,34 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def _norm(tensors: list[Any]) -> float | None:
+def norm_of(tensors: list[Any]) -> float | None:
+    """The 2-norm of all elements; None of no tensors."""
     return math.hypot(*_norms(tensors)) if tensors else None
 
 
-def _update(training_step: TrainingStep) -> float | None:
+def _update(training_step: TrainingStep, evidence: Evidence) -> float | None:
     """Let the optimizer take its step; the size of the update against the weights."""
     assert training_step.optimizer is not None
-    weights = [
-        p for g in training_step.optimizer.param_groups for p in g["params"] if p.dim() > 1 and p.grad is not None
+    first = evidence.movement is None
+    driven = [
+        p for p in movement.parameters_of(training_step.optimizer) if p.grad is not None and (first or p.dim() > 1)
     ]
     with torch.no_grad():
-        before = [p.detach().clone() for p in weights]
-    _step(training_step.optimizer, training_step.loss_with_gradients)
+        before = [(p, p.detach().clone()) for p in driven]
+    take_step(training_step.optimizer, training_step.loss_with_gradients)
+    if first:
+        evidence.movement = movement.of_step(
+            training_step.optimizer, training_step.model, training_step.referenced_modules, before
+        )
+    weights = [(p.detach(), old) for p, old in before if p.dim() > 1]
     with torch.no_grad():
-        moved = torch._foreach_sub([p.detach() for p in weights], before) if weights else []
-        size = _norm(before)
-        change = _norm(list(moved))
+        moved = torch._foreach_sub([p for p, _ in weights], [old for _, old in weights]) if weights else []
+        size = norm_of([old for _, old in weights])
+        change = norm_of(list(moved))
     return change / size if size and change is not None else None
 
 
-def _step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> None:
+def take_step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> None:
     """Let an optimizer take its step; `closure` computes loss and gradients again, for those that search a line."""
     argument = inspect.signature(optimizer.step).parameters.get("closure")
     if argument is not None and argument.default is inspect.Parameter.empty:
@@ -253,7 +266,7 @@ def find_origin(training_step: TrainingStep, evidence: Evidence) -> None:
     for _ in range((evidence.broke_at or 1) - 1):
         training_step.loss_with_gradients()
         assert training_step.optimizer is not None
-        _step(training_step.optimizer, training_step.loss_with_gradients)
+        take_step(training_step.optimizer, training_step.loss_with_gradients)
     training_step.clear_gradients()
     parameters = dict((*training_step.model.named_parameters(), *training_step.model.named_buffers()))
     search = Search(training_step.model, {leaf.code: leaf.tensor for leaf in training_step.leaves}, parameters)
@@ -314,7 +327,7 @@ def _pass(training_step: TrainingStep, batch: Any, mode: Any) -> Replay:
         return Replay(loss if loss is not None and not math.isfinite(loss) else None, None, {})
     gradients = training_step.gradients()
     zeros = {name: zero_share(g) for name, g in gradients.items()}
-    return Replay(loss, _norm(list(gradients.values())), zeros)
+    return Replay(loss, norm_of(list(gradients.values())), zeros)
 
 
 def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
@@ -325,7 +338,7 @@ def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
     parameters = [p for group in training_step.optimizer.param_groups for p in group["params"]]
     with torch.no_grad():
         start = [p.detach().clone() for p in parameters]
-        _step(training_step.optimizer, training_step.loss_with_gradients)
+        take_step(training_step.optimizer, training_step.loss_with_gradients)
         moved = [p.detach() - before for p, before in zip(parameters, start, strict=True)]
     evidence.rates.append((1.0, _or_inf(evidence.losses[1] if len(evidence.losses) > 1 else None)))
     for factor in (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6):
@@ -344,80 +357,34 @@ def _or_inf(loss: float | None) -> float:
     return math.inf if loss is None or math.isnan(loss) else loss
 
 
-def take_further_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
-    """Losses of further steps from the start, at the rate in use."""
+def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Which of the parameters that got no gradient the loss depends on: it is run again with them moved.
+
+    Modules under no_grad(), or in eval mode in a model that trains, are left alone: teachers, and frozen bodies.
+    """
+    moves = evidence.movement
+    assert moves is not None
+    model = training_step.model
+    ran = {call.path for call in evidence.trace.calls if call.recorded and call.module.training == model.training}
+    names = [n for n in moves.without if n.rpartition(".")[0] in ran]
     training_step.snapshot.restore()
-    evidence.further = train(training_step, steps)
-    training_step.snapshot.restore()
-
-
-def train(training_step: TrainingStep, steps: int) -> list[float]:
-    """Losses before each of some steps and after the last; they end where one is not finite or an error is raised."""
-    losses: list[float] = []
-    try:
-        for _ in range(steps):
-            losses.append(float(training_step.loss_with_gradients()))
-            if not math.isfinite(losses[-1]):
-                return losses
-            if training_step.optimizer is not None:
-                _step(training_step.optimizer, training_step.loss_with_gradients)
-            else:
-                _small_step(training_step.model)
-        losses.append(float(training_step.loss()))
-    except Exception:
-        losses.append(math.nan)
-    return losses
-
-
-@torch.no_grad()
-def _small_step(model: nn.Module) -> None:
-    """A step down the gradient by a thousandth of the weights' norm."""
-    pairs = [(p, p.grad) for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
-    size, slope = _norm([p for p, _ in pairs]), _norm([g for _, g in pairs])
-    if size and slope:
-        for p, g in pairs:
-            p.sub_(g, alpha=1e-3 * size / slope)
-
-
-_NAMES = ("model", "batch", "loss_fn", "optimizer")  # what a remedy may change, beside using torch and initlab
-
-
-@contextmanager
-def after_remedy(training_step: TrainingStep, remedy: str) -> Iterator[TrainingStep]:
-    """The training step after a remedy is run as it is printed; everything is restored afterwards."""
-    import initlab
-
-    training_step.snapshot.restore()
-    scope: dict[str, Any] = {
-        "torch": torch,
-        "initlab": initlab,
-        **{name: getattr(training_step, name) for name in _NAMES},
-    }
-    try:
-        exec(remedy, scope)
-        changed = copy.copy(training_step)
-        changed.model, changed.batch, changed.loss_fn, changed.optimizer = (scope[name] for name in _NAMES)
-        yield changed
-    finally:
+    if not names or _value(training_step) != evidence.first_loss:  # it is not the same twice
         training_step.snapshot.restore()
+        return
+    training_step.loss_with_gradients()
+    groups = list(movement.groups_to_disturb(model, names))
+    for group in groups:
+        training_step.snapshot.restore()
+        movement.disturb([model.get_parameter(name) for name in group])
+        depends = not _nearly_equal(_value(training_step), evidence.first_loss)
+        if group is groups[0] and not depends:
+            break
+        if depends and (group is not groups[0] or len(groups) == 2):
+            moves.detached += group
+    training_step.snapshot.restore()
 
 
-def growth_after(training_step: TrainingStep, remedy: str) -> float | None:
-    """How far the signal grows from the input to the worst layer after a remedy; None where that cannot be said."""
-    with after_remedy(training_step, remedy) as changed:
-        evidence = observe_at_rest(changed)
-        with evidence.trace:
-            changed.loss()
-        return max((total for _, _, total in gains(evidence)), default=None)
-
-
-def effect(training_step: TrainingStep, remedy: str, steps: int = 2) -> str:
-    """What a remedy does for the loss: "falls", "finite", or "" where it does not even run."""
-    try:
-        with after_remedy(training_step, remedy) as changed:
-            losses = train(changed, steps)
-    except Exception:
-        return ""
-    if len(losses) <= steps or not all(map(math.isfinite, losses)):
-        return "finite" if losses and math.isfinite(losses[0]) else ""
-    return "falls" if losses[-1] < losses[0] else "finite"
+def _nearly_equal(loss: float | None, other: float | None) -> bool:
+    if loss is None or other is None:
+        return loss is other
+    return abs(loss - other) <= LIMITS.response * abs(other)

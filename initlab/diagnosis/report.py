@@ -11,7 +11,16 @@ from .._console import inline_listing, table
 from ..distributed.collectives import listed
 
 Kind: TypeAlias = Literal[
-    "input", "target", "weights", "operation", "precision", "gradient", "learning rate", "loss", "uninitialised"
+    "input",
+    "target",
+    "weights",
+    "operation",
+    "precision",
+    "gradient",
+    "learning rate",
+    "optimizer",
+    "loss",
+    "uninitialised",
 ]
 Severity: TypeAlias = Literal["warning", "broken"]
 Verdict: TypeAlias = Literal["healthy", "warning", "broken"]
@@ -67,7 +76,9 @@ class Cause:
         explanation: what happens, in a sentence or two.
         evidence: numbers and short strings.
         remedy: code to paste, with model, batch, loss_fn, optimizer, torch and initlab in scope; may be empty.
-        tried: whether the remedy was run on the user's own batch, and the loss fell.
+        tried: whether the remedy, as it is printed, was run on the user's own batch, and the user's loss stayed finite
+            and fell over all the steps of a trial.
+        trial: that loss, before each of those steps and after the last; empty where nothing was tried.
     """
 
     kind: Kind
@@ -77,6 +88,7 @@ class Cause:
     evidence: dict[str, Any] = field(default_factory=dict)
     remedy: str = ""
     tried: bool = False
+    trial: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The cause as plain data, for JSON."""
@@ -89,6 +101,7 @@ class Cause:
             "evidence": _plain(self.evidence),
             "remedy": self.remedy,
             "tried": self.tried,
+            "trial": list(self.trial),
         }
 
 
@@ -180,9 +193,10 @@ class Diagnosis:
         for number, cause in enumerate(self.causes, 1):
             lines += ["", f"{number}. {cause.kind} ({cause.severity}): {cause.place}", f"   {cause.explanation}"]
             if cause.evidence:
-                lines.append("   " + ", ".join(f"{name} {_short(value)}" for name, value in cause.evidence.items()))
+                said = {name: _short(value) for name, value in cause.evidence.items() if name != "error"}
+                lines += ["   " + ", ".join(f"{name} {value}" for name, value in said.items())] if said else []
             if cause.remedy:
-                lines.append(f"   remedy{', tried: the loss fell' if cause.tried else ''}:")
+                lines.append(f"   remedy{_of_trial(cause.trial)}:")
                 lines += [f"       {line}" for line in cause.remedy.splitlines()]
         if self.layers:
             lines += ["", self._table()]
@@ -219,6 +233,15 @@ class Diagnosis:
             row, last = self.layers[place], place
             rows.append((row.name or "(model)", row.kind, row.dtype, *(_cell(getattr(row, name)) for name in head[3:])))
         return table(head, rows, "lllrrrrr")
+
+
+def _of_trial(losses: Sequence[float]) -> str:
+    if not losses:
+        return ""
+    steps = len(losses) - 1
+    digits = next((n for n in (4, 6, 8) if f"{losses[0]:.{n}g}" != f"{losses[-1]:.{n}g}"), 10)
+    first, last = (f"{loss:.{digits}g}" for loss in (losses[0], losses[-1]))
+    return f", tried: the loss fell from {first} to {last} in {steps} steps"
 
 
 def _shown(layers: Sequence[LayerRow]) -> list[int]:

@@ -71,8 +71,18 @@ def odd_scale(evidence: Evidence) -> Scale | None:
         offset = float((found.mean.abs() / found.reach.clamp_min(1e-30))[moving].median())
         text = f"{leaf.code} has a root mean square of {rms:.3g}, and the weights in use expect about 1"
         if rms >= LIMITS.input_rms_suspect or 0 < rms <= 1 / LIMITS.input_rms_suspect**3 or offset >= LIMITS.offset:
-            return Scale(leaf, [], spread, rms, rms >= LIMITS.input_rms, text)
+            return Scale(leaf, [], spread, rms, rms >= LIMITS.input_rms or _is_flat(evidence, leaf, rms), text)
     return None
+
+
+def _is_flat(evidence: Evidence, leaf: Leaf, rms: float) -> bool:
+    """Whether an input is so small that a first layer puts out the same for every row."""
+    if rms >= 1.0:
+        return False
+    for call in evidence.layers:
+        if leaf.path in call.reads_batch and call.output is not None and call.output.rows > 1:
+            return call.output.signal < LIMITS.flat_input * call.output.rms
+    return False
 
 
 def _is_normalised_first(evidence: Evidence, leaf: Leaf) -> bool:

@@ -17,7 +17,7 @@ from ..models.fans import compute_fans
 from ..models.naming import walk
 from . import names
 from .limits import LIMITS
-from .losses import LossCall, Stopped, loss_call
+from .losses import LossCall, Stopped, loss_call, multiplies, shapes
 from .stats import Stats, edge_share, measure
 
 # Functions after which a signal is still the output of the layer before, for the question which activation follows it.
@@ -46,6 +46,7 @@ class Call:
         activation: the function that its output went through, "" if none was seen.
         activated: of that function's output.
         edge: share of that output near the ends of tanh or sigmoid.
+        recorded: whether its output can pass a gradient on; not under no_grad().
         reads_batch: paths of the leaves of the batch that it got unchanged.
     """
 
@@ -58,6 +59,7 @@ class Call:
         self.activation = ""
         self.activated: Stats | None = None
         self.edge = 0.0
+        self.recorded = True
         self.reads_batch: list[tuple[Any, ...]] = []
         self.steps = 1
 
@@ -122,6 +124,7 @@ class Trace(TorchFunctionMode):
     Attributes:
         calls: of modules, in the order in which they began.
         losses: of loss functions.
+        products: names of parameters that a signal was multiplied with, and sizes of what came out, in order.
         failed: (module, operation) that ran when an exception was raised.
         low: 16-bit dtypes that modules put out.
     """
@@ -131,6 +134,8 @@ class Trace(TorchFunctionMode):
         self.modules = Modules(model)
         self.calls: list[Call] = []
         self.losses: list[LossCall] = []
+        self.products: list[tuple[str, torch.Size]] = []
+        self._weights = {storage_of(p): name for name, p in model.named_parameters() if p.dim() > 1}
         self.failed: tuple[str | None, str] | None = None
         self.low: set[torch.dtype] = set()
         self._raised: Exception | None = None
@@ -191,6 +196,7 @@ class Trace(TorchFunctionMode):
                 return
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 self.low.add(tensor.dtype)
+            call.recorded = tensor.requires_grad
             call.output = measure(tensor)
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call
@@ -201,6 +207,8 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         name = names.of_function(func)
         loss = loss_call(name, args, kwargs)
+        if loss is None and name in ("sub", "rsub"):
+            loss = self._difference(args)
         if loss is not None:
             self.losses.append(loss)
         try:
@@ -212,9 +220,23 @@ class Trace(TorchFunctionMode):
             raise
         if name in ACTIVATIONS or name in _PASSING:
             self._follow(name, args[0] if args else kwargs.get("input"), out)
-        elif name == "matmul" and isinstance(out, Tensor) and out.dtype in (torch.float16, torch.bfloat16):
-            self.low.add(out.dtype)
+        elif name in ("linear", "matmul") and isinstance(out, Tensor):
+            found = (self._weights.get(storage_of(arg)) for arg in args[:2] if isinstance(arg, Tensor))
+            self.products += [(weight, out.shape) for weight in found if weight is not None]
+            if name == "matmul" and out.dtype in (torch.float16, torch.bfloat16):
+                self.low.add(out.dtype)
         return out
+
+    def _difference(self, args: tuple[Any, ...]) -> LossCall | None:
+        """The beginning of a loss by hand: a prediction less a tensor of the batch, where the two are broadcast."""
+        if len(args) < 2 or not all(isinstance(arg, Tensor) for arg in args[:2]):
+            return None
+        first, second = args[:2]
+        for prediction, target in ((first, second), (second, first)):
+            of_batch = not target.requires_grad and storage_of(target) in self._batch
+            if of_batch and prediction.requires_grad and multiplies(prediction, target):
+                return LossCall("sub", problem="shapes", facts=shapes(prediction, target))
+        return None
 
     def _follow(self, name: str, source: Any, out: Any) -> None:
         """Carry the knowledge of which layer made a tensor through a function."""

@@ -16,7 +16,7 @@ from .._console import inline_listing
 from ..distributed.collectives import all_gather_object
 from ..distributed.groups import groups_of
 from ..models.naming import unwrapped
-from . import checks, probes, ranks, symptoms
+from . import checks, probes, ranks, symptoms, trials
 from .batch import leaves
 from .checks import Finding
 from .evidence import Evidence
@@ -25,7 +25,7 @@ from .probes import LossFn, TrainingStep, UsageError, quiet
 from .report import Cause, Diagnosis, LayerRow
 from .state import referenced_modules
 
-_TRIALS = 2  # remedies of a cause that are tried, at two steps each
+_TRIALS = 2  # remedies of a cause that are tried
 _NAMED = 8  # parameters that a note lists
 _DEPTH = 2  # diagnoses in a row: a second one where the first's remedy makes the loss finite and no more
 
@@ -153,7 +153,7 @@ def diagnose_alone(
         gradient_norm=evidence.steps[0].gradient if evidence.steps else None,
         broke_at=evidence.broke_at,
         layers=tuple(_rows(evidence)),
-        notes=(*notes, *_bad_gradients(evidence), *_close_calls(evidence)),
+        notes=(*notes, *_bad_gradients(evidence), *_without_gradients(evidence), *_close_calls(evidence)),
     )
 
 
@@ -179,29 +179,42 @@ def _tried(
     training_step: TrainingStep, found: Finding, steps: int, on_stage: Callable[[str], None], depth: int
 ) -> tuple[Cause, list[Cause]]:
     """The likeliest cause with a remedy that was tried, and what shows itself behind it where that is not enough."""
+    same = [code for rewrite in found.rewrites if (code := trials.same_objective(training_step, rewrite))]
+    candidates = [*same, *found.remedies]
     effects = {}
-    for candidate in found.remedies[:_TRIALS]:
-        effects[candidate] = probes.effect(training_step, candidate)
-        if effects[candidate] == "falls":
+    for candidate in [code for code in candidates if trials.is_code(code)][:_TRIALS]:
+        trial = trials.run(training_step, candidate, rewritten=candidate in same)
+        effects[candidate] = trial.effect
+        if trial.effect == "falls":
             if found.kind == "weights" and "gain" in found.evidence:
-                found.evidence["gain after the remedy"] = probes.growth_after(training_step, candidate)
-            return _cause(found, candidate, tried=True), []
+                found.evidence["gain after the remedy"] = trials.growth_after(training_step, candidate)
+            return _cause(found, candidate, trial.losses), []
     helped = next((candidate for candidate, effect in effects.items() if effect == "finite"), None)
     if helped is None or depth == 1:
-        return _cause(found, (found.remedies or [""])[0]), []
-    with probes.after_remedy(training_step, helped) as changed:
+        return _cause(found, helped or _untried(candidates)), []
+    with trials.after_remedy(training_step, helped) as changed:
         second = TrainingStep(changed.model, changed.batch, changed.loss_fn, changed.optimizer)
         try:
             behind = _observed(second, steps, on_stage, depth - 1)[1]
         finally:
             second.snapshot.restore()
-    if not behind or not behind[0].remedy:
+    if not behind or not behind[0].remedy or behind[0].remedy in helped:
         return _cause(found, helped), behind
-    return _cause(found, f"{helped}\n{behind[0].remedy}", tried=behind[0].tried), behind
+    # A second remedy of the same kind is the first with another number in it.
+    both = behind[0].remedy if behind[0].kind == found.kind else f"{helped}\n{behind[0].remedy}"
+    trial = trials.run(training_step, both, rewritten=helped in same)
+    if trial.effect == "falls":
+        return _cause(found, both, trial.losses), behind
+    return _cause(found, both if trial.effect and behind[0].kind != found.kind else helped), behind
 
 
-def _cause(found: Finding, remedy: str, tried: bool = False) -> Cause:
-    return Cause(found.kind, found.severity, found.place, found.explanation, found.evidence, remedy, tried)
+def _untried(remedies: list[str]) -> str:
+    """What to print where no remedy helps: an advice rather than code, which has been seen not to."""
+    return next((one for one in remedies if not trials.is_code(one)), (remedies or [""])[0])
+
+
+def _cause(found: Finding, remedy: str, trial: tuple[float, ...] = ()) -> Cause:
+    return Cause(found.kind, found.severity, found.place, found.explanation, found.evidence, remedy, bool(trial), trial)
 
 
 def _probe_further(training_step: TrainingStep, evidence: Evidence, on_stage: Callable[[str], None]) -> None:
@@ -218,7 +231,10 @@ def _probe_further(training_step: TrainingStep, evidence: Evidence, on_stage: Ca
         on_stage("searching along the update")
         probes.search_rates(training_step, evidence)
         if not symptoms.blew_up(evidence):
-            probes.take_further_steps(training_step, evidence, 3)
+            trials.take_further_steps(training_step, evidence, 3)
+    if evidence.movement is not None and evidence.movement.without and not broke:
+        on_stage("moving the parameters that no gradient reaches")
+        probes.find_detached(training_step, evidence)
     odd = symptoms.odd_scale(evidence)
     if odd is not None and (odd.strong or evidence.broke_at is not None):
         on_stage("running on standardised inputs")
@@ -230,6 +246,15 @@ def _bad_gradients(evidence: Evidence) -> Iterator[str]:
     bad = [one.name for one in evidence.parameters if one.grad is not None and not one.grad.finite]
     if bad:
         yield f"gradients that are not finite in step 1: {inline_listing(bad, _NAMED)}"
+
+
+def _without_gradients(evidence: Evidence) -> Iterator[str]:
+    """The optimizer's parameters in modules that run under no_grad()."""
+    if evidence.movement is not None and evidence.movement.without:
+        silent = {call.path for call in evidence.trace.calls if not call.recorded}
+        names = [name for name in evidence.movement.without if name.rpartition(".")[0] in silent]
+        if names:
+            yield f"under no_grad(), so no gradient reaches what the optimizer has: {inline_listing(names, _NAMED)}"
 
 
 def _close_calls(evidence: Evidence) -> Iterator[str]:

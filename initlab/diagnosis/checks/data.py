@@ -114,6 +114,8 @@ def log_of_target(evidence: Evidence) -> Finding | None:
     targets = {leaf.code: leaf for leaf in evidence.leaves if leaf.is_target}
     if not origin.sources <= targets.keys() or origin.op in ("mean", "std", "var"):
         return None
+    if "divided by" in origin.facts:  # a count, or a spread: the targets are what they are
+        return None
     leaf = targets[min(origin.sources)]
     if not leaf.tensor.is_floating_point():  # counts of classes, say: the loss function's own arithmetic
         return None
@@ -149,6 +151,9 @@ def scale(evidence: Evidence) -> Finding | None:
         facts["loss"] = evidence.first_loss
         facts["loss if standardised"] = replay.loss
     place = Place(feature=odd.features[0] if len(odd.features) == 1 else odd.features or None)
-    why = f"{odd.text}: the largest decide the first step, and saturate or blow up what follows."
+    leads_to = "the largest decide the first step, and saturate or blow up what follows."
+    if odd.rms < 1 and odd.spread < LIMITS.scale_spread:
+        leads_to = "the model hardly sees the difference between one row and another."
+    why = f"{odd.text}: {leads_to}"
     severity: Severity = "broken" if (broke or diverges(evidence)) and hurts else "warning"
     return Finding("input", severity, place, why, facts, [fixes.standardise(odd.leaf, evidence.batch)])

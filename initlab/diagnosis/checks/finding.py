@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from ..evidence import Evidence
 from ..report import Kind, Place, Severity
+from ..rewrites import Rewrite
 
 
 @dataclass
@@ -16,6 +17,7 @@ class Finding:
 
     Args:
         remedies: code, best first; the first that lets the loss fall is the one to print.
+        rewrites: loss functions that come before them where they are the user's own objective.
     """
 
     kind: Kind
@@ -24,6 +26,7 @@ class Finding:
     explanation: str
     evidence: dict[str, Any] = field(default_factory=dict)
     remedies: list[str] = field(default_factory=list)
+    rewrites: list[Rewrite] = field(default_factory=list)
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]

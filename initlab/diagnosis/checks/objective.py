@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import fixes
+from .. import fixes, rewrites
 from ..evidence import Evidence
 from ..report import Place, Severity
 from .finding import Finding
@@ -23,8 +23,24 @@ def wrong_space(evidence: Evidence) -> Finding | None:
     for call in evidence.trace.losses:
         why = _PROBLEMS.get(f"{call.name}, {call.problem}")
         if why is not None:
-            written = fixes.stable_losses(evidence, call.name)
+            written, losses = rewrites.in_right_space(evidence, call)
             severity: Severity = "broken" if call.fatal or evidence.broke_at is not None else "warning"
+            return Finding("loss", severity, Place(op=call.name), why, dict(call.facts), written, losses)
+    return None
+
+
+def broadcast(evidence: Evidence) -> Finding | None:
+    """A prediction and a target that are broadcast against each other: every row is compared with every other."""
+    for call in evidence.trace.losses:
+        if call.problem == "shapes":
+            prediction, target = call.facts["prediction"], call.facts["target"]
+            leaf = next((one for one in evidence.leaves if tuple(one.tensor.shape) == target), None)
+            why = (
+                f"{call.name} gets shapes {prediction} and {target}, which broadcast to {call.facts['broadcast']}: "
+                "every row's prediction is compared with every row's target."
+            )
+            severity: Severity = "warning" if evidence.broke_at is None else "broken"
+            written = fixes.reshape(leaf, evidence.batch, prediction)
             return Finding("loss", severity, Place(op=call.name), why, dict(call.facts), written)
     return None
 
@@ -35,6 +51,9 @@ def empty_reduction(evidence: Evidence) -> Finding | None:
         return None
     for call in evidence.trace.losses:
         if call.problem == "empty":
-            why = f"{call.name} averages over no elements: 0 / 0."
-            return Finding("loss", "broken", Place(op=call.name), why, dict(call.facts), [])
+            empty = [leaf.code for leaf in evidence.leaves if leaf.tensor.numel() == 0]
+            of = f"{empty[0]} is empty, and " if empty else ""
+            why = f"{of}{call.name} averages over no elements: 0 / 0."
+            advice = "# skip such a batch, or give the loss a sum and divide it by max(1, count)"
+            return Finding("loss", "broken", Place(op=call.name), why, dict(call.facts), [advice])
     return None

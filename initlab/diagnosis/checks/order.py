@@ -9,12 +9,13 @@ from __future__ import annotations
 from ..evidence import Evidence
 from .data import bad_index, bad_input, bad_target, log_of_target, scale, target_out_of_range
 from .finding import Check, Finding
-from .objective import empty_reduction, wrong_space
+from .objective import broadcast, empty_reduction, wrong_space
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow
+from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
 from .start import never_written, nowhere, spoilt_state
 from .step import exploding_gradient, too_fast
-from .weights import dead, growing, shrinking, symmetric
+from .weights import dead, growing, shrinking, sure_of_nothing, symmetric
 
 CHECKS: tuple[Check, ...] = (
     nowhere,
@@ -27,6 +28,7 @@ CHECKS: tuple[Check, ...] = (
     overflow,
     log_of_target,
     wrong_space,
+    broadcast,
     empty_reduction,
     scale,
     symmetric,
@@ -35,9 +37,17 @@ CHECKS: tuple[Check, ...] = (
     exploding_gradient,
     unsafe,
     raised,
+    no_rate,
+    other_parameters,
+    upside_down,
+    detached,
     shrinking,
+    sure_of_nothing,
     underflow,
+    rounded_away,
     too_fast,
+    too_slow,
+    no_gradient,
     unexplained,
 )
 
@@ -47,13 +57,16 @@ def findings(evidence: Evidence) -> list[Finding]:
     found: list[Finding] = []
     for check in CHECKS:
         one = check(evidence)
-        if check is unexplained and any(other.severity == "broken" for other in found):
+        if check in (no_gradient, unexplained) and any(other.severity == "broken" for other in found):
+            continue
+        if check is sure_of_nothing and any(other.kind in _MAKE_SURE for other in found):
             continue
         if one is not None and not any(_explains(other, one) for other in found):
             found.append(one)
     return sorted(found, key=lambda one: one.severity != "broken")
 
 
+_MAKE_SURE = ("input", "weights", "loss", "operation", "uninitialised")  # what makes a first loss large, beside a head
 _NONFINITE = ("uninitialised", "input", "target", "precision", "loss", "operation", "weights", "gradient")
 
 

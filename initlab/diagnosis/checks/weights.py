@@ -42,16 +42,19 @@ def symmetric(evidence: Evidence) -> Finding | None:
 
 def _nothing_but_zeros(evidence: Evidence) -> Finding | None:
     """Weights that a model holds by itself, in no layer that is known, and that are all zero."""
-    matrices = [h for h in evidence.parameters if h.ref.tensor.dim() > 1]
+    matrices = [h for h in evidence.parameters if h.ref.tensor.dim() > 1 and h.ref.tensor.requires_grad]
     if len(matrices) < 2 or not all(map(is_zero, matrices)):
+        return None
+    frozen = any(h.ref.tensor.dim() > 1 and not h.ref.tensor.requires_grad for h in evidence.parameters)
+    if frozen and evidence.steps and evidence.steps[0].gradient != 0:
         return None
     return Finding(
         "weights",
         "broken",
         Place(module=matrices[0].ref.module_name, parameter=matrices[0].name),
-        f"all {len(matrices)} weight matrices are zero: each keeps the gradient from the others.",
+        f"all {len(matrices)} weight matrices that learn are zero: each keeps the gradient from the others.",
         {"weights": len(matrices)},
-        [fixes.fresh_matrices()],
+        fixes.fresh_matrices(matrices, among_others=frozen),
     )
 
 
@@ -139,6 +142,32 @@ def shrinking(evidence: Evidence) -> Finding | None:
         "other end.",
         {"gain": forward, "gradient first to last": backward},
         fixes.restart(evidence),
+    )
+
+
+def sure_of_nothing(evidence: Evidence) -> Finding | None:
+    """A first loss far above that of a model that knows nothing: a head whose weights are too large for one."""
+    loss, known = evidence.first_loss, [call for call in evidence.trace.losses if call.classes > 1]
+    if loss is None or len(known) != 1 or evidence.excess < LIMITS.sure_loss or known[0].spread < LIMITS.sure_spread:
+        return None
+    call = known[0]
+    names = [name for name, shape in evidence.trace.products if shape and shape[-1] == call.classes]
+    head = next((h for h in evidence.parameters if names and names[-1] in h.ref.names), None)
+    if head is None or call.baseline is None or evidence.broke_at == 1:
+        return None
+    return Finding(
+        "weights",
+        "broken" if evidence.broke_at is not None or diverges(evidence) else "warning",
+        Place(module=head.ref.module_name, parameter=head.name),
+        f"the first loss is {loss:.4g}, and a model that knows nothing has {call.baseline:.4g}, for {call.classes} "
+        f"classes: the weights of the head, {head.name}, are too large, and it is sure of what it cannot know.",
+        {
+            "loss": loss,
+            "loss of knowing nothing": call.baseline,
+            "standard deviation of logits": call.spread,
+            "of the weights": head.stats.std if head.stats is not None else None,
+        },
+        fixes.quieter_head(evidence, head),
     )
 
 

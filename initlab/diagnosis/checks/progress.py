@@ -1,0 +1,150 @@
+"""Checks of runs that are finite and do not learn: nothing moves, or the wrong way."""
+
+from __future__ import annotations
+
+import math
+
+from .. import fixes
+from ..evidence import Evidence
+from ..limits import LIMITS
+from ..report import Place
+from .finding import Finding
+
+
+def no_rate(evidence: Evidence) -> Finding | None:
+    """A learning rate of 0, that no schedule is about to raise."""
+    optimizer = evidence.optimizer
+    if optimizer is None or evidence.movement is None:
+        return None
+    groups = [group for group in optimizer.param_groups if "lr" in group]
+    if not groups or any(float(group["lr"]) != 0 or float(group.get("initial_lr", 0.0)) != 0 for group in groups):
+        return None
+    return Finding(
+        "learning rate",
+        "broken",
+        Place(),
+        "the learning rate is 0: no step changes anything.",
+        {"rate": 0.0},
+        fixes.usual_rates(optimizer),
+    )
+
+
+def other_parameters(evidence: Evidence) -> Finding | None:
+    """An optimizer that was made for other parameters than those that learn here."""
+    moves = evidence.movement
+    if moves is None or not moves.left_out or (moves.driven and not moves.strange):
+        return None
+    names = {one.name: one.ref.module_name for one in evidence.parameters}
+    first = moves.left_out[0]
+    what = "nothing that the optimizer has gets a gradient" if not moves.driven else "the optimizer has old parameters"
+    return Finding(
+        "optimizer",
+        "broken" if not moves.driven else "warning",
+        Place(module=names.get(first), parameter=first),
+        f"{what}, and it does not have {first}, which does: it was made for another model, or before a part of this "
+        "one was replaced.",
+        {"parameters it does not have": len(moves.left_out), "of no model that ran": moves.strange},
+        [fixes.add_parameters()],
+    )
+
+
+def rounded_away(evidence: Evidence) -> Finding | None:
+    """Updates that are smaller than half the distance to the next 16-bit number."""
+    moves = evidence.movement
+    if moves is None or moves.rounded is None or moves.rounded < LIMITS.rounded_away or _has_no_rate(evidence):
+        return None
+    if evidence.optimizer is None or not type(evidence.optimizer).__module__.startswith("torch.optim"):
+        return None  # it may keep weights of more bits elsewhere
+    worst = next((one for one in evidence.parameters if one.grad_norm and one.ref.tensor.dtype.itemsize == 2), None)
+    return Finding(
+        "precision",
+        "broken" if moves.moved == 0 else "warning",
+        Place(
+            module=worst.ref.module_name if worst is not None else None,
+            parameter=worst.name if worst is not None else None,
+        ),
+        f"{moves.rounded:.0%} of the 16-bit weights stay as they are: the updates are smaller than what 16 bits can "
+        "add to them, and are rounded away.",
+        {"share of weights": moves.rounded, "update against weights": evidence.steps[0].update},
+        [*fixes.in_float32(evidence), *fixes.usual_rates(evidence.optimizer)],
+    )
+
+
+def upside_down(evidence: Evidence) -> Finding | None:
+    """An optimizer that maximises a loss."""
+    optimizer, first = evidence.optimizer, evidence.first_loss
+    if optimizer is None or evidence.movement is None or not evidence.trace.losses or first is None or first <= 0:
+        return None  # a likelihood or a reward may be meant to grow; a loss function of torch's is not
+    if not all(group.get("maximize") for group in optimizer.param_groups):
+        return None
+    last = evidence.losses[-1]
+    if last is not None and last <= first:
+        return None
+    return Finding(
+        "optimizer",
+        "broken",
+        Place(),
+        "the optimizer maximises: maximize=True makes the loss rise in every step.",
+        {"losses": " -> ".join("none" if x is None else f"{x:.4g}" for x in evidence.losses)},
+        [fixes.minimise()],
+    )
+
+
+def detached(evidence: Evidence) -> Finding | None:
+    """Parameters that the loss depends on, and that no gradient reaches."""
+    moves = evidence.movement
+    if moves is None or not moves.detached:
+        return None
+    names = {one.name: one.ref.module_name for one in evidence.parameters}
+    first = moves.detached[0]
+    where = repr(names[first]) if names[first] else "the model itself"
+    return Finding(
+        "gradient",
+        "broken" if not moves.driven else "warning",
+        Place(module=names[first], parameter=first),
+        f"the loss depends on {first}, which the optimizer has, and no gradient reaches it: something after it is "
+        "detached, or runs under no_grad().",
+        {"parameters without a gradient": len(moves.without)},
+        [f"# take out .detach(), .data, .item() or torch.no_grad() behind {where}"],
+    )
+
+
+def too_slow(evidence: Evidence) -> Finding | None:
+    """Steps in 32 bits or more that change nothing."""
+    moves, optimizer = evidence.movement, evidence.optimizer
+    if moves is None or optimizer is None or not moves.driven or moves.moved or _has_no_rate(evidence):
+        return None
+    if len(set(evidence.losses)) > 1 or any(group.get("initial_lr", 0) for group in optimizer.param_groups):
+        return None
+    rate = max((float(group["lr"]) for group in optimizer.param_groups if "lr" in group), default=math.nan)
+    if not 0 < rate < LIMITS.slow_rate:
+        return None  # something else holds the weights
+    return Finding(
+        "learning rate",
+        "broken",
+        Place(),
+        f"the learning rate {rate:g} is too low: a step is smaller than what the weights can be changed by.",
+        {"rate": rate},
+        fixes.usual_rates(optimizer),
+    )
+
+
+def no_gradient(evidence: Evidence) -> Finding | None:
+    """Gradients that are all exactly 0, and a loss that is not."""
+    if evidence.broke_at is not None or not evidence.steps or evidence.steps[0].gradient != 0:
+        return None
+    first = next((one for one in evidence.parameters if one.grad_norm is not None), None)
+    if first is None or not evidence.first_loss:
+        return None
+    return Finding(
+        "gradient",
+        "broken",
+        Place(module=first.ref.module_name, parameter=first.name),
+        "all gradients are exactly 0: no step changes anything.",
+        {"loss": evidence.first_loss},
+    )
+
+
+def _has_no_rate(evidence: Evidence) -> bool:
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    return not any(float(group.get("lr", 1.0)) for group in groups)
