@@ -271,7 +271,7 @@ def _entry(tensor: Tensor, name: str, fills: Fills | None, copies: tuple[str, ..
         others = ", ".join(other for other in shared if other != name)
         return _Entry(shape, None, f"it is computed from the random numbers of {others}, or shares a part of them")
     pairs = tuple((part, value.distribution) for part, value in fills if value.distribution is not None)
-    return _Entry(shape, FillSpec(pairs, fills[0][1].fan, fills[-1][1].why), "", copies)
+    return _Entry(shape, FillSpec(pairs, fills[0][1].fan, fills[-1][1].why, exact=True), "", copies)
 
 
 def _by_module(known: Mapping[nn.Module, dict[str, _Entry]], ref: TensorRef) -> _Entry | str:

@@ -50,9 +50,10 @@ def init_model_(
             smallest of its names, with the distribution of its first owner.
         seed: -2**63 <= seed < 2**64.
         recipe: which distribution each parameter gets: "torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal",
-            "auto", a recipe made by initlab.recipes, a distribution, a function from TensorRef to distribution, or a
-            mapping from name patterns to any of these. Of a mapping the first match counts, and "torch" serves the
-            rest. The padding row of an embedding stays 0 under all of them. Buffers with a distribution in
+            "auto", a recipe made by initlab.recipes, a build that record_build() has recorded, a distribution, a
+            function from TensorRef to distribution, or a mapping from name patterns to any of these. Of a mapping the
+            first match counts, and "torch" serves the rest. The padding row of an embedding stays 0, but where the
+            model's own code fills it, under "own" and a recorded build. Buffers with a distribution in
             reset_parameters, such as running statistics, are set too.
         device: where the model is to lie afterwards; needed for parameters on the meta device. What is not filled is
             moved there with its values, unless it is on the meta device and not selected. None leaves all where it is.

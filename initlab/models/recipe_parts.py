@@ -92,6 +92,8 @@ class NamedRecipe:
 
 def keep_padding(ref: TensorRef, found: FillSpec) -> FillSpec:
     """The spec with zeros in the padding row, where the parameter is the weight of an embedding that has one."""
+    if found.exact:
+        return found
     if is_embedding(ref.module) and ref.attribute == "weight" and ref.module.padding_idx is not None:
         row = (padding_row(ref.module), ZEROS)
         if row not in found.fills and ref.tensor.shape[0] > 0:

@@ -39,7 +39,6 @@ from .recipe_parts import (
     centred,
     every_weight,
     guess_by_name,
-    keep_padding,
     short_repr,
     with_small_heads,
     with_std,
@@ -115,7 +114,8 @@ def own(check: bool = True) -> NamedRecipe:
                 spec = found.complete(ref.tensor) or guess_by_name(ref)
                 if spec is None:
                     continue
-                why = differs(ref, keep_padding(ref, spec), writes)
+                spec = replace(spec, exact=True)
+                why = differs(ref, spec, writes)
                 if why is None:
                     return spec
                 reason = reason or why

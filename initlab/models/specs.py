@@ -28,6 +28,7 @@ class FillSpec:
         fan: the number of connections that the distribution was derived from; None if it was derived from none.
         why: what the spec was read from.
         guess: whether it was guessed from names or from the order of modules.
+        exact: whether it is what the model's own code does, so that a padding row is zero only where that sets it.
         copy_of: the name whose key it takes, where it starts as a copy of another parameter; empty for its own.
     """
 
@@ -35,6 +36,7 @@ class FillSpec:
     fan: float | None = None
     why: str = ""
     guess: bool = False
+    exact: bool = False
     copy_of: str = ""
 
     @property

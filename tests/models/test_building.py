@@ -475,3 +475,24 @@ def test_tensors_that_are_not_strided():
     assert torch.equal(model.sparse.detach().to_dense(), torch.eye(3) * 2)
     with pytest.raises(ValueError, match=r"cannot fill 3 of 3(?s:.)*sparse .in Odd(?s:.)*_foreach_mul"):
         initlab.init_model_(model, 0, made)
+
+
+@pytest.mark.parametrize("recipe", ["build", "own"])
+def test_a_padding_row_that_the_code_fills(recipe):
+    """As ModernBert does; other recipes keep it at zero."""
+
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(50, 40, padding_idx=0)
+            self.apply(self._init_weights)
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+    made, model = record(Filled)
+    initlab.init_model_(model, 0, made if recipe == "build" else "own")
+    assert model.embedding.weight[0].all()
+    initlab.init_model_(model, 0, "he")
+    assert not model.embedding.weight[0].any()
