@@ -177,7 +177,7 @@ def test_editable_install(project: Path, elsewhere: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("through", ["cwd", "PYTHONPATH"])
-@pytest.mark.long_if.with_args(lambda through: through == "PYTHONPATH")
+@pytest.mark.long
 def test_bare_checkout_without_numba_and_triton(through: str, tmp_path: Path) -> None:
     cwd, path = (ROOT, []) if through == "cwd" else (tmp_path, [ROOT])
     not_installed = 'import sys; sys.modules["numba"] = sys.modules["triton"] = None\n'

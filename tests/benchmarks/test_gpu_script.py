@@ -25,6 +25,7 @@ def test_a_dry_run_of_the_gpu_script(tmp_path):
     assert "A dry run: no GPU" in (tmp_path / "out" / "gpu.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_script_without_a_gpu():
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"

@@ -1,5 +1,7 @@
 """What importing initlab.integrations loads, and what it does where nothing of it is installed."""
 
+import pytest
+
 PACKAGES = ["lightning", "pytorch_lightning", "transformers", "accelerate"]
 
 
@@ -8,6 +10,7 @@ def test_nothing_is_imported_before_it_is_used(python):
     assert python(script) == "[]\n"
 
 
+@pytest.mark.long
 def test_modules_can_be_imported_where_their_packages_are_missing(python):
     """Tools that list or document a package import all of it."""
     script = f"""

@@ -272,7 +272,7 @@ EVERY_OP = textwrap.dedent("""
     [("triton", ["fill", "norm", "clip", "flag", "linear"]), ("numba", ["fill", "norm", "clip"])],
 )  # numba serves neither flags nor linear_relu
 @pytest.mark.parametrize("error", [RuntimeError("0 active drivers"), ModuleNotFoundError("No module named 'x'")])
-@pytest.mark.long_if.with_args(lambda error, **_: isinstance(error, ModuleNotFoundError))
+@pytest.mark.long_if.with_args(lambda error, package, **_: isinstance(error, ModuleNotFoundError) or package == "numba")
 def test_every_op_works_beside_a_package_that_cannot_be_imported(python, tmp_path, package, raising, error):
     pytest.importorskip(package)
     broken = tmp_path / "broken" / package
@@ -561,7 +561,7 @@ def test_where_no_cache_can_be_written(check, tmp_path):
     assert check(after=CACHE, root=tmp_path, PYTHONDONTWRITEBYTECODE=1, **nowhere) == ["NullCache 0 1"]
 
 
-@pytest.mark.long_if.with_args(lambda name: name == "numba")
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["torch", "numba"])
 def test_another_cpu_gives_the_same_bits(check, tmp_path, name):
     """Code for the plainest CPU of this architecture, without its vector and fused instructions."""

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from initlab.kernels import TensorGroups, clip_, clip_coefficient, combine_norms, grad_norm, nonfinite_flag, norms
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "numba", "triton"], indirect=True)
+_TRITON_IS_LONG = pytest.mark.long_if.with_args(lambda backend: backend == "triton")  # in its interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Sums of squares are within n * 2^-53 in float64; up to 8 of them in float32 give 4 * 2^-24 in the worst case, half of
 # it in the norm, and rounding the norm to float32 half a unit more: below 2.4e-7. The issue's bound is 1e-6.
@@ -83,6 +84,7 @@ def test_float64_that_needs_a_rescan_beside_others(backend, small):
     assert close(float(grad_norm(tensors).norm), exact_norm(tensors), 1e-14)
 
 
+@_TRITON_IS_LONG
 @BACKENDS
 def test_the_first_bad_tensor_of_several_dtypes(backend):
     """Whichever dtype is read first."""
@@ -101,6 +103,7 @@ REACH = {
 }
 
 
+@pytest.mark.long_if.with_args(lambda backend, dtype: backend == "triton" and dtype != torch.bfloat16)
 @BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_magnitudes_from_the_smallest_subnormal_to_the_largest(backend, dtype):
@@ -659,6 +662,7 @@ def test_ten_million_elements_in_five_thousand_tensors(serving, dtype):
         assert close(float(grad_norm([equal]).norm), exact_norm([equal]), 1e-7)
 
 
+@pytest.mark.long
 def test_the_interpreted_kernels_on_random_gradients(serving):
     with serving("triton"):
 
@@ -778,6 +782,7 @@ EXTREMES = [1e-25, 1e25, 0.0, 3e38, 1e-38, 1e-44, 1.0]
 WIDE_EXTREMES = [1e-200, 1e200, 0.0, 1e-310, 1e-161, 1e-155, 1e154, 1e300, 1.0]
 
 
+@pytest.mark.long_if.with_args(lambda backend, total: backend == "triton" and total != "small")
 @BACKENDS
 @pytest.mark.parametrize("total", ["sound", "small", "large"])
 def test_the_norm_of_a_tensor_that_is_tiny_or_huge_beside_others(backend, total):
@@ -804,6 +809,7 @@ def test_the_norms_of_tensors_beside_non_finite_ones(backend):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0.0, equal_nan=True)
 
 
+@_TRITON_IS_LONG
 @pytest.mark.parametrize("backend", ["numba", "triton"], indirect=True)
 def test_the_norms_of_tensors_that_are_cut(backend, monkeypatch):
     """Into work items of which some can be trusted and others cannot."""
@@ -826,6 +832,7 @@ def test_the_norms_of_tensors_that_are_cut(backend, monkeypatch):
     check_each([torch.ones(5), x, x[: n // 4]])
 
 
+@_TRITON_IS_LONG
 @pytest.mark.parametrize("backend", ["numba", "triton"], indirect=True)
 def test_the_norms_of_many_small_tensors(backend):
     torch.manual_seed(11)
@@ -892,6 +899,7 @@ def test_the_norm_of_each_tensor_takes_one_more_launch(launches):
         assert launches == [*first, *finish, "tensor_norms_kernel"]
 
 
+@_TRITON_IS_LONG
 @pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
 def test_property_the_norm_of_each_tensor(backend, serving):
     with serving(backend):

@@ -973,6 +973,7 @@ def in_another_thread(hold):
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
 
 
+@pytest.mark.long
 @needs_fork
 def test_fork_inside(python: Callable[..., str]) -> None:
     script = """
