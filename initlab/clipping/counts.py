@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .report import ON_ANOTHER_RANK, ClipStats, label
-from .spikes import SpikePolicy, SpikeStep
+from .spikes import SpikePolicy, SpikeStep, spike_differences
 
 _SPIKE_STEPS = 16  # of so many spikes, the last ones, the steps are kept
 # Places in the counts. FIRST_STEP is 0 where there is none.
@@ -90,15 +90,15 @@ class StepCounts:
                 "pass what its state_dict() returned"
             )
         saved = state_dict.get("spikes")
-        policy = None if saved is None else saved["policy"]
-        own = None if self.spikes is None else self.spikes.config()
-        if policy != own:
+        differences = spike_differences(self.spikes, None if saved is None else saved["policy"])
+        if differences:
             raise ValueError(
-                f"the state was saved with spikes={policy} and this clipper has spikes={own}; make it with the same, "
-                "or take 'spikes' out of the state to begin with new statistics"
+                f"the state was saved with another policy for spikes: {', '.join(differences)}; make the clipper with "
+                "the same, or take 'spikes' out of the state to begin with new statistics"
             )
-        self.steps = int(state_dict["steps"])
-        self._counts = torch.tensor(state_dict["counts"], dtype=torch.int64, device="cpu")
-        if saved is not None and self._spike_state is not None:
+        spike_state = None
+        if saved is not None and self.spikes is not None:
+            spike_state = self.spikes.restored_state(saved["statistics"], "cpu")
             self._spike_steps = torch.tensor(state_dict["spike_steps"], dtype=torch.int64, device="cpu")
-            self._spike_state = torch.tensor(saved["statistics"], dtype=self._spike_state.dtype, device="cpu")
+        self.steps, self._spike_state = int(state_dict["steps"]), spike_state
+        self._counts = torch.tensor(state_dict["counts"], dtype=torch.int64, device="cpu")

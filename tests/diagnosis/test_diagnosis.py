@@ -28,14 +28,6 @@ from initlab.diagnosis.stats import measure
 CROSS_ENTROPY = supervised(nn.CrossEntropyLoss())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def digits(rows=64, raw=False):
     from sklearn.datasets import load_digits
 

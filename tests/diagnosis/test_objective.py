@@ -13,14 +13,6 @@ G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(64, 8, generator=G), torch.randn(64, generator=G)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def net(*last, out=1):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, out), *last)

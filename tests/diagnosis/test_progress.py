@@ -15,14 +15,6 @@ CLASSES = torch.randint(0, 3, (64,), generator=G)
 MSE, CROSS_ENTROPY = supervised(nn.MSELoss()), supervised(nn.CrossEntropyLoss())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def net(out=1):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, out))

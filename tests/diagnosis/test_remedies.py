@@ -19,14 +19,6 @@ BITS = (X[:, :1] > 0).float()
 MSE = supervised(nn.MSELoss())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def net(*last, out=1, sure=False):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, out), *last)
