@@ -84,6 +84,21 @@ class Replay(NamedTuple):
         return self.loss is not None and math.isfinite(self.loss) and math.isfinite(self.gradient or 0.0)
 
 
+class BadUpdate(NamedTuple):
+    """Parameters that a step of the optimizer made not finite, of gradients that were.
+
+    Args:
+        eps: of the optimizer's group; None where it has none.
+        eps_in_dtype: what it is in the dtype of the parameter.
+    """
+
+    names: list[str]
+    step: int
+    dtype: torch.dtype
+    eps: float | None
+    eps_in_dtype: float
+
+
 @dataclass
 class Evidence:
     """Everything that the checks may read."""
@@ -104,6 +119,7 @@ class Evidence:
     rates: list[tuple[float, float]] = field(default_factory=list)  # (factor on the update, loss along it)
     further: list[float] = field(default_factory=list)  # losses of steps beyond those asked for
     standardised: Replay | None = None
+    bad_update: BadUpdate | None = None
     movement: Movement | None = None  # of the first step that an optimizer took
 
     @property

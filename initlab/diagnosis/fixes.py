@@ -16,6 +16,8 @@ from ..models.activations import ACTIVATIONS
 from ..models.initialization import plan_model
 from .batch import Leaf
 from .evidence import Evidence, ParameterStats, half
+from .narrow import LostConstant
+from .safe_forms import DEFAULT, SafeForm, small
 from .trace import Call
 
 
@@ -180,51 +182,17 @@ def drop_state(parameters: Sequence[ParameterStats]) -> str:
     return "\n".join(f"optimizer.state.pop(model.get_parameter({one.name!r}))" for one in parameters)
 
 
-_STABLE = {
-    "log": "torch.log(x.clamp_min(eps)), or a loss that takes logits: log_softmax, logsigmoid",
-    "div": "x / d.clamp_min(eps), or torch.where(d > 0, x / torch.where(d > 0, d, 1.0), 0.0)",
-    "reciprocal": "1 / d.clamp_min(eps)",
-    "sqrt": "torch.sqrt(x.clamp_min(eps)): at 0 its slope is infinite",
-    "rsqrt": "torch.rsqrt(x + eps)",
-    "pow": "x.clamp_min(eps).pow(p): a root has no slope at 0, a negative power no value",
-    "exp": "torch.softmax or torch.logsumexp, which subtract the maximum, or x.clamp_max(80)",
-    "softmax": "leave one entry of each row unmasked, or torch.where(mask.any(-1, keepdim=True), softmax, 0.0)",
-    "norm": "torch.sqrt(x.square().sum(-1) + eps)",
-    "std": "x.std(correction=0), with more than one sample",
-    "var": "x.var(correction=0), with more than one sample",
-    "batch_norm": "more than one value per channel: drop_last=True, GroupNorm, or eval mode",
-    "where": "replace the argument first: torch.log(torch.where(ok, x, 1.0)), then torch.where(ok, ..., 0.0)",
-    "mean": "x.sum() / max(1, x.numel()), for a selection that may be empty",
-    "acos": "torch.acos(x.clamp(-1 + eps, 1 - eps)), or torch.atan2 of sine and cosine",
-    "linalg_svd": "separate singular values that are equal or 0 (x + eps * torch.randn_like(x)), or use svdvals only",
-    "linalg_eigh": "separate equal eigenvalues: x + torch.diag(eps * torch.arange(n)), or use eigvalsh only",
-    "linalg_cholesky": "torch.linalg.cholesky(x + eps * torch.eye(n))",
-    "ctc_loss": "zero_infinity=True, or leave out rows with more labels, and repeats, than frames",
-    "cosh": "for log(cosh(x)): x.abs() + torch.nn.functional.softplus(-2 * x.abs()) - math.log(2)",
-    "xlogy": "torch.xlogy(p, p.clamp_min(eps))",
-    "kl_div": "give it log-probabilities: z.log_softmax(-1)",
-    "asin": "torch.asin(x.clamp(-1 + eps, 1 - eps))",
-    "atan2": "torch.atan2(y, x + eps)",
-    "cosine_similarity": "its own eps, above 0",
-}
+def advice(form: SafeForm | None, op: str, module: str | None) -> list[str]:
+    """The safe form of an operation, as a comment for the user's own code."""
+    code = form.code if form is not None else DEFAULT.get(op, "")
+    return [f"# in {_code_of(module)}: {code}"] if code else []
 
 
-def rewrite(op: str, module: str | None) -> str:
-    """The stable form of an operation, as a comment for the user's own code."""
-    form = _STABLE.get(op)
-    return f"# in {_code_of(module)}: {form}" if form else ""
-
-
-def guard_division(made_by: str, module: str | None) -> str:
-    """The safe form of a division by one number that is 0, as a comment, by the operation that made it."""
-    if made_by not in (*SPREADS, *COUNTS):
-        return rewrite("div", module)
-    form = "x / (x.std() + eps)" if made_by in SPREADS else "total / count.clamp_min(1), or skip such a batch"
-    return f"# in {_code_of(module)}: {form}"
-
-
-SPREADS = ("std", "var", "norm", "sqrt")
-COUNTS = ("sum", "count_nonzero", "bincount", "select", "index")
+def larger_constant(lost: LostConstant, module: str | None) -> str:
+    """A constant that a 16-bit dtype can hold, in place of one that is 0 there."""
+    return (
+        f"# in {_code_of(module)}: {small(lost.dtype):g} in place of {lost.value:g}, or that part in float32: x.float()"
+    )
 
 
 def _code_of(module: str | None) -> str:

@@ -20,6 +20,7 @@ from ..models.naming import tensor_refs
 from . import movement
 from .batch import Leaf, features, leaves, standardised
 from .evidence import (
+    BadUpdate,
     Evidence,
     ParameterStats,
     Replay,
@@ -263,10 +264,13 @@ def _value(training_step: TrainingStep) -> float | None:
 def find_origin(training_step: TrainingStep, evidence: Evidence) -> None:
     """Look for the operation behind the first value that is not finite, in the step that broke, or in the first."""
     training_step.snapshot.restore()
-    for _ in range((evidence.broke_at or 1) - 1):
+    for number in range(1, evidence.broke_at or 1):
         training_step.loss_with_gradients()
         assert training_step.optimizer is not None
+        sound = math.isfinite(norm_of(list(training_step.gradients().values())) or 0.0)
         take_step(training_step.optimizer, training_step.loss_with_gradients)
+        if sound and evidence.bad_update is None:
+            evidence.bad_update = _bad_update(training_step, number)
     training_step.clear_gradients()
     parameters = dict((*training_step.model.named_parameters(), *training_step.model.named_buffers()))
     search = Search(training_step.model, {leaf.code: leaf.tensor for leaf in training_step.leaves}, parameters)
@@ -282,6 +286,25 @@ def find_origin(training_step: TrainingStep, evidence: Evidence) -> None:
         evidence.origin = search.first
     evidence.largest_low = search.largest
     training_step.snapshot.restore()
+
+
+def _bad_update(training_step: TrainingStep, step: int) -> BadUpdate | None:
+    """The parameters that are not finite after a step."""
+    assert training_step.optimizer is not None
+    names = {p: name for name, p in training_step.model.named_parameters()}
+    bad: list[str] = []
+    eps: float | None = None
+    dtype = torch.float32
+    for group in training_step.optimizer.param_groups:
+        for p in group["params"]:
+            if p in names and not bool(p.isfinite().all()):
+                if not bad:
+                    eps, dtype = group.get("eps"), p.dtype
+                bad.append(names[p])
+    if not bad:
+        return None
+    eps = float(eps) if isinstance(eps, int | float) else None
+    return BadUpdate(bad, step, dtype, eps, float(torch.tensor(eps or 0.0, dtype=torch.float64).to(dtype)))
 
 
 class _InFloat32(TorchDispatchMode):

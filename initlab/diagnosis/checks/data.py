@@ -114,9 +114,10 @@ def log_of_target(evidence: Evidence) -> Finding | None:
     targets = {leaf.code: leaf for leaf in evidence.leaves if leaf.is_target}
     if not origin.sources <= targets.keys() or origin.op in ("mean", "std", "var"):
         return None
-    if "divided by" in origin.facts:  # a count, or a spread: the targets are what they are
-        return None
     leaf = targets[min(origin.sources)]
+    # Of a count, or a spread, or whatever else it is that has another size: the targets are what they are.
+    if origin.facts.get("divided by", "0") != "0" or origin.elements != leaf.tensor.numel():
+        return None
     if not leaf.tensor.is_floating_point():  # counts of classes, say: the loss function's own arithmetic
         return None
     low = float(leaf.tensor.min()) if leaf.tensor.numel() else math.nan

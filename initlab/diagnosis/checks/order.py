@@ -11,8 +11,9 @@ from .data import bad_index, bad_input, bad_target, log_of_target, scale, target
 from .finding import Check, Finding
 from .objective import broadcast, empty_reduction, wrong_space
 from .operations import raised, unexplained, unsafe
-from .precision import overflow, underflow
+from .precision import overflow, underflow, vanished_eps
 from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
+from .recurrence import growing_state
 from .start import never_written, nowhere, spoilt_state
 from .step import exploding_gradient, too_fast
 from .weights import dead, growing, shrinking, sure_of_nothing, symmetric
@@ -25,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     bad_index,
     bad_target,
     target_out_of_range,
+    vanished_eps,
     overflow,
     log_of_target,
     wrong_space,
@@ -33,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
     scale,
     symmetric,
     dead,
+    growing_state,
     growing,
     exploding_gradient,
     unsafe,

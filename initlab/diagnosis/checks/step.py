@@ -10,6 +10,7 @@ from ..evidence import Evidence, ParameterStats
 from ..limits import LIMITS
 from ..report import Place
 from ..symptoms import diverges, overflows
+from . import recurrence
 from .finding import Finding
 
 
@@ -25,7 +26,7 @@ def exploding_gradient(evidence: Evidence) -> Finding | None:
     huge = norm is not None and not norm < limit * usual
     if not (huge and evidence.broke_at != 1) and not overflowed:
         return None
-    if overflowed and not repeats and origin is not None and origin.phase == "forward":
+    if overflowed and origin is not None and origin.phase == "forward":  # what clipping does not reach
         return None
     worst = max((h for h in evidence.parameters if h.grad_norm is not None), key=_norm_of, default=None)
     inside = [
@@ -49,8 +50,14 @@ def exploding_gradient(evidence: Evidence) -> Finding | None:
         Place(module=path, parameter=worst.name if worst is not None else None),
         why,
         facts,
-        [fixes.clip(evidence.optimizer)],
+        [fixes.clip(evidence.optimizer)] if norm is None or math.isfinite(norm) else _smaller_matrices(evidence),
     )
+
+
+def _smaller_matrices(evidence: Evidence) -> list[str]:
+    """For gradients that are not finite, of which clipping makes nothing: recurrent matrices that do not multiply."""
+    found = [one for one, _, radius in recurrence.recurrent(evidence) if radius > 1]
+    return [*(recurrence.remedies(evidence, found) if found else []), fixes.clip(evidence.optimizer)]
 
 
 def _norm_of(parameter: ParameterStats) -> float:
