@@ -32,7 +32,7 @@ def standardise(leaf: Leaf, batch: Any) -> str:
     rows = _rows(leaf)
     return "\n".join(
         [
-            f"x = {leaf.code}  # for the whole data set: sklearn.preprocessing.StandardScaler",
+            f"x = {leaf.value}  # for the whole data set: sklearn.preprocessing.StandardScaler",
             f"spread = x.std({rows}, correction=0, keepdim=True)",
             leaf.rebind(batch, f"(x - x.mean({rows}, keepdim=True)) / torch.where(spread > 0, spread, 1.0)"),
         ]
@@ -59,7 +59,7 @@ def impute(leaf: Leaf, batch: Any) -> str:
     rows = _rows(leaf)
     return "\n".join(
         [
-            f"x = {leaf.code}  # for the whole data set: sklearn.impute.SimpleImputer and StandardScaler, or drop rows",
+            f"x = {leaf.value}  # for the whole data set: sklearn.impute.SimpleImputer, StandardScaler; or drop rows",
             "known = x.isfinite()",
             f"count = known.sum({rows}, keepdim=True).clamp_min(1)",
             f"mean = torch.where(known, x, 0.0).sum({rows}, keepdim=True) / count",
@@ -72,7 +72,7 @@ def impute(leaf: Leaf, batch: Any) -> str:
 
 def drop_rows(leaf: Leaf, batch: Any) -> str:
     """The batch without the rows whose target is not finite."""
-    keep = f"keep = {leaf.code}.isfinite().reshape(len({leaf.code}), -1).all(1)  # rows with a target"
+    keep = f"keep = {leaf.value}.isfinite().reshape(len({leaf.code}), -1).all(1)  # rows with a target"
     rows = len(leaf.tensor)
     if isinstance(batch, dict):
         fits = "v[keep] if isinstance(v, torch.Tensor) and len(v) == len(keep) else v"
@@ -85,28 +85,28 @@ def drop_rows(leaf: Leaf, batch: Any) -> str:
 def shift_classes(leaf: Leaf, batch: Any, smallest: int, largest: int, classes: int) -> str:
     """Classes from 0, or the loss function's own mark on those that are to be ignored."""
     if largest < classes and smallest == -1 and largest - smallest >= classes:
-        ignored = f"{leaf.code}.masked_fill({leaf.code} == -1, -100)"
+        ignored = f"{leaf.value}.masked_fill({leaf.value} == -1, -100)"
         return leaf.rebind(batch, ignored) + "  # or give the loss ignore_index=-1"
     if largest - smallest >= classes:
         return f"# {leaf.code} has classes up to {largest}; the model needs {largest + 1} outputs, not {classes}"
-    return leaf.rebind(batch, f"{leaf.code} - {smallest}")
+    return leaf.rebind(batch, f"{leaf.value} - {smallest}")
 
 
 def into_unit_range(leaf: Leaf, batch: Any, low: float, high: float) -> str:
     """Targets between 0 and 1."""
-    return leaf.rebind(batch, f"(({leaf.code} - {low:g}) / {high - low:g}).clamp(0, 1)")  # {:g} rounds
+    return leaf.rebind(batch, f"(({leaf.value} - {low:g}) / {high - low:g}).clamp(0, 1)")  # {:g} rounds
 
 
 def reshape(leaf: Leaf | None, batch: Any, shape: tuple[int, ...]) -> list[str]:
     """A target of the prediction's shape."""
     sizes = ", ".join(map(str, (-1, *shape[1:])))
     advice = "# in the loss function: target.reshape(prediction.shape)"
-    return [*([leaf.rebind(batch, f"{leaf.code}.reshape({sizes})")] if leaf is not None else []), advice]
+    return [*([leaf.rebind(batch, f"{leaf.value}.reshape({sizes})")] if leaf is not None else []), advice]
 
 
 def positive(leaf: Leaf, batch: Any) -> str:
     """Targets whose logarithm exists."""
-    return leaf.rebind(batch, f"{leaf.code}.clamp_min(1e-6)") + "  # or predict log1p of the target"
+    return leaf.rebind(batch, f"{leaf.value}.clamp_min(1e-6)") + "  # or predict log1p of the target"
 
 
 def restart(evidence: Evidence) -> list[str]:
@@ -205,7 +205,7 @@ def casts(evidence: Evidence, error: str) -> tuple[Leaf | None, list[str]]:
         return None, []
 
     def cast(leaves: list[Leaf], method: str) -> str:
-        return "\n".join(leaf.rebind(evidence.batch, f"{leaf.code}.{method}()") for leaf in leaves)
+        return "\n".join(leaf.rebind(evidence.batch, f"{leaf.value}.{method}()") for leaf in leaves)
 
     inputs = [leaf for leaf in evidence.leaves if not leaf.is_target]
     wide = [leaf for leaf in evidence.leaves if leaf.tensor.dtype == torch.float64]
@@ -288,7 +288,7 @@ def wider(evidence: Evidence, otherwise: str = _OR_BFLOAT16) -> list[str]:
         lines = [f"model.float()  # {otherwise}"]
         for leaf in evidence.leaves:
             if half(leaf.tensor.dtype):
-                lines.append(leaf.rebind(evidence.batch, f"{leaf.code}.float()"))
+                lines.append(leaf.rebind(evidence.batch, f"{leaf.value}.float()"))
         found.append("\n".join(lines))
     return [*found, "# torch.autocast(..., dtype=torch.bfloat16): the range of float32 in 16 bits, and no loss scale"]
 

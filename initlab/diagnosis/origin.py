@@ -1,8 +1,8 @@
 """Where the first value that is not finite comes from: the operation, the module, the phase.
 
 Every operation's output is read. A tensor that is not finite is traced to the operation that made the first such value
-from finite ones; an infinity that a mask holds on purpose is none, until an operation makes NaN of it. What a mask hides
-from the loss is found too: its gradient is 0 times what is not finite.
+from finite ones; an infinity that a mask holds on purpose is none, until an operation makes NaN of it. What a mask
+hides from the loss is found too: its gradient is 0 times what is not finite.
 """
 
 from __future__ import annotations

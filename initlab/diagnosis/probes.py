@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from ..models.naming import tensor_refs
 from . import movement
-from .batch import Leaf, features, leaves, standardised
+from .batch import Leaf, features, leaves, mapped, standardised
 from .evidence import (
     BadUpdate,
     Evidence,
@@ -50,7 +49,8 @@ class TrainingStep:
         self.model, self.batch, self.loss_fn, self.optimizer = model, batch, loss_fn, optimizer
         self.leaves = leaves(batch)
         self.referenced_modules = referenced_modules(loss_fn)
-        self.snapshot = Snapshot([model, *self.referenced_modules], optimizer, [leaf.tensor for leaf in self.leaves])
+        tensors = [leaf.tensor for leaf in self.leaves]
+        self.snapshot = Snapshot([model, *self.referenced_modules], optimizer, tensors, [batch, loss_fn])
 
     def loss(self) -> Tensor:
         """The user's loss, from the same random numbers each time."""
@@ -324,7 +324,7 @@ def replay_in_float32(training_step: TrainingStep, evidence: Evidence) -> None:
     for tensor in (*training_step.model.parameters(), *training_step.model.buffers()):
         if half(tensor.dtype):
             tensor.data = tensor.data.float()
-    widened = tree_map(lambda x: x.float() if isinstance(x, Tensor) and half(x.dtype) else x, training_step.batch)
+    widened = mapped(training_step.batch, lambda x: x.float() if isinstance(x, Tensor) and half(x.dtype) else x)
     evidence.float32 = _pass(training_step, widened, _InFloat32())
     training_step.snapshot.restore()
 
@@ -333,7 +333,9 @@ def replay_standardised(training_step: TrainingStep, evidence: Evidence, leaf: L
     """Run the same pass on an input that is brought to mean 0 and standard deviation 1."""
     training_step.snapshot.restore()
     training_step.clear_gradients()
-    batch = tree_map(lambda x: standardised(x) if x is leaf.tensor else x, training_step.batch)
+    made = standardised(leaf.tensor)
+    new = made if leaf.source is leaf.tensor else made.numpy()
+    batch = mapped(training_step.batch, lambda x: new if x is leaf.source else x)
     evidence.standardised = _pass(training_step, batch, None)
     training_step.snapshot.restore()
 

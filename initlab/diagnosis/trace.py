@@ -18,7 +18,7 @@ from ..models.naming import walk
 from . import names
 from .limits import LIMITS
 from .losses import LossCall, Stopped, loss_call, multiplies, shapes
-from .stats import Stats, edge_share, measure
+from .stats import Stats, edge_share, measure, physical
 
 # Functions after which a signal is still the output of the layer before, for the question which activation follows it.
 _PASSING = frozenset(
@@ -196,7 +196,7 @@ class Trace(TorchFunctionMode):
                 return
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 self.low.add(tensor.dtype)
-            call.recorded = tensor.requires_grad
+            call.recorded = tensor.requires_grad or physical(tensor).requires_grad
             call.output = measure(tensor)
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call
@@ -206,8 +206,9 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = names.of_function(func)
-        loss = loss_call(name, args, kwargs)
-        if loss is None and name in ("sub", "rsub"):
+        wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors_in(args))
+        loss = None if wrapped else loss_call(name, args, kwargs)  # one row of a vmap has no values to look at
+        if loss is None and not wrapped and name in ("sub", "rsub"):
             loss = self._difference(args)
         if loss is not None:
             self.losses.append(loss)
@@ -256,6 +257,6 @@ class Trace(TorchFunctionMode):
 def storage_of(tensor: Tensor) -> int:
     """What tensors that share memory have in common."""
     try:
-        return tensor.untyped_storage()._cdata
+        return physical(tensor).untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse, or a wrapper without a storage
         return id(tensor)

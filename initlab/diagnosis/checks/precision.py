@@ -113,8 +113,8 @@ def vanished_eps(evidence: Evidence) -> Finding | None:
         what = f"{name}'s eps of {bad.eps:g} is 0 in {dtype}"
         code += "  # or weights in float32: model.float()"
     why = (
-        f"{what}: where the square of a gradient is 0, its update divides by 0. {bad.names[0]} is not finite after step "
-        f"{bad.step}; the loss and the gradients before it are."
+        f"{what}: where the square of a gradient is 0, its update divides by 0. {bad.names[0]} is not finite after "
+        f"step {bad.step}; the loss and the gradients before it are."
     )
     place = Place(module=bad.names[0].rpartition(".")[0], parameter=bad.names[0])
     wider = fixes.wider(evidence)[:-1] if bad.eps else []

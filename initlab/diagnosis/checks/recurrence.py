@@ -37,7 +37,7 @@ def growing_state(evidence: Evidence) -> Finding | None:
 
 
 def recurrent(evidence: Evidence) -> list[tuple[ParameterStats, int, float]]:
-    """Matrices that multiply a state again and again: (parameter, steps in time, magnitude of the largest eigenvalue)."""
+    """Matrices that multiply a state again and again: (parameter, steps in time, largest eigenvalue)."""
     counts = Counter(name for name, _ in evidence.trace.products)
     repeats = evidence.trace.repeats
     found = []
