@@ -82,11 +82,13 @@ def drop_rows(leaf: Leaf, batch: Any) -> str:
     return ""
 
 
-def shift_classes(leaf: Leaf, batch: Any, smallest: int, largest: int, classes: int) -> str:
+def shift_classes(leaf: Leaf, batch: Any, facts: dict[str, Any]) -> str:
     """Classes from 0, or the loss function's own mark on those that are to be ignored."""
-    if largest < classes and smallest == -1 and largest - smallest >= classes:
-        ignored = f"{leaf.value}.masked_fill({leaf.value} == -1, -100)"
-        return leaf.rebind(batch, ignored) + "  # or give the loss ignore_index=-1"
+    smallest, largest, classes = facts["smallest"], facts["largest"], facts["classes"]
+    mark = facts["outside"][0] if len(facts["outside"]) == 1 else 0
+    if mark > max(99, classes) or (mark < 0 and largest - smallest >= classes):
+        ignored = f"{leaf.value}.masked_fill({leaf.value} == {mark}, -100)"
+        return leaf.rebind(batch, ignored) + f"  # or give the loss ignore_index={mark}"
     if largest - smallest >= classes:
         return f"# {leaf.code} has classes up to {largest}; the model needs {largest + 1} outputs, not {classes}"
     return leaf.rebind(batch, f"{leaf.value} - {smallest}")

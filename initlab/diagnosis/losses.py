@@ -77,6 +77,7 @@ def _classes(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: A
             call.problem, call.fatal = "classes", True
             call.facts = {"classes": count, "smallest": int(kept.min()), "largest": int(kept.max())}
             call.facts["rows"] = int(wrong.sum())
+            call.facts["outside"] = kept[wrong].unique()[:8].tolist()
             return call
     prediction = prediction.detach().float()
     if count < 2 or prediction.numel() == 0 or not prediction.isfinite().all():

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from initlab.kernels import NEGATIVE_INF, describe, nonfinite_flag
+from initlab.kernels import NAN, NEGATIVE_INF, POSITIVE_INF, describe, nonfinite_flag
 
 from .._tree import tensors_in
 from . import names, safe_forms
@@ -151,6 +151,16 @@ class Search:
         except (NotImplementedError, RuntimeError):
             return None
 
+    def _constant(self, tensor: Tensor) -> _Provenance | None:
+        """A tensor that was made before the pass, where it holds what is not finite: a mask, most often."""
+        if not tensor.is_floating_point() or tensor.is_meta or not (flag := int(nonfinite_flag(tensor))):
+            return None
+        entry = self._entry(tensor)
+        mask = flag in (NEGATIVE_INF, POSITIVE_INF)
+        entry.origin = Origin("op", "forward", "constant", self.modules.current, flag, tensor.dtype, intended=mask)
+        entry.origin.facts["made"] = describe(flag)
+        return entry
+
     def forward(self, run: Callable[[], Tensor]) -> Tensor:
         """The result of `run`, with every operation of it inspected."""
         with self.modules.hooked(self._entered, self._left), _Functions(self), _Operations(self):
@@ -173,7 +183,7 @@ class Search:
     def inspect(self, operation: Operation, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """One operation has run."""
         op = operation.name
-        entries = [(t, entry) for t in inputs if (entry := self._find(t)) is not None]
+        entries = [(t, entry) for t in inputs if (entry := self._find(t) or self._constant(t)) is not None]
         sources = frozenset().union(*(entry.sources for _, entry in entries))
         weights = any(entry.weights for _, entry in entries)
         self._remember(operation)
@@ -199,7 +209,7 @@ class Search:
             bad = [(t, e.origin) for t, e in entries if e.origin is not None]
             bad = [(t, origin) for t, origin in bad if t is out or int(nonfinite_flag(t))]
             inherited = next((origin for _, origin in bad if not origin.intended), None)
-            if inherited is None and bad and not flag & ~NEGATIVE_INF:
+            if inherited is None and bad and not flag & NAN:
                 inherited = bad[0][1]
             elif inherited is None and bad and _is_no_mask(op, bad[0][1]):
                 inherited = replace(bad[0][1], intended=False)
@@ -249,7 +259,7 @@ class Search:
     ) -> Origin:
         op, call = operation.name, self.call
         function, module = call.name or op, self.modules.current
-        why = reason(operation)
+        why = reason(operation) or next(filter(None, map(reason, call.operations)), None)
         node = torch._C._current_autograd_node()
         if node is not None and node in self.graph.calls:  # inside a gradient that the loss itself computes
             call = self.graph.calls[node]
@@ -269,7 +279,8 @@ class Search:
             facts |= why.facts
         if call.line:
             facts["line"] = call.line
-        intended = flag == NEGATIVE_INF and (op in names.MASKING or not (weights or sources))
+        masking = op in names.MASKING and (flag == NEGATIVE_INF or op not in ("to_copy", "copy"))
+        intended = flag in (NEGATIVE_INF, POSITIVE_INF) and (masking or not (weights or sources))
         origin = Origin(
             "op",
             "forward",

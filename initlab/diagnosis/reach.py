@@ -77,7 +77,7 @@ class Reach:
                 continue
             self._seen[id(value)] = value
             found = self._look_into(value, own)
-            own = own and isinstance(value, nn.Module | Optimizer | CONTAINERS | tuple)
+            own = own and isinstance(value, (nn.Module, Optimizer, tuple, *CONTAINERS))
             stack += [(item, own) for item in reversed(list(found)) if not isinstance(item, _ATOMS)]
 
     def _look_into(self, value: Any, own: bool) -> Iterable[Any]:

@@ -254,11 +254,6 @@ def _logit(op: Operation, backward: bool) -> Reason | None:
     return Reason(f"gets 0 or 1{counted(ends)}, where it is infinite", form) if bool(ends.any()) else None
 
 
-def _atan2(op: Operation, backward: bool) -> Reason | None:
-    both = (_plain(op.args[0]) == 0) & (_plain(op.args[1]) == 0)
-    return Reason(f"gets 0 and 0{counted(both)}, where it has no slope", safe_forms.ATAN2) if bool(both.any()) else None
-
-
 def _spread(op: Operation, backward: bool) -> Reason | None:
     x, dims = _plain(op.args[0]), op.get(1, "dim")
     correction = op.kwargs.get("correction")
@@ -431,7 +426,6 @@ _READERS: dict[str, Callable[[Operation, bool], Reason | None]] = {
     **dict.fromkeys(("lgamma", "digamma"), _gamma),
     **dict.fromkeys(("attention", "transformer_encoder_layer_fwd", "native_multi_head_attention"), _attention),
     "acosh": _acosh,
-    "atan2": _atan2,
     "cdist": _distance,
     "ctc_loss": _ctc,
     "linalg_slogdet": _determinant,

@@ -318,7 +318,6 @@ INF_LESS_INF = SafeForm(
 )
 ZERO_TIMES_INF = SafeForm("x.masked_fill(mask, -torch.inf), and not mask * -inf, which is NaN where the mask is 0")
 LOGITS = SafeForm("give kl_div the logarithm of the probabilities: z.log_softmax(-1)")
-ATAN2 = SafeForm("torch.atan2(y, x + eps), or torch.where both are 0", None)
 PRODUCT = SafeForm("add logarithms in place of multiplying: x.log().sum(), and torch.exp at the end where it is needed")
 DEFAULT = {
     "square": "a smaller x: its square must fit",

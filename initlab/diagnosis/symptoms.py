@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .batch import Leaf
 from .evidence import Evidence, ParameterStats, half
 from .limits import LIMITS
@@ -17,6 +19,15 @@ def uses_half(evidence: Evidence) -> bool:
     stored = any(half(one.ref.tensor.dtype) for one in evidence.parameters_and_buffers)
     origin = evidence.origin is not None and half(evidence.origin.dtype)
     return stored or origin or bool(evidence.trace.low)
+
+
+def complains_of_nan(evidence: Evidence) -> bool:
+    """Whether an error was raised over numbers that are not finite: what made them came before."""
+    text = str(evidence.error).lower()
+    if isinstance(evidence.error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        tensors = [x for x in evidence.trace.arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        return not all(bool(x.isfinite().all()) for x in tensors)
+    return any(words in text for words in ("nan", "not finite", "invalid values", "non-finite", "inf or"))
 
 
 def lost_gradients(evidence: Evidence) -> bool:

@@ -126,6 +126,7 @@ class Trace(TorchFunctionMode):
         losses: of loss functions.
         products: names of parameters that a signal was multiplied with, and sizes of what came out, in order.
         failed: (module, operation) that ran when an exception was raised.
+        arguments: of that operation.
         low: 16-bit dtypes that modules put out.
     """
 
@@ -137,6 +138,7 @@ class Trace(TorchFunctionMode):
         self.products: list[tuple[str, torch.Size]] = []
         self._weights = {storage_of(p): name for name, p in model.named_parameters() if p.dim() > 1}
         self.failed: tuple[str | None, str] | None = None
+        self.arguments: list[Any] = []
         self.low: set[torch.dtype] = set()
         self._raised: Exception | None = None
         self._open: list[Call] = []
@@ -218,6 +220,7 @@ class Trace(TorchFunctionMode):
             out = func(*args, **kwargs)
         except Exception as error:
             self.failed, self._raised = (self.modules.current, name), error
+            self.arguments = [*args, *kwargs.values()]
             raise
         if name in ACTIVATIONS or name in _PASSING:
             self._follow(name, args[0] if args else kwargs.get("input"), out)

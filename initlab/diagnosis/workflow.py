@@ -221,7 +221,7 @@ def _probe_further(training_step: TrainingStep, evidence: Evidence, on_stage: Ca
     """The probes that the screening calls for."""
     broke = evidence.broke_at is not None
     lost = symptoms.uses_half(evidence) and symptoms.lost_gradients(evidence)
-    if (broke and evidence.error is None) or (lost and not broke):
+    if (broke and (evidence.error is None or symptoms.complains_of_nan(evidence))) or (lost and not broke):
         on_stage("searching the operation behind the first value that is not finite")
         probes.find_origin(training_step, evidence)
     if lost or (broke and symptoms.uses_half(evidence)):

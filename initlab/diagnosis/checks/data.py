@@ -43,24 +43,6 @@ def _is_to_blame(evidence: Evidence, leaf: Leaf) -> bool:
     return not (low == -math.inf and high < math.inf)
 
 
-def bad_index(evidence: Evidence) -> Finding | None:
-    """An index of an embedding that is out of range."""
-    if evidence.error is None or evidence.trace.failed is None or evidence.trace.failed[1] != "embedding":
-        return None
-    module = evidence.trace.failed[0]
-    ids = [leaf for leaf in evidence.leaves if not leaf.is_target and not leaf.tensor.is_floating_point()]
-    facts: dict[str, Any] = {"error": short(evidence.error)}
-    if ids and ids[0].tensor.numel():
-        facts |= {"smallest": int(ids[0].tensor.min()), "largest": int(ids[0].tensor.max())}
-    return Finding(
-        "input",
-        "broken",
-        Place(module=module, op="embedding"),
-        "an index in the batch is outside the embedding's rows.",
-        facts,
-    )
-
-
 def bad_target(evidence: Evidence) -> Finding | None:
     """NaN and infinities in what the loss compares with."""
     if evidence.broke_at is None:
@@ -84,7 +66,7 @@ def target_out_of_range(evidence: Evidence) -> Finding | None:
     for call in evidence.trace.losses:
         if call.problem == "classes":
             low, high, count = call.facts["smallest"], call.facts["largest"], call.facts["classes"]
-            fix = fixes.shift_classes(target, evidence.batch, low, high, count) if target is not None else ""
+            fix = fixes.shift_classes(target, evidence.batch, call.facts) if target is not None else ""
             why = (
                 f"targets run from {low} to {high}, and a model with {count} outputs has the classes 0 to {count - 1}."
             )

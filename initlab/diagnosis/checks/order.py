@@ -7,7 +7,8 @@ operations, the step.
 from __future__ import annotations
 
 from ..evidence import Evidence
-from .data import bad_index, bad_input, bad_target, log_of_target, scale, target_out_of_range
+from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range
+from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
 from .objective import broadcast, empty_reduction, wrong_space
 from .operations import raised, unexplained, unsafe
@@ -39,6 +40,8 @@ CHECKS: tuple[Check, ...] = (
     growing,
     exploding_gradient,
     unsafe,
+    bad_matrix,
+    bad_argument,
     raised,
     no_rate,
     other_parameters,
