@@ -70,7 +70,7 @@ def _classes(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: A
         ignored = _argument(args, kwargs, 4, "ignore_index", -100)
         kept = target[target != ignored]
         if kept.numel() == 0:
-            call.problem, call.facts = "empty", {"ignored": target.numel()}
+            call.problem, call.facts = "empty", {"ignored": target.numel(), "ignore_index": ignored}
             return call
         wrong = (kept < 0) | (kept >= count)
         if wrong.any():

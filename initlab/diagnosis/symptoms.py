@@ -73,8 +73,9 @@ def odd_scale(evidence: Evidence) -> Scale | None:
             spread = float(reach.max() / reach.min())
             if not odd and spread >= LIMITS.scale_spread:
                 odd = [int(found.reach.argmax())]
-            if odd:
-                strong = spread >= LIMITS.spread_harmful
+            quiet = odd and bool((found.reach[odd] < middle).all()) and rms >= LIMITS.input_rms_suspect
+            if odd and not quiet:  # a quiet column among loud ones is not what is wrong with them
+                strong = spread >= LIMITS.spread_harmful or rms >= LIMITS.input_rms
                 text = f"features of {leaf.code} differ in scale by a factor of {spread:.2g}"
                 return Scale(leaf, odd, spread, rms, strong, text)
         else:

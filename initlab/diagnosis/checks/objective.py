@@ -53,6 +53,8 @@ def empty_reduction(evidence: Evidence) -> Finding | None:
         if call.problem == "empty":
             empty = [leaf.code for leaf in evidence.leaves if leaf.tensor.numel() == 0]
             of = f"{empty[0]} is empty, and " if empty else ""
+            if "ignored" in call.facts:
+                of = f"all {call.facts['ignored']} labels are {call.facts['ignore_index']}, which is ignore_index: "
             why = f"{of}{call.name} averages over no elements: 0 / 0."
             advice = "# skip such a batch, or give the loss a sum and divide it by max(1, count)"
             return Finding("loss", "broken", Place(op=call.name), why, dict(call.facts), [advice])
