@@ -136,7 +136,8 @@ class Search:
             entry.name = name
         flag = int(nonfinite_flag(tensor))
         if flag:
-            entry.origin = Origin(source, "forward", name, None, flag, tensor.dtype, intended=flag == NEGATIVE_INF)
+            mask = flag == NEGATIVE_INF and _may_mask(tensor)
+            entry.origin = Origin(source, "forward", name, None, flag, tensor.dtype, intended=mask)
 
     def _entry(self, tensor: Tensor) -> _Provenance:
         key = tensor.untyped_storage()._cdata
@@ -156,7 +157,7 @@ class Search:
         if not tensor.is_floating_point() or tensor.is_meta or not (flag := int(nonfinite_flag(tensor))):
             return None
         entry = self._entry(tensor)
-        mask = flag in (NEGATIVE_INF, POSITIVE_INF)
+        mask = flag in (NEGATIVE_INF, POSITIVE_INF) and _may_mask(tensor)
         entry.origin = Origin("op", "forward", "constant", self.modules.current, flag, tensor.dtype, intended=mask)
         entry.origin.facts["made"] = describe(flag)
         return entry
@@ -362,6 +363,12 @@ def _named(op: str, function: str, why: Reason | None) -> str:
     if op in names.UNSAFE and function not in names.UNSAFE:
         return op
     return function or op
+
+
+def _may_mask(tensor: Tensor) -> bool:
+    """Whether a tensor with infinities of one sign is a mask: no parameter, and ordinary numbers beside them."""
+    finite = tensor.detach()[tensor.detach().isfinite()]
+    return not isinstance(tensor, nn.Parameter) and (finite.numel() == 0 or float(finite.abs().max()) < _HUGE)
 
 
 def _is_no_mask(op: str, origin: Origin) -> bool:
