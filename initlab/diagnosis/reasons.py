@@ -164,7 +164,7 @@ def _root(op: Operation, backward: bool) -> Reason | None:
         least = float(x.min())
         text = f"gets numbers below 0, down to {_number(least)}{counted(low)}"
         return Reason(text, safe_forms.negative_root("sqrt"), {"smallest": least})
-    if bool((zero := x == 0).any()):
+    if backward and bool((zero := x == 0).any()):
         return Reason(f"gets 0{counted(zero)}, where its slope is infinite", safe_forms.root("sqrt", op.dtype))
     return None
 

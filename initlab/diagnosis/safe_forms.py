@@ -224,7 +224,7 @@ _GUARDS: dict[str, tuple[Callable[[Change], Callable[..., Any]], Callable[[Tenso
         op: (on_first, lambda x: ~(x.abs() < 1), 0.0, f"torch.{op}(torch.where(ok, x, 0.0))")
         for op in ("acos", "asin", "atanh", "log1p")
     },
-    "exp": (on_first, lambda x: x > 80, 0.0, "torch.exp(torch.where(ok, x, 0.0))"),
+    "exp": (on_first, lambda x: x > 20, 0.0, "torch.exp(torch.where(ok, x, 0.0))"),
     "logit": (on_first, lambda x: ~((x > 0) & (x < 1)), 0.5, "torch.logit(torch.where(ok, x, 0.5))"),
 }
 
@@ -267,7 +267,7 @@ ATTENTION = SafeForm(
 
 def exponential(op: str, dtype: torch.dtype) -> SafeForm:
     """Of exp(x) for large x."""
-    high = 10.0 if dtype == torch.float16 else 80.0
+    high = 10.0 if dtype == torch.float16 else 20.0  # what comes after may square it
     if op in ("cosh", "sinh"):
         code = f"torch.{op}(x.clamp(-{high:g}, {high:g})); log(cosh(x)) is x.abs() + F.softplus(-2 * x.abs()) - log(2)"
         return SafeForm(code, on_first(inside(-high, high)))
