@@ -210,7 +210,7 @@ class Search:
             bad = [(t, e.origin) for t, e in entries if e.origin is not None]
             bad = [(t, origin) for t, origin in bad if t is out or int(nonfinite_flag(t))]
             inherited = next((origin for _, origin in bad if not origin.intended), None)
-            if inherited is None and bad and not flag & NAN:
+            if inherited is None and bad and _still_masks(bad[0][1], flag):
                 inherited = bad[0][1]
             elif inherited is None and bad and _is_no_mask(op, bad[0][1]):
                 inherited = replace(bad[0][1], intended=False)
@@ -369,6 +369,11 @@ def _may_mask(tensor: Tensor) -> bool:
     """Whether a tensor with infinities of one sign is a mask: no parameter, and ordinary numbers beside them."""
     finite = tensor.detach()[tensor.detach().isfinite()]
     return not isinstance(tensor, nn.Parameter) and (finite.numel() == 0 or float(finite.abs().max()) < _HUGE)
+
+
+def _still_masks(mask: Origin, flag: int) -> bool:
+    """Whether what was made of a mask is one: with the same sign, or another where an operation wrote it."""
+    return not flag & NAN and (mask.source == "op" or not flag & ~mask.flag)
 
 
 def _is_no_mask(op: str, origin: Origin) -> bool:
