@@ -18,6 +18,9 @@ class Finding:
     Args:
         remedies: code, best first; the first that lets the loss fall is the one to print.
         rewrites: loss functions that come before them where they are the user's own objective.
+        suspicion: whether it needs an experiment to be believed: its remedy has to make a difference.
+        change: what the first remedy does, in a few words, as "targets standardised".
+        rescales: whether the remedy gives the loss another scale, so that each run is compared to its own start.
     """
 
     kind: Kind
@@ -27,6 +30,9 @@ class Finding:
     evidence: dict[str, Any] = field(default_factory=dict)
     remedies: list[str] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
+    suspicion: bool = False
+    change: str = ""
+    rescales: bool = False
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]
