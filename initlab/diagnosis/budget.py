@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from .._console import progress
@@ -25,7 +26,8 @@ class Budget:
         self.seconds = seconds
         self.steps = LIMITS.trial_steps  # of the runs that are compared; fewer where the untreated one took fewer
         self.step_time = 0.0
-        self._show, self._advance, self._done = show, None, 0
+        self._show, self._done = show, 0
+        self._advance: Callable[[int], object] | None = None
         self._start = time.monotonic()
         self._bar = ExitStack()
 

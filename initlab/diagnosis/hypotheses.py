@@ -22,13 +22,16 @@ from .report import Cause
 Observe = Callable[[TrainingStep, int], list[Cause]]
 
 
+_NOTHING = Outcome(ran=False)
+
+
 @dataclass
 class Tried:
     """A finding, the change that was tried for it, and how the run went with it."""
 
     finding: Finding
     remedy: str = ""
-    outcome: Outcome = Outcome(ran=False)
+    outcome: Outcome = _NOTHING
     rewritten: bool = False
 
     @property
@@ -136,33 +139,42 @@ def _supported(one: Tried, untreated: Outcome, baseline: float | None) -> bool:
         return False
     if untreated.effect == "stays":
         return one.outcome.fallen > LIMITS.slow_fall
-    return untreated.fails or (
-        not _learns(untreated, baseline) and much_better(one.outcome, untreated, one.finding.rescales)
-    )
+    if untreated.fails or _starts_better(one.outcome, untreated, baseline):
+        return True
+    return not _learns(untreated, baseline) and much_better(one.outcome, untreated, one.finding.rescales)
 
 
 def _learns(untreated: Outcome, baseline: float | None) -> bool:
-    """Whether a run falls well, and is not far above what a model has that knows nothing."""
-    return untreated.fallen > LIMITS.learns and not (baseline and untreated.losses[-1] > LIMITS.above * baseline)
+    """Whether a run falls well, and below what a model has that knows nothing."""
+    return untreated.fallen > LIMITS.learns and not (baseline and untreated.losses[-1] > LIMITS.below * baseline)
+
+
+def _starts_better(treated: Outcome, untreated: Outcome, baseline: float | None) -> bool:
+    """Whether a first loss that is far above knowing nothing is no longer."""
+    if not baseline or not untreated.losses or untreated.losses[0] < LIMITS.sure_loss * baseline:
+        return False
+    return treated.losses[0] < untreated.losses[0] / 2 and treated.losses[-1] < LIMITS.above * baseline
 
 
 def _ranked(kept: list[Tried], untreated: Outcome) -> list[Tried]:
     """What cures, or cannot be tried, before what does not; what merely shifts the loss after what lets it fall."""
-    ends = [one.outcome.losses[-1] for one in kept if one.cures and not one.finding.rescales]
+    cured = [one.outcome.losses for one in kept if one.cures and not one.finding.rescales]
+    lowest = min((losses[-1] for losses in cured), default=0.0)
+    usual = min((losses[0] for losses in cured), default=0.0)  # the first loss of a run that begins well
 
     def order(one: Tried) -> tuple[bool, bool]:
         found = one.finding
         untriable = not found.suspicion and not any(trials.is_code(code) for code in found.remedies)
         useless = any(other.cures for other in kept) and not one.cures and not untriable
-        shifts = one.cures and found.suspicion and not found.rescales and _shifts(one.outcome.losses[-1], ends)
+        shifts = one.cures and found.suspicion and not found.rescales and _shifts(one.outcome.losses[-1], lowest, usual)
         return found.severity != "broken" and not found.suspicion, useless or shifts
 
     return sorted(kept, key=order)
 
 
-def _shifts(end: float, ends: list[float]) -> bool:
-    """Whether a loss ends far above where it could."""
-    return min(ends) >= 0 and end > LIMITS.shifts * min(ends)
+def _shifts(end: float, lowest: float, usual: float) -> bool:
+    """Whether a loss ends far above where it could, and where another run begins."""
+    return lowest >= 0 and end > max(LIMITS.shifts * lowest, usual)
 
 
 def _completed(

@@ -59,7 +59,8 @@ class Limits(NamedTuple):
     faster: float = 5.0  # times the fall without a remedy
     shifts: float = 3.0  # times the lowest end of all: a loss that ends there has only been shifted
     learns: float = 0.2  # of the first loss, gone in a trial: such a run needs no change
-    above: float = 1.5  # times the loss of knowing nothing, at the end of a run
+    below: float = 0.95  # times the loss of knowing nothing: a run that ends above has learned nothing yet
+    above: float = 1.5  # likewise, of a run whose start was mended
     target_rms: float = 10.0  # of targets; prices, ages and counts exceed it
     target_offset: float = 3.0  # likewise, where all of them are far from 0: temperatures in kelvin, years
     reaches: float = 3.0  # the outputs' root mean square against the targets'

@@ -113,7 +113,7 @@ def _labels(call: LossCall, target: Tensor, count: int, dim: int) -> None:
             call.problem, call.facts = "one class", {"class": int(target[0]), "rows": len(target)}
 
 
-_SEVERAL = 8  # rows that are not of one class by chance
+_SEVERAL = 16  # rows that are not of one class by chance
 
 
 def _bce(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:

@@ -42,6 +42,8 @@ class Outcome(NamedTuple):
     @property
     def fails(self) -> bool:
         """Whether it breaks, rises, or does not move."""
+        if self.effect == "rises" and self.fallen > LIMITS.learns:
+            return max(self.losses) > LIMITS.blow_up * abs(self.losses[0])  # less is made good in time
         return self.effect not in ("", "falls")
 
     @property

@@ -171,7 +171,13 @@ def _observed(
     if probes.runnable(evidence):
         on_stage("running the model under observation")
         start = time.monotonic()
-        probes.observe_steps(training_step, evidence, steps or LIMITS.trial_steps, start + budget.per_run, budget.tick)
+        probes.observe_steps(
+            training_step,
+            evidence,
+            steps or LIMITS.trial_steps,
+            math.inf if steps else start + budget.per_run,
+            budget.tick,
+        )
         taken = len(evidence.steps)
         budget.step_time = (time.monotonic() - start) / taken
         if steps is None and training_step.optimizer is not None:

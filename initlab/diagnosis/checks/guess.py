@@ -89,7 +89,7 @@ def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             _severity(run),
             Place(),
             why,
-            {"rate": rate, "rate that was tried": rate * factor},
+            {"rate": rate, "rate that was tried" if factor > 1 else "rate that would not diverge": rate * factor},
             [fixes.smaller_rate(factor, optimizer)],
             suspicion=True,
             change=f"rate {float(f'{rate * factor:.1g}'):g}",

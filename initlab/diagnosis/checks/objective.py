@@ -61,7 +61,9 @@ def apart(evidence: Evidence) -> Finding | None:
         stuck = bool(evidence.steps) and evidence.steps[0].gradient == 0
         kind: Kind = "target" if call.problem in ("one class", "no distribution") else "loss"
         severity: Severity = "broken" if stuck else "warning"
-        return Finding(kind, severity, place, why, dict(call.facts), rewrites.together(evidence, call, last))
+        written = rewrites.together(evidence, call, last)
+        limited = call.facts.get("activation") == "tanh"  # it may be meant: logits from -1 to 1
+        return Finding(kind, severity, place, why, dict(call.facts), written, suspicion=limited)
     return None
 
 

@@ -84,7 +84,8 @@ def too_fast(evidence: Evidence) -> Finding | None:
             fixes.smaller_rate(factor, evidence.optimizer),
             fixes.smaller_rate(factor / 10, evidence.optimizer),
         ]
-    losses = max((evidence.losses, evidence.further), key=len)
+    longer = len(evidence.losses) >= len(evidence.further)
+    losses: list[float | None] = evidence.losses if longer else [*evidence.further]
     known = [math.inf if x is None or math.isnan(x) else x for x in losses]
     worst = known.index(max(known))
     what = "is no longer finite" if math.isinf(known[worst]) else f"rose from {known[0]:.4g} to {known[worst]:.4g}"
