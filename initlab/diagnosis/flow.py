@@ -89,6 +89,12 @@ class Comparison:
     outside: float = 0.0
 
     @property
+    def unit(self) -> float:
+        """The loss of knowing no more than the mean of the targets: their variance, or spread."""
+        std = self.target.std if self.target is not None else 1.0
+        return std if self.op in ("l1_loss", "smooth_l1_loss", "huber_loss") else std**2
+
+    @property
     def distance(self) -> bool:
         """Whether it measures how far the two are apart."""
         return self.op in _DISTANCES

@@ -87,9 +87,9 @@ def _without_what_follows(ranked: list[Tried]) -> list[Tried]:
     first: dict[str, Tried] = {}
     for one in ranked:
         known = first.setdefault(one.finding.kind, one)
-        if one.cures and known.cures and one.finding.suspicion and one.finding.kind == "weights":
-            if one.outcome.losses[-1] < known.outcome.losses[-1] / LIMITS.much_better:
-                first[one.finding.kind] = one
+        both = one.cures and known.cures and one.finding.suspicion and one.finding.kind == "weights"
+        if both and one.outcome.losses[-1] < known.outcome.losses[-1] / LIMITS.much_better:
+            first[one.finding.kind] = one
     kept = list(first.values())
     return [one for one in kept if one is kept[0] or not one.finding.suspicion or not kept[0].cures]
 
@@ -141,12 +141,13 @@ def _supported(one: Tried, untreated: Outcome, baseline: float | None) -> bool:
         return one.outcome.fallen > LIMITS.slow_fall
     if untreated.fails or _starts_better(one.outcome, untreated, baseline):
         return True
-    return not _learns(untreated, baseline) and much_better(one.outcome, untreated, one.finding.rescales)
+    usual = one.finding.rescales or baseline or one.outcome.losses[0]
+    return not _learns(untreated, usual) and much_better(one.outcome, untreated, one.finding.rescales)
 
 
-def _learns(untreated: Outcome, baseline: float | None) -> bool:
+def _learns(untreated: Outcome, usual: float) -> bool:
     """Whether a run falls well, and below what a model has that knows nothing."""
-    return untreated.fallen > LIMITS.learns and not (baseline and untreated.losses[-1] > LIMITS.below * baseline)
+    return untreated.fallen > LIMITS.learns and untreated.losses[-1] < LIMITS.below * usual
 
 
 def _starts_better(treated: Outcome, untreated: Outcome, baseline: float | None) -> bool:

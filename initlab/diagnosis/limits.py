@@ -17,6 +17,7 @@ class Limits(NamedTuple):
     spread_harmful: float = 1000.0  # at three, one feature has a million times the say in the first step
     input_rms: float = 50.0  # raw pixels (about 130) and prices exceed it, counts and z-scores do not
     input_rms_suspect: float = 8.0  # tried where the run shows symptoms
+    input_rms_sure: float = 1e4  # seconds, populations: no weights expect it, whatever a few steps show
     offset: float = 30.0  # mean over reach: years, temperatures in kelvin
 
     # Weights

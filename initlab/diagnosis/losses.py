@@ -108,9 +108,10 @@ def _labels(call: LossCall, target: Tensor, count: int, dim: int) -> None:
         elif bool((target < 0).any()) or bool(((sums - 1).abs() > 1e-2).any()):
             call.problem = "no distribution"
             call.facts = {"smallest": float(target.min()), "largest": float(target.max())}
-    elif not target.is_floating_point() and target.dim() == 1 and len(target) >= _SEVERAL and bool(target[0] >= 0):
-        if bool((target == target[0]).all()):
-            call.problem, call.facts = "one class", {"class": int(target[0]), "rows": len(target)}
+    elif not target.is_floating_point() and target.dim() == 1 and len(target) >= _SEVERAL:
+        first = int(target[0])
+        if first >= 0 and bool((target == first).all()):
+            call.problem, call.facts = "one class", {"class": first, "rows": len(target)}
 
 
 _SEVERAL = 16  # rows that are not of one class by chance

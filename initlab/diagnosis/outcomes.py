@@ -110,23 +110,19 @@ def in_words(losses: Sequence[float | None]) -> str:
     return f"{' -> '.join(ends)} {when}"
 
 
-def much_better(treated: Outcome, untreated: Outcome, rescaled: bool) -> bool:
+def much_better(treated: Outcome, untreated: Outcome, unit: float = 0.0) -> bool:
     """Whether a run that falls falls much further than one that falls as well.
 
     Args:
-        rescaled: whether the change gives the objective another scale; what is left is then compared to each start.
+        unit: what the loss is divided by where the change gives it another scale; 0 where it does not.
     """
     if treated.effect != "falls" or not untreated.losses:
         return False
-    if not rescaled:
-        lowest = min(treated.losses[-1], untreated.losses[-1])
-        gained = untreated.losses[-1] - treated.losses[-1]
-        far = lowest > 0 and gained > (LIMITS.much_better - 1) * treated.losses[-1]
-        return far or _many_times_faster(treated, untreated)
-    left, still = 1 - treated.fallen, 1 - untreated.fallen
-    return still > LIMITS.much_better * max(left, 0.0) and treated.fallen > LIMITS.slow_fall
+    left, still = treated.losses[-1], untreated.losses[-1] / (unit or 1.0)
+    far = min(left, still) > 0 and still > LIMITS.much_better * left
+    return (far and (not unit or treated.fallen > LIMITS.slow_fall)) or _many_times_faster(treated, untreated, unit)
 
 
-def _many_times_faster(treated: Outcome, untreated: Outcome) -> bool:
+def _many_times_faster(treated: Outcome, untreated: Outcome, unit: float) -> bool:
     faster = treated.fallen > max(2 * LIMITS.slow_fall, LIMITS.faster * untreated.fallen)
-    return faster and treated.losses[-1] < untreated.losses[-1]
+    return faster and (unit > 0 or treated.losses[-1] < untreated.losses[-1])

