@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a file or module, and its function that returns (model, batch, loss_fn) or (model, batch, loss_fn, "
         "optimizer); loss_fn(model, batch) returns the loss",
     )
-    doctor.add_argument("--steps", type=_positive, default=1, help="of training to take and undo (default: 1)")
+    doctor.add_argument("--steps", type=_positive, help="of training to take and undo (default: 25, or what fits)")
+    doctor.add_argument("--budget", type=float, default=15.0, help="seconds for all runs together (default: 15)")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     commands.add_parser("env", help="versions, devices and backends, for a bug report")
     arguments = parser.parse_args(argv)
@@ -157,7 +158,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
             raise UsageError(
                 f"{arguments.function} returned {what}; it must return (model, batch, loss_fn[, optimizer])"
             )
-        diagnosis = diagnose_alone(*returned, steps=arguments.steps, on_stage=on_stage)
+        diagnosis = diagnose_alone(*returned, steps=arguments.steps, budget=arguments.budget, on_stage=on_stage)
     except (CommunicatesError, UsageError) as error:
         return _failed("doctor", error, EX_USAGE)
     status, style = {"healthy": (0, "green"), "warning": (EX_FAILED, "yellow"), "broken": (EX_BROKEN, "bold red")}[

@@ -17,6 +17,7 @@ from .batch import Leaf
 from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
+from .outcomes import Outcome
 from .stats import Stats, sample
 from .trace import Call, Trace
 
@@ -121,6 +122,7 @@ class Evidence:
     standardised: Replay | None = None
     bad_update: BadUpdate | None = None
     movement: Movement | None = None  # of the first step that an optimizer took
+    untreated: Outcome | None = None  # the run as it is, in as many steps as a trial has
 
     @property
     def losses(self) -> list[float | None]:
@@ -143,8 +145,9 @@ class Evidence:
         return [one for one in self.parameters_and_buffers if one.ref.is_parameter]
 
     def weights_of(self, path: str) -> list[ParameterStats]:
-        """The weight matrices of a module."""
-        return [h for h in self.parameters if h.ref.module_name == path and h.ref.tensor.dim() > 1]
+        """The weight matrices of a module, or a parameter that a model holds by itself."""
+        matrices = [one for one in self.parameters if one.ref.tensor.dim() > 1]
+        return [one for one in matrices if one.ref.module_name == path or path in one.ref.names]
 
     @property
     def first_loss(self) -> float | None:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.activations import ACTIVATIONS
 from ..models.initialization import plan_model
 from .batch import Leaf
 from .evidence import Evidence, ParameterStats, half
+from .flow import ParameterCall
 from .narrow import LostConstant
 from .safe_forms import DEFAULT, SafeForm, small
 from .trace import Call
@@ -35,6 +36,18 @@ def standardise(leaf: Leaf, batch: Any) -> str:
             f"x = {leaf.value}  # for the whole data set: sklearn.preprocessing.StandardScaler",
             f"spread = x.std({rows}, correction=0, keepdim=True)",
             leaf.rebind(batch, f"(x - x.mean({rows}, keepdim=True)) / torch.where(spread > 0, spread, 1.0)"),
+        ]
+    )
+
+
+def standardise_targets(leaf: Leaf, batch: Any) -> str:
+    """Mean 0 and standard deviation 1 for each column of a target."""
+    rows = "0" if leaf.tensor.dim() == 2 else "()"
+    return "\n".join(
+        [
+            f"y = {leaf.code}  # keep mean and spread of the whole training set: prediction * spread + mean",
+            f"spread = y.std({rows}, correction=0, keepdim=True)",
+            leaf.rebind(batch, f"(y - y.mean({rows}, keepdim=True)) / torch.where(spread > 0, spread, 1.0)"),
         ]
     )
 
@@ -113,11 +126,56 @@ def positive(leaf: Leaf, batch: Any) -> str:
 
 def restart(evidence: Evidence) -> list[str]:
     """Fresh weights by the distribution that each layer's activation wants."""
+    own = [call for call in evidence.layers if isinstance(call, ParameterCall)]
+    if own:
+        return [_anew(evidence, own), *([all_modules] if (all_modules := _modules_anew(evidence)) else [])]
     distributions = {call.path: _distribution(call) for call in evidence.layers}
     whole = [f"initlab.init_model_(model, seed=0, recipe={_mapping(distributions)})"] if distributions else []
     whole += [f'initlab.init_model_(model, seed=0, recipe="{name}")' for name in ("auto", "torch", "own")]
     usable = [code for code in whole if _plans(evidence.model, code)]
     return usable or [fresh(evidence, [h for h in evidence.parameters if h.ref.tensor.dim() > 1])]
+
+
+def _anew(evidence: Evidence, calls: Sequence[ParameterCall]) -> str:
+    """Fresh values for parameters that a model multiplies with by itself, and for the modules beside them."""
+    groups: dict[str, list[str]] = {}
+    for call in calls:
+        groups.setdefault(_filler(call, evidence.model.get_parameter(call.path)), []).append(call.path)
+    lines = [code] if (code := _modules_anew(evidence)) else []
+    for filler, names in groups.items():
+        if len(names) > 1:
+            lines += [f"for name in {_names(names)}:", f"    {filler.format('model.get_parameter(name)')}"]
+        else:
+            lines.append(filler.format(f"model.get_parameter({names[0]!r})"))
+    return "\n".join(lines)
+
+
+def _filler(call: ParameterCall, weight: Tensor) -> str:
+    """The call that fills a weight by the distribution that its activation wants."""
+    if weight.dim() == 2 and call.fan_in in weight.shape and _distribution(call) == "he":
+        mode = "" if weight.shape[1] == call.fan_in else ', mode="fan_out"'  # (in, out), the other way round
+        return f'initlab.init.kaiming_normal_({{}}{mode}, nonlinearity="relu")'
+    if weight.dim() == 2 and not call.activation:
+        return "initlab.init.xavier_normal_({})"
+    wanted = call.wanted
+    return f"initlab.init.normal_({{}}, std={wanted:.2g})" if wanted else "initlab.init.xavier_normal_({})"
+
+
+def _names(names: Sequence[str]) -> str:
+    """A list of names, as code: short where they are numbered."""
+    stem, _, first = names[0].rpartition(".")
+    if first.isdigit() and list(names) == [f"{stem}.{int(first) + i}" for i in range(len(names))]:
+        start = f"{first}, " if first != "0" else ""
+        return f'[f"{stem}.{{i}}" for i in range({start}{int(first) + len(names)})]'
+    return repr(list(names))
+
+
+def _modules_anew(evidence: Evidence) -> str:
+    """Fresh weights for the layers that are modules; "" where there are none."""
+    paths = {call.path for call in evidence.layers if not isinstance(call, ParameterCall)}
+    names = [one.name for one in evidence.parameters if one.ref.module_name in paths and one.ref.tensor.dim() > 1]
+    code = f'initlab.init_model_(model, seed=0, recipe="auto", only={names!r})'
+    return code if names and _plans(evidence.model, code) else ""
 
 
 def _distribution(call: Call) -> str:

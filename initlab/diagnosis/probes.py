@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,7 @@ from .evidence import (
     tiny_share,
     zero_share,
 )
+from .flow import Flow, ParameterCall
 from .limits import LIMITS
 from .origin import Search
 from .ranks import CommunicatesError
@@ -128,7 +130,7 @@ def observe_at_rest(training_step: TrainingStep) -> Evidence:
         training_step.optimizer,
         training_step.leaves,
         both,
-        Trace(training_step.model, storages),
+        Trace(training_step.model, storages, Flow(training_step.model, training_step.leaves)),
     )
 
 
@@ -137,9 +139,18 @@ def runnable(evidence: Evidence) -> bool:
     return not any(h.ref.tensor.is_meta or is_lazy(h.ref.tensor) for h in evidence.parameters_and_buffers)
 
 
-def observe_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
-    """Take the steps that were asked for, the first under observation, until something breaks."""
+def observe_steps(
+    training_step: TrainingStep,
+    evidence: Evidence,
+    steps: int,
+    end: float = math.inf,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Take steps, the first under observation, until something breaks; none begins after the time `end`."""
     for number in range(1, steps + 1):
+        tick()
+        if number > 1 and time.monotonic() > end:
+            break
         training_step.clear_gradients()
         first = number == 1
         step = Step(None)
@@ -179,24 +190,30 @@ def observe_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -
             return
     evidence.after = _value(training_step)
     if evidence.after is None or not math.isfinite(evidence.after):
-        evidence.broke_at = steps + 1
+        evidence.broke_at = len(evidence.steps) + 1
 
 
 def _roles(evidence: Evidence) -> None:
     """What modules read as it lies in the batch is input, and then the rest is target."""
     read = {path for call in evidence.trace.calls for path in call.reads_batch}
+    flow = evidence.trace.flow
     for leaf in evidence.leaves:
-        if leaf.path in read:
+        if leaf.path in read or (flow is not None and leaf.path in flow.inputs):
             leaf.is_target = False
+        elif flow is not None and leaf.path in flow.compared:
+            leaf.is_target = True
 
 
 def _read_gradients(evidence: Evidence) -> None:
     activations = {call.path: call.activation for call in evidence.layers}
+    wanted = {call.path: call.wanted for call in evidence.layers if isinstance(call, ParameterCall)}
     with torch.no_grad():
         norms = _norms([h.ref.tensor.grad for h in evidence.parameters if h.ref.tensor.grad is not None])
         for parameter in evidence.parameters:
             tensor, grad = parameter.ref.tensor, parameter.ref.tensor.grad
             parameter.distribution = expected_std(parameter.ref, activations.get(parameter.ref.module_name, ""))
+            if parameter.distribution is None:
+                parameter.distribution = next((wanted[name] for name in parameter.ref.names if name in wanted), None)
             if grad is not None and grad.layout == torch.strided:
                 parameter.grad_norm, parameter.grad = next(norms), measure(grad)
             if rows_alike(tensor):

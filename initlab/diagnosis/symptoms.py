@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .batch import Leaf
+from .batch import Features, Leaf
 from .evidence import Evidence, ParameterStats, half
 from .limits import LIMITS
 from .trace import Call
@@ -57,16 +57,16 @@ class Scale:
 def odd_scale(evidence: Evidence) -> Scale | None:
     """An input whose features differ by orders of magnitude, or that is far from mean 0 and standard deviation 1."""
     for leaf in evidence.leaves:
-        found = leaf.features
-        if leaf.is_target or found is None or _is_normalised_first(evidence, leaf):
+        found, shape = _as_it_arrives(evidence, leaf)
+        if found is None or _is_normalised_first(evidence, leaf):
             continue
         moving = found.reach > 0
         if not bool(moving.any()):
             continue
         reach = found.reach[moving]
         rms = float(found.rms.square().mean().sqrt())
-        columns = leaf.tensor.shape[-1] if leaf.tensor.dim() > 1 else 1
-        if columns > 1 and leaf.tensor.dim() <= 3:
+        columns = shape[-1] if len(shape) > 1 else 1
+        if columns > 1 and len(shape) <= 3:
             middle = float(reach.median())
             far = (found.reach / middle).log10().abs() >= math.log10(LIMITS.scale_spread)
             odd = (far & moving).nonzero().flatten().tolist()
@@ -75,6 +75,7 @@ def odd_scale(evidence: Evidence) -> Scale | None:
                 odd = [int(found.reach.argmax())]
             quiet = odd and bool((found.reach[odd] < middle).all()) and rms >= LIMITS.input_rms_suspect
             if odd and not quiet:  # a quiet column among loud ones is not what is wrong with them
+                odd = odd if shape == leaf.tensor.shape else []
                 strong = spread >= LIMITS.spread_harmful or rms >= LIMITS.input_rms
                 text = f"features of {leaf.code} differ in scale by a factor of {spread:.2g}"
                 return Scale(leaf, odd, spread, rms, strong, text)
@@ -85,6 +86,15 @@ def odd_scale(evidence: Evidence) -> Scale | None:
         if rms >= LIMITS.input_rms_suspect or 0 < rms <= 1 / LIMITS.input_rms_suspect**3 or offset >= LIMITS.offset:
             return Scale(leaf, [], spread, rms, rms >= LIMITS.input_rms or _is_flat(evidence, leaf, rms), text)
     return None
+
+
+def _as_it_arrives(evidence: Evidence, leaf: Leaf) -> tuple[Features | None, torch.Size]:
+    """The features of a leaf as they reach the first weights; of the leaf itself where no pass could be followed."""
+    flow = evidence.trace.flow
+    if flow is None or not flow.arrivals:
+        return (None if leaf.is_target else leaf.features), leaf.tensor.shape
+    arrival = flow.arriving(leaf)
+    return (None, leaf.tensor.shape) if arrival is None else (arrival.features, arrival.shape)
 
 
 def _is_flat(evidence: Evidence, leaf: Leaf, rms: float) -> bool:

@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from . import names
 from .limits import LIMITS
 from .losses import LossCall, Stopped, loss_call, multiplies, shapes
 from .stats import Stats, edge_share, measure, physical
+
+if TYPE_CHECKING:
+    from .flow import Flow
 
 # Functions after which a signal is still the output of the layer before, for the question which activation follows it.
 _PASSING = frozenset(
@@ -130,8 +133,11 @@ class Trace(TorchFunctionMode):
         low: 16-bit dtypes that modules put out.
     """
 
-    def __init__(self, model: nn.Module, batch_storages: Mapping[int, tuple[Any, ...]]) -> None:
+    def __init__(
+        self, model: nn.Module, batch_storages: Mapping[int, tuple[Any, ...]], flow: Flow | None = None
+    ) -> None:
         super().__init__()
+        self.flow = flow
         self.modules = Modules(model)
         self.calls: list[Call] = []
         self.losses: list[LossCall] = []
@@ -222,6 +228,13 @@ class Trace(TorchFunctionMode):
             self.failed, self._raised = (self.modules.current, name), error
             self.arguments = [*args, *kwargs.values()]
             raise
+        if self.flow is not None:
+            with torch._C.DisableTorchFunction():
+                within = bool(self._open) and self._open[-1].is_layer
+                layer = self.flow.called(name, args, kwargs, out, within)
+            if layer is not None:
+                self.calls.append(layer)
+                self._makers[id(out)] = weakref.ref(out), layer
         if name in ACTIVATIONS or name in _PASSING:
             self._follow(name, args[0] if args else kwargs.get("input"), out)
         elif name in ("linear", "matmul") and isinstance(out, Tensor):

@@ -18,6 +18,9 @@ class Finding:
     Args:
         remedies: code, best first; the first that lets the loss fall is the one to print.
         rewrites: loss functions that come before them where they are the user's own objective.
+        suspicion: whether it needs an experiment to be believed: its remedy has to make a difference.
+        change: what the first remedy does, in a few words, as "targets standardised".
+        rescales: what the remedy divides the loss by, where it gives it another scale; 0 where it does not.
     """
 
     kind: Kind
@@ -27,6 +30,9 @@ class Finding:
     evidence: dict[str, Any] = field(default_factory=dict)
     remedies: list[str] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
+    suspicion: bool = False
+    change: str = ""
+    rescales: float = 0.0
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import fixes
-from ..evidence import Evidence
+from ..evidence import Evidence, ParameterStats
 from ..limits import LIMITS
 from ..report import Place, Severity
 from ..symptoms import diverges, gains, is_zero
@@ -82,6 +82,8 @@ def dead(evidence: Evidence) -> Finding | None:
                 *([fixes.fresh(evidence, [bias])] if by_bias and bias is not None else []),
                 *fixes.restart(evidence),
             ],
+            suspicion=True,
+            change="fresh weights",
         )
     return None
 
@@ -109,15 +111,23 @@ def growing(evidence: Evidence) -> Finding | None:
         "weights",
         severity,
         Place(module=call.path, parameter=weight.name if weight is not None else None),
-        f"the signal grows {growth:.2g}-fold from the input to the widest layer: the weights are too large for their "
-        "fan-in.",
-        {
-            "gain": growth,
-            "weights against their distribution": max((r for _, r in ratios), default=1.0),
-            "saturated": edge,
-        },
+        _why_growing(growth, call, weight, edge),
+        {"gain": growth, "times too large": max((r for _, r in ratios), default=1.0), "saturated": edge},
         fixes.restart(evidence),
+        suspicion=True,
+        change="fresh weights",
     )
+
+
+def _why_growing(growth: float, call: Call, weight: ParameterStats | None, edge: float) -> str:
+    name, std = (weight.name, weight.stats.std) if weight is not None and weight.stats is not None else (call.path, 0.0)
+    wanted = weight.distribution if weight is not None else None
+    size = f"{name} has a standard deviation of {std:.2g}" + (f", and {wanted:.2g} fits" if wanted else "")
+    if not math.isfinite(growth):
+        return f"the signal grows from layer to layer until it is not finite: {size}."
+    if growth < LIMITS.growth_suspect:
+        return f"{edge:.0%} of a tanh's outputs are at its ends, where it has no slope: {size}."
+    return f"the signal grows {growth:.2g} times from the input to the layer with the largest outputs: {size}."
 
 
 def shrinking(evidence: Evidence) -> Finding | None:
@@ -142,6 +152,8 @@ def shrinking(evidence: Evidence) -> Finding | None:
         "other end.",
         {"gain": forward, "gradient first to last": backward},
         fixes.restart(evidence),
+        suspicion=True,
+        change="fresh weights",
     )
 
 
@@ -168,6 +180,8 @@ def sure_of_nothing(evidence: Evidence) -> Finding | None:
             "of the weights": head.stats.std if head.stats is not None else None,
         },
         fixes.quieter_head(evidence, head),
+        suspicion=True,
+        change="a smaller head",
     )
 
 
