@@ -13,7 +13,7 @@ from torch.utils._pytree import GetAttrKey, SequenceKey, tree_map
 
 from .._tree import items_in
 from .limits import LIMITS
-from .stats import spread_out
+from .stats import physical, spread_out
 
 _TARGET_NAMES = ("target", "targets", "label", "labels", "y", "y_true", "classes")
 
@@ -170,6 +170,7 @@ def mapped(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 def features(tensor: Tensor) -> Features | None:
     """What there is to know of a floating tensor's features; None where it has none."""
+    tensor = physical(tensor)
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta or tensor.dim() == 0:
         return None
     x = tensor.detach()

@@ -18,7 +18,7 @@ from .._tree import tensors_in
 from ..models.activations import ACTIVATIONS
 from .batch import Features, Leaf, features
 from .losses import last_activation
-from .stats import Stats, measure
+from .stats import Stats, measure, physical
 from .trace import Call, storage_of
 
 _PRODUCTS = frozenset(
@@ -224,7 +224,7 @@ class Flow:
                 self.arrivals.append(Arrival(name, entry.paths, None, None, tensor.shape))
 
     def _comparison(self, op: str, tensors: list[Tensor], entries: list[Any]) -> None:
-        sides = [(t, e) for t, e in zip(tensors, entries, strict=True) if e is not None][:2]
+        sides = [(physical(t), e) for t, e in zip(tensors, entries, strict=True) if e is not None][:2]
         if len(sides) < 2:
             return
         for (target, entry), (prediction, other) in (sides, sides[::-1]):
