@@ -94,6 +94,8 @@ class Cause:
         trial: that loss, before each of those steps and after the last; empty where nothing was tried.
         untreated: likewise, of the run as it is.
         change: what the remedy does, in a few words; may be empty.
+        emulated: that loss where the place's operation was replaced by its safe form while the user's code ran: what
+            the remedy, an advice, would do. Nothing of it was tried as it is printed. Empty where it does not fall.
     """
 
     kind: Kind
@@ -106,6 +108,7 @@ class Cause:
     trial: tuple[float, ...] = ()
     untreated: tuple[float, ...] = ()
     change: str = ""
+    emulated: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The cause as plain data, for JSON."""
@@ -119,6 +122,7 @@ class Cause:
             "remedy": self.remedy,
             "tried": self.tried,
             "trial": _plain(self.trial),
+            "emulated": _plain(self.emulated),
             "untreated": _plain(self.untreated),
             "change": self.change,
         }
@@ -212,13 +216,16 @@ class Diagnosis:
         for number, cause in enumerate(self.causes, 1):
             where = str(cause.place) or _WHERE.get(cause.kind, "the model")
             lines += ["", f"{number}. {cause.kind} ({cause.severity}): {where}", f"   {cause.explanation}"]
+            if cause.emulated:
+                lines.append(f"   with the safe form of {cause.place.op}: {in_words(cause.emulated)}")
             if cause.trial:
                 lines.append(f"   {_compared(cause)}")
             if cause.evidence:
                 said = {name: _short(value) for name, value in cause.evidence.items() if name != "error"}
                 lines += ["   " + ", ".join(f"{name} {value}" for name, value in said.items())] if said else []
             if cause.remedy:
-                lines.append(f"   remedy{', tried' if cause.tried else ''}:")
+                how = ", tried" if cause.tried else ", emulated: finite and falling" if cause.emulated else ""
+                lines.append(f"   remedy{how}:")
                 lines += [f"       {line}" for line in cause.remedy.splitlines()]
         if self.layers:
             lines += ["", self._table()]

@@ -20,6 +20,7 @@ from ..models.naming import unwrapped
 from . import checks, hypotheses, probes, ranks, symptoms, trials
 from .batch import leaves
 from .budget import Budget
+from .emulation import emulated
 from .evidence import Evidence
 from .limits import LIMITS
 from .outcomes import Outcome
@@ -195,7 +196,8 @@ def _observed(
     def behind(other: TrainingStep, further: int) -> list[Cause]:
         return _observed(other, steps, budget, on_stage, further)[1]
 
-    return evidence, hypotheses.judge(training_step, evidence, found, budget, behind, depth)
+    causes = hypotheses.judge(training_step, evidence, found, budget, behind, depth)
+    return evidence, emulated(training_step, found, causes, budget)
 
 
 def _probe_further(

@@ -103,6 +103,30 @@ def test_a_safe_form_makes_loss_and_gradients_finite(name):
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
+EMULATED = ("G softmax, where", "G log, where", "G power, where", "K sqrt at 0", "K log of 0")
+
+
+@pytest.mark.parametrize("name", EMULATED)
+def test_what_a_safe_form_would_do_is_emulated_and_never_called_tried(name):
+    one = CASES[name]
+    model, batch, loss_fn, optimizer = one.make()
+    before = [p.detach().clone() for p in model.parameters()]
+    (cause, *_) = found = diagnose(model, batch, loss_fn, optimizer, **one.options).causes
+    assert not cause.tried
+    assert cause.remedy.startswith("#")
+    assert len(cause.emulated) > 2
+    assert all(map(math.isfinite, cause.emulated))
+    assert cause.emulated[-1] < cause.emulated[0]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert found[0].to_dict()["emulated"]
+
+
+def test_nothing_is_emulated_where_no_form_is_safe():
+    (cause, *_) = diagnose(*CASES["K log of a negative number"].make()).causes
+    assert cause.emulated == ()
+    assert not cause.tried
+
+
 def test_a_safe_form_leaves_other_modules_alone():
     model = nn.Sequential(nn.Linear(2, 2), nn.Softmax(1), nn.Softmax(1))
     form = safe_forms.masked_softmax("softmax", 1)

@@ -58,7 +58,8 @@ def bad_matrix(evidence: Evidence) -> Finding | None:
     kind: Kind = "loss" if module is None else "operation"
     where = {None: "the loss function", "": "the model's own code"}.get(module, repr(module))
     written = fixes.advice(form, op, module)
-    return Finding(kind, "broken", Place(module=module, op=op), f"{op} in {where} gets {what}.", facts, written)
+    why = f"{op} in {where} gets {what}."
+    return Finding(kind, "broken", Place(module=module, op=op), why, facts, written, form=form)
 
 
 def _of_matrix(matrix: Tensor, op: str) -> tuple[str, dict[str, Any]]:

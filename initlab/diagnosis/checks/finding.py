@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from ..evidence import Evidence
 from ..report import Kind, Place, Severity
 from ..rewrites import Rewrite
+from ..safe_forms import SafeForm
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Finding:
         rewrites: loss functions that come before them where they are the user's own objective.
         suspicion: whether it needs an experiment to be believed: its remedy has to make a difference.
         change: what the first remedy does, in a few words, as "targets standardised".
+        form: the safe form of the operation at the place, for the user's own code.
         rescales: what the remedy divides the loss by, where it gives it another scale; 0 where it does not.
     """
 
@@ -33,6 +35,7 @@ class Finding:
     suspicion: bool = False
     change: str = ""
     rescales: float = 0.0
+    form: SafeForm | None = None
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]

@@ -32,6 +32,7 @@ def unsafe(evidence: Evidence) -> Finding | None:
         _facts(origin),
         written,
         rewrites.equivalents(evidence) if kind == "loss" else [],
+        form=form,
     )
 
 

@@ -27,7 +27,8 @@ def overflow(evidence: Evidence) -> Finding | None:
         facts |= {name: origin.facts[name] for name in ("line", "divided by") if name in origin.facts}
     elif evidence.error is not None and evidence.trace.failed is not None:
         place = Place(module=evidence.trace.failed[0], op=evidence.trace.failed[1] or None)
-    return Finding("precision", "broken", place, _what(evidence, facts), facts, _remedies(evidence))
+    form = origin.reason.form if origin is not None and origin.reason is not None else None
+    return Finding("precision", "broken", place, _what(evidence, facts), facts, _remedies(evidence), form=form)
 
 
 def _what(evidence: Evidence, facts: dict[str, Any]) -> str:
