@@ -118,7 +118,8 @@ def _division(op: Operation, backward: bool) -> Reason | None:
             form = safe_forms.root("rsqrt", op.dtype)
         if parameter is not None:
             form = SafeForm(f"start {parameter!r} above 0, and keep it there: its exponential, or .clamp_min(0.01)")
-        return Reason(f"{verb} {what}{counted(zero)}", form, facts, parameter)
+        where = counted(zero)
+        return Reason(f"{verb} {what}{',' if where and ',' in what else ''}{where}", form, facts, parameter)
     if not bool(size.isfinite().all()):
         return Reason(f"divides by numbers that are not finite{counted(~size.isfinite())}")
     least = float(size.abs().min())
@@ -139,7 +140,7 @@ def _of_zero(made: str, parameter: str | None, is_tensor: bool) -> str:
         return f"0, the {made} of equal numbers"
     if made in ("norm", "sqrt"):
         return f"0, the {made} of zeros"
-    return f"0, made by {made}," if made else "0"
+    return f"0, made by {made}" if made else "0"
 
 
 def _logarithm(op: Operation, backward: bool) -> Reason | None:

@@ -85,7 +85,7 @@ def diagnose(
 
     Args:
         model: wrapped (DDP) or compiled ones run unwrapped and uncompiled.
-        batch: one real batch: tensors, in tuples, lists and dicts.
+        batch: one real batch: tensors, or arrays of numpy's, in tuples, lists, dicts and dataclasses.
         loss_fn: called with the model and the batch, returns the loss, one element.
         optimizer: with one, steps are taken and the learning rate is judged.
         steps: how many of training to take as it is. None takes 25, or as many as a fifth of the budget allows.
