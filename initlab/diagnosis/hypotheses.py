@@ -14,6 +14,7 @@ from . import trials
 from .budget import Budget
 from .checks import Finding, guesses
 from .evidence import Evidence
+from .fixes import smaller_rate
 from .limits import LIMITS
 from .outcomes import Outcome, much_better, settled
 from .probes import TrainingStep
@@ -68,30 +69,32 @@ def judge(
     if not settled(untreated.losses) and not any(one.suspicion for one in found):
         untreated = evidence.untreated = untreated._replace(constant=False)  # it may just have begun
     results = _try_all(training_step, found, untreated, budget)
-    kept = [one for one in results if not one.finding.suspicion or _supported(one, untreated, evidence.baseline)]
-    if untreated.fails and not any(one.cures or not one.finding.suspicion for one in kept):
+    baseline = evidence.baseline
+    kept = results
+    if not untreated.fails:
+        kept = [one for one in results if not one.finding.suspicion or _supported(one, untreated, baseline)]
+    elif not any(_supported(one, untreated, baseline) or not one.finding.suspicion for one in results):
         others = [one for one in guesses(evidence) if one.kind not in {f.kind for f in found}]
         tried = _try_all(training_step, others, untreated, budget)
-        kept += [one for one in tried if _supported(one, untreated, evidence.baseline)]
-        kept = kept or results  # what no change helps is still the likeliest
-    ranked = _without_what_follows(_ranked(kept, untreated))
+        kept = results + [one for one in tried if _supported(one, untreated, baseline)]
+    ranked = _one_of_each_kind(_ranked(kept, untreated, baseline))
     if not ranked:
         return []
     first, behind = _completed(training_step, ranked[0], untreated, budget, observe, depth)
-    rest = [_cause(one, untreated) for one in ranked[1:]]
+    # Beside a first cause whose remedy is enough, suspicions are what it leads to.
+    rest = [_cause(one, untreated) for one in ranked[1:] if not (first.tried and one.finding.suspicion)]
     return [first, *rest, *(one for one in behind if one.kind not in {c.kind for c in (first, *rest)})]
 
 
-def _without_what_follows(ranked: list[Tried]) -> list[Tried]:
-    """One of each kind, the best of them; and no suspicion beside a first cause whose remedy is enough."""
+def _one_of_each_kind(ranked: list[Tried]) -> list[Tried]:
+    """One of each kind, the best of them."""
     first: dict[str, Tried] = {}
     for one in ranked:
         known = first.setdefault(one.finding.kind, one)
         both = one.cures and known.cures and one.finding.suspicion and one.finding.kind == "weights"
         if both and one.outcome.losses[-1] < known.outcome.losses[-1] / LIMITS.much_better:
             first[one.finding.kind] = one
-    kept = list(first.values())
-    return [one for one in kept if one is kept[0] or not one.finding.suspicion or not kept[0].cures]
+    return list(first.values())
 
 
 def _untreated(training_step: TrainingStep, evidence: Evidence, found: list[Finding], budget: Budget) -> Outcome:
@@ -157,18 +160,21 @@ def _starts_better(treated: Outcome, untreated: Outcome, baseline: float | None)
     return treated.losses[0] < untreated.losses[0] / 2 and treated.losses[-1] < LIMITS.above * baseline
 
 
-def _ranked(kept: list[Tried], untreated: Outcome) -> list[Tried]:
+def _ranked(kept: list[Tried], untreated: Outcome, baseline: float | None) -> list[Tried]:
     """What cures, or cannot be tried, before what does not; what merely shifts the loss after what lets it fall."""
-    cured = [one.outcome.losses for one in kept if one.cures and not one.finding.rescales]
-    lowest = min((losses[-1] for losses in cured), default=0.0)
-    usual = min((losses[0] for losses in cured), default=0.0)  # the first loss of a run that begins well
+    tried = [one for one in kept if one.outcome.steps > 0 and one.outcome.effect != "breaks"]
+    runs = [one.outcome.losses for one in tried if not one.finding.rescales]
+    lowest = min((losses[-1] for losses in runs), default=0.0)
+    usual = min((losses[0] for losses in runs), default=0.0)  # the first loss of a run that begins well
 
-    def order(one: Tried) -> tuple[bool, bool]:
+    def order(one: Tried) -> tuple[bool, int]:
         found = one.finding
-        untriable = not found.suspicion and not any(trials.is_code(code) for code in found.remedies)
-        useless = any(other.cures for other in kept) and not one.cures and not untriable
-        shifts = one.cures and found.suspicion and not found.rescales and _shifts(one.outcome.losses[-1], lowest, usual)
-        return found.severity != "broken" and not found.suspicion, useless or shifts
+        if not found.suspicion and not any(trials.is_code(code) for code in found.remedies):
+            return found.severity != "broken", 0
+        shifts = one in tried and found.suspicion and not found.rescales
+        shifts = shifts and _shifts(one.outcome.losses[-1], lowest, usual)
+        grade = 2 if shifts or one not in tried else 0 if _supported(one, untreated, baseline) else 1
+        return found.severity != "broken" and not found.suspicion, grade if any(other.cures for other in kept) else 0
 
     return sorted(kept, key=order)
 
@@ -195,15 +201,20 @@ def _completed(
             behind = observe(second, depth - 1)
         finally:
             second.snapshot.restore()
-    if not behind or not behind[0].remedy or behind[0].remedy in one.remedy:
+    if not behind and training_step.optimizer is not None and "lr" in training_step.optimizer.param_groups[0]:
+        # Nothing else is wrong, and the loss does not fall evenly: the rest is the rate's.
+        second_kind, code, change = "learning rate", smaller_rate(0.1, training_step.optimizer), "a tenth of the rate"
+    elif behind and behind[0].remedy and behind[0].remedy not in one.remedy:
+        second_kind, code, change = behind[0].kind, behind[0].remedy, behind[0].change
+    else:
         return _cause(one, untreated), behind
     # A second remedy of the same kind is the first with another number in it.
-    both = behind[0].remedy if behind[0].kind == found.kind else f"{one.remedy}\n{behind[0].remedy}"
+    both = code if second_kind == found.kind else f"{one.remedy}\n{code}"
     outcome = trials.run(training_step, both, budget, rewritten=one.rewritten)
     if outcome.effect == "falls":
-        change = " and ".join(text for text in (found.change, behind[0].change) if text)
+        change = " and ".join(text for text in (found.change, change) if text)
         return _cause(Tried(found, both, outcome), untreated, change), behind
-    worth = outcome.losses and behind[0].kind != found.kind
+    worth = outcome.losses and behind and second_kind != found.kind
     return _cause(Tried(found, both if worth else one.remedy), untreated), behind
 
 

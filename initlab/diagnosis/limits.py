@@ -68,6 +68,9 @@ class Limits(NamedTuple):
     outside: float = 0.1  # share of targets that the last activation cannot put out; a few outliers are none
     ordinary: float = 2.0  # times 1, of a root mean square: nothing that a run would fail from
     highest_rate: float = 1.0
+    slow_update: float = 2e-5  # of an update to its weight; usual is 1e-3, and 1e-4 where trained models are tuned
+    absurd: float = 1e8  # a loss that a run does not get below: nothing that falls from there has begun to learn
+    passing: float = 10.0  # times the first loss: a rise that is made good within the trial
     settled: float = 1e-2  # of what the loss fell by: a change of less over five steps
     same_output: float = 1e-2  # spread of the outputs over the rows, against that of the targets
     hopeless: float = 1e4  # times the first loss: a run that is there is not run on

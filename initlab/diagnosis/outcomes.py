@@ -43,8 +43,8 @@ class Outcome(NamedTuple):
     def fails(self) -> bool:
         """Whether it breaks, rises, or does not move."""
         if self.effect == "rises" and self.fallen > LIMITS.learns:
-            return max(self.losses) > LIMITS.blow_up * abs(self.losses[0])  # less is made good in time
-        return self.effect not in ("", "falls")
+            return max(self.losses) > LIMITS.passing * abs(self.losses[0])
+        return self.effect not in ("", "falls") or (self.steps > 0 and self.losses[-1] > LIMITS.absurd)
 
     @property
     def fallen(self) -> float:

@@ -74,6 +74,8 @@ def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         return
     rate = max(rates)
     if run.effect == "stays":
+        if (evidence.steps[0].update or 0.0) > LIMITS.slow_update:
+            return  # slow, and as many tune a trained model
         factors = [x for x in (1e3, 1e5, 10.0) if x * rate <= LIMITS.highest_rate]
         why = f"the loss went {run}: the rate {rate:g} is too low, a step hardly changes the weights."
     else:

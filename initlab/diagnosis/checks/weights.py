@@ -75,7 +75,7 @@ def dead(evidence: Evidence) -> Finding | None:
         return Finding(
             "weights",
             "broken" if evidence.steps[0].gradient == 0 else "warning",
-            Place(module=call.path, parameter=blamed.name if blamed is not None else None),
+            _place(call, blamed),
             f"{out.dead:.0%} of the units after {call.path!r} are zero for every row, as are their gradients.",
             {"dead": out.dead, "mean of bias": bias.stats.mean if bias is not None and bias.stats is not None else 0.0},
             [
@@ -110,7 +110,7 @@ def growing(evidence: Evidence) -> Finding | None:
     return Finding(
         "weights",
         severity,
-        Place(module=call.path, parameter=weight.name if weight is not None else None),
+        _place(call, weight),
         _why_growing(growth, call, weight, edge),
         {"gain": growth, "times too large": max((r for _, r in ratios), default=1.0), "saturated": edge},
         fixes.restart(evidence),
@@ -147,7 +147,7 @@ def shrinking(evidence: Evidence) -> Finding | None:
     return Finding(
         "weights",
         "warning",
-        Place(module=call.path, parameter=weight.name if weight is not None else None),
+        _place(call, weight),
         f"the signal shrinks to {forward:.2g} of the input's, gradients to {backward:.2g}: nothing arrives at the "
         "other end.",
         {"gain": forward, "gradient first to last": backward},
@@ -183,6 +183,12 @@ def sure_of_nothing(evidence: Evidence) -> Finding | None:
         suspicion=True,
         change="a smaller head",
     )
+
+
+def _place(call: Call, weight: ParameterStats | None) -> Place:
+    """A layer's module, or the one that holds its parameter."""
+    module = weight.ref.module_name if weight is not None else call.path
+    return Place(module=module, parameter=weight.name if weight is not None else None)
 
 
 def _is_deep(evidence: Evidence) -> bool:
