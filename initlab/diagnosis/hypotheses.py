@@ -102,7 +102,7 @@ def _untreated(training_step: TrainingStep, evidence: Evidence, found: list[Find
     if evidence.broke_at is None and any(one.suspicion or one.remedies for one in found):
         return trials.run_untreated(training_step, budget)
     losses = [float("nan") if x is None else x for x in evidence.losses]
-    return Outcome(tuple(losses) if len(losses) > 1 else (*losses, float("nan")))
+    return Outcome((*losses, *losses[-1:], float("nan"))[: max(2, len(losses))])
 
 
 def _try_all(training_step: TrainingStep, found: list[Finding], untreated: Outcome, budget: Budget) -> list[Tried]:
