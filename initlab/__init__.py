@@ -15,6 +15,7 @@ from . import _checkout
 _checkout.link_kernels()  # before anything imports initlab.kernels
 
 from . import init  # noqa: E402
+from .checkpoints import CheckpointReport, TensorRow, scan_checkpoint  # noqa: E402
 from .clipping import (  # noqa: E402
     ClipReport,
     ClipStats,
@@ -48,6 +49,7 @@ from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 __all__ = [
     "BuildRecord",
     "Cause",
+    "CheckpointReport",
     "ClipReport",
     "ClipStats",
     "Diagnosis",
@@ -62,6 +64,7 @@ __all__ = [
     "Place",
     "QuantileSpikes",
     "Row",
+    "TensorRow",
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
@@ -79,6 +82,7 @@ __all__ = [
     "plan_model",
     "recipes",
     "record_build",
+    "scan_checkpoint",
     "supervised",
     "swap",
     "watch",

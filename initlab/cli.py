@@ -1,7 +1,7 @@
-"""The `initlab` command: demo | plan | doctor | env.
+"""The `initlab` command: demo | plan | doctor | scan | env.
 
 Exit status: 0, 1 if the demo's evidence does not hold or a model cannot be planned, 64 if the command was used wrongly
-(EX_USAGE of sysexits.h). Of doctor: 0 healthy, 1 warning, 2 broken.
+(EX_USAGE of sysexits.h). Of doctor and scan: 0 healthy, 1 warning, 2 broken.
 """
 
 import argparse
@@ -74,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument("--steps", type=_positive, default=1, help="of training to take and undo (default: 1)")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    scan = commands.add_parser("scan", help="which tensors of a checkpoint are NaN, inf, huge, zero or untouched")
+    scan.add_argument(
+        "path", metavar="FILE_OR_FOLDER", help="of safetensors, torch.save or torch.distributed.checkpoint"
+    )
+    scan.add_argument("--since", metavar="OLDER", help="an older checkpoint of the same run, to compare with")
+    scan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     commands.add_parser("env", help="versions, devices and backends, for a bug report")
     arguments = parser.parse_args(argv)
     if arguments.command == "env":
@@ -82,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _plan(arguments)
     if arguments.command == "doctor":
         return _doctor(arguments)
+    if arguments.command == "scan":
+        return _scan(arguments)
     return _demo(arguments.seed)
 
 
@@ -160,13 +168,29 @@ def _doctor(arguments: argparse.Namespace) -> int:
         diagnosis = diagnose_alone(*returned, steps=arguments.steps, on_stage=on_stage)
     except (CommunicatesError, UsageError) as error:
         return _failed("doctor", error, EX_USAGE)
+    return _judged(diagnosis, arguments.json)
+
+
+def _scan(arguments: argparse.Namespace) -> int:
+    from .checkpoints import scan_checkpoint
+    from .checkpoints.formats import CheckpointError
+
+    try:
+        report = scan_checkpoint(arguments.path, arguments.since)
+    except (CheckpointError, OSError) as error:
+        return _failed("scan", error, EX_USAGE)
+    return _judged(report, arguments.json)
+
+
+def _judged(report: Any, as_json: bool) -> int:
+    """Print a report that has a verdict; its exit status."""
     status, style = {"healthy": (0, "green"), "warning": (EX_FAILED, "yellow"), "broken": (EX_BROKEN, "bold red")}[
-        diagnosis.verdict
+        report.verdict
     ]
-    if arguments.json:
-        print(diagnosis.to_json())
+    if as_json:
+        print(report.to_json())
     else:
-        headline, _, rest = str(diagnosis).partition("\n")
+        headline, _, rest = str(report).partition("\n")
         say(headline, style)
         if rest:
             print(rest)
