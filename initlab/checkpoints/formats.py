@@ -190,11 +190,8 @@ def _refused(path: Path, error: Exception) -> CheckpointError:
     if zipfile.is_zipfile(path):
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or names
     if not names:
-    if not names:
         rule = "no pickle that torch.load(weights_only=True) reads"
         return CheckpointError(f"{path} is no checkpoint, or damaged: {rule}")
-            f"{path} is no checkpoint, or damaged: no pickle that torch.load(weights_only=True) reads"
-        )
     return CheckpointError(
         f"{path} holds more than tensors (it calls {inline_listing(names, 4)}). Nothing of it was run. If you trust "
         f"whoever wrote it, load it yourself and save its state_dict() alone"
