@@ -29,6 +29,7 @@ from .clipping import (  # noqa: E402
     clip_grads_with_norm_,
     get_total_norm,
 )
+from .data import ColumnRow, DataFault, DataReport, scan_data  # noqa: E402
 from .diagnosis import Cause, Diagnosis, LayerRow, Place, diagnose, supervised  # noqa: E402
 from .models import (  # noqa: E402
     BuildRecord,
@@ -52,6 +53,9 @@ __all__ = [
     "CheckpointReport",
     "ClipReport",
     "ClipStats",
+    "ColumnRow",
+    "DataFault",
+    "DataReport",
     "Diagnosis",
     "Fault",
     "GradClipper",
@@ -83,6 +87,7 @@ __all__ = [
     "recipes",
     "record_build",
     "scan_checkpoint",
+    "scan_data",
     "supervised",
     "swap",
     "watch",
