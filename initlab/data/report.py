@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import dataclass
@@ -107,9 +108,7 @@ class DataReport:
         Raises:
             ImportError: where pandas is not installed.
         """
-        import pandas
-
-        return pandas.DataFrame([vars(row) for row in self.columns])
+        return importlib.import_module("pandas").DataFrame([vars(row) for row in self.columns])
 
     def __str__(self) -> str:
         part = "" if self.complete else " (the budget ended before the data)"

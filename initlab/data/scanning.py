@@ -59,6 +59,13 @@ def scan_data(
         >>> report.faults[0].kind, report.faults[0].places, report.faults[0].columns
         ('not finite', ((2, 8),), (1,))
     """
+    return scan_keeping(loader, budget, classes, show_progress)[0]
+
+
+def scan_keeping(
+    loader: Iterable[Any], budget: float, classes: int | None = None, show_progress: bool | None = None
+) -> tuple[DataReport, list[tuple[int, Any]]]:
+    """`scan_data`, and the batches to look at with their indices: the oddest first, a plain one last."""
     if isinstance(loader, Tensor) or not hasattr(loader, "__iter__"):
         raise TypeError(
             f"loader is a {type(loader).__name__}; scan_data() takes an iterable of batches, as a DataLoader or "
@@ -78,7 +85,7 @@ def scan_data(
             if time.monotonic() - begin > budget:
                 complete = total == index + 1
                 break
-    return scan.report(complete)
+    return scan.report(complete), scan.kept()
 
 
 class _Scan:
@@ -93,6 +100,19 @@ class _Scan:
         self.repeated: list[tuple[int, int]] = []
         self.empty: list[int] = []
         self.batches = self.rows = 0
+        self.extremes: dict[str, tuple[float, int, Any]] = {}  # by what is extreme: how much, which batch
+
+    def kept(self) -> list[tuple[int, Any]]:
+        """The batches with something extreme, each once; a plain one last, where there is one."""
+        order = ("not finite", "empty", "lowest", "highest", "largest", "plain")
+        whats = sorted(self.extremes, key=lambda what: [what.startswith(start) for start in order].index(True))
+        found = {self.extremes[what][1]: self.extremes[what][2] for what in whats}
+        plain = found.pop(self.extremes["plain"][1]) if "plain" in self.extremes else None
+        return [*found.items(), *([(self.extremes["plain"][1], plain)] if plain is not None else [])]
+
+    def _keep(self, what: str, extent: float, index: int, batch: Any) -> None:
+        if what not in self.extremes or extent > self.extremes[what][0]:
+            self.extremes[what] = (extent, index, batch)
 
     def add(self, index: int, batch: Any) -> None:
         """Take in one batch."""
@@ -100,6 +120,7 @@ class _Scan:
         self.batches += 1
         if not found or all(leaf.tensor.numel() == 0 for leaf in found):
             self.empty.append(index)
+            self._keep("empty", 0, index, batch)
             return
         self.rows += max(len(leaf.tensor) if leaf.tensor.dim() else 1 for leaf in found)
         digest = _digest(found)
@@ -113,9 +134,21 @@ class _Scan:
             if tensor.is_floating_point():
                 if leaf.code not in self.floats:
                     self.floats[leaf.code] = FloatColumns(leaf.code, tuple(tensor.shape))
-                self.floats[leaf.code].add(index, tensor)
+                columns = self.floats[leaf.code]
+                rows = columns.bad.rows
+                columns.add(index, tensor)
+                if columns.bad.rows > rows:
+                    self._keep(f"not finite {leaf.code}", 0, index, batch)
+                elif tensor.numel():
+                    self._keep(f"largest {leaf.code}", float(tensor.detach().abs().max()), index, batch)
             elif not tensor.is_complex():
                 self.integers.setdefault(leaf.code, IntegerLabels(leaf.code)).add(index, tensor)
+                if tensor.numel():
+                    low, high = (int(value) for value in tensor.detach().to(torch.int64).aminmax())
+                    self._keep(f"highest {leaf.code}", high, index, batch)
+                    self._keep(f"lowest {leaf.code}", -low, index, batch)
+        if not any(index == at for _, at, _ in self.extremes.values()):
+            self._keep("plain", 0, index, batch)
 
     def report(self, complete: bool) -> DataReport:
         """What all of it amounts to."""
@@ -233,7 +266,7 @@ def _digest(found: list[Leaf]) -> bytes:
     for leaf in found:
         tensor = leaf.tensor.detach().cpu().contiguous()
         digest.update(repr((leaf.code, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.digest()
 
 
