@@ -610,7 +610,7 @@ def test_short_rows_at_every_alignment(backend, length):
     "region", [None, Region((50, 1201), (3, 5), (17, 1101)), Region((91, 9, 37), (1, 2, 3), (83, 5, 31))]
 )
 def test_pieces_do_not_show(backend, region, monkeypatch):
-    """Chunks, slabs and tasks of 512 elements, where they are hundreds of thousands; 3 threads share the tasks."""
+    """Chunks, slabs and pieces of 512 elements, where they are many thousands; 3 threads claim the pieces."""
     distribution = DISTRIBUTIONS["normal with mean"]
     shape = region.sizes if region else (12_345,)
     expected = values(distribution, torch.float32, region or whole(shape))
@@ -619,7 +619,8 @@ def test_pieces_do_not_show(backend, region, monkeypatch):
     if backend == "numba":
         from initlab.kernels.sampling import _numba
 
-        monkeypatch.setattr(_numba, "_TASK", 512)
+        monkeypatch.setattr(_numba, "PIECE_SIZE", 512)
+        monkeypatch.setattr(_numba, "ONE_THREAD", 512)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     strided = poisoned(*shape[:-1], 2 * shape[-1])[..., ::2]
     fill_([Draw(strided, distribution, KEY, region)])
