@@ -17,11 +17,11 @@ from numba import carray, njit
 from torch import Tensor
 
 from . import checksum
-from ._common_numba import SOURCE, add, claim, compiled_job, pointer, run_on_all
+from ._common_numba import SOURCE, add, claim, compiled_job, pointer, run_on_pool
 from .region import StridedRun
 
 PIECE_SIZE = 1 << 16  # elements that a thread claims at once
-ONE_THREAD = 1 << 17  # elements: up to here a second thread costs more than it gives
+ONE_THREAD = 1 << 18  # elements: up to here a second thread costs more than it gives
 
 _U = np.uint64
 _GAMMA = _U(checksum.GAMMA)
@@ -77,7 +77,7 @@ def total(x: Tensor, runs: Iterable[StridedRun]) -> int:
     for run in runs:
         job = array("q", (0, 0, address, *run, PIECE_SIZE))
         threads = torch.get_num_threads() if run.numel > ONE_THREAD else 1
-        run_on_all(_sum_rows(itemsize), job.buffer_info()[0], threads)
+        run_on_pool(_sum_rows(itemsize), job.buffer_info()[0], threads)
         sums += job[1]
         address += run.numel * itemsize
     return sums & ((1 << 64) - 1)

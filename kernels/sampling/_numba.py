@@ -21,14 +21,14 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from .._common_numba import SOURCE, TAGS, bits, claim, compiled_job, pointer, real, rounded, run_on_all
+from .._common_numba import SOURCE, TAGS, bits, claim, compiled_job, pointer, real, rounded, run_on_pool
 from ..region import StridedRun
 from ..tensors import INTEGERS
 from . import stream
 from .stream import CentreMap, FarMap, Map, NarrowMap, NormalMap, TailMap, UniformMap
 
 PIECE_SIZE = 1 << 16  # elements that a thread claims at once; a multiple of a counter block's 4
-ONE_THREAD = 1 << 17  # elements: up to here a second thread costs more than it gives
+ONE_THREAD = 1 << 18  # elements: up to here a second thread costs more than it gives
 
 _U = np.uint64
 _MASK = _U(0xFFFFFFFF)
@@ -423,4 +423,4 @@ def fill(entries: Iterable[Entry], device: torch.device) -> None:
             address += rows * length * itemsize
     words[2] = len(words) // _COLUMNS
     job = array("Q", words)
-    run_on_all(_fill_table(), job.buffer_info()[0], torch.get_num_threads() if elements > ONE_THREAD else 1)
+    run_on_pool(_fill_table(), job.buffer_info()[0], torch.get_num_threads() if elements > ONE_THREAD else 1)

@@ -294,12 +294,7 @@ N = 5 * 2**19 + 4321
 BLOCK = Region((2000, 1700), (7, 3), (1613, 1693))
 
 
-@pytest.mark.parametrize("on", ["torch's threads", "the pool"])
-def test_number_of_threads_does_not_matter(numba, threads, monkeypatch, on):
-    from initlab.kernels import _common_numba
-
-    if on == "the pool":
-        monkeypatch.setattr(_common_numba, "_openmp", None)
+def test_number_of_threads_does_not_matter(numba, threads):
     for distribution in DISTRIBUTIONS:
         for region in (None, BLOCK, Region((2**40,), (2**34 - 77,), (N,))):
             threads(1)
@@ -315,14 +310,14 @@ def threads_asked_for(*draws):
     from initlab.kernels.sampling import _numba
 
     torch.set_num_threads(3)
-    asked, run_on_all = [], _numba.run_on_all
+    asked, run_on_pool = [], _numba.run_on_pool
 
     def watched(job, data, threads):
         asked.append(threads)
-        run_on_all(job, data, threads)
+        run_on_pool(job, data, threads)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_numba, "run_on_all", watched)
+        patch.setattr(_numba, "run_on_pool", watched)
         fill_(draws)
     return asked
 
@@ -332,8 +327,8 @@ def test_more_threads_than_one_where_it_is_worth_it(numba, threads):
     normal = [Draw(x, Normal(), KEY) for x in (small, large)]
     assert threads_asked_for(normal[0]) == [1]
     assert threads_asked_for(normal[1]) == [3]
-    assert threads_asked_for(*normal[:1] * 30) == [1]  # one call for all of them, in turn: they are one memory
-    assert threads_asked_for(*normal[:1] * 70) == [1] * 70  # too many elements for that
+    assert threads_asked_for(*normal[:1] * 60) == [1]  # one call for all of them, in turn: they are one memory
+    assert threads_asked_for(*normal[:1] * 140) == [1] * 140  # too many elements for that
     assert threads_asked_for(*(Draw(x, Normal(), KEY) for x in large.split(1000))) == [3]  # one call, no memory shared
 
 
