@@ -1,7 +1,7 @@
 """Sampling on the CPU: the maps of stream.py as scalar code that LLVM vectorises.
 
-One kernel template, `fill_rows`, compiled for each kind of map and dtype. A fill of any number of tensors is one table, a
-row for each run of elements, and one call: `fill_table` cuts the rows into pieces, which threads claim.
+One kernel template, `fill_rows`, compiled for each kind of map and dtype. A fill of any number of tensors is one table,
+a row for each run of elements, and one call: `fill_table` cuts the rows into pieces, which threads claim.
 Random words stay in uint64 lanes and are masked only before a product, so that it becomes one vpmuludq for eight lanes.
 No fast-math: every + - x is rounded on its own, as the stream demands.
 """
@@ -229,7 +229,7 @@ _SIGNATURE = "void(int64, int64, int64, int64, int64, int64, int64)"
 
 
 @functools.cache
-def _kernel(transform: type[Map], dtype: torch.dtype) -> Any:
+def _kernel(transform: Any, dtype: torch.dtype) -> Any:
     fingerprint, tag, count = _FINGERPRINT, TAGS[dtype], len(transform._fields)
 
     def fill_rows(address, start, rows, length, stride, key, numbers):

@@ -239,6 +239,7 @@ def _fill_contiguous(job: _Job) -> None:
         job.backend.module.fill([_entry(job)], job.tensor.device)
         return
     tensor, runs = _as_real(job)
+    assert not isinstance(job.mapped.map, Constant)  # which torch's own fill_ serves
     _torch.fill(tensor, job.mapped.map, job.key, [StridedRun(0, 1, tensor.numel(), 0)] if runs is None else runs)
 
 

@@ -123,7 +123,7 @@ def _new_cell() -> tuple[torch.Tensor, ctypes.c_uint64]:
 
 
 def _is_watched() -> bool:
-    """Whether a tensor that is drawn into must be a new one: torch.compile, a dispatch mode or a transform is active."""
+    """Whether a tensor to draw into must be a new one: under torch.compile, a dispatch mode or a transform."""
     return (
         torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
