@@ -371,7 +371,8 @@ def _prepared(kernel: Any, itemsize: int, numbers: array[Any]) -> Prepared:
 
 def prepare(m: Map, dtype: torch.dtype) -> Prepared:
     """What a fill needs of a map; compiles the kernel where it is new."""
-    return _prepared(_kernel(type(m), dtype), dtype.itemsize, array("d", m))
+    transform: Any = type(m)
+    return _prepared(_kernel(transform, dtype), dtype.itemsize, array("d", m))
 
 
 def prepare_constant(value: complex, dtype: torch.dtype) -> Prepared | None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -254,23 +255,27 @@ def _as_real(job: _Job) -> tuple[Tensor, Iterable[StridedRun] | None]:
 
 
 def _fill_together(jobs: list[_Job], device: torch.device) -> None:
-    """Fill tensors whose memory does not meet."""
+    """Fill tensors by one call of their backend; where their memory meets, it fills them in order."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a fill cannot be captured in a CUDA graph: its table would be read again from memory that is gone. "
             "Fill before the capture"
         )
+    module = jobs[0].backend.module
     entries, filled = [], []
     for job in jobs:
         entry = _entry(job) if job.plain else None
         if entry is None:
+            if job.plain and entries:  # a constant of 16 bytes, which may meet in memory what comes before it
+                module.fill(entries, device)
+                entries = []
             _fill_one(job)
             continue
         entries.append(entry)
         if not job.tensor.is_inference():
             filled.append(job.tensor)
     if entries:
-        jobs[0].backend.module.fill(entries, device)
+        module.fill(entries, device)
     if filled:
         torch.autograd.graph.increment_version(filled)
 
@@ -278,6 +283,8 @@ def _fill_together(jobs: list[_Job], device: torch.device) -> None:
 def _entry(job: _Job) -> Any:
     """What the backend's module needs of a job; None where it leaves a constant to torch."""
     tensor, of_dtype, key, region = job.tensor, job.mapped, job.key, job.region
+    if isinstance(of_dtype.map, Constant) and _is_followed(tensor):
+        return None
     prepared = of_dtype.prepared.get(job.backend.name)
     if prepared is None:
         m, dtype, module = of_dtype.map, of_dtype.dtype, job.backend.module
@@ -294,6 +301,15 @@ def _entry(job: _Job) -> Any:
         return tensor.data_ptr(), tensor.numel(), prepared, key, None
     real, runs = _as_real(job)
     return real.data_ptr(), real.numel(), prepared, key, runs
+
+
+def _is_followed(tensor: Tensor) -> bool:
+    """Whether a dispatch mode or a torch.func transform follows what is done to a tensor."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or is_functorch_wrapped_tensor(tensor)
+        or torch._is_functional_tensor(tensor)
+    )
 
 
 @functools.cache  # once in a process

@@ -344,6 +344,9 @@ def test_draws_that_meet_in_memory_keep_their_order(backend, threads):
             weight.fill_(torch.nan)
             fill_(draws)
             assert torch.equal(weight, expected)
+    weight = torch.empty(6, 4, dtype=torch.complex128)
+    fill_([Draw(weight, Normal(), KEY), Draw(weight[3], Constant(0.0))])
+    assert torch.all((weight == 0).sum(1) == torch.tensor([0, 0, 0, 4, 0, 0]))
 
 
 def test_tasks_are_shared_by_threads_and_their_errors_raised(numba):

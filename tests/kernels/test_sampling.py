@@ -16,6 +16,7 @@ from initlab.kernels import Constant, Draw, Normal, Region, TruncatedNormal, Uni
 from initlab.kernels.sampling import _maps, _memory, _torch, fill, stream
 from initlab.kernels.sampling._maps import map_of
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INF, NAN = math.inf, math.nan
 KEY = 0x9E3779B97F4A7C15
@@ -938,6 +939,28 @@ def test_a_tensor_without_memory_of_its_own(serving, transform):
     with serving("numba"), pytest.raises(RuntimeError, match=r"no memory of its own|doesn't have storage"):
         transform(fill_and_sum)(x)
     assert torch.all(x == 0)
+
+
+@pytest.mark.parametrize("distribution", [Constant(2.0), Uniform(2.0, 2.0)])
+def test_a_constant_is_torchs_to_write_where_torch_follows(backend, distribution):
+    """Inside a function transform, and for a dispatch mode: neither sees what compiled code writes."""
+
+    def filled_twice(x):
+        fill_([Draw(y := x.clone(), distribution, KEY)])
+        return y * 2
+
+    assert torch.equal(torch.func.functionalize(filled_twice)(torch.zeros(3)), torch.full((3,), 4.0))
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names, x = [], poisoned(3)
+    with Names():
+        fill_([Draw(x, distribution, KEY)])
+    assert names == ["aten.fill_.Scalar"]
+    assert torch.all(x == 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
