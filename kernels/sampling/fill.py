@@ -262,7 +262,8 @@ def _fill_together(jobs: list[_Job], device: torch.device) -> None:
             "Fill before the capture"
         )
     module = jobs[0].backend.module
-    entries, filled = [], []
+    entries: list[Any] = []
+    filled: list[Tensor] = []
     for job in jobs:
         entry = _entry(job) if job.plain else None
         if entry is None:
