@@ -102,7 +102,7 @@ def _untreated(training_step: TrainingStep, evidence: Evidence, found: list[Find
     if evidence.broke_at is None and any(one.suspicion or one.remedies for one in found):
         return trials.run_untreated(training_step, budget)
     losses = [float("nan") if x is None else x for x in evidence.losses]
-    return Outcome(tuple(losses) if len(losses) > 1 else (*losses, float("nan")))
+    return Outcome((*losses, *losses[-1:], float("nan"))[: max(2, len(losses))])
 
 
 def _try_all(training_step: TrainingStep, found: list[Finding], untreated: Outcome, budget: Budget) -> list[Tried]:
@@ -162,6 +162,7 @@ def _starts_better(treated: Outcome, untreated: Outcome, baseline: float | None)
 
 def _ranked(kept: list[Tried], untreated: Outcome, baseline: float | None) -> list[Tried]:
     """What cures, or cannot be tried, before what does not; what merely shifts the loss after what lets it fall."""
+    broken = any(one.finding.severity == "broken" for one in kept)
     tried = [one for one in kept if one.outcome.steps > 0 and one.outcome.effect != "breaks"]
     runs = [one.outcome.losses for one in tried if not one.finding.rescales]
     lowest = min((losses[-1] for losses in runs), default=0.0)
@@ -170,11 +171,13 @@ def _ranked(kept: list[Tried], untreated: Outcome, baseline: float | None) -> li
     def order(one: Tried) -> tuple[bool, int]:
         found = one.finding
         if not found.suspicion and not any(trials.is_code(code) for code in found.remedies):
-            return found.severity != "broken", 0
+            return broken and found.severity != "broken", 0
         shifts = one in tried and found.suspicion and not found.rescales
         shifts = shifts and _shifts(one.outcome.losses[-1], lowest, usual)
         grade = 2 if shifts or one not in tried else 0 if _supported(one, untreated, baseline) else 1
-        return found.severity != "broken" and not found.suspicion, grade if any(other.cures for other in kept) else 0
+        return broken and found.severity != "broken" and not found.suspicion, grade if any(
+            other.cures for other in kept
+        ) else 0
 
     return sorted(kept, key=order)
 

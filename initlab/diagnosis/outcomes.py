@@ -97,6 +97,8 @@ def in_words(losses: Sequence[float | None]) -> str:
     known = [math.nan if x is None else x for x in losses]
     first, last = known[0], known[-1]
     digits = next((n for n in (4, 6, 8) if f"{first:.{n}g}" != f"{last:.{n}g}"), 10)
+    if not math.isfinite(first):
+        return f"{first:.4g} in step 1"
     if len(known) == 1:
         return f"{first:.4g}"
     finite = [x for x in known[1:-1] if math.isfinite(x)]

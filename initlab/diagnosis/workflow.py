@@ -185,7 +185,7 @@ def _observed(
             if evidence.broke_at is None:
                 budget.steps = min(budget.steps, max(taken, LIMITS.trial_least))
             losses = tuple(math.nan if x is None else x for x in evidence.losses)
-            losses = losses if len(losses) > taken else (*losses, math.nan)
+            losses = losses if len(losses) > taken or not math.isfinite(losses[-1]) else (*losses, math.nan)
             evidence.untreated = Outcome(losses, evidence.broke_at is None and trials.is_constant(training_step))
         _probe_further(training_step, evidence, budget, on_stage)
         if steps is not None and 1 < steps < LIMITS.trial_steps and evidence.broke_at is None:

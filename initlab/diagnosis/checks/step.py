@@ -95,7 +95,9 @@ def too_fast(evidence: Evidence) -> Finding | None:
     losses: list[float | None] = evidence.losses if longer else [*evidence.further]
     known = [math.inf if x is None or math.isnan(x) else x for x in losses]
     worst = known.index(max(known))
-    what = "is no longer finite" if math.isinf(known[worst]) else f"rose from {known[0]:.4g} to {known[worst]:.4g}"
+    last = losses[worst]
+    end = math.nan if last is None else last
+    what = f"{'rose' if math.isfinite(known[worst]) else 'went'} from {known[0]:.4g} to {end:.4g}"
     return Finding(
         "learning rate",
         "broken",
