@@ -18,6 +18,7 @@ from .materialize import attach, materialized, resolved_device
 from .naming import Names
 from .plan import Only, Plan, Task, make_plan
 from .recipe_parts import RecipeLike, short_repr
+from .recipes import DEFAULT
 from .report import InitReport
 
 _LONG = 1 << 28  # elements: a second or more on a CPU, long enough for a progress bar to be welcome
@@ -26,7 +27,7 @@ _LONG = 1 << 28  # elements: a second or more on a CPU, long enough for a progre
 def init_model_(
     model: nn.Module,
     seed: int,
-    recipe: RecipeLike = "torch",
+    recipe: RecipeLike = DEFAULT,
     *,
     device: torch.device | str | int | None = None,
     only: Only | None = None,
@@ -113,7 +114,7 @@ def init_model_(
 def plan_model(
     model: nn.Module,
     seed: int = 0,
-    recipe: RecipeLike = "torch",
+    recipe: RecipeLike = DEFAULT,
     *,
     only: Only | None = None,
     names: Names | None = None,

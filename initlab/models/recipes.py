@@ -364,6 +364,9 @@ def _start(activation: nn.Module, counted: Fans) -> FillSpec:
     return centred("normal", start.gain, counted.fan_in, f"{by}, before {name}")
 
 
+DEFAULT = "own"
+"""The name of the recipe of whoever names none."""
+
 _RECIPES: dict[str, Callable[[], NamedRecipe]] = {
     "torch": torch,
     "own": own,
@@ -450,7 +453,7 @@ def resolve(recipe: RecipeLike) -> NamedRecipe:
         recipe: a name; a recipe made by a function of this module; a distribution for every parameter; a function that
             takes a TensorRef and returns a distribution, or None where it has none; or a mapping from name patterns to
             any of these. Of the patterns that match one of a parameter's names the first that has a distribution for
-            it counts, and then "torch".
+            it counts, and then "own".
 
     Raises:
         ValueError: for a name that is not known.
@@ -560,7 +563,8 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
                 f"{where} has the key {short_repr(pattern)}; keys are name patterns: globs or names of modules"
             )
     chain = [(pattern, _resolve(part, f"{where}[{pattern!r}]")) for pattern, part in patterns.items()]
-    base = next((part.name for pattern, part in chain if pattern == "*"), "torch")
+    rest = next((part for pattern, part in chain if pattern == "*"), None)
+    base = DEFAULT if rest is None else rest.name
     special = [pattern for pattern, _ in chain if pattern != "*"]
 
     def prepare(view: View) -> Chooser:
@@ -570,16 +574,16 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
             if not any(map(fit, names)):
                 raise ValueError(f"{where}: no parameter is called {pattern!r}; patterns are globs or names of modules")
         prepared = [(fits[pattern], part(view)) for pattern, part in chain]
-        default = torch()(view)
+        default = functools.cache(lambda: _RECIPES[DEFAULT]()(view))  # reads the model's code: only where it is asked
 
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
             for fit, part in prepared:
                 if any(map(fit, ref.names)) and (found := part(ref)) is not None:
                     return found
-            return default(ref)
+            return default()(ref)
 
         return choose
 
-    advice = next((part.advice for _, part in chain if part.advice), "")
-    of_buffers = next((part.prepare_buffers for pattern, part in chain if pattern == "*"), None)
+    advice = next((part.advice for _, part in chain if part.advice), _RECIPES[DEFAULT]().advice)
+    of_buffers = None if rest is None else rest.prepare_buffers
     return NamedRecipe(f"{base} with rules for {', '.join(special)}" if special else base, prepare, of_buffers, advice)

@@ -804,7 +804,7 @@ def test_recipes_and_mappings_within_mappings():
     stds = [found[f"{name}.weight"].std for name in ("body.0", "body.2", "bodyguard")]
     assert stds == pytest.approx([math.sqrt(2 / 8), math.sqrt(1 / 8), 2 * math.sqrt(2 / 16)])
     assert initlab.plan_model(plain, 0, nested).recipe == "xavier with rules for body"
-    assert initlab.plan_model(plain, 0, {}).recipe == "torch"
+    assert initlab.plan_model(plain, 0, {}).recipe == "own"
     assert initlab.plan_model(plain, 0, {}).rows == initlab.plan_model(plain).rows
 
 
