@@ -18,8 +18,8 @@ from .materialize import attach, materialized, resolved_device
 from .naming import Names
 from .plan import Only, Plan, Task, make_plan
 from .recipe_parts import RecipeLike, short_repr
-from .recipes import DEFAULT
 from .report import InitReport
+from .resolving import DEFAULT
 
 _LONG = 1 << 28  # elements: a second or more on a CPU, long enough for a progress bar to be welcome
 
@@ -124,11 +124,11 @@ def plan_model(
     Example:
         >>> import torch, initlab
         >>> print(initlab.plan_model(torch.nn.Linear(4, 2)))
-        name    shape  dtype    distribution                 fan  std     key               why
+        name    shape  dtype    distribution        fan  std     key               why
         ------  -----  -------  ------------------  ---  ------  ----------------  ------
         weight  2 x 4  float32  uniform[-0.5, 0.5)  4    0.2887  1ac732b119189998  Linear
         bias    2      float32  uniform[-0.5, 0.5)  4    0.2887  ae3e092c2ca21bcf  Linear
-        2 tensors, 10 elements: recipe torch, seed 0, stream 1
+        2 tensors, 10 elements: recipe own, seed 0, stream 1
     """
     return make_plan(model, seed, recipe, only, names).report()
 

@@ -20,8 +20,8 @@ from .memory import shared_memory
 from .naming import Names, TensorRef, tensor_refs
 from .patterns import compile_pattern
 from .recipe_parts import RecipeLike, View, head_std, is_head, keep_padding, short_repr
-from .recipes import resolve
 from .report import InitReport, Row, report_of
+from .resolving import resolve
 from .specs import FillSpec, Refused
 
 Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
