@@ -155,9 +155,9 @@ def mup(base: nn.Module, recipe: RecipeLike = DEFAULT) -> MupRecipe:
     """muP: the start of a narrower model, carried over to a wider one, with the learning rates that belong to it.
 
     Widths are read by comparing shapes with the base model, parameter by parameter, by name. With m the factor by which
-    a fan_in has grown, the std of hidden weights is divided by sqrt(m), that of outputs by m; inputs, embeddings, biases
-    and norms keep the base model's distribution. `param_groups` gives the learning rates: under Adam divided by m for
-    hidden weights and outputs. A model as wide as the base starts by `recipe`, unchanged.
+    a fan_in has grown, the std of hidden weights is divided by sqrt(m), that of outputs by m; inputs, embeddings,
+    biases and norms keep the base model's distribution. `param_groups` gives the learning rates: under Adam divided by
+    m for hidden weights and outputs. A model as wide as the base starts by `recipe`, unchanged.
 
     What muP asks of the model itself cannot be done from here: attention must divide by the width of a head, not its
     root, where that width grows; with more heads of one width nothing is needed. A head tied to its embedding has two

@@ -6,16 +6,14 @@ itself; those for residual branches are in transformer_recipes.py, muP in mup.py
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
-from torch import nn
 from torch.nn.init import calculate_gain
 
 from initlab.kernels import TruncatedNormal
 
-from .activations import activations_after, start_before
+from .activations import Activation, activations_after
 from .checking import MetaWrites, mismatch
 from .fans import Fans, compute_fans
 from .mup import mup
@@ -31,6 +29,7 @@ from .recipe_parts import (
     centred,
     every_weight,
     guess_by_name,
+    refuse_unknown_experts,
     with_small_heads,
     with_std,
     zero_bias,
@@ -259,10 +258,11 @@ def auto() -> NamedRecipe:
     """Each weight by the activation that follows it: He before ReLU's family, Xavier before tanh and sigmoid, LeCun
     before SELU.
 
-    What follows is read off the order of modules, skipping normalisation, dropout, pooling and reshaping. In an
-    nn.Sequential that order is the order of use; anywhere else it is a guess, and the report marks it. Where no
-    activation module is seen before the next weight, the weight keeps the distribution of "torch", and the report says
-    so. Biases of the weights that do get a distribution by their activation are 0, all else is as "torch".
+    In an nn.Sequential what follows is read off the order of modules, skipping normalisation, dropout, pooling and
+    reshaping. Anywhere else it is read off the source of forward functions, where modules and functions count alike
+    (transformers' `act_fn`, `F.relu`), or else guessed from the order of modules; the report marks both. Where no
+    activation is seen before the next weight, the weight keeps the distribution of "torch", and the report says so.
+    Biases of the weights that do get a distribution by their activation are 0, all else is as "torch".
 
     Example:
         >>> import torch, initlab
@@ -277,29 +277,28 @@ def auto() -> NamedRecipe:
         5.weight no activation seen: Linear's own distribution
     """
 
-    def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
+    def prepare(view: View) -> Chooser:
         after = activations_after(view.model)
+        before_one = {module for module, _ in after}
 
-        def choose(ref: TensorRef) -> FillSpec | None:
-            activation, certain = after.get(id(ref.module), (None, True))
+        def choose(ref: TensorRef) -> FillSpec | Refused | None:
             counted = compute_fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
-            if activation is None:
-                default = by_default(view, ref)
-                if default is None or counted is None:
-                    return default
-                return replace(default, why=f"no activation seen: {ref.owner}'s own distribution")
-            if counted is not None:
-                return replace(_start(activation, counted), guess=not certain)
-            return zero_bias(ref) or by_default(view, ref)
+            if counted is None:
+                experts = refuse_unknown_experts(ref)
+                return experts or (zero_bias(ref) if id(ref.module) in before_one else None) or by_default(view, ref)
+            activation = after.get((id(ref.module), ref.attribute))
+            if activation is not None:
+                return replace(_start(activation, counted), guess=not activation.certain)
+            default = by_default(view, ref)
+            return default and replace(default, why=f"no activation seen: {ref.owner}'s own distribution")
 
         return with_small_heads(choose)
 
     return NamedRecipe("auto", prepare)
 
 
-def _start(activation: nn.Module, counted: Fans) -> FillSpec:
-    start, name = start_before(activation), type(activation).__name__
-    assert start is not None
+def _start(activation: Activation, counted: Fans) -> FillSpec:
+    start, name = activation.start, activation.name
     if start.recipe == "xavier":
         return centred("uniform", start.gain, (counted.fan_in + counted.fan_out) / 2, f"Xavier, before {name}")
     by = "He" if start.recipe == "he" else "LeCun"
