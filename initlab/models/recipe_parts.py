@@ -19,6 +19,15 @@ from .specs import ONES, ZEROS, FillSpec, InitTrace, Refused, whole_fill
 DistributionName: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
 
 
+RECORD_IT = (
+    ", or record the build, which sees what no code that can be read tells:\n"
+    "    with initlab.record_build() as build:\n"
+    "        model = ...  # as it was built\n"
+    "    initlab.init_model_(model, seed, recipe=build)"
+)
+"""What helps where no code that can be read tells."""
+
+
 class View:
     """A model, as a recipe sees it.
 

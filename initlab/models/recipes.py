@@ -19,6 +19,7 @@ from .fans import Fans, compute_fans
 from .mup import mup
 from .naming import TensorRef
 from .recipe_parts import (
+    RECORD_IT,
     Chooser,
     DistributionName,
     NamedRecipe,
@@ -74,7 +75,13 @@ def torch() -> NamedRecipe:
         >>> print(row.name, row.fan, round(row.distribution.high, 6))
         weight 4 0.5
     """
-    return NamedRecipe("torch", lambda view: lambda ref: by_default(view, ref))
+    return NamedRecipe("torch", lambda view: lambda ref: by_default(view, ref), advice=RECORD_IT)
+
+
+_UNCHECKED = (
+    "\nIf the model has been trained, loaded or filled since it was built, its values say nothing of its start: "
+    "recipe=initlab.recipes.own(check=False)"
+)
 
 
 def own(check: bool = True) -> NamedRecipe:
@@ -133,19 +140,7 @@ def own(check: bool = True) -> NamedRecipe:
 
         return choose
 
-    return NamedRecipe("own", prepare, advice=_RECORD + (_UNCHECKED if check else ""))
-
-
-_RECORD = (
-    ", or record the build, which sees what no code that can be read tells:\n"
-    "    with initlab.record_build() as build:\n"
-    "        model = ...  # as it was built\n"
-    "    initlab.init_model_(model, seed, recipe=build)"
-)
-_UNCHECKED = (
-    "\nIf the model has been trained, loaded or filled since it was built, its values say nothing of its start: "
-    "recipe=initlab.recipes.own(check=False)"
-)
+    return NamedRecipe("own", prepare, advice=RECORD_IT + (_UNCHECKED if check else ""))
 
 
 def he(
