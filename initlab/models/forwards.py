@@ -78,26 +78,22 @@ class Reader:
         self._depth = 0
 
     def read(self, model: nn.Module) -> None:
-        """Follow the forward of every module."""
+        """Follow the forward of every module but the layers themselves: whether those are called is the question."""
         for module in model.modules():
-            self.call_module(module, [_NOTHING])
+            if not _is_layer(module, _weights(module)):
+                self.call_module(module, [_NOTHING])
 
     def call_module(self, module: nn.Module, arguments: Sequence[Any], named: dict[str, Any] | None = None) -> _Signal:
         """What a module makes of its arguments."""
         into = _union([*arguments[:1], *(named or {}).values()][:1])
         if (activation := self.start_of(module)) is not None:
             return self._meets(into, activation)
-        own = [
-            (id(module), name)
-            for name, tensor in module._parameters.items()
-            if tensor is not None and compute_fans(module, name, tensor) is not None
-        ]
-        is_torchs = type(module).__module__.startswith("torch.nn.modules.")
-        if own and (is_torchs or "weight" in module._parameters):
+        own = _weights(module)
+        if _is_layer(module, own):
             self.called.update(own)
-            return _Signal(frozenset(own)) if "weight" in module._parameters else _NOTHING
-        if is_torchs and not module._modules:
-            return into if not own else _NOTHING
+            return _Signal(own) if "weight" in module._parameters else _NOTHING
+        if _is_torchs(module) and not module._modules:
+            return into
         key = (id(module), into.weights)
         if key in self._results:
             return self._results[key]
@@ -159,6 +155,23 @@ class Reader:
             if gate:
                 return _NOTHING
         return _union(values)
+
+
+def _weights(module: nn.Module) -> frozenset[Weight]:
+    """The weight matrices of a module itself."""
+    own = module._parameters.items()
+    return frozenset(
+        (id(module), name) for name, tensor in own if tensor is not None and compute_fans(module, name, tensor)
+    )
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _is_layer(module: nn.Module, weights: frozenset[Weight]) -> bool:
+    """Whether it is called to apply its weight: a layer of torch, or another that calls it weight."""
+    return bool(weights) and (_is_torchs(module) or "weight" in module._parameters)
 
 
 def _tree(code: Any) -> ast.FunctionDef | None:

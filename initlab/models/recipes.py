@@ -2,7 +2,7 @@
 
 A recipe is a name, what a function of the same name here returns for other settings, a function from TensorRef to
 distribution, or a mapping from name patterns to any of these or to distributions. Here are those that go by the layer
-itself; those for residual branches are in transformer_recipes.py, muP in mup.py.
+itself; those for residual branches are in transformer_recipes.py, muP in maximal_update.py.
 """
 
 import math
@@ -16,7 +16,7 @@ from initlab.kernels import TruncatedNormal
 from .activations import Activation, activations_after
 from .checking import MetaWrites, mismatch
 from .fans import Fans, compute_fans
-from .mup import mup
+from .maximal_update import mup
 from .naming import TensorRef
 from .recipe_parts import (
     RECORD_IT,

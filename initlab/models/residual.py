@@ -104,8 +104,8 @@ def count_blocks(view: View, recipe: str, blocks: Collection[str]) -> tuple[int,
     found = len(blocks)
     if found and view.stage:
         raise ValueError(
-            f"recipe {recipe!r} scales residual layers by the number L of blocks, and a stage shows {found} of them, "
-            f"not the whole model's; pass recipe=initlab.recipes.{recipe}(layers=L)"
+            f"recipe {recipe!r} scales residual layers by the number L of blocks, and a stage shows {found} blocks, "
+            f"not the whole model's L; pass recipe=initlab.recipes.{recipe}(layers=L)"
         )
     return found, "counted"
 
