@@ -208,7 +208,8 @@ def mup(base: nn.Module, recipe: RecipeLike = DEFAULT) -> MupRecipe:
     return MupRecipe(based_on("mup", of_base), _Prepare(known), of_base.prepare_buffers, of_base.advice, known)
 
 
-class _Prepare(NamedTuple):
+@dataclass(frozen=True)
+class _Prepare:
     """Gives, for a model, the function that chooses the spec of each parameter. A class, so that it can be pickled."""
 
     base: Mapping[str, _Base]
@@ -226,9 +227,7 @@ class _Prepare(NamedTuple):
             fills = []
             for part, distribution in before.spec.fills:
                 if growth.std != 1 and not isinstance(distribution, Constant):
-                    scaled = affine(distribution, growth.std, 0.0)
-                    assert scaled is not None
-                    distribution = scaled
+                    distribution = affine(distribution, growth.std, 0.0)
                 fills.append((None if part is None else _grown(part, before.shape, ref.tensor.shape), distribution))
             if is_head(ref):
                 warn(

@@ -79,7 +79,8 @@ def torch() -> NamedRecipe:
 
 
 _UNCHECKED = (
-    "\nIf the model has been trained, loaded or filled since it was built, its values say nothing of its start: "
+    "\nIf the model has been trained, loaded, filled or given new memory (to_empty) since it was built, its values say "
+    "nothing of its start: "
     "recipe=initlab.recipes.own(check=False)"
 )
 
@@ -94,8 +95,8 @@ def own(check: bool = True) -> NamedRecipe:
     than the code that was read explains are refused. `initlab.record_build()` needs neither reading nor guessing.
 
     Args:
-        check: False leaves the comparison out: for a model that has been trained, loaded or filled otherwise since it
-            was built, whose values say nothing of its start.
+        check: False leaves the comparison out: for a model that has been trained, loaded, filled otherwise or given new
+            memory (to_empty) since it was built, whose values say nothing of its start.
 
     Example:
         >>> import torch, initlab

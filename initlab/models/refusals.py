@@ -1,6 +1,7 @@
 """What can be done, and pasted, where a recipe has no distribution for a parameter."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -73,16 +74,18 @@ def _only_value(tensor: Tensor) -> str | None:
 
 
 def _with_globs(rules: dict[str, str], every: Sequence[str]) -> dict[str, str]:
-    """The same rules, with one glob for names that differ in numbers only, where it selects nothing else."""
+    """The same rules, with one glob for names that differ in numbers only, after those of them that have another rule.
+
+    A glob selects nothing else: where it would, each name keeps a rule of its own.
+    """
     groups: dict[str, list[str]] = {}
     for name in rules:
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
     found: dict[str, str] = {}
     for pattern, names in groups.items():
-        selected = list(filter(compile_pattern(pattern, every), every))
-        alike = len({rules[name] for name in names}) == 1
-        if len(names) > 1 and alike and set(selected) == set(names):
-            found[pattern] = rules[names[0]]
-        else:
-            found.update((name, rules[name]) for name in names)
+        common = Counter(rules[name] for name in names).most_common(1)[0][0]
+        alone = len(names) == 1 or set(filter(compile_pattern(pattern, every), every)) != set(names)
+        found.update((name, rules[name]) for name in names if alone or rules[name] != common)
+        if not alone:
+            found[pattern] = common
     return found
