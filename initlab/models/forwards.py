@@ -75,12 +75,13 @@ class Reader:
         self.found: dict[Weight, Any] = {}
         self.called: set[Weight] = set()
         self._results: dict[tuple[int, frozenset[Weight]], _Signal] = {}
+        self._followed: set[int] = set()
         self._depth = 0
 
     def read(self, model: nn.Module) -> None:
         """Follow the forward of every module but the layers themselves: whether those are called is the question."""
         for module in model.modules():
-            if not _is_layer(module, _weights(module)):
+            if id(module) not in self._followed and not _is_layer(module, _weights(module)):
                 self.call_module(module, [_NOTHING])
 
     def call_module(self, module: nn.Module, arguments: Sequence[Any], named: dict[str, Any] | None = None) -> _Signal:
@@ -103,6 +104,7 @@ class Reader:
             for child in module:
                 signal = self.call_module(child, [signal])
         elif self._depth < _DEPTH:
+            self._followed.add(id(module))
             signal = _union([self.call_function(type(module).forward, [_Known(module), *arguments], named or {})])
         else:
             signal = _NOTHING

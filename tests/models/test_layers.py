@@ -31,7 +31,7 @@ from initlab.models.specs import DimSlice, InitTrace
 SEEDS = range(16)
 SAMPLE = 30_000  # values of each side in a Kolmogorov-Smirnov test
 ALARM = 1e-10  # p-value; with some 500 comparisons a false alarm is one in 10^7, were the seeds not fixed
-RECIPES = ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto")
+RECIPES = ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto", "depth_scaled", "mitchell")
 
 
 def spoil(model):

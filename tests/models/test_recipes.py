@@ -15,7 +15,7 @@ from torch.nn.modules import activation as activations
 import initlab
 from initlab import recipes
 
-NAMES = ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto")
+NAMES = ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto", "depth_scaled", "mitchell")
 ALARM = 1e-10  # p-value of a Kolmogorov-Smirnov test; the seeds are fixed
 SCORE = 7.0  # standard errors
 UNCHECKED = initlab.recipes.own(check=False)  # of models that their own code has not started
