@@ -68,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PATH:FUNCTION",
         help="a file or module, and its function that returns the model, alone or first in a tuple",
     )
-    plan.add_argument("--recipe", default="torch", help="torch, own, he, xavier, lecun, gpt2, trunc_normal, auto")
+    plan.add_argument(
+        "--recipe",
+        default="own",
+        help="own (the default), torch, he, xavier, lecun, gpt2, trunc_normal, auto, depth_scaled, mitchell, deepnorm, "
+        "small_embedding, zero_residual",
+    )
     plan.add_argument("--seed", type=_seed, default=0, help="of the keys (default: 0)")
     plan.add_argument("--only", action="append", metavar="PATTERN", help="name pattern; may be given several times")
     plan.add_argument("--meta", action="store_true", help="build the model on the meta device: no memory, no time")

@@ -203,7 +203,7 @@ def _plans(model: nn.Module, code: str) -> bool:
 def _has_distribution(model: nn.Module, parameter: ParameterStats) -> bool:
     """Whether init_model_ fills a parameter or buffer: buffers without a distribution are left as they are."""
     try:
-        plan = plan_model(model, only=lambda name, tensor: tensor is parameter.ref.tensor)
+        plan = plan_model(model, recipe="torch", only=lambda name, tensor: tensor is parameter.ref.tensor)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     return bool(plan.rows)
@@ -225,7 +225,8 @@ def fresh(evidence: Evidence, parameters: Sequence[ParameterStats], buffer: str 
         else:
             lines.append(f"{getter}.{buffer}")
     if redrawn:
-        lines.insert(0, f"initlab.init_model_(model, seed=0, only={redrawn if redrawn[1:] else redrawn[0]!r})")
+        only = redrawn if redrawn[1:] else redrawn[0]
+        lines.insert(0, f'initlab.init_model_(model, seed=0, recipe="torch", only={only!r})')
     return "\n".join(lines)
 
 

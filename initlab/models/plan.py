@@ -20,8 +20,9 @@ from .memory import shared_memory
 from .naming import Names, TensorRef, tensor_refs
 from .patterns import compile_pattern
 from .recipe_parts import RecipeLike, View, head_std, is_head, keep_padding, short_repr
-from .recipes import resolve
+from .refusals import ways_out
 from .report import InitReport, Row, report_of
+from .resolving import resolve
 from .specs import FillSpec, Refused
 
 Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
@@ -115,7 +116,7 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
     view = View(model, parameters, stage=names is not None)
     spec_of = resolved(view)
     buffer_spec_of = resolved.for_buffers(view)
-    tasks, missing, others = [], [], []
+    tasks, missing, refused, others = [], [], [], []
     checked: dict[tuple[Any, torch.dtype], str] = {}
     for ref in parameters:
         if ref not in shards:
@@ -124,6 +125,7 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
         spec = spec_of(ref)
         if spec is None or isinstance(spec, Refused):
             missing.append(f"{ref.name} (in {ref.owner}): {spec.why if spec else view.unreadable(ref)}")
+            refused.append(ref)
             continue
         spec = keep_padding(ref, spec)
         for _, distribution in spec.fills:
@@ -132,17 +134,16 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
                 fault = checked[distribution, ref.tensor.dtype] = _fault(distribution, ref.tensor.dtype)
             if fault:
                 missing.append(f"{ref.name} (in {ref.owner}): {fault}")
+                refused.append(ref)
                 break
         tasks.append(Task(ref, spec, named_key(seed, spec.copy_of or ref.name), shards[ref]))
     if resolved.name == "torch":
         _warn_of_large_heads(tasks)
     if missing:
-        example = missing[0].split(" ")[0]
         raise ValueError(
             f"recipe {resolved.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
             f"written unless all that are selected can be filled:{listing(missing)}\n"
-            f'Give them a distribution by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them out '
-            f"with only={resolved.advice}"
+            f"{ways_out(refused, parameters, resolved)}"
         )
     for ref in buffers:
         found = buffer_spec_of(ref) if ref in selected else None
