@@ -18,7 +18,7 @@ from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
 from .outcomes import Outcome
-from .stats import Stats, sample
+from .stats import Stats, sample, stored
 from .trace import Call, Trace
 
 
@@ -202,8 +202,8 @@ def state_faults(state: Any) -> list[str]:
     """The entries of an optimizer's state for one parameter that cannot be right."""
     found = []
     for name, value in state.items() if isinstance(state, dict) else ():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            low, high = (float(x) for x in value.detach().aminmax())
+        if isinstance(value, Tensor) and value.is_floating_point() and stored(value.detach()).numel():
+            low, high = (float(x) for x in stored(value.detach()).aminmax())
             squares = name in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
             if not (math.isfinite(low) and math.isfinite(high)) or (squares and low < 0):
                 found.append(name)

@@ -18,6 +18,7 @@ from initlab.kernels import NAN, describe, nonfinite_flag
 
 from . import names
 from .reasons import Operation
+from .stats import stored
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parent)
@@ -116,10 +117,10 @@ class Graph:
         def inspect(to_inputs: Any, from_outputs: Any) -> None:
             if found:
                 return
-            gradients = [g for g in to_inputs if isinstance(g, Tensor) and g.is_floating_point()]
+            gradients = [stored(g) for g in to_inputs if isinstance(g, Tensor) and g.is_floating_point()]
             flag, dtype = next(((f, g.dtype) for g in gradients if (f := int(nonfinite_flag(g)))), (0, torch.float32))
             if flag:
-                before = (float(g.abs().max()) for g in from_outputs if isinstance(g, Tensor) and g.numel())
+                before = (float(stored(g).abs().max()) for g in from_outputs if isinstance(g, Tensor) and stored(g).numel())
                 call = self.calls.get(node) or FunctionCall("", None)
                 custom = is_custom(node)
                 op = _function_of(node).__name__ if custom else names.of_node(node.name())

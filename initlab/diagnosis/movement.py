@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .limits import LIMITS
+from .stats import stored
 
 
 @dataclass
@@ -72,7 +73,7 @@ def of_step(
 
 def _is_driven(parameter: Tensor) -> bool:
     gradient = parameter.grad
-    return gradient is not None and bool((gradient.values() if gradient.is_sparse else gradient).any())
+    return gradient is not None and bool(stored(gradient).any())
 
 
 def groups_to_disturb(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:

@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ from .limits import LIMITS
 from .origin import Search
 from .ranks import CommunicatesError
 from .state import Snapshot, referenced_modules
-from .stats import measure
+from .stats import measure, stored
 from .trace import Trace, storage_of
 
 LossFn = Callable[[Any, Any], Any]
@@ -80,10 +80,8 @@ class TrainingStep:
             parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients that there are, by name."""
-        return {
-            name: p.grad for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.is_sparse
-        }
+        """The gradients that there are, by name; of sparse ones their values."""
+        return {name: stored(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
 
 
 class UsageError(TypeError):
@@ -181,13 +179,15 @@ def observe_steps(
             return
         if training_step.optimizer is None:
             return
+        driven = _driven(training_step, evidence)
         try:
-            step.update = _update(training_step, evidence)
+            take_step(training_step.optimizer, training_step.loss_with_gradients)
         except _FOR_THE_CALLER:
             raise
         except Exception as error:
             evidence.error, evidence.broke_at = error, number
             return
+        step.update = _update(training_step, evidence, driven)
     evidence.after = _value(training_step)
     if evidence.after is None or not math.isfinite(evidence.after):
         evidence.broke_at = len(evidence.steps) + 1
@@ -214,15 +214,16 @@ def _read_gradients(evidence: Evidence) -> None:
             parameter.distribution = expected_std(parameter.ref, activations.get(parameter.ref.module_name, ""))
             if parameter.distribution is None:
                 parameter.distribution = next((wanted[name] for name in parameter.ref.names if name in wanted), None)
-            if grad is not None and grad.layout == torch.strided:
+            if grad is not None:
+                grad = stored(grad)
                 parameter.grad_norm, parameter.grad = next(norms), measure(grad)
             if rows_alike(tensor):
                 parameter.alike = grad is not None and nearly_alike(grad)
 
 
 def _norms(tensors: list[Any]) -> Iterator[float]:
-    """2-norms of dense tensors; infinite only where an element is."""
-    dense = [t.float() if half(t.dtype) else t for t in tensors if t.layout == torch.strided]
+    """2-norms of tensors; infinite only where an element is."""
+    dense = [t.float() if half(t.dtype) else t for t in map(stored, tensors)]
     for tensor, norm in zip(dense, torch._foreach_norm(dense) if dense else (), strict=True):
         size = float(norm)
         yield size if math.isfinite(size) else float(torch.linalg.vector_norm(_wide(tensor)))
@@ -237,17 +238,23 @@ def norm_of(tensors: list[Any]) -> float | None:
     return math.hypot(*_norms(tensors)) if tensors else None
 
 
-def _update(training_step: TrainingStep, evidence: Evidence) -> float | None:
-    """Let the optimizer take its step; the size of the update against the weights."""
+def _driven(training_step: TrainingStep, evidence: Evidence) -> list[tuple[Tensor, Tensor]]:
+    """The optimizer's parameters that have a gradient, with copies: all before a first step, then weight matrices."""
     assert training_step.optimizer is not None
     first = evidence.movement is None
     driven = [
         p for p in movement.parameters_of(training_step.optimizer) if p.grad is not None and (first or p.dim() > 1)
     ]
     with torch.no_grad():
-        before = [(p, p.detach().clone()) for p in driven]
-    take_step(training_step.optimizer, training_step.loss_with_gradients)
-    if first:
+        return [(p, p.detach().clone()) for p in driven]
+
+
+def _update(
+    training_step: TrainingStep, evidence: Evidence, before: Sequence[tuple[Tensor, Tensor]]
+) -> float | None:
+    """The size of the update that a step has made, against the weights."""
+    assert training_step.optimizer is not None
+    if evidence.movement is None:
         evidence.movement = movement.of_step(
             training_step.optimizer, training_step.model, training_step.referenced_modules, before
         )

@@ -93,6 +93,9 @@ class _TensorCopy:
             self.alias = tensor.detach()
             self.version = None if tensor.is_inference() else tensor._version
             self.copy = _without_repeats(self.alias).clone()
+        elif tensor.layout == torch.sparse_coo:  # a sparse momentum, which a step changes in place
+            self.version = None if tensor.is_inference() else tensor._version
+            self.copy = tensor.detach().clone()
 
     def restore(self) -> None:
         tensor = self.tensor
@@ -104,6 +107,10 @@ class _TensorCopy:
                 _without_repeats(tensor.data).copy_(self.copy)
             if self.version is not None and tensor._version != self.version:
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))
+        elif self.copy is not None and tensor._version != self.version:
+            with torch.no_grad():
+                tensor.copy_(self.copy)
+            torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))
         if self.leaf:
             if tensor.requires_grad != self.needs_grad:
                 tensor.requires_grad_(self.needs_grad)

@@ -96,6 +96,13 @@ def physical(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def stored(tensor: Tensor) -> Tensor:
+    """The elements that a tensor stores: a dense one as it is, of a sparse one the values, each index once."""
+    if tensor.layout == torch.strided:
+        return tensor
+    return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
+
+
 def measure(tensor: Tensor) -> Stats | None:
     """The numbers of a tensor; None if it is not floating, or empty, or nowhere."""
     tensor = physical(tensor)

@@ -145,7 +145,7 @@ def _value(training_step: TrainingStep) -> float:
 @torch.no_grad()
 def _small_step(model: nn.Module) -> None:
     """A step down the gradient by a thousandth of the weights' norm."""
-    pairs = [(p, p.grad) for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
+    pairs = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     size, slope = norm_of([p for p, _ in pairs]), norm_of([g for _, g in pairs])
     if size and slope:
         for p, g in pairs:
