@@ -36,6 +36,7 @@ class FunctionCall:
         line: of the user's code, "train.py:12: return x / n"; "" where another library made the call.
         operations: of it, those that may fail.
         bad: what made the values that are not finite among what went in or came out, if any did.
+        objective: whether it takes the log of a softmax, of a sigmoid, or of a sum of exponentials.
     """
 
     name: str
@@ -43,6 +44,7 @@ class FunctionCall:
     line: str = ""
     operations: list[Operation] = field(default_factory=list)
     bad: Any = None
+    objective: bool = False
 
 
 @dataclass
@@ -120,7 +122,8 @@ class Graph:
             gradients = [stored(g) for g in to_inputs if isinstance(g, Tensor) and g.is_floating_point()]
             flag, dtype = next(((f, g.dtype) for g in gradients if (f := int(nonfinite_flag(g)))), (0, torch.float32))
             if flag:
-                before = (float(stored(g).abs().max()) for g in from_outputs if isinstance(g, Tensor) and stored(g).numel())
+                reached = (stored(g) for g in from_outputs if isinstance(g, Tensor))
+                before = (float(g.abs().max()) for g in reached if g.numel())
                 call = self.calls.get(node) or FunctionCall("", None)
                 custom = is_custom(node)
                 op = _function_of(node).__name__ if custom else names.of_node(node.name())

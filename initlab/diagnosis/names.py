@@ -84,6 +84,17 @@ COPYING = frozenset(
 )
 
 
+def is_loss(name: str) -> bool:
+    """Whether a function of torch is a loss, by its short name.
+
+    Example:
+        >>> from initlab.diagnosis.names import is_loss
+        >>> is_loss("ctc_loss"), is_loss("log")
+        (True, False)
+    """
+    return name.endswith(("_loss", "cross_entropy", "cross_entropy_with_logits")) or name == "kl_div"
+
+
 @functools.lru_cache(maxsize=4096)
 def plain(name: str) -> str:
     """The short name of an operation.

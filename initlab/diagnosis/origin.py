@@ -53,6 +53,8 @@ class Origin:
         elements: how many it puts out.
         hidden: whether ordinary gradients became NaN, in the backward pass.
         constant: a number of the code that 16 bits cannot hold, where one was used before it in the same module.
+        objective: whether it is part of a formula that torch has in a stable form: one of its loss functions, the log
+            of a softmax, of a sigmoid, or of a sum of exponentials.
     """
 
     source: str
@@ -74,6 +76,7 @@ class Origin:
     constant: LostConstant | None = None
     hidden: bool = False
     elements: int = 0
+    objective: bool = False
 
     @property
     def grown(self) -> bool:
@@ -92,7 +95,7 @@ _COUNTS = ("sum", "count_nonzero", "bincount")
 class _Provenance:
     """What is known of the tensors in one storage."""
 
-    __slots__ = ("made_by", "name", "origin", "ref", "sources", "weights")
+    __slots__ = ("made_by", "name", "of", "origin", "ref", "sources", "weights")
 
     def __init__(self, tensor: Tensor) -> None:
         self.ref = StorageWeakRef(tensor.untyped_storage())  # its address is not used again while this lives
@@ -101,6 +104,7 @@ class _Provenance:
         self.origin: Origin | None = None
         self.made_by = ""  # the operation, or "count"
         self.name = ""  # of the parameter
+        self.of: frozenset[str] = frozenset()  # which of softmax, sigmoid, exp and sum it was made with, and no others
 
 
 class Search:
@@ -188,12 +192,19 @@ class Search:
         sources = frozenset().union(*(entry.sources for _, entry in entries))
         weights = any(entry.weights for _, entry in entries)
         self._remember(operation)
+        of = _formula(op, [entry.of for _, entry in entries])
+        if op in _LOGS and any(entry.of & _PROBABILITIES or entry.of >= _SUM_OF_EXP for _, entry in entries):
+            self.call.objective = True
+            for _, before in entries:
+                if before.origin is not None and before.origin.op == "exp":
+                    before.origin.objective = True
         for out in outputs:
             made_by = self._made_by(op, inputs, entries)
             entry = self._entry(out)
             entry.sources |= sources
             entry.weights |= weights
             entry.made_by = made_by
+            entry.of = of if all(entry is not one for _, one in entries) else entry.of | of  # a view, or in place
             if not out.is_floating_point() or out.numel() == 0:
                 continue
             low, high = (float(x) for x in out.aminmax())
@@ -297,6 +308,7 @@ class Search:
             finite=all(math.isfinite(x) for pair in ranges for x in pair),
             largest=max((abs(x) for pair in ranges for x in pair), default=0.0),
             elements=out.numel(),
+            objective=call.objective or names.is_loss(function),
         )
         if not intended and self.first is None:
             self.first = origin
@@ -344,8 +356,24 @@ class Search:
             finite=math.isfinite(found.largest),
             largest=found.largest,
             hidden=found.hidden,
+            objective=call.objective or names.is_loss(call.name),
             constant=next((c for c in reversed(self.lost) if c.module == call.module), None),
         )
+
+
+_LOGS = ("log", "log2", "log10", "log1p")
+_PROBABILITIES = frozenset(("softmax", "sigmoid"))
+_SUM_OF_EXP = frozenset(("exp", "sum"))
+
+
+def _formula(op: str, of: list[frozenset[str]]) -> frozenset[str]:
+    """What a result was made with, where an operation begins such a formula or hands one on."""
+    if op in (*_PROBABILITIES, "exp"):
+        return frozenset((op,))
+    if op not in names.COPYING and op not in ("gather", "mean", "sub", "sum"):
+        return frozenset()
+    summed = op in ("mean", "sum") or (op == "add" and sum("exp" in one for one in of) > 1)
+    return frozenset(("sum",) if summed else ()).union(*of)
 
 
 def _masked(origin: Origin) -> Origin:

@@ -249,9 +249,7 @@ def _driven(training_step: TrainingStep, evidence: Evidence) -> list[tuple[Tenso
         return [(p, p.detach().clone()) for p in driven]
 
 
-def _update(
-    training_step: TrainingStep, evidence: Evidence, before: Sequence[tuple[Tensor, Tensor]]
-) -> float | None:
+def _update(training_step: TrainingStep, evidence: Evidence, before: Sequence[tuple[Tensor, Tensor]]) -> float | None:
     """The size of the update that a step has made, against the weights."""
     assert training_step.optimizer is not None
     if evidence.movement is None:

@@ -23,6 +23,13 @@ Kind: TypeAlias = Literal[
     "loss",
     "uninitialised",
 ]
+"""Which sort of cause.
+
+"operation" is one that fails on what it gets, in the model or in the user's own loss function. "loss" is an objective
+that is wrong or unstable: a loss function of torch's that gets what it does not take, a formula that torch has in a
+stable form (the log of a softmax, of a sigmoid, of a sum of exponentials), a head, labels or shapes that do not fit.
+"weights" are values that no run starts well from; "uninitialised" is memory that nobody wrote.
+"""
 Severity: TypeAlias = Literal["warning", "broken"]
 Verdict: TypeAlias = Literal["healthy", "warning", "broken"]
 

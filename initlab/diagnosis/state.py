@@ -107,7 +107,7 @@ class _TensorCopy:
                 _without_repeats(tensor.data).copy_(self.copy)
             if self.version is not None and tensor._version != self.version:
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))
-        elif self.copy is not None and tensor._version != self.version:
+        elif self.copy is not None and self.version is not None and tensor._version != self.version:
             with torch.no_grad():
                 tensor.copy_(self.copy)
             torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))

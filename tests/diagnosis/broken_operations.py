@@ -83,7 +83,7 @@ def middle(name, function, op, words="", advice="", kinds="operation", width=8, 
     case(name, kinds, "middle", op, words, advice)(make)
 
 
-def loss(name, function, op, words="", advice="", kinds="loss", out=1, y=Y, x=X):
+def loss(name, function, op, words="", advice="", kinds=("operation", "loss"), out=1, y=Y, x=X):
     """A loss function of a prediction and a target."""
 
     def make():

@@ -47,7 +47,7 @@ def test_a_division_by_a_count_of_nothing(name):
     loss_fn, y, made_by = ZERO[name]
     model = net()
     (cause, *_) = diagnose(model, (X, y), loss_fn, adam(model)).causes
-    assert (cause.kind, cause.place.op, cause.tried) == ("loss", "div", False)
+    assert (cause.kind, cause.place.op, cause.tried) == ("operation", "div", False)
     assert cause.evidence["divided by"] == f"0, made by {made_by}"
     assert cause.remedy.startswith("#")
     assert ("std" if made_by == "std" else "clamp_min(1)") in cause.remedy

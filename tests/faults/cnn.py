@@ -311,7 +311,7 @@ def sgd_lr_10(planted: bool = True) -> Built:
 # Loss.
 
 
-@fault("loss", place={"op": DIV}, fixable=False)
+@fault("operation", "loss", place={"op": DIV}, fixable=False)
 def weights_by_inverse_frequency(planted: bool = True) -> Built:
     # Classes weighted by 1 / (their count in the batch); a batch without an 8 has 0 * inf.
     x, y = data.images(64)
@@ -328,7 +328,7 @@ def weights_by_inverse_frequency(planted: bool = True) -> Built:
     return model, (x, y), loss_fn, adam(model)
 
 
-@fault("loss", place={"op": POW}, fixable=False)
+@fault("operation", "loss", place={"op": POW}, fixable=False)
 def focal_loss_of_a_sure_model(planted: bool = True) -> Built:
     # (1 - p)**0.5 has an infinite slope at p = 1, which a trained model reaches in float32.
     x, y = data.images(32, top=16.0)
@@ -344,7 +344,7 @@ def focal_loss_of_a_sure_model(planted: bool = True) -> Built:
     return model, (x, y), loss_fn, adam(model, 1e-5)
 
 
-@fault("loss", place={"op": DIV}, fixable=False)
+@fault("operation", "loss", place={"op": DIV}, fixable=False)
 def recall_of_empty_masks(planted: bool = True) -> Built:
     # A soft recall per image, divided by the area of its mask; some masks are empty.
     x, _ = data.images(64)

@@ -337,7 +337,7 @@ def generator_of_a_broken_run(planted: bool = True) -> Built:
 # Several at once.
 
 
-@fault("uninitialised", place={"parameter": "critic.0.weight"}, several=True, steps=2)
+@fault("weights", "uninitialised", place={"parameter": "critic.0.weight"}, several=True, steps=2)
 def nan_critic_and_lr_1(planted: bool = True) -> Built:
     # A NaN weight in the critic, and lr=1.0 for Adam.
     batch = pair()

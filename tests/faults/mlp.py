@@ -504,7 +504,7 @@ def manual_bce_saturates(planted: bool = True) -> Built:
     return model, (x, y), loss_fn if planted else stable, adam(model)
 
 
-@fault("loss", place={"op": MEAN}, fixable=False)
+@fault("operation", "loss", place={"op": MEAN}, fixable=False)
 def mean_over_nothing(planted: bool = True) -> Built:
     # Hard-example mining: the mean over the rows whose loss is above a threshold, and none is.
     x, y = data.digits()
@@ -548,7 +548,7 @@ def poisson_bias(planted: bool = True) -> Built:
 # Uninitialised.
 
 
-@fault("uninitialised", place={"parameter": "encoder.2.weight"})
+@fault("weights", "uninitialised", place={"parameter": "encoder.2.weight"})
 def nan_in_checkpoint(planted: bool = True) -> Built:
     # The checkpoint was written after the run had broken.
     x, y = data.digits()

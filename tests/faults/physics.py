@@ -427,7 +427,7 @@ def half_in_si_units(planted: bool = True) -> Built:
 # Loss.
 
 
-@fault("loss", place={"op": MEAN}, fixable=False)
+@fault("operation", "loss", place={"op": MEAN}, fixable=False)
 def no_boundary_points(planted: bool = True) -> Built:
     # A random batch of collocation points has none on the boundary: the mean over an empty mask.
     x = torch.linspace(0, 1, 64).unsqueeze(1)[1 if planted else 0 : 63]
@@ -441,7 +441,7 @@ def no_boundary_points(planted: bool = True) -> Built:
     return model, x, loss_fn, adam(model)
 
 
-@fault("loss", place={"op": (*DIV, "log")}, fixable=False)
+@fault("loss", "operation", place={"op": (*DIV, "log")}, fixable=False)
 def variance_of_zero(planted: bool = True) -> Built:
     # A Gaussian likelihood by hand whose variance comes from a ReLU.
     x, y = plane()

@@ -377,7 +377,7 @@ def ctc_target_too_long(planted: bool = True) -> Built:
     return model, (x, targets), loss_fn, adam(model)
 
 
-@fault("loss", place={"op": "exp"}, fixable=False)
+@fault("loss", "operation", place={"op": "exp"}, fixable=False)
 def perplexity_before_the_mean(planted: bool = True) -> Built:
     # The loss is the perplexity of whole sequences: exp of a sum over 64 tokens.
     x, _ = data.digits(64, raw=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import fixes, safe_forms
+from .. import fixes, names, safe_forms
 from ..evidence import Evidence
 from ..report import Kind, Place
 from ..safe_forms import SafeForm
@@ -55,11 +55,10 @@ def bad_matrix(evidence: Evidence) -> Finding | None:
     what, facts = _of_matrix(matrix.detach().double(), op)
     form = safe_forms.diagonal(op, matrix.dtype)
     facts["error"] = short(error)
-    kind: Kind = "loss" if module is None else "operation"
     where = {None: "the loss function", "": "the model's own code"}.get(module, repr(module))
     written = fixes.advice(form, op, module)
     why = f"{op} in {where} gets {what}."
-    return Finding(kind, "broken", Place(module=module, op=op), why, facts, written, form=form)
+    return Finding("operation", "broken", Place(module=module, op=op), why, facts, written, form=form)
 
 
 def _of_matrix(matrix: Tensor, op: str) -> tuple[str, dict[str, Any]]:
@@ -98,7 +97,7 @@ def bad_argument(evidence: Evidence) -> Finding | None:
     if found is None:
         return None
     (text, form), (module, op) = found, failed
-    kind: Kind = "loss" if module is None else "operation"
+    kind: Kind = "loss" if module is None and names.is_loss(op) else "operation"
     where = {None: "the loss function", "": "the model's own code"}.get(module, repr(module))
     written = fixes.advice(form, op, module)
     facts = {"error": short(error)}

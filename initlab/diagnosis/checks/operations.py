@@ -17,7 +17,7 @@ def unsafe(evidence: Evidence) -> Finding | None:
     origin = evidence.origin
     if evidence.broke_at is None or origin is None or origin.source != "op" or ran_away(evidence):
         return None
-    kind: Kind = "loss" if origin.module is None else "operation"
+    kind: Kind = "loss" if origin.module is None and origin.objective else "operation"
     why = origin.reason
     form = why.form if why is not None else None
     parameter = why.parameter if why is not None else None
@@ -31,7 +31,7 @@ def unsafe(evidence: Evidence) -> Finding | None:
         f"{origin.op} in {_where(origin)} {_what(origin)}.{_aside(origin)}",
         _facts(origin),
         written,
-        rewrites.equivalents(evidence) if kind == "loss" else [],
+        rewrites.equivalents(evidence) if origin.module is None else [],
         form=form,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 from .. import fixes
 from ..evidence import Evidence, ParameterStats
 from ..limits import LIMITS
-from ..report import Place
+from ..report import Kind, Place
 from .finding import Finding
 
 
@@ -36,15 +36,36 @@ def never_written(evidence: Evidence) -> Finding | None:
     facts: dict[str, Any] = {"tensors": len(bad)}
     if parameter.stats is not None:
         facts |= {"smallest": parameter.stats.low, "largest": parameter.stats.high}
+    kind: Kind = "weights" if _is_sane_elsewhere(parameter) else "uninitialised"
+    said = "the other rows are in order: vectors that were loaded so, or a checkpoint of a run that had failed."
+    if kind == "uninitialised":
+        said = "uninitialised memory, or a checkpoint of a run that had failed."
     return Finding(
-        "uninitialised",
+        kind,
         "broken",
         Place(module=parameter.ref.module_name, parameter=parameter.name),
-        f"{parameter.name} {why} before the first step: uninitialised memory, or a checkpoint of a run that had "
-        "failed.",
+        f"{parameter.name} {why} before the first step: {said}",
         facts,
         [fixes.fresh(evidence, [one for one, _ in bad], buffer) for buffer in ("zero_()", "fill_(1.0)")],
     )
+
+
+def _is_sane_elsewhere(parameter: ParameterStats) -> bool:
+    """Whether somebody wrote a matrix: most of its rows hold what a distribution draws, or training leaves."""
+    weight = parameter.ref.tensor.detach()
+    if weight.dim() < 2 or len(weight) < _FEW_ROWS or not parameter.ref.is_parameter:
+        return False
+    rows = weight.flatten(1).double()
+    rows = rows[(rows.isfinite() & (rows.abs() <= LIMITS.garbage)).all(1)]
+    if len(rows) <= len(weight) / 2:
+        return False
+    size = rows.square().mean().sqrt()
+    written = (rows.abs() > LIMITS.denormal).double().mean()
+    spread = rows.std(1, correction=0) if rows.shape[1] > 1 else rows
+    return bool(1e-4 < size < 10.0) and float(written) > 0.5 and float((spread > 0).double().mean()) > 0.5
+
+
+_FEW_ROWS = 4  # of which nothing can be said
 
 
 def _why_garbage(parameter: ParameterStats, evidence: Evidence) -> str:
