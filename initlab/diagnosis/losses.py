@@ -21,7 +21,7 @@ class LossCall:
         name: of the function.
         baseline: its value for a model that knows nothing about the inputs; None where that is not known.
         problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits", "shapes", "one unit",
-            "several classes", "no distribution", "squashed", "one class"; "" if nothing.
+            "several classes", "no distribution", "squashed", "one class", "signs"; "" if nothing.
         facts: numbers about the problem.
         fatal: whether the call cannot succeed.
         options: its keyword arguments that are no tensors and not None.
@@ -42,8 +42,8 @@ class LossCall:
 def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
     """What the arguments of a call tell; None for a function that is not a known loss."""
     reader = _READERS.get(name)
-    prediction = args[0] if args else kwargs.get("input")
-    target = args[1] if len(args) > 1 else kwargs.get("target")
+    prediction = args[0] if args else kwargs.get("input", kwargs.get("log_probs"))
+    target = args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("targets"))
     if reader is None or not isinstance(prediction, Tensor) or not isinstance(target, Tensor):
         return None
     with torch.no_grad():
@@ -170,6 +170,42 @@ def _kl_div(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: An
     return call
 
 
+def _ctc(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+    call = LossCall(name)
+    x = prediction.detach().float()
+    if x.numel() == 0 or x.shape[-1] < 2 or not bool(x.isfinite().all()):
+        return call
+    sums = x.sum(-1)
+    if bool((x >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
+        call.problem, call.facts = "probabilities", {"row sums": float(sums.mean())}
+    elif bool((x.logsumexp(-1).abs() > 0.1).any()):
+        call.problem, call.facts = "logits", {"largest log-probability": float(x.max())}
+    return call
+
+
+def _signs(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
+    call = LossCall(name)
+    if target.numel() and bool(((target == 0) | (target == 1)).all()) and bool((target == 0).any()):
+        call.problem, call.facts = "signs", {"zeros": int((target == 0).sum()), "ones": int((target == 1).sum())}
+    return call
+
+
+def hinge_of_bits(name: str, argument: Any) -> LossCall | None:
+    """A hinge loss by hand, max(0, 1 - y * z), whose y are 0 and 1: what the maximum is taken of tells."""
+    node = argument.grad_fn if isinstance(argument, Tensor) else None
+    if node is None or not node.name().startswith(("Rsub", "Sub")):
+        return None
+    for product, _ in node.next_functions:
+        if product is None or not product.name().startswith("MulBackward"):
+            continue
+        factors = (getattr(product, f"_saved_{name}", None) for name in ("self", "other"))
+        for y in factors:
+            if isinstance(y, Tensor) and not y.requires_grad and y.shape == argument.shape and y.numel() > 1:
+                call = _signs(name, argument, y, (), {})
+                return call if call.problem and call.facts["ones"] else None
+    return None
+
+
 _PASSING = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Select", "Reshape", "Clamp", "Clone", "ToCopy", "Index")
 
 
@@ -208,4 +244,7 @@ _READERS: dict[str, _Reader] = {
     "huber_loss": _distance,
     "poisson_nll_loss": _distance,
     "kl_div": _kl_div,
+    "ctc_loss": _ctc,
+    "hinge_embedding_loss": _signs,
+    "soft_margin_loss": _signs,
 }

@@ -79,9 +79,14 @@ def in_right_space(evidence: Evidence, call: LossCall) -> tuple[list[str], list[
     remedies, loss = [], []
     if wants_logits and last:
         remedies.append(leave_out(last))
-    elif call.name in ("nll_loss", "kl_div") and call.problem == "probabilities" and softmax:
+    elif call.name in _TAKE_LOGARITHMS and call.problem == "probabilities" and softmax:
         dim = evidence.model.get_submodule(softmax).dim
         remedies.append(f"model.set_submodule({softmax!r}, torch.nn.LogSoftmax({dim}))  # the loss takes logarithms")
+    elif call.name in _TAKE_LOGARITHMS and call.problem == "probabilities" and _puts_out_probabilities(evidence):
+        hook = "model.register_forward_hook(lambda module, args, out: out.clamp_min(1e-7).log())"
+        remedies.append(f"{hook}  # or log_softmax in place of softmax in forward()")
+    elif call.problem == "logits" and call.name == "ctc_loss":
+        remedies.append("model = torch.nn.Sequential(model, torch.nn.LogSoftmax(-1))")
     elif call.problem == "logits":
         layer = "Sigmoid()" if call.name == "binary_cross_entropy" else "LogSoftmax(1)"
         with_logits = "BCEWithLogitsLoss" if call.name == "binary_cross_entropy" else "CrossEntropyLoss"
@@ -93,7 +98,19 @@ def in_right_space(evidence: Evidence, call: LossCall) -> tuple[list[str], list[
             for function in ("log_softmax", "softmax")
         )
         loss.append(Rewrite(right, same_as=wrong))
+    if call.name == "nll_loss" and call.problem == "probabilities" and _is_pair(evidence):
+        right, wrong = (_supervised(f"lambda z, y: {_F}.nll_loss(z.{f}(1), y)") for f in ("log_softmax", "softmax"))
+        loss.append(Rewrite(right, same_as=wrong))
     return [*remedies, f"# {_IN_WORDS[call.name]}"], loss
+
+
+_TAKE_LOGARITHMS = ("nll_loss", "kl_div", "ctc_loss")
+
+
+def _puts_out_probabilities(evidence: Evidence) -> bool:
+    """Whether the model's own output lies between 0 and 1, as what the loss gets does."""
+    out = next((call.output for call in evidence.trace.calls if call.path == ""), None)
+    return out is not None and out.low >= 0.0 and out.high <= 1.0
 
 
 def together(evidence: Evidence, call: LossCall, last: str | None) -> list[str]:
@@ -123,6 +140,7 @@ _IN_WORDS = {
     "binary_cross_entropy_with_logits": "leave the sigmoid before the loss out: this loss takes logits",
     "nll_loss": "give the loss log-probabilities: z.log_softmax(1), or use cross_entropy, which takes logits",
     "binary_cross_entropy": "give the loss probabilities: z.sigmoid(), or use binary_cross_entropy_with_logits",
+    "ctc_loss": "give ctc_loss the logarithm of the probabilities: z.log_softmax(-1) of the logits",
     "kl_div": "give kl_div the logarithm of the probabilities: z.log_softmax(-1) in place of z.softmax(-1)",
 }
 

@@ -17,7 +17,7 @@ from ..models.fans import compute_fans
 from ..models.naming import walk
 from . import names
 from .limits import LIMITS
-from .losses import LossCall, Stopped, loss_call, multiplies, shapes
+from .losses import LossCall, Stopped, hinge_of_bits, loss_call, multiplies, shapes
 from .stats import Stats, edge_share, measure, physical
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _PASSING = frozenset(
         *("max_pool2d", "mul", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view", "max_pool1d"),
     )
 )
+_HINGES = frozenset(("relu", "clamp", "clamp_min", "maximum"))
 ACTIVATIONS = frozenset(
     (
         *("elu", "gelu", "hardswish", "leaky_relu", "mish", "prelu", "relu", "relu6", "selu", "sigmoid", "silu"),
@@ -218,6 +219,8 @@ class Trace(TorchFunctionMode):
         loss = None if wrapped else loss_call(name, args, kwargs)  # one row of a vmap has no values to look at
         if loss is None and not wrapped and name in ("sub", "rsub"):
             loss = self._difference(args)
+        if loss is None and not wrapped and name in _HINGES and self.modules.current is None:
+            loss = hinge_of_bits(name, args[0] if args else kwargs.get("input"))
         if loss is not None:
             self.losses.append(loss)
         try:

@@ -76,6 +76,10 @@ def target_out_of_range(evidence: Evidence) -> Finding | None:
             fix = fixes.into_unit_range(target, evidence.batch, low, high) if target is not None and high > low else ""
             why = f"targets run from {low:g} to {high:g}; {call.name} takes probabilities, and has no minimum outside."
             return Finding("target", "broken", Place(op=call.name), why, dict(call.facts), [fix] if fix else [])
+        if call.problem == "signs":
+            fix = target.rebind(evidence.batch, f"{target.value} * 2 - 1") if target is not None else ""
+            why = "targets are 0 and 1, and a loss of y * z takes -1 and 1: a target of 0 leaves nothing of z."
+            return Finding("target", "warning", Place(op=call.name), why, dict(call.facts), [fix] if fix else [])
     error, failed = evidence.error, evidence.trace.failed
     if error is None or failed is None or failed[0] is not None or target is None or target.tensor.is_floating_point():
         return None

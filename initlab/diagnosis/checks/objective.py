@@ -8,6 +8,7 @@ from .. import fixes, rewrites
 from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Kind, Place, Severity
+from ..symptoms import diverges
 from .finding import Finding
 
 _PROBLEMS = {
@@ -17,6 +18,8 @@ _PROBLEMS = {
     "binary_cross_entropy, logits": "binary_cross_entropy takes probabilities and gets raw outputs.",
     "binary_cross_entropy_with_logits, probabilities": "binary_cross_entropy_with_logits applies a sigmoid itself "
     "and gets the output of another.",
+    "ctc_loss, probabilities": "ctc_loss takes log-probabilities and gets probabilities: it takes no logarithm itself.",
+    "ctc_loss, logits": "ctc_loss takes log-probabilities and gets logits: it has no minimum.",
     "kl_div, probabilities": "kl_div takes log-probabilities as its input and gets probabilities.",
 }
 
@@ -27,7 +30,8 @@ def wrong_space(evidence: Evidence) -> Finding | None:
         why = _PROBLEMS.get(f"{call.name}, {call.problem}")
         if why is not None:
             written, losses = rewrites.in_right_space(evidence, call)
-            severity: Severity = "broken" if call.fatal or evidence.broke_at is not None else "warning"
+            fails = call.fatal or evidence.broke_at is not None or diverges(evidence)
+            severity: Severity = "broken" if fails else "warning"
             return Finding("loss", severity, Place(op=call.name), why, dict(call.facts), written, losses)
     return None
 

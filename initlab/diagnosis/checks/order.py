@@ -17,7 +17,7 @@ from .progress import detached, no_gradient, no_rate, other_parameters, rounded_
 from .recurrence import growing_state
 from .start import never_written, nowhere, spoilt_state
 from .step import exploding_gradient, too_fast
-from .weights import dead, growing, shrinking, sure_of_nothing, symmetric
+from .weights import dead, growing, loud_factors, shrinking, sure_of_nothing, symmetric
 
 CHECKS: tuple[Check, ...] = (
     nowhere,
@@ -41,6 +41,7 @@ CHECKS: tuple[Check, ...] = (
     dead,
     growing_state,
     growing,
+    loud_factors,
     exploding_gradient,
     unsafe,
     bad_matrix,

@@ -185,6 +185,39 @@ def sure_of_nothing(evidence: Evidence) -> Finding | None:
     )
 
 
+def loud_factors(evidence: Evidence) -> Finding | None:
+    """Tables of vectors whose products are far larger than what they are to be: N(0, 1), as nn.Embedding draws."""
+    matrices = [h for h in evidence.parameters if h.ref.tensor.dim() > 1 and h.ref.tensor.shape[-1] > 1]
+    loud = [h for h in matrices if h.stats is not None and h.stats.finite and h.stats.rms >= _LOUD]
+    width = loud[0].ref.tensor.shape[-1] if loud else 0
+    if len(loud) < 2 or len(loud) < len(matrices) or any(h.ref.tensor.shape[-1] != width for h in loud):
+        return None
+    loss, usual = evidence.first_loss, evidence.baseline
+    compared = evidence.trace.flow.compared.values() if evidence.trace.flow is not None else ()
+    one = next((c for c in compared if c.distance and c.target is not None and c.target.std), None)
+    usual = one.unit if one is not None else usual
+    if loss is None or not usual or not math.isfinite(loss) or loss < LIMITS.sure_loss * usual:
+        return None
+    factor = 0.3 / (loud[0].stats.rms * width**0.25) if loud[0].stats is not None else 1.0
+    names = ", ".join(repr(h.name) for h in loud)
+    code = f"with torch.no_grad():\n    for name in ({names}):\n        model.get_parameter(name).mul_({factor:.1g})"
+    return Finding(
+        "weights",
+        "broken" if evidence.broke_at is not None or diverges(evidence) else "warning",
+        Place(module=loud[0].ref.module_name, parameter=loud[0].name),
+        f"the first loss is {loss:.4g}, and a model that knows nothing has {usual:.4g}: {loud[0].name} and "
+        f"{loud[1].name} have elements of about {loud[0].stats.rms if loud[0].stats else 1.0:.2g}, and products of "
+        f"{width} such numbers are far larger than what they are compared with.",
+        {"loss": loss, "loss of knowing nothing": usual, "factors of a product": width},
+        [code],
+        suspicion=True,
+        change="smaller vectors",
+    )
+
+
+_LOUD = 0.5  # elements; vectors that are multiplied with each other start at a tenth
+
+
 def _place(call: Call, weight: ParameterStats | None) -> Place:
     """A layer's module, or the one that holds its parameter."""
     module = weight.ref.module_name if weight is not None else call.path
