@@ -73,10 +73,15 @@ _table_jit = triton.jit(
 
 
 @triton.jit
+def _squared(x):
+    x = widened(x, _INTERPRETED)
+    return x * x
+
+
+@triton.jit
 def _block_sums(x):
     """(n,) -> (n / 8,): squares, summed by 8 neighbours of one thread in float32 (float64 for float64), as float64."""
-    x = widened(x, _INTERPRETED)
-    return tl.sum((x * x).reshape(x.shape[0] // _SUMMED, _SUMMED), axis=1).to(tl.float64)
+    return tl.sum(_squared(x).reshape(x.shape[0] // _SUMMED, _SUMMED), axis=1).to(tl.float64)
 
 
 @triton.jit
@@ -90,7 +95,7 @@ def full_block_squares(address, start, DTYPE: tl.constexpr, BLOCK_SIZE: tl.const
 def _sum_squares(address, start, begin, end, blocks, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """sum(x[i]^2) over those elements i of [begin, end) that lie in `blocks` blocks from `start` on."""
     total = tl.zeros([BLOCK_SIZE // _SUMMED], tl.float64)
-    rest = tl.zeros([BLOCK_SIZE // _PARTS // _SUMMED], tl.float64)
+    rest = tl.zeros([BLOCK_SIZE // _PARTS], tl.float64)
     for _ in range(blocks):
         if start < end:
             if (start >= begin) & (start + BLOCK_SIZE <= end):
@@ -100,7 +105,9 @@ def _sum_squares(address, start, begin, end, blocks, DTYPE: tl.constexpr, BLOCK_
                     offsets = start + i * (BLOCK_SIZE // _PARTS) + tl.arange(0, BLOCK_SIZE // _PARTS)
                     mask = (offsets >= begin) & (offsets < end)
                     x = tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0)
-                    rest += _block_sums(x)
+                    # Each place has a sum of its own. Of a sum that several threads hold, each would fuse another
+                    # product, and the norm's bits would depend on whose is kept.
+                    rest += _squared(x).to(tl.float64)
         start += BLOCK_SIZE
     return tl.sum(total) + tl.sum(rest)
 
@@ -356,12 +363,13 @@ def _scale(
 @_table_jit
 def scale_kernel(
     table_ptr, columns, blocks, first_item,  # inputs and outputs: the elements that the table points to
-    norm_ptr, max_norm_high, max_norm_low,  # inputs: 0-d; max_norm as two float32, since a launch takes no float64
+    norm_ptr, max_norm_high, max_norm_low,  # inputs: 0-d; the halves of max_norm's bits, as a launch cuts reals to float32
     POLICY: tl.constexpr, FP64: tl.constexpr, BLOCK_SIZE: tl.constexpr,  # meta
 ):  # fmt: skip
     """x *= min(1, max_norm / (norm + 1e-6)) for one item; leaves at once where that is 1."""
     norm = tl.load(norm_ptr).to(tl.float64)
-    c = max_norm_high / (norm + _EPSILON) + max_norm_low / (norm + _EPSILON)
+    bits = (max_norm_high.to(tl.int64) << 32) | (max_norm_low.to(tl.int64) & 0xFFFFFFFF)
+    c = bits.to(tl.float64, bitcast=True) / (norm + _EPSILON)
     c = tl.where(c > 1.0, 1.0, c)
     finite = tl.abs(norm) < float("inf")
     zero = finite != finite
@@ -490,8 +498,7 @@ def norm(plan: _Plan, count: int | None = None) -> tuple[Tensor, Tensor, Tensor,
 
 def scale(plan: _Plan, norm: Tensor, max_norm: float, policy: str) -> None:
     """Multiply every element by min(1, max_norm / (norm + 1e-6)); `norm` is 0-d, on the device."""
-    high = float(np.float32(max_norm))  # a launch takes numbers as float32
-    low = max_norm - high if abs(high) < float("inf") else 0.0
+    low, high = np.array([max_norm], dtype="<f8").view("<i4").tolist()
     with launching(plan.device):
         for fp64, first, items in ((False, 0, plan.narrow), (True, plan.narrow, plan.items - plan.narrow)):
             _launch(
