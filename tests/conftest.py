@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-# Triton's kernels run on a GPU where there is one, else on the CPU: in Triton's interpreter, or compiled for an emulated
-# GPU if INITLAB_TEST_DEVICE names one (sm_80, sm_90, sm_100, sm_120).
-EMULATED = os.environ.get("INITLAB_TEST_DEVICE")
-os.environ.pop("TRITON_INTERPRET", None)
-if not torch.cuda.is_available() and EMULATED is None:
+# Triton's kernels run on a GPU where there is one, else on the CPU: in Triton's interpreter, or compiled for the GPU
+# that INITLAB_TEST_DEVICE names (sm_80, sm_90, sm_100, sm_120), and emulated.
+if "INITLAB_TEST_DEVICE" in os.environ:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from initlab.kernels import backends
@@ -21,11 +21,11 @@ from initlab.kernels.sampling import fill
 
 import initlab
 
-if EMULATED is not None:
+if "INITLAB_TEST_DEVICE" in os.environ:
     sys.path.insert(0, str(Path(__file__).parent))
     from ptx import device
 
-    device.install(int(EMULATED.removeprefix("sm_")))
+    device.install(int(os.environ["INITLAB_TEST_DEVICE"].removeprefix("sm_")))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads -m

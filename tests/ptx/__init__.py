@@ -1,8 +1,8 @@
 """An emulator of the PTX that Triton emits: the compiled kernels, executed on CPU tensors, without a GPU.
 
-Triton compiles a kernel for NVIDIA's GPUs to PTX, which the driver then assembles. Here a driver of our own
-(`driver.py`) hands each launch to `launch.py`, which runs the PTX on numpy arrays that hold a register of all threads at
-once. So everything before the assembler is real: the specialisation, the code, the conversion of arguments.
+Triton compiles a kernel for NVIDIA's GPUs to PTX, which is then assembled. Here a driver of our own (`driver.py`) hands
+each launch to `launch.py`, which runs the PTX on numpy arrays that hold a register of all threads at once. So all that
+comes before the assembler is real: the specialisation, the code, the conversion of arguments.
 
 - `parser.py` reads a kernel; `machine.py` runs threads through its blocks; `memory.py` is what they read and write.
 - `scalar.py`, `transfers.py` and `hopper.py` are the instructions: of one thread; of memory and warps; and what came

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 
-from initlab.kernels import _linear_triton, _nonfinite_triton, _norms_triton, backends
+from initlab.kernels import _linear_triton, _nonfinite_triton, _norms_table_triton, backends
 from initlab.kernels._common_triton import INTERPRETED
 from initlab.kernels.norms import DTYPES
 from initlab.kernels.sampling import _triton as sampling
@@ -31,7 +31,7 @@ def install(capability: int) -> None:
 
 def _tell_pointees() -> None:
     """Tables hold addresses: their tensors get an attribute that says what these point to."""
-    launch_fill, make_plan = sampling._launch, _norms_triton._make_plan
+    launch_fill, make_plan = sampling._launch, _norms_table_triton.make_plan
 
     def launch_with_pointees(fill, table, *arguments):
         size = fill.group.dtype.itemsize
@@ -46,4 +46,4 @@ def _tell_pointees() -> None:
         ]
         return plan
 
-    sampling._launch, _norms_triton._make_plan = launch_with_pointees, plan_with_pointees
+    sampling._launch, _norms_table_triton.make_plan = launch_with_pointees, plan_with_pointees

@@ -102,7 +102,7 @@ def _prepared_by(execute):
 def _launcher(kernel, execute):
     kinds = list(kernel.src.signature.values())
     layouts = getattr(kernel.metadata, "tensordesc_meta", None)
-    expanded = [kind for kind in expand_signature(kinds, layouts)]
+    expanded = expand_signature(kinds, layouts)
 
     def run(grid_x, grid_y, grid_z, stream, function, packed, launch_metadata, enter, leave, *values):
         if len(values) != len(kinds):

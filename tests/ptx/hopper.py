@@ -14,10 +14,11 @@ import numpy as np
 
 from .memory import WARP, Fault
 from .operands import address_reader, all_lanes, instruction, reader, readers, write
-from .parser import SHARED_BASE, Address, Box, Immediate
+from .parser import SHARED_BASE, Address, Box
 from .values import F32, F64, I32, I64, U8, U16, U32, U64, as_real, tf32, to_bits
 
 _GROUP = 4 * WARP  # threads that take part in one product
+_ALL_WARPS = U32(0xFFFFFFFF)
 
 
 class TensorMap(NamedTuple):
@@ -39,6 +40,8 @@ class Barrier:
 
     count: int
     missing: int
+    made_by: int  # the warp, as a bit; 0 once its block's threads have met since
+    used_by: int = 0  # the warps that used it since they met, as bits
     bytes: int = 0
     phase: int = 0
 
@@ -79,11 +82,32 @@ class BulkUnit:
         self.stores: list[Store] = []
         self.products: list[Product] = []
         self.committed = np.zeros(machine.n, I64)
+        self.fenced = np.zeros(machine.n, bool)  # threads whose registers a product may use
 
-    def barrier(self, key, where) -> Barrier:
+    def barrier(self, key, warp, where) -> Barrier:
+        """For a warp (a bit) to use."""
         if key not in self.barriers:
             raise Fault(f"no barrier at shared address {key[1]}: {where}")
-        return self.barriers[key]
+        barrier = self.barriers[key]
+        if barrier.made_by & ~warp:
+            raise Fault(f"race: a barrier that another warp made, and the block has not met since: {where}")
+        barrier.used_by |= warp
+        return barrier
+
+    def make_barrier(self, key, warp, count: int, where) -> None:
+        self.forget_barrier(key, warp, where)
+        self.barriers[key] = Barrier(count, count, made_by=warp)
+
+    def forget_barrier(self, key, warp, where) -> None:
+        if key in self.barriers and (self.barriers[key].used_by | self.barriers[key].made_by) & ~warp:
+            raise Fault(f"race: a barrier that other warps may be using: {where}")
+        self.barriers.pop(key, None)
+
+    def synchronize(self, blocks) -> None:
+        """Threads of these blocks (a mask) have met."""
+        for (block, _), barrier in self.barriers.items():
+            if blocks[block]:
+                barrier.made_by = barrier.used_by = 0
 
     def locate(self, tensor_map: TensorMap, x: int, y: int, address: int, block: int, where: str):
         """Of each byte of a box: its place in shared memory, its address, and whether the matrix has it."""
@@ -144,6 +168,7 @@ class BulkUnit:
 
     def wait_products(self, mask, newest: int) -> None:
         left = []
+        self.fenced &= ~mask
         for product in self.products:
             now = product.threads & mask & (product.group < self.committed - newest)
             if now.any():
@@ -192,29 +217,28 @@ def barrier(i):
     def keys(machine, mask):
         addresses = all_lanes(address(machine), machine)
         for thread in machine.taking_part(mask):
-            yield thread, (int(machine.block[thread]), int(addresses[thread]))
+            yield thread, int(machine.warp_bit[thread]), (int(machine.block[thread]), int(addresses[thread]))
 
     if what == "init":
         count = i.operands[1].bits
 
         def run(machine, mask):
-            for _, key in keys(machine, mask):
+            for _, warp, key in keys(machine, mask):
                 if key[1] % 8 or not SHARED_BASE <= key[1] <= SHARED_BASE + machine.shared.size - 8:
                     raise Fault(f"a barrier at shared address {key[1]}: {machine.where(i)}")
-                machine.bulk.barriers[key] = Barrier(count, count)
+                machine.bulk.make_barrier(key, warp, count, machine.where(i))
     elif what == "inval":
 
         def run(machine, mask):
-            for _, key in keys(machine, mask):
-                machine.bulk.barrier(key, machine.where(i))
-                del machine.bulk.barriers[key]
+            for _, warp, key in keys(machine, mask):
+                machine.bulk.forget_barrier(key, warp, machine.where(i))
     elif what == "arrive":
         i.require(i.parts[2] == "expect_tx" and i.operands[0] is None)
         announced = i.operands[2].bits
 
         def run(machine, mask):
-            for _, key in keys(machine, mask):
-                arrived = machine.bulk.barrier(key, machine.where(i))
+            for _, warp, key in keys(machine, mask):
+                arrived = machine.bulk.barrier(key, warp, machine.where(i))
                 arrived.missing -= 1
                 arrived.bytes += announced
                 arrived.turn()
@@ -224,9 +248,9 @@ def barrier(i):
 
         def run(machine, mask):
             parities, done, phases = all_lanes(parity(machine), machine), np.zeros(machine.n, bool), {}
-            for thread, key in keys(machine, mask):
+            for thread, warp, key in keys(machine, mask):
+                asked = machine.bulk.barrier(key, warp, machine.where(i))
                 if key not in phases:
-                    asked = machine.bulk.barrier(key, machine.where(i))
                     machine.bulk.arrive(key, asked)
                     phases[key] = asked.phase
                 done[thread] = phases[key] != (parities[thread] & 1)
@@ -262,7 +286,9 @@ def bulk_copy(i):
             if is_load:
                 data = np.zeros(places.shape, U8)  # what the matrix does not have
                 data[inside] = machine.memory.load_bytes(sources[inside], where)
-                machine.bulk.start_load((block, int(barrier_address[0])), places, data, where)
+                key = block, int(barrier_address[0])
+                machine.bulk.barrier(key, int(machine.warp_bit[thread]), where)
+                machine.bulk.start_load(key, places, data, where)
                 continue
             written_by = machine.shared.wrote[np.unique(places // 2)]
             if (written_by & ~machine.warp_bit[thread]).any():
@@ -276,7 +302,11 @@ def bulk_copy(i):
 def asynchronous_product(i):
     """D = A B (+ D) of four warps: A 64 by 32 bytes, B 32 bytes by N, both in shared memory, named by descriptors."""
     if i.operation == "wgmma.fence.sync.aligned":
-        return lambda machine, mask: None
+
+        def fence(machine, mask):
+            machine.bulk.fenced |= machine.as_mask(mask)
+
+        return fence
     if i.operation == "wgmma.commit_group.sync.aligned":
 
         def commit(machine, mask):
@@ -299,6 +329,8 @@ def asynchronous_product(i):
         whole = taking_part.reshape(-1, _GROUP)
         if (whole.any(1) != whole.all(1)).any():
             raise Fault(f"not all of four warps take part: {where}")
+        if not machine.bulk.fenced[taking_part].all():
+            raise Fault(f"a product of registers that were written since, without a fence: {where}")
         a, b = (all_lanes(get(machine), machine).reshape(-1, _GROUP) for get in (get_a, get_b))
         adds, operands = all_lanes(get_adds(machine), machine).reshape(-1, _GROUP), {}
         for group in np.flatnonzero(whole.all(1)):
@@ -315,6 +347,8 @@ def asynchronous_product(i):
             for group, (places, add) in operands.items():
                 if now[group * _GROUP]:
                     left, right = (_matrix(machine.shared, p, kind, where) for p in places)
+                    for p in places:  # for all four warps: only when they have met may it be overwritten
+                        machine.shared.read[np.unique(p // 2)] |= _ALL_WARPS
                     _accumulate(values, slice(group * _GROUP, (group + 1) * _GROUP), left @ right.T, add)
             for register, v in zip(registers, values, strict=True):
                 write(machine, register, v, now)

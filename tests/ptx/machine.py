@@ -1,7 +1,8 @@
 """Runs some blocks of a grid at once: an array holds a register of all their threads.
 
 Threads that stand at the same basic block are a group. The group at the lowest one runs first, which lets structured
-branches meet again. An instruction is a function of the machine and of a mask: the threads that take part, None for all.
+branches meet again. An instruction is a function of the machine and of a mask: the threads that take part, None for
+all.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Machine:
         self.maps = {self.symbols[name]: parameters[name][0] for name in maps}
 
     def _special(self, grid):
-        x, y, z = grid
+        x, y, _ = grid
         places = {"x": self.numbers % x, "y": self.numbers // x % y, "z": self.numbers // (x * y)}
         special = {f"%ctaid.{axis}": at.astype(U32)[self.block] for axis, at in places.items()}
         special |= {f"%nctaid.{axis}": U32(size) for axis, size in zip("xyz", grid, strict=True)}
@@ -162,7 +163,9 @@ class Machine:
         for place in at.reshape(self.blocks, -1):
             if len(set(place[place >= 0])) > 1:
                 raise Fault(f"{self.program.name}: threads of a block wait at different barriers")
-        self.shared.synchronize((at >= 0).reshape(self.blocks, -1).any(1))
+        met = (at >= 0).reshape(self.blocks, -1).any(1)
+        self.shared.synchronize(met)
+        self.bulk.synchronize(met)
         for k, mask in waiting:
             _join(groups, k, mask)
 

@@ -1,7 +1,7 @@
 """How instructions are written down: a decorator that registers them, and how they read and write registers.
 
-A decorated function gets an Instruction, once, and returns what runs it: a function of a machine and a mask. What it does
-not know it refuses, by `Instruction.refuse` and `Instruction.require`.
+A decorated function gets an Instruction, once, and returns what runs it: a function of a machine and a mask. What it
+does not know it refuses, by `Instruction.require`.
 """
 
 from __future__ import annotations

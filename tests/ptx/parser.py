@@ -43,7 +43,7 @@ class Parameter(NamedTuple):
 
 @dataclass
 class Instruction:
-    """One line. Operands are registers, numbers, addresses, lists of these, None for "_", or other words as they are."""
+    """One line. Operands are registers, numbers, addresses, lists of these, None for "_", or other words."""
 
     line: int
     text: str
@@ -61,13 +61,10 @@ class Instruction:
         """The type at its end."""
         return self.operation.rpartition(".")[2]
 
-    def refuse(self):
-        raise NotImplementedError(f"line {self.line}: {self.text}")
-
     def require(self, condition: bool) -> None:
         """What is emulated of an instruction: the rest is refused."""
         if not condition:
-            self.refuse()
+            raise NotImplementedError(f"line {self.line}: {self.text}")
 
 
 class Block(NamedTuple):

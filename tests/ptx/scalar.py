@@ -149,7 +149,11 @@ def quotient(i):
         return elementwise(i, lambda a, b: to_bits(a.view(t) / b.view(t), kind), a, b)
     i.require(kind[0] in "us" and len(i.parts) == 2)
     t, which = _integer(kind), i.parts[0] == "rem"
-    return elementwise(i, lambda a, b: divide(np.asarray(a).view(t), np.asarray(b).view(t))[which].view(UNSIGNED[width]), a, b)
+
+    def divided(a, b):
+        return divide(np.asarray(a).view(t), np.asarray(b).view(t))[which].view(UNSIGNED[width])
+
+    return elementwise(i, divided, a, b)
 
 
 @instruction("sqrt")

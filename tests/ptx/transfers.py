@@ -1,4 +1,4 @@
-"""Instructions of memory and warps: loads, stores, atomics, asynchronous copies, shuffles, matrix fragments, products."""
+"""Instructions of memory and warps: loads, stores, atomics, asynchronous copies, shuffles, matrices and products."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .hopper import bulk_copy
 from .memory import WARP, Fault
 from .operands import address_reader, all_lanes, instruction, reader, readers, write
 from .parser import Immediate, Register
-from .values import F32, F64, I32, I64, SIGNED, U8, U16, U32, U64, UNSIGNED, WIDTHS, as_real, tf32, to_bits
+from .values import F32, F64, I32, I64, SIGNED, U8, U16, U32, UNSIGNED, WIDTHS, as_real, tf32, to_bits
 
 
 def locate_shared(machine, addresses, size, mask, what, i):
@@ -281,7 +281,9 @@ def matrix_product(i):
     """D = A B + C of a warp: A 16 by K, B K by 8. Sums are exact, and rounded once."""
     shape, (_, a_kind, b_kind, _) = i.parts[3], i.parts[6:]
     i.require(i.parts[1:3] == ["sync", "aligned"] and i.parts[4:6] == ["row", "col"] and a_kind == b_kind)
-    i.require(i.parts[6] == i.parts[9] == "f32" and (shape, a_kind == "tf32") in (("m16n8k16", False), ("m16n8k8", True)))
+    i.require(
+        i.parts[6] == i.parts[9] == "f32" and (shape, a_kind == "tf32") in (("m16n8k16", False), ("m16n8k8", True))
+    )
     K, per_word = (8, 1) if a_kind == "tf32" else (16, 2)  # elements in a register
     gets = [readers(registers, 32) for registers in i.operands[1:]]
     t = np.arange(WARP)

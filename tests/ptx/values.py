@@ -14,7 +14,14 @@ UNSIGNED = {8: U8, 16: U16, 32: U32, 64: U64}
 SIGNED = {8: np.int8, 16: np.int16, 32: I32, 64: I64}
 REALS = {"f16": F16, "f32": F32, "f64": F64}
 WIDTHS = {
-    **{"pred": 1, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "f16x2": 32, "bf16x2": 32, "f32x2": 64},
+    "pred": 1,
+    "f16": 16,
+    "bf16": 16,
+    "f32": 32,
+    "f64": 64,
+    "f16x2": 32,
+    "bf16x2": 32,
+    "f32x2": 64,
     **{f"{kind}{width}": width for kind in "bus" for width in (8, 16, 32, 64)},
 }  # of types, in bits
 CANONICAL_NAN = {F16: U16(0x7FFF), F32: U32(0x7FFFFFFF), F64: U64(0x7FF8000000000000)}
@@ -109,8 +116,15 @@ def extreme(a, b, kind, largest, nan_wins):
 
 
 _ORDERED = {
-    **{"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
-    **{"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal},
+    "eq": np.equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
 }
 
 
