@@ -394,7 +394,7 @@ def norm(plan: Plan, count: int | None = None) -> tuple[Tensor, Tensor, Tensor, 
     """
     items, table = plan.items, (plan.table, plan.columns, plan.blocks)
     # Below it, squares that float32 rounds to subnormals could weigh 1e-7 in the total.
-    sound = max(1e-30, plan.elements * 1e-38)
+    sound = float(np.float32(max(1e-30, plan.elements * 1e-38)))  # as a launch would cut it
     with torch.inference_mode(False), launching(plan.device):
         results = torch.empty(5, dtype=torch.int64, device=plan.device)
         scratch = torch.empty(5 * items, dtype=torch.float64, device=plan.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -15,6 +16,7 @@ from triton.compiler import compiler as triton_compiler
 from triton.runtime import driver as triton_driver
 
 from .hopper import TensorMap
+from .memory import Fault
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes that a block may have, by capability
 GRID_LIMIT = (2**31 - 1, 65535, 65535)
@@ -131,12 +133,14 @@ def _launcher(kernel, execute):
 
 
 def _converted(kind: str, value: Any) -> Argument:
-    """As Triton's launcher, in C, does: integers are checked, reals are cut to the type that the signature names."""
+    """As Triton's launcher, in C, does, which checks integers. It would cut reals to float32; here that raises."""
     if kind == "nvTmaDesc":
         return Argument(kind, value, None)
     if kind[0] == "*":
         return Argument("u64", value.data_ptr(), value)
     if kind in ("fp32", "fp64"):
+        if kind == "fp32" and float(np.float32(value)) != value:
+            raise Fault(f"an argument is cut from {value} to float32")
         return Argument(kind, float(value), None)
     if kind[0] not in "iu":
         raise NotImplementedError(f"an argument of type {kind}")

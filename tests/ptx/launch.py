@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from .driver import Launch
@@ -14,6 +16,7 @@ from .values import WIDTHS
 
 THREADS_AT_ONCE = 4096
 backward = False  # whether the last block runs first
+only: Collection[int] | None = None  # blocks that run, of a grid that is too large to run all
 edit = None  # a function of a kernel's name and PTX that returns other PTX: to break kernels on purpose
 
 _programs: dict[str, Program] = {}
@@ -41,7 +44,8 @@ def execute(launch: Launch) -> None:
         raise Fault(f"{launch.name} is made for {program.threads} threads, and launched with {launch.threads}")
     parameters, spans = _packed(launch, program)
     memory = GlobalMemory(spans)
-    numbers = list(range(launch.grid[0] * launch.grid[1] * launch.grid[2]))
+    count = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    numbers = list(range(count)) if only is None else sorted(n for n in only if n < count)
     if backward:
         numbers.reverse()
     at_once = max(1, THREADS_AT_ONCE // program.threads)

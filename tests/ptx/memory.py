@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from .parser import SHARED_BASE
 from .values import I64, U8, U16, U32, U64, UNSIGNED
 
 WARP = 32
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
 _FIRST = 4096  # the first page is nobody's
 _PROCESS = np.ctypeslib.as_array((ctypes.c_uint8 * ((1 << 47) - 2 * _FIRST)).from_address(_FIRST))
 _PROCESS = {8: _PROCESS, 16: _PROCESS.view(U16), 32: _PROCESS.view(U32), 64: _PROCESS.view(U64)}  # by width
@@ -22,6 +24,12 @@ class Fault(Exception):
 def _places(addresses, width):
     """Where this process's memory, as words, has addresses."""
     return ((addresses - U64(_FIRST)) // U64(width // 8)).astype(I64)
+
+
+def untouched_zeros(count: int, dtype):
+    """Zeros that take memory only where they are touched, however many they are."""
+    pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1), flags=mmap.MAP_PRIVATE | _NORESERVE)
+    return np.frombuffer(pages, dtype, count)
 
 
 class GlobalMemory:
@@ -46,7 +54,7 @@ class GlobalMemory:
         self._starts = np.array([start for start, _ in joined], U64)
         self._ends = np.array([end for _, end in joined], U64)
         self._bases = np.cumsum([0, *sizes])[:-1].astype(U64)
-        self.writer = np.zeros(sum(sizes), np.int32)
+        self.writer = untouched_zeros(sum(sizes), np.int32)
 
     def shadow(self, addresses):
         """Where `writer` has addresses."""
