@@ -127,10 +127,10 @@ def mask_and_sum_kernel(
 ):  # fmt: skip
     """out = where(y <= 0, 0, grad); sums[p] = out[p * ROWS : (p + 1) * ROWS].sum(0). Program: BLOCK_N columns, p."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1).to(M.dtype)  # of 64 bits where M has them
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, ROWS, BLOCK_M):
-        offs_m = part * ROWS + start + tl.arange(0, BLOCK_M)
+        offs_m = (part * ROWS + start + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         offsets = offs_m[:, None] * N + offs_n[None, :]
         grad_ptrs = grad_ptr + offs_m[:, None] * stride_grad_m + offs_n.to(tl.int64)[None, :] * stride_grad_n

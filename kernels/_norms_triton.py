@@ -71,29 +71,24 @@ NORM, SUM_OF_SQUARES, FLAG, FIRST_NONFINITE, RESCAN = map(tl.constexpr, range(5)
 
 
 @triton.jit
-def _squared(x):
-    x = widened(x, _INTERPRETED)
-    return x * x
-
-
-@triton.jit
-def _block_sums(x):
-    """(n,) -> (n / 8,): squares, summed by 8 neighbours of one thread in float32 (float64 for float64), as float64."""
-    return tl.sum(_squared(x).reshape(x.shape[0] // _SUMMED, _SUMMED), axis=1).to(tl.float64)
+def _sums_of_neighbours(x):
+    """(n,) -> (n / 8,): sums of 8 in float32 (float64 of float64), as float64."""
+    return tl.sum(x.reshape(x.shape[0] // _SUMMED, _SUMMED), axis=1).to(tl.float64)
 
 
 @triton.jit
 def full_block_squares(address, start, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The sums of squares of a full block at a multiple of 16 bytes: (BLOCK_SIZE / 8,)."""
     ptr = tl.multiple_of((address.to(tl.pointer_type(DTYPE)) + start), 16)
-    return _block_sums(tl.load(ptr + tl.arange(0, BLOCK_SIZE)))
+    x = widened(tl.load(ptr + tl.arange(0, BLOCK_SIZE)), _INTERPRETED)
+    return _sums_of_neighbours(x * x)
 
 
 @triton.jit
 def _sum_squares(address, start, begin, end, blocks, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """sum(x[i]^2) over those elements i of [begin, end) that lie in `blocks` blocks from `start` on."""
     total = tl.zeros([BLOCK_SIZE // _SUMMED], tl.float64)
-    rest = tl.zeros([BLOCK_SIZE // _PARTS], tl.float64)
+    rest = tl.zeros([BLOCK_SIZE // _PARTS // _SUMMED], tl.float64)
     for _ in range(blocks):
         if start < end:
             if (start >= begin) & (start + BLOCK_SIZE <= end):
@@ -103,9 +98,10 @@ def _sum_squares(address, start, begin, end, blocks, DTYPE: tl.constexpr, BLOCK_
                     offsets = start + i * (BLOCK_SIZE // _PARTS) + tl.arange(0, BLOCK_SIZE // _PARTS)
                     mask = (offsets >= begin) & (offsets < end)
                     x = tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0)
-                    # Each place has a sum of its own. Of a sum that several threads hold, each would fuse another
-                    # product, and the norm's bits would depend on whose is kept.
-                    rest += _squared(x).to(tl.float64)
+                    x = widened(x, _INTERPRETED)
+                    # Here several threads hold each sum, and one of them is kept. Had they x * x, each would fuse its
+                    # own square into the sum, and the norm's bits would depend on whose is kept.
+                    rest += _sums_of_neighbours(tl.fma(x, x, 0.0))
         start += BLOCK_SIZE
     return tl.sum(total) + tl.sum(rest)
 

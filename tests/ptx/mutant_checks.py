@@ -11,6 +11,7 @@ from initlab.kernels import _linear_epilogue_triton as epilogue
 from initlab.kernels import _linear_triton as linear
 from initlab.kernels import _nonfinite_triton as nonfinite
 from initlab.kernels import _norms_table_triton as table
+from initlab.kernels import _norms_triton as norm_kernels
 
 INF, NAN = math.inf, math.nan
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -137,6 +138,99 @@ def norms():
     return check
 
 
+def finish(launch_kernel, cases):
+    """A kernel of one program that writes `results`. cases: (arguments, what results hold before, and after)."""
+
+    def check():
+        for arguments, before, after in cases:
+            whole = torch.full((9,), 7, dtype=torch.int64)
+            whole[2:7] = torch.tensor(before)
+            launch_kernel(*arguments, whole[2:7])
+            if not bool((whole[:2] == 7).all() and (whole[7:] == 7).all()):
+                return False
+            reals = whole[2:7].view(F64)[:2]
+            expected = torch.tensor(after[:2], dtype=F64)
+            near = torch.allclose(reals, expected, rtol=1e-13, atol=0.0, equal_nan=True)
+            if not near or whole[4:7].tolist() != after[2:]:
+                return False
+        return True
+
+    return check
+
+
+def finish_norm():
+    sums = torch.rand(1300, dtype=F64, generator=torch.Generator().manual_seed(0)) + 0.5
+    cases = []
+    for scale, sound in ((1.0, 1e-30), (1.0, 2.0**20), (2.0**-110, 2.0**-100), (INF, 1e-30), (NAN, 1e-30)):
+        total = math.fsum(sums.tolist()) * scale
+        rescan = not sound <= total < INF
+        sound = float(torch.tensor(sound))  # as a float32 has it
+        cases.append(((sums * scale, 1300, sound), [0] * 5, [total**0.5, total, 0, -1, int(rescan)]))
+    ones = torch.ones(1024, dtype=F64)
+    cases.append(((ones, 1024, 1024.0), [0] * 5, [32.0, 1024.0, 0, -1, 0]))
+    return finish(lambda *args: norm_kernels._launch(norm_kernels.finish_norm_kernel, 1, *args), cases)
+
+
+def finish_rescan():
+    items, none = 1300, (1 << 63) - 1
+    shrink, grow = 2.0**-538, 2.0**537
+    cases = []
+    for big, mid, tiny in ((0, 1, 0), (2, 3, 1), (0, 0, 2), (0, 1e-308, 3), (1e-10, 1e300, 0), (0, 0, 0)):
+        for flagged in ({}, {1299: (4, 17)}, {3: (2, 9), 1100: (2, 8)}, {700: (1, 5), 5: (6, 6)}):
+            scratch = torch.rand(5, items, dtype=F64, generator=torch.Generator().manual_seed(1)) + 0.5
+            scratch[:3] *= torch.tensor([big, mid, tiny], dtype=F64)[:, None]
+            sums = [math.fsum(row) for row in scratch[:3].tolist()]
+            words = scratch.view(torch.int64)
+            words[3], words[4] = 0, none
+            for item, (flag, index) in flagged.items():
+                words[3, item], words[4, item] = flag, index
+            flag = 0
+            for kinds, _ in flagged.values():
+                flag |= kinds
+            first = min((index for _, index in flagged.values()), default=-1)
+            small = math.hypot(math.sqrt(sums[1]), math.sqrt(sums[2]) / grow)
+            norm = math.hypot(math.sqrt(sums[0]), math.sqrt(sums[1]) * shrink) / shrink if big else small
+            norm = NAN if flag & 1 else INF if flag else norm
+            square = norm * norm
+            cases.append(((scratch, items), [0, 0, 0, 0, 1], [norm, square, flag, first, 1]))
+    sums = torch.ones(5, items, dtype=F64)
+    cases.append(((sums, items), [0, 0, 3, 4, 0], [0.0, 0.0, 3, 4, 0]))
+    return finish(lambda *args: norm_kernels._launch(norm_kernels.finish_rescan_kernel, 1, *args), cases)
+
+
+def tensor_norms():
+    firsts, places, items = [0, 1200, 1203, 2304], [2, 0, 3, 1], 2310
+    columns = table.on_device([torch.tensor([firsts, *[[0] * 4] * 5, places]).numpy()], torch.device("cpu"))
+    sums = torch.rand(items, dtype=F64, generator=torch.Generator().manual_seed(2)) + 0.5
+    scratch = torch.rand(5, items, dtype=F64, generator=torch.Generator().manual_seed(3)) + 0.5
+    scratch.view(torch.int64)[3] = 0
+    scratch[[0, 2]] = 0.0
+    sums[[3, 1199, 2309]] = torch.tensor([0.0, INF, NAN], dtype=F64)  # they are read again
+
+    def check():
+        for all_again in (0, 1):
+            for flag in (0, 1, 2, 4):
+                scratch.view(torch.int64)[3, 1199] = flag
+                found = torch.full((8,), 7.0, dtype=F64)
+                results = torch.tensor([0, 0, 0, 0, all_again])
+                norm_kernels._launch(
+                    norm_kernels.tensor_norms_kernel, 4, columns, 4, 1, items, results, sums, scratch, found[2:6],
+                    BLOCK_SIZE=table.BLOCK_SIZE,
+                )  # fmt: skip
+                again = torch.full((items,), bool(all_again)) | ~((sums >= 1e-30) & (sums < INF))
+                squares = torch.where(again, scratch[1], sums)
+                expected = torch.full((8,), 7.0, dtype=F64)
+                for first, end, place in zip(firsts, [*firsts[1:], items], places, strict=True):
+                    expected[2 + place] = squares[first:end].sum().sqrt()
+                if flag:
+                    expected[4] = NAN if flag == 1 else INF
+                if not torch.allclose(found, expected, rtol=1e-13, atol=0.0, equal_nan=True):
+                    return False
+        return True
+
+    return check
+
+
 def scale():
     before = [normal(9001), normal(300, dtype=torch.float16), normal(4099, dtype=F32), normal(5000, dtype=F64)]
     before[0][7], before[2][9] = NAN, -0.0
@@ -240,10 +334,10 @@ CHECKS = {
     "fill_short_rows": (90, fill_short_rows),
     "add_flag_kernel": (90, add_flag),
     "norm_kernel": (90, norms),
-    "finish_norm_kernel": (90, norms),
+    "finish_norm_kernel": (90, finish_norm),
     "rescan_kernel": (90, norms),
-    "finish_rescan_kernel": (90, norms),
-    "tensor_norms_kernel": (90, norms),
+    "finish_rescan_kernel": (90, finish_rescan),
+    "tensor_norms_kernel": (90, tensor_norms),
     "scale_kernel": (90, scale),
     "relu_in_place_kernel": (90, relu_in_place),
     "mask_and_sum_kernel": (90, mask_and_sum),

@@ -10,6 +10,7 @@ EQUIVALENT lists those that change nothing a user could see, each with the reaso
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import re
@@ -27,7 +28,7 @@ import triton
 from initlab.kernels import backends
 
 import initlab  # noqa: F401 - in a checkout it makes initlab.kernels importable
-from ptx import device, driver, launch
+from ptx import device, launch, machine
 from ptx.memory import Fault
 from ptx.mutant_checks import CHECKS
 from ptx.mutants_equivalent import EQUIVALENT
@@ -118,34 +119,40 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=240, help="mutants in all")
     parser.add_argument("--minutes", type=float, default=30.0, help="no further mutant is begun after these")
+    parser.add_argument("--jobs", type=int, default=2, help="kernels that are broken at the same time")
     parser.add_argument("--write", type=Path, help="where the list goes")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    end = time.monotonic() + 60 * arguments.minutes
     kernels = arguments.kernels or list(CHECKS)
-    results = []  # (kernel, mutant, outcome)
-    for place, kernel in enumerate(kernels):
-        capability, make = CHECKS[kernel]
-        device.install(capability) if place == 0 else driver.install(capability, launch.execute)
-        backends.requested = lambda: "triton"
-        check = make()
-        for program in launch.programs():
-            program.runs = [0] * len(program.blocks)
-        if outcome(check) != "survives":
-            raise SystemExit(f"{kernel} fails before anything is broken: {outcome(check)}")
-        chance = random.Random(f"{arguments.seed} {kernel}")
-        variants = [p for p in launch.programs() if p.name == kernel and sum(p.runs)]
-        candidates = [[(p, *at) for p in variants for at in places(p, chance)[which]] for which in (0, 1)]
-        for some in candidates:
-            chance.shuffle(some)
-        wanted = arguments.count * (place + 1) // len(kernels) - arguments.count * place // len(kernels)
-        results += try_mutants(kernel, check, candidates, wanted, end)
-        print(kernel, dict(Counter(o.partition(":")[0] for k, _, o in results if k == kernel)), flush=True)
+    share = -(-arguments.count // len(kernels))
+    work = [(kernel, arguments.seed, share, time.time() + 60 * arguments.minutes) for kernel in kernels]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+        results = [result for some in pool.imap(mutants_of, work) for result in some]
     text = report(results, arguments.seed)
     print(text)
     if arguments.write:
         arguments.write.write_text(text)
     return 0 if good_enough(results) else 1
+
+
+def mutants_of(work):
+    """(kernel, mutant, outcome) of a kernel, in a process of its own."""
+    kernel, seed, wanted, end = work
+    capability, make = CHECKS[kernel]
+    torch.set_num_threads(1)
+    machine._MOST_STEPS = 5_000  # many mutants do not end
+    device.install(capability)
+    backends.requested = lambda: "triton"
+    check = make()
+    if (found := outcome(check)) != "survives":
+        raise SystemExit(f"{kernel} fails before anything is broken: {found}")
+    chance = random.Random(f"{seed} {kernel}")
+    variants = [p for p in launch.programs() if p.name == kernel and sum(p.runs)]
+    candidates = [[(p, *at) for p in variants for at in places(p, chance)[which]] for which in (0, 1)]
+    for some in candidates:
+        chance.shuffle(some)
+    results = try_mutants(kernel, check, candidates, wanted, end)
+    print(kernel, dict(Counter(found.partition(":")[0] for _, _, found in results)), flush=True)
+    return results
 
 
 def try_mutants(kernel, check, candidates, wanted: int, end: float):
@@ -154,7 +161,7 @@ def try_mutants(kernel, check, candidates, wanted: int, end: float):
     queue = in_step[: wanted // 3] + others
     results, seen = [], set()
     for program, number, new in queue:
-        if len(results) == wanted or time.monotonic() > end:
+        if len(results) == wanted or time.time() > end:
             break
         lines = program.ptx.splitlines()
         name = describe(kernel, number, lines[number - 1], new)
@@ -169,6 +176,8 @@ def try_mutants(kernel, check, candidates, wanted: int, end: float):
         if not found.startswith("invalid"):
             seen.add(name)
             results.append((kernel, name, found))
+            if found == "survives":
+                print("survives:", name, flush=True)
     return results
 
 
