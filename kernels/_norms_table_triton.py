@@ -60,13 +60,24 @@ class Plan(NamedTuple):
 # By device, stream and what was asked: gradients lie where they lay in the step before, nearly always.
 _plans: OrderedDict[tuple[torch.device, int, bytes, tuple[int, ...] | None], Plan] = OrderedDict()
 _KEPT = 16
+_captured: list[Plan] = []  # graphs read these tables whenever they are replayed
 
 
-def prepare(entries: Entries, device: torch.device) -> Plan:
-    """The plan of an earlier call where addresses, lengths, dtypes and indices are the same."""
+def prepare(entries: Entries, device: torch.device) -> Plan | None:
+    """The plan of an earlier call where addresses, lengths, dtypes and indices are the same.
+
+    In the capture of a CUDA graph only such a plan, of whatever stream; it is kept for good. None where there is none:
+    a table would be copied from memory of the host that is gone when the graph is replayed.
+    """
     rows = np.array(entries[:4], dtype=np.int64)
     stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
     key = (device, stream, rows.tobytes(), None if entries.places is None else tuple(entries.places))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A capture begins when the device has done all that was asked of it before: the table has arrived.
+        found = next((plan for k, plan in _plans.items() if (k[0], *k[2:]) == (key[0], *key[2:])), None)
+        if found is not None and all(plan is not found for plan in _captured):
+            _captured.append(found)
+        return found
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = make_plan(rows, entries.places, device)

@@ -4,11 +4,14 @@ By hand: ``INITLAB_TEST_DEVICE=sm_90 pytest tests/ptx/device_checks.py``
 """
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from initlab.kernels import Constant, Draw, Normal, Region, TruncatedNormal, Uniform, clip_, fill_, grad_norm
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from ptx import launch
 from ptx.memory import SharedMemory
 

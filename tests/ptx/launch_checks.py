@@ -6,7 +6,9 @@ test_devices.py runs these checks. By hand: ``INITLAB_TEST_DEVICE=sm_90 pytest t
 
 import contextlib
 import math
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from initlab.kernels import _nonfinite_triton as nonfinite
 from initlab.kernels import _norms_table_triton as table
 from initlab.kernels import _norms_triton as norms
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from ptx import launch
 from ptx.memory import untouched_zeros
 
@@ -216,6 +219,7 @@ def second_gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", copied)
     monkeypatch.setattr(launch, "_packed", packed)
     monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=seen.stream))
     seen.device = second
     return seen

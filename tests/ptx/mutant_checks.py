@@ -83,7 +83,7 @@ def add_flag():
             x, expected = planted(numel, values, BF16)
             if flag_of(x, nonfinite.launch) != expected:
                 return False
-        for i, place in enumerate(range(0, 4096 * 7, 997)):  # each of the programs' blocks, each of a thread's elements
+        for i, place in enumerate(range(0, 4096 * 7, 499)):  # each of the programs' blocks, each of a thread's elements
             x, expected = planted(4096 * 7, {place: (NAN, INF, -INF)[i % 3]}, BF16)
             if flag_of(x, nonfinite.launch) != expected:
                 return False
@@ -122,9 +122,10 @@ def norms():
                 return False
             if not all(close(n, e) for n, e in zip(found.tensor_norms, each, strict=True)):
                 return False
-        for value, flag, norm in ((-INF, 4, INF), (INF, 2, INF), (NAN, 1, NAN)):
+        for place in range(0, 4096, 373):  # each of a thread's places
+            value, flag, norm = ((-INF, 4, INF), (INF, 2, INF), (NAN, 1, NAN))[place % 3]
             bad = [t.clone() for t in tensors]
-            bad[2][100] = bad[5][4500] = value
+            bad[2][place] = bad[5][4095 - place] = value
             table._plans.clear()
             found = grad_norm(bad, per_tensor=True)
             if (int(found.flag), int(found.first_nonfinite_index)) != (flag, 2):
@@ -168,6 +169,8 @@ def finish_norm():
         cases.append(((sums * scale, 1300, sound), [0] * 5, [total**0.5, total, 0, -1, int(rescan)]))
     ones = torch.ones(1024, dtype=F64)
     cases.append(((ones, 1024, 1024.0), [0] * 5, [32.0, 1024.0, 0, -1, 0]))
+    few = sums[:1030]
+    cases.append(((few, 1030, 1.0), [0] * 5, [math.fsum(few.tolist()) ** 0.5, math.fsum(few.tolist()), 0, -1, 0]))
     return finish(lambda *args: norm_kernels._launch(norm_kernels.finish_norm_kernel, 1, *args), cases)
 
 
@@ -193,24 +196,32 @@ def finish_rescan():
             norm = NAN if flag & 1 else INF if flag else norm
             square = norm * norm
             cases.append(((scratch, items), [0, 0, 0, 0, 1], [norm, square, flag, first, 1]))
+    for k, item in enumerate(range(0, 1030, 29)):  # each of a thread's places; a last round of a few
+        scratch = torch.zeros(5, 1030, dtype=F64)
+        scratch[:3] = (torch.arange(1030) % 7 == k % 7) * torch.tensor([0.0, 1.0, 0.0])[:, None]
+        words, kinds = scratch.view(torch.int64), 1 << k % 3
+        words[3], words[4] = 0, none
+        words[3, item], words[4, item] = kinds, k + 2**40
+        norm = NAN if kinds == 1 else INF
+        cases.append(((scratch, 1030), [0, 0, 0, 0, 1], [norm, norm, kinds, k + 2**40, 1]))
     sums = torch.ones(5, items, dtype=F64)
     cases.append(((sums, items), [0, 0, 3, 4, 0], [0.0, 0.0, 3, 4, 0]))
     return finish(lambda *args: norm_kernels._launch(norm_kernels.finish_rescan_kernel, 1, *args), cases)
 
 
 def tensor_norms():
-    firsts, places, items = [0, 1200, 1203, 2304], [2, 0, 3, 1], 2310
+    firsts, places, items = [0, 1029, 1032, 2304], [2, 0, 3, 1], 2310
     columns = table.on_device([torch.tensor([firsts, *[[0] * 4] * 5, places]).numpy()], torch.device("cpu"))
     sums = torch.rand(items, dtype=F64, generator=torch.Generator().manual_seed(2)) + 0.5
     scratch = torch.rand(5, items, dtype=F64, generator=torch.Generator().manual_seed(3)) + 0.5
     scratch.view(torch.int64)[3] = 0
     scratch[[0, 2]] = 0.0
-    sums[[3, 1199, 2309]] = torch.tensor([0.0, INF, NAN], dtype=F64)  # they are read again
+    sums[[3, 1028, 2309]] = torch.tensor([0.0, INF, NAN], dtype=F64)  # they are read again
 
     def check():
         for all_again in (0, 1):
             for flag in (0, 1, 2, 4):
-                scratch.view(torch.int64)[3, 1199] = flag
+                scratch.view(torch.int64)[3, 1028] = flag
                 found = torch.full((8,), 7.0, dtype=F64)
                 results = torch.tensor([0, 0, 0, 0, all_again])
                 norm_kernels._launch(
@@ -236,7 +247,7 @@ def scale():
     before[0][7], before[2][9] = NAN, -0.0
     cases = [(4.0, 1.0, "propagate"), (4.0, 0.37, "zero"), (0.5, 1.0, "zero"), (NAN, 1.0, "zero"), (INF, 1.0, "keep")]
     cases += [(NAN, 1.0, "propagate"), (INF, 1.0, "propagate"), (1e38, 1e-20, "zero"), (1e30, 1e-5, "keep")]
-    cases += [(3.0, 0.0, "zero")]
+    cases += [(3.0, 0.0, "zero"), (1e-6, 1e-7, "zero")]
 
     def expected(x, norm, max_norm, policy):
         c = max_norm / (norm + 1e-6)

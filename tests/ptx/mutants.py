@@ -21,7 +21,8 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before triton is imported
     os.environ.pop("TRITON_INTERPRET", None)
-    sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
@@ -70,7 +71,7 @@ def mutations(line: str, text: str) -> list[str]:
     if len(registers) == 2 and registers[0] != registers[1]:
         a, b = registers
         swap = re.sub(r"%[a-z]+\d+", lambda m: {a: b, b: a}[m[0]], text.partition(",")[2])
-        if operation.startswith(("sub", "selp", "div", "setp", "cvt.rn.bf16x2", "shl", "shr")):
+        if operation.startswith(("sub", "selp", "div", "setp.l", "setp.g", "cvt.rn.bf16x2", "shl", "shr")):
             found.append(line.replace(text.partition(",")[2], swap))
     if operation.startswith(("st.", "cp.async", "wgmma.mma", "atom")):
         found.append(removed(line, text))

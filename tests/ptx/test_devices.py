@@ -24,6 +24,7 @@ SUITES = {
     "linear": ("kernels/test_linear.py", "triton or kernels or tile or loads or pass or mask or wait"),
     "compiled": ("ptx/device_checks.py", ""),
     "launches": ("ptx/launch_checks.py", ""),
+    "captures": ("ptx/capture_checks.py", ""),
 }
 EVERYWHERE = ("sampling", "norms", "nonfinite", "compiled")  # also for GPUs whose matrix products are not emulated
 RUNS = [(device, suite) for device in ("sm_80", "sm_90") for suite in SUITES]
