@@ -128,7 +128,7 @@ def main() -> int:
     work = [(kernel, arguments.seed, share, time.time() + 60 * arguments.minutes) for kernel in kernels]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
         results = [result for some in pool.imap(mutants_of, work) for result in some]
-    text = report(results, arguments.seed)
+    text = report(results, kernels, arguments.seed)
     print(text)
     if arguments.write:
         arguments.write.write_text(text)
@@ -193,7 +193,7 @@ def good_enough(results) -> bool:
     return len(equivalent) <= total / 10 and len(survivors) - len(equivalent) <= (total - len(equivalent)) / 10
 
 
-def report(results, seed: int) -> str:
+def report(results, kernels, seed: int) -> str:
     total, survivors, equivalent = counts(results)
     others = total - len(equivalent)
     missed = len(survivors) - len(equivalent)
@@ -206,7 +206,7 @@ def report(results, seed: int) -> str:
         "| kernel | mutants | wrong result | fault | equivalent | missed |",
         "|---|---|---|---|---|---|",
     ]
-    for kernel in dict.fromkeys(k for k, _, _ in results):
+    for kernel in kernels:  # zeros where the time was over
         own = [(name, found.partition(":")[0]) for k, name, found in results if k == kernel]
         kinds = Counter("equivalent" if f == "survives" and n in EQUIVALENT else f for n, f in own)
         cells = [len(own), *(kinds[k] for k in ("wrong result", "fault", "equivalent", "survives"))]
