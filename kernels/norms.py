@@ -355,7 +355,7 @@ def _group_norm(group: DeviceGroup, p: float, detect_nonfinite: bool, per_tensor
     if group.strided:
         copies = [t if is_dense(t) else t.detach().contiguous() for t in group.tensors]
         plan = group.prepare(copies, group.indices)
-        if group.backend is None:
+        if plan is None:
             return _norm_by_torch(copies, group.indices, p, detect_nonfinite, per_tensor)
     norm = _GroupNorm(*group.backend.norm(plan, len(group.tensors) if per_tensor else None))
     del copies  # until here: a plan knows addresses only
