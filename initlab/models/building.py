@@ -5,6 +5,7 @@ Two modes of torch watch the thread. A dispatch mode sees every operator, and so
 fans of kaiming_uniform_, and torch's functions that do nothing there. Nothing that is called gets another result.
 """
 
+import math
 import os
 import sys
 import threading
@@ -29,6 +30,7 @@ from .contents import Contents, Value, computed, literal, whole
 from .naming import class_name
 from .operations import Operations
 from .patches import INIT_PATCHES, Observer, sinks
+from .programs import Filled
 from .redirection import skipped_on_meta
 
 
@@ -55,28 +57,89 @@ class _Recording(Observer):
     def drawn(self, tensor: Tensor, distribution: Distribution) -> None:
         """A function of initlab.init has filled a tensor."""
         if not self.suspended:
-            self.contents.write(tensor, whole(Value(distribution, self.where(), draws=self.contents.new_draw())))
+            draw = self.contents.new_draw()
+            node = Filled(tuple(tensor.shape), tensor.dtype, distribution, *draw)
+            self.contents.write(tensor, whole(Value(distribution, self.where(), draws=draw)), node)
+
+    def made_of(self, tensor: Tensor, data: Any) -> None:
+        """A tensor was made of numbers, which it does not hold where it is on the meta device."""
+        self.suspended += 1
+        try:
+            values = torch.as_tensor(data, dtype=tensor.dtype, device="cpu") if tensor.is_meta else tensor.detach()
+            self.contents.write(tensor, literal(data, self.where()), self.contents.literal(values))
+        finally:
+            self.suspended -= 1
 
     def observe(self, target: str, call: Callable[[], Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """A function of torch.nn.init, of which operators show too little: on meta these do nothing."""
         if self.suspended:
             return call()
+        tensor = args[0] if args else kwargs["tensor"]
+        if target != "trunc_normal_":
+            nothing = tensor.is_meta and target in ON_META  # they leave it alone
+            self.suspended += nothing
+            try:
+                result = call()
+            finally:
+                self.suspended -= nothing
+            self.computed_by(target, tensor, {"gain": 1.0} | dict(zip(_AFTER_TENSOR[target], args[1:], strict=False)) | kwargs)
+            return result
         self.suspended += 1
         try:
             result = call()
         finally:
             self.suspended -= 1
-        tensor = args[0] if args else kwargs["tensor"]
-        if target != "trunc_normal_":
-            self.contents.write(tensor, computed(f"{self.where()} writes it by {target}"))
-            return result
         names = ("tensor", "mean", "std", "a", "b", "generator")
         given = {"generator": None} | dict(zip(names, args, strict=False)) | kwargs
-        numbers = (float(given[name]) for name in names[1:5])
-        self.contents.write(
-            tensor, self.operations._sampled(lambda: TruncatedNormal(*numbers), {"generator": given["generator"]})
-        )
+        numbers = [float(given[name]) for name in names[1:5]]
+        count = self.contents.draws
+        fills = self.operations._sampled(lambda: TruncatedNormal(*numbers), {"generator": given["generator"]})
+        distribution = fills[0][1].distribution
+        node = None
+        if self.contents.draws > count and distribution is not None:
+            node = Filled(tuple(tensor.shape), tensor.dtype, distribution, self.contents.draws)
+        self.contents.write(tensor, fills, node)
         return result
+
+    def computed_by(self, target: str, tensor: Tensor, given: dict[str, Any]) -> None:
+        """A function of torch.nn.init has computed a tensor; on the meta device some do nothing."""
+        if tensor.is_meta and target in ON_META and tensor.numel() and given.get("generator") is None:
+            with torch.no_grad():
+                ON_META[target](tensor, **given)
+        fills = self.contents.read(tensor)
+        if fills is not None and any(value.distribution is None for _, value in fills):
+            node = self.contents.node(tensor)
+            self.contents.write(tensor, computed(f"{self.where()} writes it by {target}"), node)
+
+
+def _orthogonal_on_meta(tensor: Tensor, gain: float = 1.0, **_: Any) -> None:
+    """The operators that torch's orthogonal_ calls elsewhere."""
+    rows = tensor.size(0)
+    flattened = tensor.new_empty((rows, tensor.numel() // rows)).normal_(0, 1)
+    turned = rows < flattened.size(1)
+    q, r = torch.linalg.qr(flattened.t_() if turned else flattened)
+    q *= torch.diag(r, 0).sign()
+    if turned:
+        q.t_()
+    tensor.view_as(q).copy_(q)
+    tensor.mul_(gain)
+
+
+def _sparse_on_meta(tensor: Tensor, sparsity: float, std: float = 0.01, **_: Any) -> None:
+    """The operators that torch's sparse_ calls elsewhere."""
+    rows, columns = tensor.shape
+    tensor.normal_(0, std)
+    for column in range(columns):
+        tensor[torch.randperm(rows, device=tensor.device)[: math.ceil(sparsity * rows)], column] = 0
+
+
+ON_META: dict[str, Callable[..., None]] = {"orthogonal_": _orthogonal_on_meta, "sparse_": _sparse_on_meta}
+_AFTER_TENSOR = {
+    "orthogonal_": ("gain", "generator"),
+    "sparse_": ("sparsity", "std", "generator"),
+    "eye_": (),
+    "dirac_": ("groups",),
+}
 
 
 class _Operators(TorchDispatchMode):
@@ -90,7 +153,8 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.recording.suspended:
             return func(*args, **kwargs)
-        return self.recording.operations.follow(func, args, kwargs, lambda: func(*args, **kwargs))
+        with torch._C.DisableTorchFunction():  # the function mode has no part in what is looked at here
+            return self.recording.operations.follow(func, args, kwargs, lambda: func(*args, **kwargs))
 
 
 class _Functions(TorchFunctionMode):
@@ -111,16 +175,16 @@ class _Functions(TorchFunctionMode):
         if func in _OF_DATA and isinstance(result, Tensor):
             data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
             if not isinstance(data, Tensor):
-                recording.contents.write(result, literal(data, recording.where()))
+                recording.made_of(result, data)
         elif func is vars(torch.nn.init).get("kaiming_uniform_"):
             tensor = args[0] if args else kwargs["tensor"]
             mode = args[2] if len(args) > 2 else kwargs.get("mode", "fan_in")
             if 0 not in tensor.shape:
                 recording.contents.note_fan(tensor, _calculate_correct_fan(tensor, mode))
         elif func is Tensor.dim and args[0].is_meta:
-            name = skipped_on_meta(sys._getframe(1))
+            name, given = skipped_on_meta(sys._getframe(1))
             if name:
-                recording.contents.write(args[0], computed(f"{recording.where()} writes it by {name}"))
+                recording.computed_by(name, args[0], given)
         return result
 
 

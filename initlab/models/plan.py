@@ -2,7 +2,7 @@
 
 import difflib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from initlab.kernels import Constant, Draw, fill_, named_key
+from initlab.kernels import Constant, Draw, content_sum, fill_, named_key
 
 from .._console import listing, warn
 from ..distributed.agreement import check_agreement
@@ -19,10 +19,11 @@ from ..distributed.shards import LocalShard, local_shards
 from .memory import shared_memory
 from .naming import Names, TensorRef, tensor_refs
 from .patterns import compile_pattern
-from .recipe_parts import RecipeLike, View, head_std, is_head, keep_padding, short_repr
+from .recipe_parts import Chooser, RecipeLike, View, head_std, is_head, keep_padding, short_repr
 from .recipes import resolve
 from .report import InitReport, Row, report_of
 from .specs import FillSpec, Refused
+from .values import Values, given_values
 
 Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
 
@@ -35,12 +36,14 @@ class Task(NamedTuple):
         spec: what to fill it with; None for a buffer on the meta device that only its owner's code can set.
         key: of its draws.
         shards: of a DTensor, what this rank holds of it; None for any other tensor.
+        value: what the caller gave it by `values=`; None for all else.
     """
 
     ref: TensorRef
     spec: FillSpec | None
     key: int
     shards: list[LocalShard] | None
+    value: Tensor | None = None
 
     @property
     def numel(self) -> int:
@@ -52,8 +55,12 @@ class Task(NamedTuple):
         ref, spec = self.ref, self.spec
         aliases = tuple(name for name in ref.names if name != ref.name) if len(ref.names) > 1 else ()
         shape, dtype = tuple(ref.tensor.shape), ref.tensor.dtype
+        if self.value is not None:
+            return Row(ref.name, aliases, shape, dtype, None, why="values=", source="given")
         if spec is None:
-            return Row(ref.name, aliases, shape, dtype, distribution=None, why=ref.owner)
+            return Row(ref.name, aliases, shape, dtype, None, why=ref.owner)
+        if spec.distribution is None:
+            return Row(ref.name, aliases, shape, dtype, None, why=spec.why, guess=spec.guess, source="computed")
         slices = tuple((part, distribution) for part, distribution in spec.fills if part is not None)
         drawn = any(not isinstance(distribution, Constant) for _, distribution in spec.fills)
         key = self.key if drawn else None
@@ -68,6 +75,7 @@ class Plan:
     Attributes:
         tasks: the parameters and buffers to fill, in the order of the model.
         others: those that are not filled.
+        sources: by name, the parameters from whose starts others are computed, also where they are not filled.
     """
 
     model: nn.Module
@@ -76,6 +84,7 @@ class Plan:
     names: Names | None
     tasks: list[Task]
     others: list[TensorRef]
+    sources: dict[str, Task]
 
     def refuse_meta(self, target: torch.device | None) -> None:
         """Raise where something to fill is on the meta device, and no device is given to which it could go."""
@@ -88,7 +97,7 @@ class Plan:
     def compare_ranks(self) -> None:
         """Raise where ranks are about to fill DTensors differently."""
         messages = (
-            (t.ref.tensor, t.ref.name, f"{t.key:x} {t.spec and t.spec.fills}")
+            (t.ref.tensor, t.ref.name, f"{t.key:x} {_told(t)}")
             for t in self.tasks
             if t.shards is not None
         )
@@ -101,7 +110,21 @@ class Plan:
         return report_of(self.model, self.names, self.seed, self.recipe, [task.row() for task in self.tasks])
 
 
-def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None, names: Names | None) -> Plan:
+def _told(task: Task) -> str:
+    """What a task fills with, as ranks compare it."""
+    if task.value is not None:
+        return f"{content_sum(task.value):x}"
+    return "" if task.spec is None else f"{task.spec.fills} {task.spec.program}"
+
+
+def make_plan(
+    model: nn.Module,
+    seed: int,
+    recipe: RecipeLike,
+    only: Only | None,
+    names: Names | None,
+    values: Values | None = None,
+) -> Plan:
     """The plan for a model; arguments and errors as for init_model_."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {short_repr(model)}; it must be a torch.nn.Module")
@@ -112,6 +135,7 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
     selected = _selected(only, [*parameters, *buffers])
     shards = {ref: _checked_shards(ref) for ref in parameters if ref in selected}
     _refuse_shared_memory(list(shards))
+    given = given_values(values, parameters, shards.keys())
     view = View(model, parameters, stage=names is not None)
     spec_of = resolved(view)
     buffer_spec_of = resolved.for_buffers(view)
@@ -120,6 +144,9 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
     for ref in parameters:
         if ref not in shards:
             others.append(ref)
+            continue
+        if ref in given:
+            tasks.append(Task(ref, None, 0, shards[ref], given[ref]))
             continue
         spec = spec_of(ref)
         if spec is None or isinstance(spec, Refused):
@@ -134,6 +161,7 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
                 missing.append(f"{ref.name} (in {ref.owner}): {fault}")
                 break
         tasks.append(Task(ref, spec, named_key(seed, spec.copy_of or ref.name), shards[ref]))
+    sources = _sources(tasks, parameters, given, spec_of, seed, missing)
     if resolved.name == "torch":
         _warn_of_large_heads(tasks)
     if missing:
@@ -150,15 +178,54 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
             tasks.append(Task(ref, found, named_key(seed, ref.name), _checked_shards(ref)))
         else:
             others.append(ref)
-    return Plan(model, seed, resolved.name, names, tasks, others)
+    sources |= _sources((task for task in tasks if not task.ref.is_parameter), parameters, given, spec_of, seed, missing)
+    if missing:
+        raise ValueError(f"recipe {resolved.name!r} cannot set all buffers:{listing(missing)}\nGive them with buffers=")
+    return Plan(model, seed, resolved.name, names, tasks, others, sources)
+
+
+def _sources(
+    tasks: Iterable[Task],
+    parameters: Iterable[TensorRef],
+    given: Mapping[TensorRef, Tensor],
+    spec_of: Chooser,
+    seed: int,
+    missing: list[str],
+) -> dict[str, Task]:
+    """By name: the parameters from whose starts others are computed; what lacks one is added to the missing."""
+    found: dict[str, Task] = {}
+    by_name: dict[str, TensorRef] = {}
+    waiting = [(task.ref, task.spec) for task in tasks if task.spec is not None and task.spec.program is not None]
+    if waiting:
+        by_name = {name: ref for ref in parameters for name in ref.names}
+    while waiting:
+        of, spec = waiting.pop()
+        assert spec.program is not None
+        for recorded in sorted(spec.program.parameters):
+            name = spec.known_as.get(recorded, recorded)
+            if name in found:
+                continue
+            ref = by_name.get(name)
+            source = None if ref is None or ref in given else spec_of(ref)
+            if ref is None or (ref not in given and not isinstance(source, FillSpec)):
+                missing.append(f"{of.name} (in {of.owner}): it is computed from the start of {name}, which has none here")
+                continue
+            if isinstance(source, FillSpec):
+                source = keep_padding(ref, source)
+                found[name] = Task(ref, source, named_key(seed, source.copy_of or ref.name), None)
+                waiting += [(ref, source)] if source.program is not None else []
+            else:
+                found[name] = Task(ref, None, 0, None, given[ref])
+    return found
 
 
 def _warn_of_large_heads(tasks: Sequence[Task]) -> None:
     """torch starts an embedding by N(0, 1), which is no start for the linear layer that it may be tied to."""
     for task in tasks:
-        if task.spec is not None and is_head(task.ref) and task.spec.distribution.stddev > 2 * head_std(task.ref):
+        drawn = None if task.spec is None else task.spec.distribution
+        if drawn is not None and is_head(task.ref) and drawn.stddev > 2 * head_std(task.ref):
             width = task.ref.tensor.shape[-1]
-            std = task.spec.distribution.stddev
+            std = drawn.stddev
             warn(
                 f"recipe 'torch' gives {task.ref.name} a standard deviation of {std:.3g}, and it is the head as well "
                 f"as the embedding: logits of up to {width * std:.0f} at the first step. Pass recipe='own' for the "

@@ -142,7 +142,7 @@ def with_small_heads(choose: Callable[[TensorRef], FillSpec | None]) -> Callable
 
     def chosen(ref: TensorRef) -> FillSpec | None:
         found = choose(ref)
-        if found is None or not is_head(ref):
+        if found is None or found.program is not None or not is_head(ref):
             return found
         part, old = found.fills[0]
         std = head_std(ref)
@@ -184,7 +184,7 @@ def every_weight(view: View, distribution: Callable[[TensorRef], FillSpec]) -> C
         default = by_default(view, ref)
         if default is None and view.is_unreadable(ref):
             return None
-        if default is not None and isinstance(default.distribution, Constant):
+        if default is not None and isinstance(default.distribution, Constant | None):
             return default
         return replace(distribution(ref), guess=True)
 

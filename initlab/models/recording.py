@@ -287,7 +287,7 @@ class _Recorder(Redirect):
                 if not tensor.is_meta and _storage(tensor) in self.real_storages:
                     raise _Refused("it uses a parameter or buffer that it keeps elsewhere as well")
         target = args[0] if args and isinstance(args[0], Tensor) else None
-        if name == "dim" and target is not None and target.is_meta and (skipped := skipped_on_meta(sys._getframe(1))):
+        if name == "dim" and target is not None and target.is_meta and (skipped := skipped_on_meta(sys._getframe(1))[0]):
             self.no_distribution(target, skipped)
         if target is not None:
             distribution = self._distribution_after(name, target, args[1:], kwargs)

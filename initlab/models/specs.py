@@ -1,12 +1,15 @@
 """What tensors are filled with, as data: slices, fill specs, and the trace of what a model's code writes."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from initlab.kernels import Constant, Distribution
+
+if TYPE_CHECKING:
+    from .programs import Program
 
 ZEROS, ONES = Constant(0.0), Constant(1.0)
 
@@ -30,6 +33,8 @@ class FillSpec:
         guess: whether it was guessed from names or from the order of modules.
         exact: whether it is what the model's own code does, so that a padding row is zero only where that sets it.
         copy_of: the name whose key it takes, where it starts as a copy of another parameter; empty for its own.
+        program: what computes its values, where no distribution describes them; there are no fills then.
+        known_as: by the names that the program has for parameters, those of today, where they differ.
     """
 
     fills: tuple[tuple[DimSlice | None, Distribution], ...]
@@ -38,11 +43,13 @@ class FillSpec:
     guess: bool = False
     exact: bool = False
     copy_of: str = ""
+    program: "Program | None" = None
+    known_as: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def distribution(self) -> Distribution:
-        """The distribution of the whole tensor, or of its first slice."""
-        return self.fills[0][1]
+    def distribution(self) -> Distribution | None:
+        """The distribution of the whole tensor, or of its first slice; None where its values are computed."""
+        return self.fills[0][1] if self.fills else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,11 @@ def covers(fills: Iterable[tuple[DimSlice | None, object]], shape: Sequence[int]
         if reached == shape[dim]:
             return True
     return False
+
+
+def computed_spec(program: "Program", why: str, known_as: Mapping[str, str] | None = None) -> FillSpec:
+    """The spec of a tensor whose values are computed."""
+    return FillSpec((), None, why, exact=True, program=program, known_as=known_as or {})
 
 
 def whole_fill(distribution: Distribution, why: str, fan: float | None = None, guess: bool = False) -> FillSpec:
