@@ -61,6 +61,25 @@ def mismatch(ref: TensorRef, spec: FillSpec, tensors: int) -> str | None:
     return None
 
 
+def two_sample_mismatch(held: Tensor, drawn: Tensor, level: float) -> bool:
+    """Whether two tensors' values cannot come from one distribution, by Kolmogorov's and Smirnov's distance.
+
+    The bound is Massart's for each of the two samples.
+    """
+    a, b = (_sample(t).sort().values for t in (held, drawn))
+    ends = torch.cat([a, b])
+    distance = max(
+        float(
+            (torch.searchsorted(a, ends, right=right) / len(a) - torch.searchsorted(b, ends, right=right) / len(b))
+            .abs()
+            .max()
+        )
+        for right in (False, True)
+    )
+    size = 1 / (len(a) ** -0.5 + len(b) ** -0.5) ** 2
+    return bool(a.isnan().any()) or 4 * math.exp(-2 * size * distance**2) < level
+
+
 class MetaWrites:
     """On the meta device there are no values: only how often a tensor has been written to in place tells.
 

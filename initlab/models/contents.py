@@ -155,7 +155,13 @@ class Contents:
 
     def node(self, tensor: Tensor) -> Node:
         """How what a tensor holds is computed."""
-        if tensor.is_nested or is_dtensor(tensor) or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        if (
+            tensor.is_nested
+            or is_dtensor(tensor)
+            or tensor.layout != torch.strided
+            or tensor.is_conj()
+            or tensor.is_neg()
+        ):
             return Unknown("it is no plain tensor")
         entry = self._entry(tensor, make=False)
         if entry is None or (entry.data and not entry.writes):
@@ -174,7 +180,9 @@ class Contents:
             if _contains(write.layout, layout):
                 break
         if not found:
-            return Filled(tuple(tensor.shape), tensor.dtype, None) if not tensor.numel() else Unknown("nothing wrote it")
+            return (
+                Filled(tuple(tensor.shape), tensor.dtype, None) if not tensor.numel() else Unknown("nothing wrote it")
+            )
         return Read(layout, tensor.dtype, tuple(reversed(found)))
 
     def literal(self, tensor: Tensor) -> Node:

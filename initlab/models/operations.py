@@ -1,7 +1,7 @@
 """What an operation of torch makes of what its operands hold: distributions, constants, or values that it computes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -47,17 +47,23 @@ _REARRANGING = frozenset(
 )
 
 
+class OutOfReach(Exception):
+    """Code that runs on stand-ins reached for what they stand for, or for what others hold."""
+
+
 class Operations:
     """Follows calls of torch's operators, and enters into the contents what they write.
 
     Args:
         contents: what is where.
         where: names the code that is running.
+        guarded: storages that the code must not reach; with them, it may not write to foreign memory either.
     """
 
-    def __init__(self, contents: Contents, where: Callable[[], str]) -> None:
+    def __init__(self, contents: Contents, where: Callable[[], str], guarded: Collection[int] | None = None) -> None:
         self.contents = contents
         self.where = where
+        self.guarded = guarded
         self.numbers: set[float] = set()  # that the code has read from random values
         self.generators: dict[int, tuple[Any, Tensor, Call]] = {}  # of the code's own: their last state and call
 
@@ -66,6 +72,8 @@ class Operations:
         schema = func._schema
         name = schema.name.rpartition("::")[2]
         written = list(written_tensors(schema, args, kwargs))
+        if self.guarded is not None:
+            self._refuse_guarded(args, kwargs, written)
         if not written:
             drawn = self._own_generator(kwargs)
             result = call()
@@ -115,6 +123,14 @@ class Operations:
             else:
                 self.contents.make(tensor)
         noted.done()
+
+    def _refuse_guarded(self, args: Any, kwargs: Any, written: list[Tensor]) -> None:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and _storage(tensor) in self.guarded:  # type: ignore[operator]
+                raise OutOfReach("it uses a parameter or buffer that it keeps elsewhere as well")
+        for tensor in written:
+            if not tensor.is_meta and not self.contents.is_known(tensor):
+                raise OutOfReach(f"it writes to a tensor on {tensor.device} that is no parameter or buffer")
 
     def _is_random(self, tensor: Tensor) -> bool:
         return bool(draws_of(self.contents.node(tensor), {}))
@@ -402,7 +418,11 @@ class _Noted:
             return
         args = list(self.args)
         name = func._schema.name.rpartition("::")[2]
-        new = [(c, k) for c, k in written_places(func._schema, args, kwargs) if name.rstrip("_") in _OVERWRITING or k == "out"]
+        new = [
+            (c, k)
+            for c, k in written_places(func._schema, args, kwargs)
+            if name.rstrip("_") in _OVERWRITING or k == "out"
+        ]
         for container, place in new:
             container[place] = tree_map(
                 lambda x: Filled(tuple(x.shape), x.dtype, None) if isinstance(x, Tensor) else x, container[place]

@@ -96,11 +96,7 @@ class Plan:
 
     def compare_ranks(self) -> None:
         """Raise where ranks are about to fill DTensors differently."""
-        messages = (
-            (t.ref.tensor, t.ref.name, f"{t.key:x} {_told(t)}")
-            for t in self.tasks
-            if t.shards is not None
-        )
+        messages = ((t.ref.tensor, t.ref.name, f"{t.key:x} {_told(t)}") for t in self.tasks if t.shards is not None)
         check_agreement(
             messages, "the fills of parameters", "Give init_model_ one seed, recipe and names= on every rank"
         )
@@ -178,7 +174,9 @@ def make_plan(
             tasks.append(Task(ref, found, named_key(seed, ref.name), _checked_shards(ref)))
         else:
             others.append(ref)
-    sources |= _sources((task for task in tasks if not task.ref.is_parameter), parameters, given, spec_of, seed, missing)
+    sources |= _sources(
+        (task for task in tasks if not task.ref.is_parameter), parameters, given, spec_of, seed, missing
+    )
     if missing:
         raise ValueError(f"recipe {resolved.name!r} cannot set all buffers:{listing(missing)}\nGive them with buffers=")
     return Plan(model, seed, resolved.name, names, tasks, others, sources)
@@ -208,7 +206,9 @@ def _sources(
             ref = by_name.get(name)
             source = None if ref is None or ref in given else spec_of(ref)
             if ref is None or (ref not in given and not isinstance(source, FillSpec)):
-                missing.append(f"{of.name} (in {of.owner}): it is computed from the start of {name}, which has none here")
+                missing.append(
+                    f"{of.name} (in {of.owner}): it is computed from the start of {name}, which has none here"
+                )
                 continue
             if isinstance(source, FillSpec):
                 source = keep_padding(ref, source)

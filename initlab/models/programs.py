@@ -1,4 +1,4 @@
-"""Values that no distribution describes: the operators of torch that computed them, run again with keyed random numbers.
+"""Values that no distribution describes: the operators that computed them, run again with keyed random numbers.
 
 While a model is built, each operator that writes is a `Call`, and its operands are the nodes of what they held. A
 `Program` is what one tensor comes from, in order, as plain data: it can be pickled, and needs neither the model nor its
@@ -200,9 +200,9 @@ class Program:
         return {step.name for step in self.steps if isinstance(step, Parameter)}
 
     @property
-    def draws(self) -> bool:
-        """Whether it takes random numbers of the seed."""
-        return any(isinstance(step, Fill | Operator) and step.owner for step in self.steps) or bool(self.parameters)
+    def takes_random_numbers(self) -> bool:
+        """Whether it has random calls, other than those of parameters whose starts it takes."""
+        return any(isinstance(step, Fill | Operator) and step.owner for step in self.steps)
 
     def run(self, key_of: Callable[[str, int], int], start_of: Callable[[Parameter], Tensor]) -> Tensor:
         """Compute the values, on the CPU, in one thread.
@@ -332,7 +332,9 @@ def assembled(layout: Layout, dtype: torch.dtype, writes: Sequence[tuple[Layout,
 def _at(memory: Tensor, layout: Layout, dtype: torch.dtype, low: int) -> Tensor:
     size = memory.numel() // layout.unit * layout.unit
     typed = memory[:size].view(dtype)
-    return typed.as_strided(layout.shape, [s // layout.unit for s in layout.stride], (layout.offset - low) // layout.unit)
+    return typed.as_strided(
+        layout.shape, [s // layout.unit for s in layout.stride], (layout.offset - low) // layout.unit
+    )
 
 
 def written_places(schema: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:

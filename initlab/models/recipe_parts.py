@@ -14,6 +14,7 @@ from .fans import Fans, compute_fans, has_weight_matrix, is_embedding
 from .layers import padding_row
 from .naming import TensorRef
 from .recording import read_init_weights, read_resets
+from .rerunning import Stage, computed_starts
 from .specs import ONES, ZEROS, FillSpec, InitTrace, Refused, whole_fill
 
 DistributionName: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
@@ -32,6 +33,7 @@ class View:
         self.model = model
         self.refs = refs
         self.stage = stage
+        self._computed: dict[tuple[Stage, ...], dict[int, FillSpec | str]] = {}
 
     @cached_property
     def resets(self) -> InitTrace:
@@ -46,6 +48,13 @@ class View:
         trace = InitTrace()
         read_init_weights(self.model, trace)
         return trace
+
+    def computed(self, ref: TensorRef, *stages: Stage) -> FillSpec | Refused | None:
+        """What the model's own code computes for a parameter, where it is no distribution that can be read."""
+        if stages not in self._computed:
+            self._computed[stages] = computed_starts(self.model, self.refs, stages)
+        found = self._computed[stages].get(id(ref.tensor))
+        return Refused(found) if isinstance(found, str) else found
 
     def is_unreadable(self, ref: TensorRef) -> bool:
         """Whether the model's own code writes a parameter in a way that is no distribution."""
@@ -106,7 +115,10 @@ def by_default(view: View, ref: TensorRef) -> FillSpec | None:
     found = view.resets.complete(ref.tensor) or view.init_weights.complete(ref.tensor)
     if found is not None:
         return found
-    return None if view.is_unreadable(ref) else guess_by_name(ref)
+    if not view.is_unreadable(ref):
+        return guess_by_name(ref)
+    computed = view.computed(ref, "resets" if id(ref.tensor) in view.resets.unreadable else "init_weights")
+    return computed if isinstance(computed, FillSpec) else None
 
 
 def guess_by_name(ref: TensorRef) -> FillSpec | None:

@@ -45,6 +45,7 @@ from .recipe_parts import (
     zero_bias,
 )
 from .recording import read_init_weights, read_public_starts
+from .rerunning import Stage, computed_mismatch
 from .specs import FillSpec, Refused, whole_fill
 
 FanMode: TypeAlias = Literal["fan_in", "fan_out"]
@@ -104,14 +105,20 @@ def own(check: bool = True) -> NamedRecipe:
         def differs(ref: TensorRef, spec: FillSpec, writes: MetaWrites) -> str | None:
             if not check:
                 return None
+            if spec.program is not None and not ref.tensor.is_meta:
+                return computed_mismatch(ref, spec.program, spec.why, view.refs)
             return writes.mismatch(ref, spec) if ref.tensor.is_meta else mismatch(ref, spec, len(view.refs))
 
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
             reason = ""
-            for found, writes in zip(traces, meta, strict=True):
+            for found, writes, stages in zip(traces, meta, _STAGES[-len(traces) :], strict=True):
                 if id(ref.tensor) in found.unreadable:
-                    return Refused(found.unreadable[id(ref.tensor)])
-                spec = found.complete(ref.tensor) or guess_by_name(ref)
+                    computed = view.computed(ref, *stages)
+                    if not isinstance(computed, FillSpec):
+                        return Refused(found.unreadable[id(ref.tensor)])
+                    spec = computed
+                else:
+                    spec = found.complete(ref.tensor) or guess_by_name(ref)
                 if spec is None:
                     continue
                 spec = replace(spec, exact=True)
@@ -126,6 +133,7 @@ def own(check: bool = True) -> NamedRecipe:
     return NamedRecipe("own", prepare, advice=_RECORD + (_UNCHECKED if check else ""))
 
 
+_STAGES: tuple[tuple[Stage, ...], ...] = (("resets", "init_weights", "public"), ("resets", "init_weights"))
 _RECORD = (
     ", or record the build, which sees what no code that can be read tells:\n"
     "    with initlab.record_build() as build:\n"

@@ -1,4 +1,4 @@
-"""Values that no distribution makes: those that a model's code computes, and the caller's own; placed, sharded or not."""
+"""Values that no distribution makes: those that a model's code computes, and the caller's own; how they are placed."""
 
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -92,7 +92,9 @@ def _checked(ref: TensorRef, value: Any) -> Tensor:
             "to one of these"
         ) from None
     if tensor.is_meta:
-        raise ValueError(f"values: the tensor for {ref.name} is on the meta device, and has no values; make it on the CPU")
+        raise ValueError(
+            f"values: the tensor for {ref.name} is on the meta device, and has no values; make it on the CPU"
+        )
     shape, wanted = tuple(tensor.shape), tuple(ref.tensor.shape)
     if shape != wanted and shape != ():
         whole = ", the whole parameter's, of which each rank takes its part" if ref.kind == "dtensor" else ""
@@ -144,7 +146,9 @@ def computed_values(plan: "Plan", ready: Collection[int]) -> dict[int, Tensor]:
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Give its values with {argument}="
             ) from error
         if value.shape != task.ref.tensor.shape:
-            raise ValueError(f"{task.ref.name} has shape {tuple(task.ref.tensor.shape)}, computed is {tuple(value.shape)}")
+            raise ValueError(
+                f"{task.ref.name} has shape {tuple(task.ref.tensor.shape)}, computed is {tuple(value.shape)}"
+            )
         found[id(task.ref.tensor)] = value
     return found
 

@@ -178,7 +178,10 @@ def test_pieces_of_one_distribution(device):
         (lambda: torch.empty(8) * 2, "nothing wrote it"),
         (lambda: after(torch.empty(8), lambda t: t[:4].zero_()), "writes only a part"),
         (lambda: after(torch.empty(8), lambda t: t[:4].copy_(torch.arange(4))), "only a part"),
-        (lambda: after(torch.zeros(9), lambda t: t.copy_(torch.tensor(numpy.random.rand(9)))), "Python or NumPy have drawn"),
+        (
+            lambda: after(torch.zeros(9), lambda t: t.copy_(torch.tensor(numpy.random.rand(9)))),
+            "Python or NumPy have drawn",
+        ),
     ],
 )
 def test_refusals(make, reason, device):

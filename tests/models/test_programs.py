@@ -61,7 +61,9 @@ def drawn(distribution: Normal | Uniform, name: str, n: int, *shape: int, seed: 
 def test_the_key_of_a_random_call():
     """Golden: docs/stream.md, section 9."""
     assert call_key(0, "conv.weight", 0) == named_key(0, "conv.weight\x000")
-    assert [f"{call_key(s, name, n):016x}" for s, name, n in ((0, "w", 0), (0, "w", 1), (-1, "blocks.0.A_log", 10))] == [
+    assert [
+        f"{call_key(s, name, n):016x}" for s, name, n in ((0, "w", 0), (0, "w", 1), (-1, "blocks.0.A_log", 10))
+    ] == [
         "b58fb218684dcad6",
         "4e24aa01f2314ba4",
         "25d7be0178260727",
