@@ -121,7 +121,7 @@ class BuildRecord:
 
             return choose
 
-        return NamedRecipe("build", prepare, prepare_buffers)
+        return NamedRecipe("build", prepare, prepare_buffers, asks_parts=True)
 
     def _finder(self, view: View) -> Callable[[TensorRef], Entry | str]:
         """What finds the entry of a parameter in the model of a view, or why there is none."""

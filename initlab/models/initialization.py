@@ -16,6 +16,7 @@ from ..distributed.shards import draws_of_shards, shards_in
 from .buffers import Buffers, set_buffers
 from .materialize import attach, materialized, resolved_device
 from .naming import Names
+from .parametrized import refresh_hooks
 from .plan import Only, Plan, Task, make_plan
 from .recipe_parts import RecipeLike, short_repr
 from .report import InitReport
@@ -183,6 +184,7 @@ def _init_model(
         _fill(plan, new, ready.keys(), advance)
         place_values(plan, new, computed)
     attach((*(task.ref for task in plan.tasks), *plan.others), new, target)
+    refresh_hooks(model)
     return plan.report()
 
 

@@ -1,5 +1,6 @@
 """What an operation of torch makes of what its operands hold: distributions, constants, or values that it computes."""
 
+import functools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -74,6 +75,7 @@ class Operations:
         written = list(written_tensors(schema, args, kwargs))
         if self.guarded is not None:
             self._refuse_guarded(args, kwargs, written)
+        call = functools.partial(self._made, name, args, kwargs, call)
         if not written:
             drawn = self._own_generator(kwargs)
             result = call()
@@ -123,6 +125,19 @@ class Operations:
             else:
                 self.contents.make(tensor)
         noted.done()
+
+    def _made(self, name: str, args: Any, kwargs: Any, call: Callable[[], Any]) -> Any:
+        """Make a call. Where it fails on the meta device, code may go on without it, as it would not elsewhere."""
+        try:
+            return call()
+        except (NotImplementedError, RuntimeError):
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor) and tensor.is_meta and self.contents.is_known(tensor):
+                    why = (
+                        f"{self.where()} goes on although {name} fails on the meta device: record the build on the CPU"
+                    )
+                    self.contents.write(tensor, computed(why), Unknown(why))
+            raise
 
     def _refuse_guarded(self, args: Any, kwargs: Any, written: list[Tensor]) -> None:
         for tensor in tree_leaves((args, kwargs)):

@@ -17,11 +17,13 @@ from ..distributed.agreement import check_agreement
 from ..distributed.fsdp import refuse_hidden_shards
 from ..distributed.shards import LocalShard, local_shards
 from .memory import shared_memory
-from .naming import Names, TensorRef, tensor_refs
+from .naming import Names, TensorRef, renaming, tensor_refs
+from .parametrized import MadeWeight, made_weights
 from .patterns import compile_pattern
 from .recipe_parts import Chooser, RecipeLike, View, head_std, is_head, keep_padding, short_repr
 from .recipes import resolve
 from .report import InitReport, Row, report_of
+from .rerunning import start_mismatch
 from .specs import FillSpec, Refused
 from .values import Values, given_values
 
@@ -132,54 +134,112 @@ def make_plan(
     shards = {ref: _checked_shards(ref) for ref in parameters if ref in selected}
     _refuse_shared_memory(list(shards))
     given = given_values(values, parameters, shards.keys())
-    view = View(model, parameters, stage=names is not None)
-    spec_of = resolved(view)
-    buffer_spec_of = resolved.for_buffers(view)
-    tasks, missing, others = [], [], []
-    checked: dict[tuple[Any, torch.dtype], str] = {}
-    for ref in parameters:
-        if ref not in shards:
-            others.append(ref)
-            continue
-        if ref in given:
-            tasks.append(Task(ref, None, 0, shards[ref], given[ref]))
-            continue
-        spec = spec_of(ref)
-        if spec is None or isinstance(spec, Refused):
-            missing.append(f"{ref.name} (in {ref.owner}): {spec.why if spec else view.unreadable(ref)}")
-            continue
-        spec = keep_padding(ref, spec)
-        for _, distribution in spec.fills:
-            fault = checked.get((distribution, ref.tensor.dtype))
-            if fault is None:
-                fault = checked[distribution, ref.tensor.dtype] = _fault(distribution, ref.tensor.dtype)
-            if fault:
-                missing.append(f"{ref.name} (in {ref.owner}): {fault}")
-                break
-        tasks.append(Task(ref, spec, named_key(seed, spec.copy_of or ref.name), shards[ref]))
-    sources = _sources(tasks, parameters, given, spec_of, seed, missing)
-    if resolved.name == "torch":
-        _warn_of_large_heads(tasks)
-    if missing:
-        example = missing[0].split(" ")[0]
-        raise ValueError(
-            f"recipe {resolved.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
-            f"written unless all that are selected can be filled:{listing(missing)}\n"
-            f'Give them a distribution by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them out '
-            f"with only={resolved.advice}"
+    named = {(id(owner), attribute): ref for ref in (*parameters, *buffers) for owner, attribute in ref.places}
+    with made_weights(model, renaming(names)) as weights:
+        wholes = {id(named[id(o), a].tensor): w.ref for w in weights for o, a in w.parts if (id(o), a) in named}
+        view = View(model, [*parameters, *(weight.ref for weight in weights)], names is not None, wholes)
+        spec_of = resolved(view)
+        buffer_spec_of = resolved.for_buffers(view)
+        if weights:
+            spec_of, buffer_spec_of = _with_made_weights(
+                weights, view, named, resolved.asks_parts, spec_of, buffer_spec_of
+            )
+        tasks, missing, others = [], [], []
+        checked: dict[tuple[Any, torch.dtype], str] = {}
+        for ref in parameters:
+            if ref not in shards:
+                others.append(ref)
+                continue
+            if ref in given:
+                tasks.append(Task(ref, None, 0, shards[ref], given[ref]))
+                continue
+            spec = spec_of(ref)
+            if spec is None or isinstance(spec, Refused):
+                missing.append(f"{ref.name} (in {ref.owner}): {spec.why if spec else view.unreadable(ref)}")
+                continue
+            spec = keep_padding(ref, spec)
+            for _, distribution in spec.fills:
+                fault = checked.get((distribution, ref.tensor.dtype))
+                if fault is None:
+                    fault = checked[distribution, ref.tensor.dtype] = _fault(distribution, ref.tensor.dtype)
+                if fault:
+                    missing.append(f"{ref.name} (in {ref.owner}): {fault}")
+                    break
+            tasks.append(Task(ref, spec, named_key(seed, spec.copy_of or ref.name), shards[ref]))
+        sources = _sources(tasks, parameters, given, spec_of, seed, missing)
+        if resolved.name == "torch":
+            _warn_of_large_heads(tasks)
+        if missing:
+            example = missing[0].split(" ")[0]
+            raise ValueError(
+                f"recipe {resolved.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
+                f"written unless all that are selected can be filled:{listing(missing)}\n"
+                f'Give them a distribution by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them out '
+                f"with only={resolved.advice}"
+            )
+        for ref in buffers:
+            found = buffer_spec_of(ref) if ref in selected else None
+            if found is not None or (ref in selected and ref.tensor.is_meta):
+                tasks.append(Task(ref, found, named_key(seed, ref.name), _checked_shards(ref)))
+            else:
+                others.append(ref)
+        sources |= _sources(
+            (task for task in tasks if not task.ref.is_parameter), parameters, given, spec_of, seed, missing
         )
-    for ref in buffers:
-        found = buffer_spec_of(ref) if ref in selected else None
-        if found is not None or (ref in selected and ref.tensor.is_meta):
-            tasks.append(Task(ref, found, named_key(seed, ref.name), _checked_shards(ref)))
-        else:
-            others.append(ref)
-    sources |= _sources(
-        (task for task in tasks if not task.ref.is_parameter), parameters, given, spec_of, seed, missing
-    )
-    if missing:
-        raise ValueError(f"recipe {resolved.name!r} cannot set all buffers:{listing(missing)}\nGive them with buffers=")
+        if missing:
+            raise ValueError(
+                f"recipe {resolved.name!r} cannot set all buffers:{listing(missing)}\nGive them with buffers="
+            )
     return Plan(model, seed, resolved.name, names, tasks, others, sources)
+
+
+def _with_made_weights(
+    weights: Sequence[MadeWeight],
+    view: View,
+    named: Mapping[tuple[int, str], TensorRef],
+    asks_parts: bool,
+    spec_of: Chooser,
+    buffer_spec_of: Callable[[TensorRef], FillSpec | None],
+) -> tuple[Chooser, Callable[[TensorRef], FillSpec | None]]:
+    """As a recipe chooses; but for what makes up a weight, by what it chooses for the weight."""
+    of_part = {
+        id(named[id(owner), attribute].tensor): weight
+        for weight in weights
+        for owner, attribute in weight.parts
+        if (id(owner), attribute) in named
+    }
+    known: dict[int, Mapping[TensorRef, FillSpec | str]] = {}
+
+    def derived(ref: TensorRef) -> FillSpec | Refused | None:
+        weight = of_part[id(ref.tensor)]
+        if id(weight) not in known:
+            spec = spec_of(weight.ref)
+            if not isinstance(spec, FillSpec):
+                why = spec.why if spec is not None else view.unreadable(weight.ref)
+                known[id(weight)] = dict.fromkeys(
+                    (ref for ref in named.values() if of_part.get(id(ref.tensor)) is weight), why
+                )
+            else:
+                known[id(weight)] = weight.specs(keep_padding(weight.ref, spec), named)
+        found = known[id(weight)].get(ref)
+        if isinstance(found, FillSpec) and found.check and (why := start_mismatch(ref, found, view.refs)) is not None:
+            return Refused(why)
+        return Refused(found) if isinstance(found, str) else found
+
+    def choose(ref: TensorRef) -> FillSpec | Refused | None:
+        if id(ref.tensor) not in of_part:
+            return spec_of(ref)
+        explicit = spec_of(ref) if asks_parts else None
+        return derived(ref) if explicit is None else explicit
+
+    def choose_buffer(ref: TensorRef) -> FillSpec | None:
+        found = buffer_spec_of(ref)
+        if found is not None or id(ref.tensor) not in of_part:
+            return found
+        made = derived(ref)
+        return made if isinstance(made, FillSpec) else None
+
+    return choose, choose_buffer
 
 
 def _sources(

@@ -107,7 +107,16 @@ class Stream:
     before: Call | None = None
 
 
-Node: TypeAlias = Unknown | Literal | Filled | Picked | Read
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """What another program computes."""
+
+    program: "Program"
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Node: TypeAlias = Unknown | Literal | Filled | Picked | Read | Nested
 
 
 # --- what is kept ---
@@ -179,7 +188,7 @@ class Parameter:
     dtype: torch.dtype
 
 
-Instruction: TypeAlias = Fill | Data | Operator | Pick | Assemble | Parameter
+Instruction: TypeAlias = Fill | Data | Operator | Pick | Assemble | Parameter | Nested
 
 
 @dataclass(frozen=True)
@@ -197,12 +206,16 @@ class Program:
     @property
     def parameters(self) -> set[str]:
         """Names of the other parameters whose starts it takes."""
-        return {step.name for step in self.steps if isinstance(step, Parameter)}
+        nested = (step.program.parameters for step in self.steps if isinstance(step, Nested))
+        return {step.name for step in self.steps if isinstance(step, Parameter)}.union(*nested)
 
     @property
     def takes_random_numbers(self) -> bool:
         """Whether it has random calls, other than those of parameters whose starts it takes."""
-        return any(isinstance(step, Fill | Operator) and step.owner for step in self.steps)
+        return any(
+            step.program.takes_random_numbers if isinstance(step, Nested) else bool(getattr(step, "owner", ""))
+            for step in self.steps
+        )
 
     def run(self, key_of: Callable[[str, int], int], start_of: Callable[[Parameter], Tensor]) -> Tensor:
         """Compute the values, on the CPU, in one thread.
@@ -266,6 +279,8 @@ def _value(
         return step.tensor
     if isinstance(step, Parameter):
         return start_of(step)
+    if isinstance(step, Nested):
+        return step.program.run(key_of, start_of)
     if isinstance(step, Pick):
         return values[step.source][0][step.index]
     if isinstance(step, Assemble):
@@ -303,7 +318,7 @@ def _called(step: Operator, values: Sequence[Any], key: int | None, state: Tenso
     return [*written, *(t for t in tree_leaves(result) if isinstance(t, Tensor))], state
 
 
-_threads = threading.Lock()
+_threads = threading.RLock()
 
 
 @contextmanager
@@ -368,7 +383,8 @@ def draws_of(node: Node, known: Mapping[int, Parameter]) -> set[int]:
         node: of a tensor.
         known: by the id of a node, the parameter that starts with its values.
     """
-    return {x.draw for x in _ordered(node, known) if isinstance(x, Filled | Call) and x.draw}
+    found = (x for x in _ordered(node, known) if id(x) not in known)
+    return {x.draw for x in found if isinstance(x, Filled | Call) and x.draw}
 
 
 def program_of(node: Node, known: Mapping[int, Parameter], owners: Mapping[int, tuple[str, int]]) -> Program:
@@ -392,14 +408,20 @@ def program_of(node: Node, known: Mapping[int, Parameter], owners: Mapping[int, 
     for x in _ordered(node, known):
         if isinstance(x, Unknown):
             raise Untraceable(x.why)
+        if id(x) in known:
+            place[id(x)] = len(steps)
+            steps.append(known[id(x)])
+            elements = max(elements, math.prod(known[id(x)].shape))
+            continue
         owner, n = owners[x.draw] if isinstance(x, Filled | Call) and x.draw else ("", 0)
         step: Instruction
-        if id(x) in known:
-            step = known[id(x)]
-        elif isinstance(x, Filled):
+        if isinstance(x, Filled):
             step = Fill(x.shape, x.dtype, x.distribution, owner, n)
         elif isinstance(x, Literal):
             step = Data(x.tensor)
+        elif isinstance(x, Nested):
+            step = x
+            elements = max(elements, x.program.elements)
         elif isinstance(x, Picked):
             step = Pick(place[id(x.call)], x.index)
         elif isinstance(x, Read):
@@ -440,7 +462,7 @@ def _is_covered(read: Read) -> bool:
     return bool(_at(reached, bytes_of(layout), torch.uint8, low).all())
 
 
-_NODES = (Unknown, Literal, Filled, Picked, Read)
+_NODES = (Unknown, Literal, Filled, Picked, Read, Nested)
 
 
 def _form(node: Any) -> tuple[tuple[int, ...], torch.dtype]:
@@ -459,8 +481,8 @@ def _operands(node: Any) -> list[Any]:
     if isinstance(node, Read):
         return [value for _, _, value in node.writes]
     if isinstance(node, Call):
-        found = [x for x in tree_leaves((node.args, node.kwargs), is_leaf=lambda y: isinstance(y, _NODES))]
-        found = [x for x in found if isinstance(x, _NODES)]
+        leaves = tree_leaves((node.args, node.kwargs), is_leaf=lambda y: isinstance(y, _NODES))
+        found = [x for x in leaves if isinstance(x, _NODES)]
         own = node.generator
         return found if own is None or own.before is None else [*found, own.before]
     return []

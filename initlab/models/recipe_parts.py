@@ -27,12 +27,16 @@ class View:
         model: the model.
         refs: its parameters, also those that will not be filled.
         stage: whether the names are those of a larger model, of which this is a part.
+        wholes: by the id of a parameter that makes up another weight, as in weight_norm, that weight.
     """
 
-    def __init__(self, model: nn.Module, refs: Sequence[TensorRef], stage: bool) -> None:
+    def __init__(
+        self, model: nn.Module, refs: Sequence[TensorRef], stage: bool, wholes: Mapping[int, TensorRef] | None = None
+    ) -> None:
         self.model = model
         self.refs = refs
         self.stage = stage
+        self.wholes = wholes or {}
         self._computed: dict[tuple[Stage, ...], dict[int, FillSpec | str]] = {}
 
     @cached_property
@@ -81,12 +85,15 @@ class NamedRecipe:
         prepare: gives, for a model, the function that chooses the spec of each parameter.
         prepare_buffers: the same for buffers; None leaves them to reset_parameters.
         advice: what else can be done where it refuses, for the message.
+        asks_parts: whether it has specs for the parameters that make up a weight, such as a weight_norm's v and g. All
+            others are asked for the weight instead.
     """
 
     name: str
     prepare: Recipe
     prepare_buffers: Callable[[View], Callable[[TensorRef], FillSpec | None]] | None = None
     advice: str = ""
+    asks_parts: bool = False
 
     def __call__(self, view: View) -> Chooser:
         """The function that gives each parameter of the view its spec."""

@@ -23,7 +23,7 @@ from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uni
 from .._console import warn
 from .activations import activations_after, start_before
 from .builds import BuildRecord
-from .checking import MetaWrites, mismatch
+from .checking import MetaWrites
 from .fans import Fans, compute_fans
 from .naming import TensorRef, walk
 from .patterns import compile_pattern
@@ -45,7 +45,7 @@ from .recipe_parts import (
     zero_bias,
 )
 from .recording import read_init_weights, read_public_starts
-from .rerunning import Stage, computed_mismatch
+from .rerunning import Stage, start_mismatch
 from .specs import FillSpec, Refused, whole_fill
 
 FanMode: TypeAlias = Literal["fan_in", "fan_out"]
@@ -100,14 +100,16 @@ def own(check: bool = True) -> NamedRecipe:
         # Whether the constructor called the public functions is not known: the values tell.
         traces = [public, trace] if read_public_starts(view.model, public) else [trace]
 
-        meta = [MetaWrites(view.model, view.refs, view.resets.writes, found.writes) for found in traces]
+        made = {id(whole.tensor) for whole in view.wholes.values()}
+        held = [ref for ref in view.refs if id(ref.tensor) not in made]
+        meta = [MetaWrites(view.model, held, view.resets.writes, found.writes) for found in traces]
 
         def differs(ref: TensorRef, spec: FillSpec, writes: MetaWrites) -> str | None:
             if not check:
                 return None
-            if spec.program is not None and not ref.tensor.is_meta:
-                return computed_mismatch(ref, spec.program, spec.why, view.refs)
-            return writes.mismatch(ref, spec) if ref.tensor.is_meta else mismatch(ref, spec, len(view.refs))
+            if ref.tensor.is_meta:
+                return None if id(ref.tensor) in made else writes.mismatch(ref, spec)
+            return start_mismatch(ref, spec, view.refs)
 
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
             reason = ""
@@ -121,7 +123,7 @@ def own(check: bool = True) -> NamedRecipe:
                     spec = found.complete(ref.tensor) or guess_by_name(ref)
                 if spec is None:
                     continue
-                spec = replace(spec, exact=True)
+                spec = replace(spec, exact=True, check=check)
                 why = differs(ref, spec, writes)
                 if why is None:
                     return spec
@@ -577,11 +579,14 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
         for pattern, fit in fits.items():
             if not any(map(fit, names)):
                 raise ValueError(f"{where}: no parameter is called {pattern!r}; patterns are globs or names of modules")
-        prepared = [(fits[pattern], part(view)) for pattern, part in chain]
+        prepared = [(fits[pattern], part(view), part.asks_parts) for pattern, part in chain]
         default = torch()(view)
 
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
-            for fit, part in prepared:
+            whole = view.wholes.get(id(ref.tensor))
+            for fit, part, asks_parts in prepared:
+                if whole is not None and not asks_parts and any(map(fit, whole.names)):
+                    continue  # the rule is for the weight that this is a part of
                 if any(map(fit, ref.names)) and (found := part(ref)) is not None:
                     return found
             return default(ref)
@@ -590,4 +595,6 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
 
     advice = next((part.advice for _, part in chain if part.advice), "")
     of_buffers = next((part.prepare_buffers for pattern, part in chain if pattern == "*"), None)
-    return NamedRecipe(f"{base} with rules for {', '.join(special)}" if special else base, prepare, of_buffers, advice)
+    return NamedRecipe(
+        f"{base} with rules for {', '.join(special)}" if special else base, prepare, of_buffers, advice, True
+    )

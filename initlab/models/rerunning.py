@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..distributed.dtensors import is_dtensor
 from ..distributed.shards import local_shards
-from .checking import LEVEL, two_sample_mismatch
+from .checking import LEVEL, mismatch, two_sample_mismatch
 from .contents import computed, plain
 from .entries import Entry, Found, entries_of
 from .entry_points import children_first, owners_of_init_weights, public_starts
@@ -97,7 +97,14 @@ def _codes(model: nn.Module, stages: Collection[Stage]) -> Iterator[tuple[nn.Mod
             yield module, f"{class_name(module)}.{name}", getattr(module, name)
 
 
-def computed_mismatch(ref: TensorRef, program: Program, why: str, refs: Sequence[TensorRef]) -> str | None:
+def start_mismatch(ref: TensorRef, spec: FillSpec, refs: Sequence[TensorRef]) -> str | None:
+    """Why the values that a parameter has cannot be those of a spec; None where they can, or nothing tells."""
+    if spec.program is not None:
+        return _computed_mismatch(ref, spec.program, spec.why, refs)
+    return None if ref.tensor.is_meta else mismatch(ref, spec, len(refs))
+
+
+def _computed_mismatch(ref: TensorRef, program: Program, why: str, refs: Sequence[TensorRef]) -> str | None:
     """Why the values that a parameter has cannot be what a program computes; None where they can.
 
     What takes no random numbers, or takes them from other parameters alone, is compared with the values. Else both are

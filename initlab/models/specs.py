@@ -34,6 +34,7 @@ class FillSpec:
         exact: whether it is what the model's own code does, so that a padding row is zero only where that sets it.
         copy_of: the name whose key it takes, where it starts as a copy of another parameter; empty for its own.
         program: what computes its values, where no distribution describes them; there are no fills then.
+        check: whether the values that a parameter has must be ones that it can have made.
         known_as: by the names that the program has for parameters, those of today, where they differ.
     """
 
@@ -44,6 +45,7 @@ class FillSpec:
     exact: bool = False
     copy_of: str = ""
     program: "Program | None" = None
+    check: bool = False
     known_as: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -15,6 +15,7 @@ from .naming import TensorRef
 from .patterns import compile_pattern
 from .programs import Parameter, call_key
 from .recipe_parts import short_repr
+from .specs import FillSpec
 
 if TYPE_CHECKING:
     from .plan import Plan, Task
@@ -163,14 +164,7 @@ def _start(plan: "Plan", task: "Task", step: Parameter | None = None) -> Tensor:
     assert spec is not None
     if spec.program is None:
         assert step is not None
-        tensor = torch.empty(step.shape, dtype=step.dtype, device="cpu")
-        fill_(
-            Draw(tensor, distribution, task.key)
-            if part is None
-            else Draw(tensor.narrow(*part), distribution, task.key, Region.whole(step.shape).narrow(*part))
-            for part, distribution in spec.fills
-        )
-        return tensor
+        return _filled(spec, task.key, step.shape, step.dtype)
     known_as = spec.known_as
 
     def key_of(name: str, n: int) -> int:
@@ -181,6 +175,28 @@ def _start(plan: "Plan", task: "Task", step: Parameter | None = None) -> Tensor:
 
     value = spec.program.run(key_of, start_of)
     return value if step is None else value.to(step.dtype)
+
+
+def sample_of(spec: FillSpec, like: Tensor) -> Tensor:
+    """Values of a spec under the seed 0, in main memory, for a look at what code does with such."""
+
+    def missing(other: Parameter) -> Tensor:
+        raise NotImplementedError(f"it is computed from the start of {other.name}")
+
+    if spec.program is not None:
+        return spec.program.run(lambda name, n: call_key(0, name, n), missing)
+    return _filled(spec, 0, tuple(like.shape), like.dtype)
+
+
+def _filled(spec: FillSpec, key: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    fill_(
+        Draw(tensor, distribution, key)
+        if part is None
+        else Draw(tensor.narrow(*part), distribution, key, Region.whole(shape).narrow(*part))
+        for part, distribution in spec.fills
+    )
+    return tensor
 
 
 def place_values(plan: "Plan", new: Mapping[int, Tensor], computed: Mapping[int, Tensor]) -> None:
