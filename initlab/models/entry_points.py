@@ -39,6 +39,26 @@ def owners_of_init_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
             yield module, nearest[id(module)]
 
 
+def run_init_weights(owner: Any, module: nn.Module) -> None:
+    """Call `owner._init_weights(module)`, and mark the module as started, as transformers does and its code asks for.
+
+    The marks are to be taken off first: `unmark`.
+    """
+    owner._init_weights(module)
+    if any((cls.__module__.partition(".")[0], cls.__name__) == _TRANSFORMERS for cls in type(owner).__mro__):
+        vars(module)[_MARK] = True
+
+
+def unmark(model: nn.Module) -> None:
+    """Take off transformers' marks of modules that have been started."""
+    for module in model.modules():
+        vars(module).pop(_MARK, None)
+
+
+_MARK = "_is_hf_initialized"
+_TRANSFORMERS = ("transformers", "PreTrainedModel")
+
+
 def _needs_nothing(module: nn.Module, name: str) -> bool:
     """Whether a module's class has a public function of this name that can be called without arguments."""
     if not callable(getattr(type(module), name, None)):
@@ -61,7 +81,7 @@ def public_starts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 _PUBLIC = ("init_weights", "init_states", "initialize_weights")
-_NOT_RUN = {("transformers", "PreTrainedModel"), ("mmengine", "BaseModule"), ("mmcv", "BaseModule")}
+_NOT_RUN = {_TRANSFORMERS, ("mmengine", "BaseModule"), ("mmcv", "BaseModule")}
 
 
 def _takes_a_module(module: nn.Module) -> bool:

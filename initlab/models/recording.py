@@ -20,7 +20,7 @@ from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uni
 
 from .._init_draws import kaiming_std
 from .arithmetic import affine, clamped, inverse_error
-from .entry_points import children_first, owners_of_init_weights, public_starts
+from .entry_points import children_first, owners_of_init_weights, public_starts, run_init_weights, unmark
 from .layers import reader, reset_function
 from .memory import Layout, slice_of
 from .naming import class_name
@@ -92,10 +92,11 @@ def read_init_weights(model: nn.Module, trace: InitTrace) -> None:
         return
     tied = owned_by_another(model)
     with stand_ins(model) as recorder:
+        unmark(model)
         for module, owner in above:
             trace.ignored = tied.get(id(module), frozenset())
             where = f"{class_name(owner)}._init_weights"
-            recorder.run(lambda: owner._init_weights(module), module, where, trace)  # noqa: B023
+            recorder.run(lambda: run_init_weights(owner, module), module, where, trace)  # noqa: B023
 
 
 def read_public_starts(model: nn.Module, trace: InitTrace) -> bool:

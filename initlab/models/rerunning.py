@@ -16,7 +16,7 @@ from ..distributed.shards import local_shards
 from .checking import LEVEL, mismatch, two_sample_mismatch
 from .contents import computed, plain
 from .entries import Entry, Found, entries_of
-from .entry_points import children_first, owners_of_init_weights, public_starts
+from .entry_points import children_first, owners_of_init_weights, public_starts, run_init_weights, unmark
 from .layers import reset_function
 from .naming import TensorRef, class_name
 from .observing import Recording
@@ -40,6 +40,7 @@ def computed_starts(
     """
     tied = owned_by_another(model)
     with stand_ins(model) as recorder:
+        unmark(model)
         recording = Recording(recorder.real_storages)
         contents = recording.contents
         for module, where, code in list(_codes(model, stages)):
@@ -91,7 +92,7 @@ def _codes(model: nn.Module, stages: Collection[Stage]) -> Iterator[tuple[nn.Mod
                 yield module, f"{class_name(module)}.{function.__name__}", lambda f=function, m=module: f(m)  # type: ignore[misc]
     if "init_weights" in stages:
         for module, owner in list(owners_of_init_weights(model)):
-            yield module, f"{class_name(owner)}._init_weights", lambda o=owner, m=module: o._init_weights(m)  # type: ignore[misc]
+            yield module, f"{class_name(owner)}._init_weights", lambda o=owner, m=module: run_init_weights(o, m)  # type: ignore[misc]
     if "public" in stages:
         for module, name in list(public_starts(model)):
             yield module, f"{class_name(module)}.{name}", getattr(module, name)
