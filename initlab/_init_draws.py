@@ -58,8 +58,8 @@ def sample(
 def _refuse_made(tensor: Tensor) -> None:
     """Refuse a tensor that is computed from parameters: what is written to it changes none of them.
 
-    The weight of a layer under weight_norm or another parametrisation is such a tensor. What torch's own functions do is
-    left as it is inside swap(), where code that calls them on such a weight has to go on as it does without.
+    The weight of a layer under weight_norm or another parametrisation is such a tensor. Inside swap() nothing is
+    refused: code that calls torch's own functions on such a weight has to go on as it does without.
     """
     from .models.patches import sinks
 
@@ -74,9 +74,9 @@ def _refuse_made(tensor: Tensor) -> None:
         seen.add(node)
         if isinstance(getattr(node, "variable", None), torch.nn.Parameter):
             raise RuntimeError(
-                f"this tensor, of shape {tuple(tensor.shape)}, is computed from parameters ({root.grad_fn.name()}), as the "
-                "weight of a layer is under weight_norm or another parametrization: filling it would change none of "
-                "them. Assign what was drawn, layer.weight = init.normal_(torch.empty(...)), which goes through "
+                f"this tensor, of shape {tuple(tensor.shape)}, is computed from parameters ({root.grad_fn.name()}), "
+                "as the weight of a layer is under weight_norm or another parametrization: filling it would change none "
+                "of them. Assign what was drawn, layer.weight = init.normal_(torch.empty(...)), which goes through "
                 "right_inverse (torch.nn.utils.parametrize); for the older torch.nn.utils.weight_norm fill weight_v, "
                 "and set weight_g to its norm; or call init_model_, which does both"
             )

@@ -119,7 +119,7 @@ def _run(
 ) -> dict[int, Tensor]:
     """Run code that sets buffers of a module, with nothing but these within its reach.
 
-    With `placed`, all else in its reach lies on the target, as code expects that goes by the device of a parameter: each
+    With `placed`, all else in its reach lies on the target, as code expects that goes by the device of a parameter: it
     is one NaN, without memory for more, and read-only.
     """
     with torch.inference_mode(False):

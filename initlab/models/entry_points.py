@@ -75,12 +75,12 @@ def _needs_nothing(module: nn.Module, name: str) -> bool:
 def public_starts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """(module, name) of the public functions that start a module and need no arguments, children first."""
     for module in children_first(model):
-        for name in _PUBLIC:
+        for name in PUBLIC:
             if _needs_nothing(module, name):
                 yield module, name
 
 
-_PUBLIC = ("init_weights", "init_states", "initialize_weights")
+PUBLIC = ("init_weights", "init_states", "initialize_weights")
 _NOT_RUN = {_TRANSFORMERS, ("mmengine", "BaseModule"), ("mmcv", "BaseModule")}
 
 
@@ -94,7 +94,7 @@ def _takes_a_module(module: nn.Module) -> bool:
     return True
 
 
-_READ = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "forward", *_PUBLIC})
+_READ = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "forward", *PUBLIC})
 _UNCOUNTED = frozenset({"trunc_normal_", "orthogonal_", "sparse_"})  # newer torch leaves meta tensors alone in these
 _WRITING = frozenset({"normal_", "uniform_", "fill_", "zero_", "copy_", "mul_", "add_", "div_", "sub_", "clamp_"})
 

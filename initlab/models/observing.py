@@ -202,6 +202,9 @@ class _Functions(TorchFunctionMode):
             data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
             if not isinstance(data, Tensor):
                 recording.made_of(result, data)
+        elif func in _UNSEEN:
+            why = f"{recording.where()} writes it by {func.__name__}, element by element"
+            recording.contents.write(args[0], computed(why))
         elif func is vars(torch.nn.init).get("kaiming_uniform_"):
             tensor = args[0] if args else kwargs["tensor"]
             mode = args[2] if len(args) > 2 else kwargs.get("mode", "fan_in")
@@ -214,6 +217,7 @@ class _Functions(TorchFunctionMode):
         return result
 
 
+_UNSEEN = (Tensor.apply_, Tensor.map_, Tensor.map2_)  # they call no operator, and do nothing on the meta device
 _OF_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 
 

@@ -174,8 +174,8 @@ def make_plan(
             raise ValueError(
                 f"recipe {resolved.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
                 f"written unless all that are selected can be filled:{listing(missing)}\n"
-                f'Give them a distribution by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them out '
-                f"with only={resolved.advice}"
+                f'Give them a distribution by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them '
+                f"out with only={resolved.advice}"
             )
         for ref in buffers:
             found = buffer_spec_of(ref) if ref in selected else None

@@ -53,10 +53,10 @@ class View:
         read_init_weights(self.model, trace)
         return trace
 
-    def computed(self, ref: TensorRef, *stages: Stage) -> FillSpec | Refused | None:
-        """What the model's own code computes for a parameter, where it is no distribution that can be read."""
+    def computed(self, ref: TensorRef, trace: InitTrace, *stages: Stage) -> FillSpec | Refused | None:
+        """What the model's own code, of which a trace was read, computes for a parameter."""
         if stages not in self._computed:
-            self._computed[stages] = computed_starts(self.model, self.refs, stages)
+            self._computed[stages] = computed_starts(self.model, self.refs, stages, trace.failed)
         found = self._computed[stages].get(id(ref.tensor))
         return Refused(found) if isinstance(found, str) else found
 
@@ -124,7 +124,10 @@ def by_default(view: View, ref: TensorRef) -> FillSpec | None:
         return found
     if not view.is_unreadable(ref):
         return guess_by_name(ref)
-    computed = view.computed(ref, "resets" if id(ref.tensor) in view.resets.unreadable else "init_weights")
+    if id(ref.tensor) in view.resets.unreadable:
+        computed = view.computed(ref, view.resets, "resets")
+    else:
+        computed = view.computed(ref, view.init_weights, "init_weights")
     return computed if isinstance(computed, FillSpec) else None
 
 

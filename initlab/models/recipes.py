@@ -115,7 +115,7 @@ def own(check: bool = True) -> NamedRecipe:
             reason = ""
             for found, writes, stages in zip(traces, meta, _STAGES[-len(traces) :], strict=True):
                 if id(ref.tensor) in found.unreadable:
-                    computed = view.computed(ref, *stages)
+                    computed = view.computed(ref, found, *stages)
                     if not isinstance(computed, FillSpec):
                         return Refused(found.unreadable[id(ref.tensor)])
                     spec = computed

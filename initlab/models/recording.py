@@ -117,6 +117,7 @@ def read_public_starts(model: nn.Module, trace: InitTrace) -> bool:
             if recorder.run(getattr(module, name), module, f"{class_name(module)}.{name}", attempt):
                 trace.recorded, trace.unreadable, trace.writes = attempt.recorded, attempt.unreadable, attempt.writes
                 found = True
+        trace.failed |= attempt.failed
     return found
 
 
@@ -248,6 +249,8 @@ class _Recorder(Redirect):
                 self._give_up([tensor], f"{where} replaces it instead of filling it")
                 tensors[name] = tensor
         self.temporaries.clear()
+        if not done:
+            trace.failed.add((id(module), where))
         return done
 
     def _give_up(self, stand_ins: Iterable[Tensor], why: str) -> None:

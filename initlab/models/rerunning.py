@@ -16,7 +16,7 @@ from ..distributed.shards import local_shards
 from .checking import LEVEL, mismatch, two_sample_mismatch
 from .contents import computed, plain
 from .entries import Entry, Found, entries_of
-from .entry_points import children_first, owners_of_init_weights, public_starts, run_init_weights, unmark
+from .entry_points import PUBLIC, children_first, owners_of_init_weights, public_starts, run_init_weights, unmark
 from .layers import reset_function
 from .naming import TensorRef, class_name
 from .observing import Recording
@@ -28,7 +28,7 @@ Stage: TypeAlias = Literal["resets", "init_weights", "public"]
 
 
 def computed_starts(
-    model: nn.Module, refs: Sequence[TensorRef], stages: Collection[Stage]
+    model: nn.Module, refs: Sequence[TensorRef], stages: Collection[Stage], failed: Collection[tuple[int, str]]
 ) -> dict[int, FillSpec | str]:
     """What a model's own code writes to its parameters, by the id of a tensor: a spec, or why there is none.
 
@@ -37,6 +37,8 @@ def computed_starts(
         refs: its parameters.
         stages: which code is run, always in this order: "resets", every module's reset_parameters, children first;
             "init_weights", `_init_weights(module)`; "public", `init_weights()` and what else is called so.
+        failed: (id of a module, name) of code that must not run: when it was read, it reached for what is no stand-in,
+            or did not come to its end.
     """
     tied = owned_by_another(model)
     with stand_ins(model) as recorder:
@@ -44,6 +46,9 @@ def computed_starts(
         recording = Recording(recorder.real_storages)
         contents = recording.contents
         for module, where, code in list(_codes(model, stages)):
+            may_run = (id(module), where) not in failed
+            if not may_run and where.rpartition(".")[2] in PUBLIC:
+                continue  # left out altogether, as where it is read
             others = [recorder.standing[key] for key in tied.get(id(module), ()) if key in recorder.standing]
             before = [(t, contents.read(t), contents.node(t)) for t in others]
             places = [
@@ -53,12 +58,12 @@ def computed_starts(
                 for name, tensor in tensors.items()
                 if tensor is not None
             ]
+            why = "" if may_run else f"{where} cannot be read"
             try:
                 with warnings.catch_warnings(), kept_generators(), torch.no_grad(), torch.device("meta"):
                     warnings.simplefilter("ignore")
                     with recording.modes():
-                        code()
-                why = ""
+                        code() if may_run else None
             except Exception as error:
                 why = f"{where} cannot be read: {error or type(error).__name__}".splitlines()[0]
             for tensors, name, tensor in places:
@@ -128,7 +133,7 @@ def _computed_mismatch(ref: TensorRef, program: Program, why: str, refs: Sequenc
     except (RuntimeError, NotImplementedError, TypeError, ValueError, ArithmeticError):
         return None  # it is reported where the values are needed
     if value.shape != tensor.shape:
-        return f"by {why} it would have the shape {tuple(value.shape)}"
+        return f"what is computed for it has the shape {tuple(value.shape)} ({why})"
     parts = (
         [(shard, region.of(value)) for shard, region in local_shards(tensor)]
         if is_dtensor(tensor)
@@ -138,9 +143,9 @@ def _computed_mismatch(ref: TensorRef, program: Program, why: str, refs: Sequenc
         held = held.to("cpu")
         if program.takes_random_numbers:
             if two_sample_mismatch(held, wanted, LEVEL / max(1, len(refs))):
-                return f"it is computed by {why}, and its values are another distribution's"
+                return f"its values are of another distribution than what is computed for it ({why})"
         elif not torch.allclose(
             held.double(), wanted.double(), rtol=1e-2 if tensor.element_size() < 4 else 1e-4, atol=1e-7
         ):
-            return f"it is computed by {why}, and its values are others"
+            return f"its values are not what is computed for it ({why})"
     return None

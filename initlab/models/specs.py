@@ -99,6 +99,7 @@ class InitTrace:
         unreadable: by the id of a tensor, why no distribution is known for what is written to it.
         ignored: ids of tensors whose writes are not recorded for now.
         writes: by the id of a tensor, how many times it is written.
+        failed: (id of a module, name) of the code that did not run to its end.
     """
 
     def __init__(self) -> None:
@@ -106,12 +107,13 @@ class InitTrace:
         self.unreadable: dict[int, str] = {}
         self.ignored: frozenset[int] = frozenset()
         self.writes: dict[int, int] = {}
+        self.failed: set[tuple[int, str]] = set()
 
     def copy(self) -> "InitTrace":
         """Another trace that begins with what this one has recorded."""
         trace = InitTrace()
         trace.recorded, trace.unreadable = dict(self.recorded), dict(self.unreadable)
-        trace.writes = dict(self.writes)
+        trace.writes, trace.failed = dict(self.writes), set(self.failed)
         return trace
 
     def write(

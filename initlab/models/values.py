@@ -89,12 +89,12 @@ def _checked(ref: TensorRef, value: Any) -> Tensor:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (RuntimeError, TypeError, ValueError):
         raise TypeError(
-            f"values: {ref.name} gets {short_repr(value)}; it must be a tensor, a number, or a function from a TensorRef "
-            "to one of these"
+            f"values: {ref.name} gets {short_repr(value)}; it must be a tensor, a number, or a function from a "
+            "TensorRef to one of these"
         ) from None
     if tensor.is_meta:
         raise ValueError(
-            f"values: the tensor for {ref.name} is on the meta device, and has no values; make it on the CPU"
+            f"values: the tensor for {ref.name} is on the meta device, and has no values; make it elsewhere"
         )
     shape, wanted = tuple(tensor.shape), tuple(ref.tensor.shape)
     if shape != wanted and shape != ():
@@ -106,8 +106,8 @@ def _checked(ref: TensorRef, value: Any) -> Tensor:
         )
     if not torch.can_cast(tensor.dtype, ref.tensor.dtype):
         raise RuntimeError(
-            f"values: {ref.name} is {ref.tensor.dtype}, and the value given is {tensor.dtype}, which does not fit; cast "
-            f"it yourself: .to({ref.tensor.dtype})"
+            f"values: {ref.name} is {ref.tensor.dtype}, and the value given is {tensor.dtype}, which does not fit; "
+            f"cast it yourself: .to({ref.tensor.dtype})"
         )
     if is_dtensor(tensor) and not _is_placed_alike(tensor, ref.tensor):
         raise ValueError(
@@ -143,8 +143,9 @@ def computed_values(plan: "Plan", ready: Collection[int]) -> dict[int, Tensor]:
         except (RuntimeError, NotImplementedError, TypeError, ValueError, ArithmeticError) as error:
             argument = "values" if task.ref.is_parameter else "buffers"
             raise ValueError(
-                f"{task.ref.name} (in {task.ref.owner}) is computed by {task.spec.why}, which fails on the CPU: "
-                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Give its values with {argument}="
+                f"{task.ref.name} (in {task.ref.owner}) cannot be computed on the CPU ({task.spec.why}): "
+                f"{error or type(error).__name__}".splitlines()[0]
+                + f". Give its values with {argument}="
             ) from error
         if value.shape != task.ref.tensor.shape:
             raise ValueError(

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import initlab
 
@@ -93,7 +93,7 @@ def test_shards_take_their_part():
         whole = torch.arange(15.0).view(5, 3)
         initlab.init_model_(layer, 0, values={"weight": whole})
         assert torch.equal(layer.weight._local_tensor, whole[3:])
-        alike = distribute_tensor(torch.ones(5, 3), mesh, [Shard(0)])
+        alike = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], shape=torch.Size((5, 3)), stride=(3, 1))
         initlab.init_model_(layer, 0, values={"weight": alike})
         assert torch.equal(layer.weight._local_tensor, torch.ones(2, 3))
         with pytest.raises(ValueError, match="full_tensor"):
