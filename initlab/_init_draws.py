@@ -66,7 +66,8 @@ def _refuse_made(tensor: Tensor) -> None:
     root = tensor._base if tensor._base is not None else tensor
     if root.grad_fn is None or sinks():
         return
-    waiting, seen = [root.grad_fn], set()
+    waiting: list[Any] = [root.grad_fn]
+    seen: set[Any] = set()
     while waiting and len(seen) < 256:
         node = waiting.pop()
         if node is None or node in seen:
@@ -75,8 +76,8 @@ def _refuse_made(tensor: Tensor) -> None:
         if isinstance(getattr(node, "variable", None), torch.nn.Parameter):
             raise RuntimeError(
                 f"this tensor, of shape {tuple(tensor.shape)}, is computed from parameters ({root.grad_fn.name()}), "
-                "as the weight of a layer is under weight_norm or another parametrization: filling it would change none "
-                "of them. Assign what was drawn, layer.weight = init.normal_(torch.empty(...)), which goes through "
+                "as the weight of a layer is under weight_norm or another parametrization: filling it would change "
+                "none of them. Assign what was drawn, layer.weight = init.normal_(torch.empty(...)), which goes through "
                 "right_inverse (torch.nn.utils.parametrize); for the older torch.nn.utils.weight_norm fill weight_v, "
                 "and set weight_g to its norm; or call init_model_, which does both"
             )

@@ -36,14 +36,15 @@ def record_build() -> _RecordBuild:
     `with initlab.record_build() as build: model = make()`, on the meta device or on any other; then
     `initlab.init_model_(model, seed, recipe=build)` gives every parameter what the code gave it: distributions and
     constants, wherever they were written (constructors, reset_parameters, init_weights, ...), in place or by functions
-    that make tensors. What is computed, by `torch.linspace` or `orthogonal_` for example, is refused by name.
+    that make tensors. What is computed, by `torch.linspace` or `orthogonal_` for example, is computed again by the same
+    operators, with random numbers keyed by the seed and the parameter's name.
 
     The model gets the same values as without it, from the same random numbers. It goes by the thread that entered it,
     nests, and leaves nothing behind, also where an exception ends it. Code that starts the weights after the
     constructor, such as timm's `model.init_weights()`, belongs inside the block.
 
-    The record holds names, no tensors: it serves the model after `to_empty`, `.to`, sharding and wrapping, and deep
-    copies of it. A parameter that starts as a copy of another, as in `copy.deepcopy(layer)`, gets the other's values.
+    The record holds names, and no tensors but data that the code used: it serves the model after `to_empty`, `.to`,
+    sharding and wrapping, and deep copies of it. A parameter that starts as a copy of another, as in `copy.deepcopy(layer)`, gets the other's values.
 
     Returns:
         A context manager; `as` gives the record, a recipe once the block has ended.

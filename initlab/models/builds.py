@@ -216,7 +216,7 @@ def _spec(
     if found.spec is None:
         return Refused(found.why)
     if found.spec.program is not None:
-        return replace(found.spec, known_as=known_as | {found.name: ref.name})
+        return replace(found.spec, known_as={**known_as, found.name: ref.name})
     if not found.copies or isinstance(found.spec.distribution, Constant):
         return found.spec
     names = present.get(id(found.copies), [])

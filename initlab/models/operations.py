@@ -462,7 +462,7 @@ class _Noted:
     def done(self) -> None:
         """The call has been made."""
         generator = self.kwargs.get("generator")
-        if self.own is None:
+        if self.own is None or generator is None:
             return
         state = generator.get_state()
         if torch.equal(state, self.own.state) and self.call is not None:

@@ -6,7 +6,7 @@ what the parametrisation's right_inverse makes of that: a weight_norm's v is the
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +44,7 @@ class MadeWeight:
     invert: Callable[[Tensor], Sequence[Tensor]]
     how: str
 
-    def specs(self, spec: FillSpec, named: dict[tuple[int, str], TensorRef]) -> dict[TensorRef, FillSpec | str]:
+    def specs(self, spec: FillSpec, named: Mapping[tuple[int, str], TensorRef]) -> dict[TensorRef, FillSpec | str]:
         """What its parts start with, or why they cannot, where the weight is to start by a spec.
 
         Args:
@@ -152,6 +152,7 @@ def made_weights(model: nn.Module, rename: Callable[[str], str]) -> Iterator[lis
 
 def _of_module(module: nn.Module) -> Iterator[tuple[str, tuple[Any, torch.dtype], Any, Any, str]]:
     """(attribute, (shape, dtype), parts, what inverts, how) of the weights of a module that parameters make up."""
+    parts: tuple[tuple[nn.Module, str], ...]
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             held = module._parameters[f"{hook.name}_v"]

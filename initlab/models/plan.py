@@ -222,8 +222,12 @@ def _with_made_weights(
             else:
                 known[id(weight)] = weight.specs(keep_padding(weight.ref, spec), named)
         found = known[id(weight)].get(ref)
-        if isinstance(found, FillSpec) and found.check and (why := start_mismatch(ref, found, view.refs)) is not None:
-            return Refused(why)
+        if (
+            isinstance(found, FillSpec)
+            and found.check
+            and (differs := start_mismatch(ref, found, view.refs)) is not None
+        ):
+            return Refused(differs)
         return Refused(found) if isinstance(found, str) else found
 
     def choose(ref: TensorRef) -> FillSpec | Refused | None:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -122,7 +122,8 @@ Node: TypeAlias = Unknown | Literal | Filled | Picked | Read | Nested
 # --- what is kept ---
 
 
-class Arg(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Arg:
     """In the arguments of an instruction: the value of an earlier one."""
 
     index: int

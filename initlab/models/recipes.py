@@ -114,6 +114,7 @@ def own(check: bool = True) -> NamedRecipe:
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
             reason = ""
             for found, writes, stages in zip(traces, meta, _STAGES[-len(traces) :], strict=True):
+                spec: FillSpec | None
                 if id(ref.tensor) in found.unreadable:
                     computed = view.computed(ref, found, *stages)
                     if not isinstance(computed, FillSpec):
