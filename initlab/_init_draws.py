@@ -77,9 +77,9 @@ def _refuse_made(tensor: Tensor) -> None:
             raise RuntimeError(
                 f"this tensor, of shape {tuple(tensor.shape)}, is computed from parameters ({root.grad_fn.name()}), "
                 "as the weight of a layer is under weight_norm or another parametrization: filling it would change "
-                "none of them. Assign what was drawn, layer.weight = init.normal_(torch.empty(...)), which goes through "
-                "right_inverse (torch.nn.utils.parametrize); for the older torch.nn.utils.weight_norm fill weight_v, "
-                "and set weight_g to its norm; or call init_model_, which does both"
+                "none of them. Assign what was drawn, layer.weight = init.normal_(torch.empty(...)), which goes "
+                "through right_inverse (torch.nn.utils.parametrize); for the older torch.nn.utils.weight_norm fill "
+                "weight_v, and set weight_g to its norm; or call init_model_, which does both"
             )
         waiting += [source for source, _ in node.next_functions]
 

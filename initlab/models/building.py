@@ -44,7 +44,8 @@ def record_build() -> _RecordBuild:
     constructor, such as timm's `model.init_weights()`, belongs inside the block.
 
     The record holds names, and no tensors but data that the code used: it serves the model after `to_empty`, `.to`,
-    sharding and wrapping, and deep copies of it. A parameter that starts as a copy of another, as in `copy.deepcopy(layer)`, gets the other's values.
+    sharding and wrapping, and deep copies of it. A parameter that starts as a copy of another, as in
+    `copy.deepcopy(layer)`, gets the other's values.
 
     Returns:
         A context manager; `as` gives the record, a recipe once the block has ended.

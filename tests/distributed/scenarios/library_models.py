@@ -61,8 +61,11 @@ def builder(kind: str) -> Callable[[], nn.Module]:
 
 
 def sharded(model: nn.Module) -> nn.Module:
+    """Each block of the outermost lists of blocks, then the rest."""
+    inside: set[nn.Module] = set()
     for module in model.modules():
-        for block in module if isinstance(module, nn.ModuleList) else ():
+        for block in module if isinstance(module, nn.ModuleList) and module not in inside else ():
+            inside.update(block.modules())
             if any(True for _ in block.parameters()):
                 fully_shard(block)
     fully_shard(model)
