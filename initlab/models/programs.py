@@ -34,9 +34,6 @@ def call_key(seed: int, name: str, n: int) -> int:
     return named_key(seed, f"{name}\0{n}")
 
 
-# --- what is noted while the code runs ---
-
-
 @dataclass(eq=False, slots=True)
 class Unknown:
     """Values that cannot be computed again, and why."""
@@ -117,9 +114,6 @@ class Nested:
 
 
 Node: TypeAlias = Unknown | Literal | Filled | Picked | Read | Nested
-
-
-# --- what is kept ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,9 +362,6 @@ def written_tensors(schema: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[
     if schema.is_mutable:
         for container, place in written_places(schema, args, kwargs):
             yield from (t for t in tree_leaves(container[place]) if isinstance(t, Tensor))
-
-
-# --- from notes to programs ---
 
 
 class Untraceable(Exception):
