@@ -1,4 +1,4 @@
-"""Whole models: transformers' GPT-2 124M under swap() and by init_model_, and what 2,000 tiny parameters cost the host.
+"""Whole models: transformers' models under swap() and by init_model_, digests, and what a parameter costs the host.
 
 ``pytest benchmarks --benchmark-only``. Nothing is timed before two ways of filling the model agree bit for bit.
 """
@@ -72,14 +72,58 @@ def test_gpt2_in_place(versus, model):
     )
 
 
-@pytest.mark.parametrize("recipe", ["torch", "gpt2", "auto"], ids=lambda recipe: f"2000 tiny parameters, {recipe}")
-def test_host_cost_of_2000_parameters(versus, recipe):
+LIBRARY = {
+    "tiny Llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+        )
+    ),
+    "T5-small": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config()),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_swap(versus, name):
+    """Building under swap(): 19 and 61 million parameters, in many tensors that are too small for two threads."""
+
+    def ours():
+        with initlab.swap():
+            LIBRARY[name]()
+
+    parameters = list(LIBRARY[name]().parameters())
+    row = versus(
+        ours=ours,
+        peer=LIBRARY[name],
+        floor=lambda: [p.data.fill_(1.0) for p in parameters],
+        elements=sum(p.numel() for p in parameters),
+        element_size=4,
+    )
+    row["case"] = f"{name} built under swap()"
+
+
+def test_digest(versus, model):
+    """The peer is torch.hash_tensor of each parameter, which does not tell the order of elements."""
+    parameters = list(model.parameters())
+    row = versus(
+        ours=lambda: initlab.model_digest(model),
+        peer=lambda: [torch.hash_tensor(p) for p in parameters],
+        floor=lambda: [p.data.fill_(1.0) for p in parameters],
+        elements=sum(p.numel() for p in parameters),
+        element_size=4,
+    )
+    row["case"] = "model_digest of GPT-2"
+
+
+@pytest.mark.parametrize("function", ["init_model_", "plan_model"])
+@pytest.mark.parametrize("recipe", ["torch", "gpt2", "auto", "own"])
+def test_host_cost_of_2000_parameters(versus, recipe, function):
     """1,000 linear layers of 4 x 4; ns per element are ns per parameter. The peer is reset_parameters of each."""
     layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(1000)))
-    versus(
-        ours=lambda: initlab.init_model_(layers, 0, recipe),
+    row = versus(
+        ours=lambda: getattr(initlab, function)(layers, 0, recipe),
         peer=lambda: [layer.reset_parameters() for layer in layers],
         floor=lambda: [p.data.fill_(1.0) for p in layers.parameters()],
         elements=2000,
         element_size=40,
     )
+    row["case"] = f"{function}, 2,000 tiny, {recipe}"

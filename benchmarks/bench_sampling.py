@@ -52,19 +52,40 @@ def test_sampling(versus, case, dtype):
     )
 
 
-def test_small_tensor(versus):
-    """What a call costs: 64 elements, 1,000 calls."""
-    x = torch.empty(8, 8)
+@pytest.mark.parametrize("elements", [16, 4096])
+@pytest.mark.parametrize("name", ["uniform_", "normal_"])
+def test_one_call(versus, name, elements):
+    """What a call costs: ns per element are ns per call, of 1,000."""
+    x = torch.empty(elements)
 
     def calls(function):
         for _ in range(1000):
             function(x)
 
     row = versus(
-        ours=lambda: calls(init.normal_),
-        peer=lambda: calls(torch.nn.init.normal_),
+        ours=lambda: calls(getattr(init, name)),
+        peer=lambda: calls(getattr(torch.nn.init, name)),
         floor=lambda: calls(lambda x: x.fill_(1.0)),
         elements=1000,
         element_size=x.numel() * x.element_size(),
     )
-    row["case"] = "normal_ on 64 elements, per call"
+    row["case"] = f"{name} on {elements} elements, per call"
+
+
+def test_many_small_tensors(versus):
+    """One fill_ of 2,000 tensors of 4 x 4; ns per element are ns per tensor."""
+    tensors = [torch.empty(4, 4) for _ in range(2000)]
+    draws = [Draw(x, Normal(), key) for key, x in enumerate(tensors)]
+
+    def peer():
+        for x in tensors:
+            torch.nn.init.normal_(x)
+
+    row = versus(
+        ours=lambda: fill_(draws),
+        peer=peer,
+        floor=lambda: [x.fill_(1.0) for x in tensors],
+        elements=len(tensors),
+        element_size=64,
+    )
+    row["case"] = "fill_ of 2,000 x 4 x 4, per tensor"

@@ -15,6 +15,7 @@ from . import _checkout
 _checkout.link_kernels()  # before anything imports initlab.kernels
 
 from . import init  # noqa: E402
+from .checkpoints import CheckpointReport, TensorRow, scan_checkpoint  # noqa: E402
 from .clipping import (  # noqa: E402
     ClipReport,
     ClipStats,
@@ -28,6 +29,7 @@ from .clipping import (  # noqa: E402
     clip_grads_with_norm_,
     get_total_norm,
 )
+from .data import ColumnRow, DataFault, DataReport, scan_data  # noqa: E402
 from .diagnosis import Cause, Diagnosis, LayerRow, Place, diagnose, supervised  # noqa: E402
 from .models import (  # noqa: E402
     BuildRecord,
@@ -48,8 +50,12 @@ from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 __all__ = [
     "BuildRecord",
     "Cause",
+    "CheckpointReport",
     "ClipReport",
     "ClipStats",
+    "ColumnRow",
+    "DataFault",
+    "DataReport",
     "Diagnosis",
     "Fault",
     "GradClipper",
@@ -62,6 +68,7 @@ __all__ = [
     "Place",
     "QuantileSpikes",
     "Row",
+    "TensorRow",
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
@@ -79,6 +86,8 @@ __all__ = [
     "plan_model",
     "recipes",
     "record_build",
+    "scan_checkpoint",
+    "scan_data",
     "supervised",
     "swap",
     "watch",

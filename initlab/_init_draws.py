@@ -3,6 +3,7 @@
 initlab.init has the functions and their documentation; this has what they share.
 """
 
+import functools
 import math
 import sys
 import threading
@@ -40,7 +41,8 @@ def sample(
     Returns:
         The tensor itself.
     """
-    drawn = distribution(*parameters)
+    cached = _NUMBERS.issuperset(map(type, parameters))
+    drawn = _made(distribution, *parameters) if cached else distribution(*parameters)
     if tensor.requires_grad and not tensor.is_leaf:
         _refuse_made(tensor)
     if type(tensor) in PLAIN:
@@ -84,13 +86,19 @@ def _refuse_made(tensor: Tensor) -> None:
         waiting += [source for source, _ in node.next_functions]
 
 
+_NUMBERS = frozenset({int, float})  # what is its own key to a cache; a tensor, say, may change
+
+
+@functools.lru_cache(maxsize=1024)
+def _made(distribution: Callable[..., Distribution], *parameters: float) -> Distribution:
+    return distribution(*parameters)
+
+
 def observers() -> list[Callable[[Tensor, Distribution], object]]:
     """What this thread's draws are told to: our kernels write where no dispatch mode of torch sees it."""
-    try:
-        found: list[Callable[[Tensor, Distribution], object]] = _thread.observers
-    except AttributeError:
-        found = _thread.observers = []
-    return found
+    if _thread.observers is None:
+        _thread.observers = []
+    return _thread.observers
 
 
 def _zero_tangent(tensor: Tensor) -> None:
@@ -200,19 +208,25 @@ def draw_key(tensor: Tensor, generator: torch.Generator | None) -> int:
     if generator is None and tensor.device.type == "cuda" and not is_dtensor(tensor):
         _check_rank_seeds(tensor.device)
     key = generator_key(generator)
-    log = getattr(_thread, "log", None)
-    if log is not None:
-        log.append((tensor, generator, key))
+    if _thread.log is not None:
+        _thread.log.append((tensor, generator, key))
     return key
 
 
-_thread = threading.local()
+class _Thread(threading.local):
+    """What a thread's draws are told to, and where they are recorded."""
+
+    observers: list[Callable[[Tensor, Distribution], object]] | None = None
+    log: list[tuple[Tensor, torch.Generator | None, int]] | None = None
+
+
+_thread = _Thread()
 
 
 @contextmanager
 def record_draws() -> Iterator[list[tuple[Tensor, torch.Generator | None, int]]]:
     """Inside it, this thread's draws are recorded: (tensor, generator, key) each. swap() compares them across ranks."""
-    before = getattr(_thread, "log", None)
+    before = _thread.log
     log: list[tuple[Tensor, torch.Generator | None, int]] = []
     _thread.log = log
     try:

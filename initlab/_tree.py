@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.utils._pytree import SUPPORTED_NODES, GetAttrKey, MappingKey, SequenceKey
 
 Path: TypeAlias = tuple[Any, ...]  # of torch.utils._pytree's keys; its keystr writes them as code: "[0]['x'].logits"
@@ -15,9 +16,9 @@ Path: TypeAlias = tuple[Any, ...]  # of torch.utils._pytree's keys; its keystr w
 def tensors_with_paths(value: Any, path: Path = (), depth: int = -1) -> Iterator[tuple[Path, Tensor]]:
     """The tensors in nested containers, in order, each with its path.
 
-    Looks into lists, tuples, mappings and dataclasses, their subclasses included, and into what else
-    torch.utils._pytree has been told about. pytree alone would take a dataclass, a BatchEncoding or a subclass of dict
-    for a leaf, and has no paths into what transformers registers.
+    Looks into lists, tuples, mappings, dataclasses and torch's distributions, their subclasses included, and into what
+    else torch.utils._pytree has been told about. pytree alone would take a dataclass, a BatchEncoding or a subclass of
+    dict for a leaf, and has no paths into what transformers registers.
 
     Args:
         value: a tensor, a container, or anything else, which has no tensors.
@@ -61,6 +62,9 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield GetAttrKey(field.name), getattr(value, field.name, None)
+    elif isinstance(value, Distribution):
+        for name, item in vars(value).items():
+            yield GetAttrKey(name), item
     elif (node := SUPPORTED_NODES.get(type(value))) is not None:
         for index, item in enumerate(node.flatten_fn(value)[0]):
             yield SequenceKey(index), item

@@ -1,25 +1,32 @@
-"""The `initlab` command: demo | plan | doctor | env.
+"""The `initlab` command: demo | plan | doctor | scan | env | completion.
 
-Exit status: 0, 1 if the demo's evidence does not hold or a model cannot be planned, 64 if the command was used wrongly
-(EX_USAGE of sysexits.h). Of doctor: 0 healthy, 1 warning, 2 broken.
+Exit status: 0; 1 if the demo's evidence does not hold or a model cannot be planned; 64 if the command was used wrongly
+or the user's own code fails; 70 if ours does (EX_USAGE and EX_SOFTWARE of sysexits.h).
+Of doctor and scan: 0 healthy, 1 warning, 2 broken. What the user's code prints goes to
+stderr: stdout has the report and nothing else.
 """
 
 import argparse
+import contextlib
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pkgutil
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import __version__
 from ._console import say
 
-EX_FAILED, EX_BROKEN, EX_USAGE = 1, 2, 64
+EX_FAILED, EX_BROKEN, EX_USAGE, EX_SOFTWARE = 1, 2, 64, 70
+EX_PIPE = 141  # 128 + SIGPIPE, as of a command that the signal ends
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 if the demo could not run or its evidence does not hold, or if no plan could be made,
-        64 if INITLAB_BACKEND asks for what the demo cannot have, there is no such function to plan or to examine, or
-        the model to examine cannot run without other ranks.
-        Of doctor 0, 1 or 2: healthy, warning, broken.
+        64 if INITLAB_BACKEND asks for what the demo cannot have, there is no such function to plan or to examine, the
+        user's code raises an error, or the model to examine cannot run without other ranks; 70 for an error of ours.
+        Of doctor and scan 0, 1 or 2: healthy, warning, broken.
 
     Raises:
         SystemExit: with 64 for arguments that make no sense, with 0 after --help.
@@ -51,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     parser = _Parser(prog="initlab", description="Numeric kernels for the fragile moments of a training run.")
+    parser.add_argument("--version", action="version", version=f"initlab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser("demo", help="bad starts, a good one and equal bits, on real data")
     demo.add_argument("--seed", type=_seed, default=0, help="of every draw in the demo (default: 0)")
@@ -65,24 +73,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--only", action="append", metavar="PATTERN", help="name pattern; may be given several times")
     plan.add_argument("--meta", action="store_true", help="build the model on the meta device: no memory, no time")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    doctor = commands.add_parser("doctor", help="why is the loss inf or NaN: run a model on a batch, and say")
+    doctor = commands.add_parser("doctor", help="why is the loss inf or NaN: run a script or a step, and say")
+    doctor.add_argument("--steps", type=_positive, default=1, help="of training to take and undo (default: 1)")
+    doctor.add_argument("--patience", type=_positive, help="steps of a script in which its loss should have fallen")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.add_argument(
         "function",
-        metavar="PATH:FUNCTION",
-        help="a file or module, and its function that returns (model, batch, loss_fn) or (model, batch, loss_fn, "
-        "optimizer); loss_fn(model, batch) returns the loss",
+        metavar="SCRIPT or PATH:FUNCTION",
+        help="a training script, which is run as it is; or a file or module, and its function that returns (model, "
+        "batch, loss_fn) or (model, batch, loss_fn, optimizer); loss_fn(model, batch) returns the loss",
     )
-    doctor.add_argument("--steps", type=_positive, default=1, help="of training to take and undo (default: 1)")
-    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
-    commands.add_parser("env", help="versions, devices and backends, for a bug report")
+    doctor.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
+    scan = commands.add_parser("scan", help="which tensors of a checkpoint are NaN, inf, huge, zero or untouched")
+    scan.add_argument(
+        "path", metavar="FILE_OR_FOLDER", help="of safetensors, torch.save or torch.distributed.checkpoint"
+    )
+    scan.add_argument("--since", metavar="OLDER", help="an older checkpoint of the same run, to compare with")
+    scan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
+    env.add_argument("--json", action="store_true", help="print JSON instead of text")
+    completion = commands.add_parser("completion", help="print a shell's completion script (needs the package shtab)")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     arguments = parser.parse_args(argv)
+    if arguments.command == "doctor" and not arguments.function.endswith(".py") and arguments.arguments:
+        # What follows a script is the script's own; what follows a function can only be ours.
+        rest, arguments.arguments = arguments.arguments, []
+        arguments = doctor.parse_args([*rest, arguments.function], arguments)
+    try:
+        status = _run(arguments, parser)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough. Python would complain when it flushes stdout at exit
+        with contextlib.suppress(OSError, ValueError):  # no file, as where stdout is captured
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EX_PIPE
+    except _UsersError as error:
+        return _failed(arguments.command, error, EX_USAGE)
+    except Exception as error:
+        traceback.print_exc()
+        about = f"{type(error).__name__}: {error}\nThis is a fault of initlab. Please report it with `initlab env`."
+        return _failed(arguments.command, about, EX_SOFTWARE)
+
+
+class _UsersError(Exception):
+    """The user's own code has failed: what it raised, and where."""
+
+
+@contextlib.contextmanager
+def _users_code(what: str) -> Iterator[None]:
+    """Runs the user's own code: what it prints goes to stderr, what it raises is its own."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(__file__).parent not in Path(frame.filename).parents]
+        where = f", {own[-1].filename}:{own[-1].lineno}" if own else ""
+        raise _UsersError(f"{what} raised {type(error).__name__}: {error}{where}") from error
+
+
+def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if arguments.command == "completion":
+        return _completion(arguments.shell, parser)
     if arguments.command == "env":
-        return _env()
+        return _env(arguments.json)
     if arguments.command == "plan":
         return _plan(arguments)
     if arguments.command == "doctor":
         return _doctor(arguments)
+    if arguments.command == "scan":
+        return _scan(arguments)
     return _demo(arguments.seed)
+
+
+def _completion(shell: str, parser: argparse.ArgumentParser) -> int:
+    try:
+        shtab = importlib.import_module("shtab")
+    except ModuleNotFoundError:
+        return _failed("completion", "it is made by the package shtab: pip install shtab", EX_USAGE)
+    print(shtab.complete(parser, shell))
+    return 0
 
 
 def _seed(text: str) -> int:
@@ -129,7 +201,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         recipe = resolve(arguments.recipe)
     except (LookupError, ValueError) as error:
         return _failed("plan", error.args[0], EX_USAGE)
-    with torch.device("meta") if arguments.meta else nullcontext():
+    with torch.device("meta") if arguments.meta else contextlib.nullcontext(), _users_code(arguments.function):
         model = build()
     model = model[0] if isinstance(model, tuple) and model else model
     try:
@@ -146,27 +218,69 @@ def _doctor(arguments: argparse.Namespace) -> int:
     def on_stage(stage: str) -> None:
         say(f"initlab doctor: {stage}", "dim", stderr=True)
 
+    if arguments.function.endswith(".py"):
+        return _doctor_script(arguments, on_stage)
+    if arguments.arguments or arguments.patience:
+        return _failed("doctor", "--patience and further arguments are for scripts: doctor train.py ...", EX_USAGE)
     try:
         build = _function(arguments.function)
     except LookupError as error:
         return _failed("doctor", error.args[0], EX_USAGE)
-    returned = build()
+    with _users_code(arguments.function):
+        returned = build()
     try:
         if not isinstance(returned, tuple) or len(returned) not in (3, 4):
             what = f"{len(returned)} values" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
             raise UsageError(
                 f"{arguments.function} returned {what}; it must return (model, batch, loss_fn[, optimizer])"
             )
-        diagnosis = diagnose_alone(*returned, steps=arguments.steps, on_stage=on_stage)
+        with contextlib.redirect_stdout(sys.stderr):
+            diagnosis = diagnose_alone(*returned, steps=arguments.steps, on_stage=on_stage)
     except (CommunicatesError, UsageError) as error:
         return _failed("doctor", error, EX_USAGE)
+    return _judged(diagnosis, arguments.json)
+
+
+def _doctor_script(arguments: argparse.Namespace, on_stage: Callable[[str], None]) -> int:
+    from .scripts import PATIENCE, run_script
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+            report = run_script(
+                arguments.function,
+                arguments.arguments,
+                patience=arguments.patience or PATIENCE,
+                on_stage=on_stage,
+            )
+    except FileNotFoundError as error:
+        return _failed("doctor", error, EX_USAGE)
+    if report.error is not None and not report.stopped:
+        if not isinstance(report.error, SystemExit):
+            traceback.print_exception(report.error)
+        return _failed("doctor", f"{arguments.function} ended with {report.error!r}", EX_USAGE)
+    return _judged(report, arguments.json)
+
+
+def _scan(arguments: argparse.Namespace) -> int:
+    from .checkpoints import scan_checkpoint
+    from .checkpoints.formats import CheckpointError
+
+    try:
+        report = scan_checkpoint(arguments.path, arguments.since)
+    except (CheckpointError, OSError) as error:
+        return _failed("scan", error, EX_USAGE)
+    return _judged(report, arguments.json)
+
+
+def _judged(report: Any, as_json: bool) -> int:
+    """Print a report that has a verdict; its exit status."""
     status, style = {"healthy": (0, "green"), "warning": (EX_FAILED, "yellow"), "broken": (EX_BROKEN, "bold red")}[
-        diagnosis.verdict
+        report.verdict
     ]
-    if arguments.json:
-        print(diagnosis.to_json())
+    if as_json:
+        print(report.to_json())
     else:
-        headline, _, rest = str(diagnosis).partition("\n")
+        headline, _, rest = str(report).partition("\n")
         say(headline, style)
         if rest:
             print(rest)
@@ -190,30 +304,36 @@ def _function(place: str) -> Callable[[], Any]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # as an import would: dataclasses and pickle look their module up
         sys.path.insert(0, str(Path(path).resolve().parent))  # its neighbours can be imported, as by `python model.py`
-        spec.loader.exec_module(module)
+        with _users_code(path):
+            spec.loader.exec_module(module)
         found = getattr(module, name, None)
     else:
         sys.path.insert(0, os.getcwd())
         try:
-            found = pkgutil.resolve_name(f"{path}:{name}")
+            with contextlib.redirect_stdout(sys.stderr):
+                found = pkgutil.resolve_name(f"{path}:{name}")
         except ModuleNotFoundError as error:
             if error.name is None or not (path == error.name or path.startswith(f"{error.name}.")):
-                raise  # something that the module itself imports
+                raise _UsersError(f"{path} raised ModuleNotFoundError: {error}") from error  # what it imports itself
             raise LookupError(f"there is no module {path}; a file's name ends in .py") from None
         except AttributeError:
             found = None
+        except Exception as error:
+            raise _UsersError(f"{path} raised {type(error).__name__}: {error}") from error
     if not callable(found):
         raise LookupError(f"{path} has no function {name}")
+    with contextlib.suppress(TypeError, ValueError):  # a builtin may have no signature
+        needed = [p.name for p in inspect.signature(found).parameters.values() if p.default is p.empty and p.kind < 2]
+        if needed:
+            raise LookupError(f"{place} takes {', '.join(needed)}; the command calls it without arguments")
     build: Callable[[], Any] = found
     return build
 
 
-def _env() -> int:
+def _env(as_json: bool = False) -> int:
     import torch
 
     from initlab.kernels import STREAM_VERSION, backend_of
-
-    from . import __version__
 
     def backend(device: torch.device) -> str:
         try:
@@ -234,6 +354,9 @@ def _env() -> int:
         facts += [("cuda", "no device")]
     for gpu in gpus:
         facts += [(str(gpu), torch.cuda.get_device_name(gpu)), (f"{gpu} backend", backend(gpu))]
+    if as_json:
+        print(json.dumps(dict(facts), indent=2))
+        return 0
     for name, fact in facts:
         print(f"{name:<17}{fact}")
     return 0

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -79,9 +78,7 @@ def load(device: torch.device, modules: Mapping[str, str | None]) -> Backend:
     """
     name = _choose(device, modules)
     module = None if name == "torch" else modules[name]
-    if module is None:
-        return _TORCH
-    return Backend(name, found) if (found := _imported(name, module)) is not None else _TORCH
+    return _TORCH if module is None else _imported(name, module)
 
 
 _TORCH = Backend("torch", None)
@@ -108,9 +105,9 @@ def _choose(device: torch.device, modules: Mapping[str, str | None]) -> str:
 
 
 @functools.cache
-def _imported(name: str, module: str) -> ModuleType | None:
+def _imported(name: str, module: str) -> Backend:
     try:
-        return importlib.import_module(module, __package__)
+        return Backend(name, importlib.import_module(module, __package__))
     except Exception as error:  # a package that does not fit the numpy, driver or Python at hand raises anything
         why = f"{type(error).__name__}: {error}"
         if requested() == name:
@@ -120,7 +117,7 @@ def _imported(name: str, module: str) -> ModuleType | None:
         if name not in _warned:  # by package: the second import of a broken one may raise something else
             _warned.add(name)
             warnings.warn(f"{name} cannot be imported, so plain torch takes its place, slower: {why}", stacklevel=2)
-        return None
+        return _TORCH
 
 
 _warned: set[str] = set()

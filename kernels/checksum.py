@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import backends
 from .region import Region, StridedRun
 from .tensors import INTEGERS, PLAIN, is_freed
 
+_MODULES = {"numba": "._checksum_numba", "triton": None}
 _CHUNK = {"cpu": 1 << 14}  # elements: scratch stays in the cache, and below what torch splits over threads
 _CHUNK_ELSEWHERE = 1 << 23
 _MASK64 = (1 << 64) - 1
 
 # SplitMix64 (Steele, Lea and Flood 2014): increment, multipliers and shifts.
-_GAMMA = 0x9E3779B97F4A7C15
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_LAST_SHIFT = 31
+GAMMA = 0x9E3779B97F4A7C15
+ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+LAST_SHIFT = 31
 
 
 def content_sum(tensor: Tensor, region: Region | None = None) -> int:
@@ -66,22 +68,31 @@ def content_sum(tensor: Tensor, region: Region | None = None) -> int:
     if tensor.numel() == 0:
         return 0
     tensor = tensor.resolve_neg()
-    integer = INTEGERS[tensor.element_size()]
-    chunk = min(_CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE), tensor.numel())
+    module = backends.load(tensor.device, _MODULES).module
     with torch.no_grad():
-        steps = torch.arange(chunk, dtype=torch.int64, device=tensor.device).mul_(_signed(_GAMMA))
-        x, shifted = torch.empty_like(steps), torch.empty_like(steps)
-        total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-        for flat, runs in _pieces(tensor, 0, chunk) if region is None else [(_flat(tensor), region.runs())]:
-            for offset, run in _batches(runs, chunk):
-                words = flat[offset : offset + run.numel].view(integer).view(run.rows, run.length)
-                flat_x = x[: words.numel()]
-                torch.add(words, steps[: run.length], out=flat_x.view_as(words))
-                if run.rows > 1:
-                    rows = torch.arange(run.rows, device=x.device).mul_(_signed(run.stride * _GAMMA))
-                    flat_x.view_as(words).add_(rows[:, None])
-                flat_x.add_(_signed(run.start * _GAMMA))
-                total += _mix(flat_x, shifted[: words.numel()]).sum()
+        chunk = min(_CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE), tensor.numel())
+        pieces = _pieces(tensor, 0, chunk) if region is None else [(_flat(tensor), region.runs())]
+        if module is not None:
+            return sum(module.total(flat, runs) for flat, runs in pieces) & _MASK64
+        return _total(pieces, tensor, chunk)
+
+
+def _total(pieces: Iterable[tuple[Tensor, Iterable[StridedRun]]], tensor: Tensor, chunk: int) -> int:
+    """The sum in plain torch, of `chunk` elements at a time: the reference."""
+    integer = INTEGERS[tensor.element_size()]
+    steps = torch.arange(chunk, dtype=torch.int64, device=tensor.device).mul_(_signed(GAMMA))
+    x, shifted = torch.empty_like(steps), torch.empty_like(steps)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for flat, runs in pieces:
+        for offset, run in _batches(runs, chunk):
+            words = flat[offset : offset + run.numel].view(integer).view(run.rows, run.length)
+            flat_x = x[: words.numel()]
+            torch.add(words, steps[: run.length], out=flat_x.view_as(words))
+            if run.rows > 1:
+                rows = torch.arange(run.rows, device=x.device).mul_(_signed(run.stride * GAMMA))
+                flat_x.view_as(words).add_(rows[:, None])
+            flat_x.add_(_signed(run.start * GAMMA))
+            total += _mix(flat_x, shifted[: words.numel()]).sum()
     return int(total.item()) & _MASK64
 
 
@@ -141,10 +152,10 @@ def _batches(runs: Iterable[StridedRun], chunk: int) -> Iterator[tuple[int, Stri
 
 def _mix(x: Tensor, shifted: Tensor) -> Tensor:
     """SplitMix64's finaliser, in place. int64 stands for uint64: products wrap, shifts are masked to be logical."""
-    for shift, multiplier in _ROUNDS:
+    for shift, multiplier in ROUNDS:
         _xor_shift(x, shift, shifted)
         x.mul_(_signed(multiplier))
-    return _xor_shift(x, _LAST_SHIFT, shifted)
+    return _xor_shift(x, LAST_SHIFT, shifted)
 
 
 def _xor_shift(x: Tensor, shift: int, shifted: Tensor) -> Tensor:

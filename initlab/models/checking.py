@@ -4,9 +4,12 @@ Each test is exact for any number of elements, with no approximation of a distri
 probability less than a level, if the code was read rightly, is refused with less than that level.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +24,7 @@ LEVEL = 1e-4  # false refusals, of a whole model
 _TESTS = 3  # of a tensor
 _CELLS = 256
 _SAMPLE = 1 << 15  # elements that are looked at
+_GROUP = 16  # neighbours in memory, which cost one read of it
 _SPREAD = 2654435761  # odd, 2^32 / golden ratio: its multiples reach all rows and columns
 
 
@@ -61,23 +65,22 @@ def mismatch(ref: TensorRef, spec: FillSpec, tensors: int) -> str | None:
     return None
 
 
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
+
+
 def two_sample_mismatch(held: Tensor, drawn: Tensor, level: float) -> bool:
     """Whether two tensors' values cannot come from one distribution, by Kolmogorov's and Smirnov's distance.
 
     The bound is Massart's for each of the two samples.
     """
-    a, b = (_sample(t).sort().values for t in (held, drawn))
-    ends = torch.cat([a, b])
+    a, b = (_sorted_sample(t) for t in (held, drawn))
+    ends = np.concatenate([a, b])
     distance = max(
-        float(
-            (torch.searchsorted(a, ends, right=right) / len(a) - torch.searchsorted(b, ends, right=right) / len(b))
-            .abs()
-            .max()
-        )
-        for right in (False, True)
+        float(np.abs(np.searchsorted(a, ends, side) / len(a) - np.searchsorted(b, ends, side) / len(b)).max())
+        for side in _SIDES
     )
     size = 1 / (len(a) ** -0.5 + len(b) ** -0.5) ** 2
-    return bool(a.isnan().any()) or 4 * math.exp(-2 * size * distance**2) < level
+    return bool(np.isnan(a).any()) or 4 * math.exp(-2 * size * distance**2) < level
 
 
 class MetaWrites:
@@ -127,76 +130,123 @@ def _version(tensor: Tensor) -> int:
 def _differs(values: Tensor, distribution: Distribution, level: float) -> str:
     """What is wrong with values that should come from a distribution; empty if nothing is."""
     if isinstance(distribution, Constant):
-        wanted = torch.full((), distribution.value, dtype=values.dtype, device=values.device)
-        same = (
-            torch.isclose(values, wanted, rtol=1e-5, atol=0.0) if values.dtype.is_floating_point else values == wanted
-        )
-        return "" if bool(same.all()) else "its values are not"
+        return "" if _all_are(values, distribution.value) else "its values are not"
     if not values.dtype.is_floating_point or distribution.stddev == 0:
         return ""
-    sample = _sample(values)
-    if bool(sample.isnan().any()):
+    x = _sorted_sample(values)
+    count, eps = len(x), torch.finfo(values.dtype).eps
+    least, most = float(x[0]), float(x[-1])
+    if math.isnan(most):  # NaN is sorted last
         return "it holds NaN"
-    count = len(sample)
-    if not bool(sample.any()) and (count > 3 or values.element_size() > 2):
+    if least == most == 0.0 and (count > 3 or values.element_size() > 2):
         return "it is zero"
-    # A value in a tensor is one that was rounded: what was drawn lies within half a step of it.
-    step = sample.abs() * torch.finfo(values.dtype).eps
-    low, high = _cumulative(distribution, sample - step), _cumulative(distribution, sample + step)
-    if low is None or high is None:
+    limits = _limits(distribution, eps)
+    if limits is None:
         return ""
-    if not _is_within(distribution, sample, step):
+    # A value in a tensor is one that was rounded: what was drawn lies within half a step of it. All of this rises with
+    # the value, so that the ends of the sorted sample decide for every value between them.
+    step_of_least, step_of_most = (abs(end) * eps if math.isfinite(end) else 0.0 for end in (least, most))
+    if not _is_within(distribution, least + step_of_least, most - step_of_most):
         return "its values lie outside"
     # The least chance of a value as far out as the one farthest out, of so many.
-    if 2 * count * float(torch.minimum(high, 1 - low).clamp_min(0).min()) < level:
+    below, above = _below(distribution, least + step_of_least), 1 - _below(distribution, most - step_of_most)
+    if 2 * count * max(0.0, min(below, above)) < level:
         return "some of its values lie much too far out"
     # All of them between two values with so little chance between them.
-    width = float(high.max() - low.min())
+    width = _below(distribution, most + step_of_most) - _below(distribution, least - step_of_least)
     if count > 1 and count * width ** (count - 1) < level:
         return "its values lie much too close to each other"
     # Kolmogorov and Smirnov's distance, with Massart's bound on it: P(distance > d) <= 2 exp(-2 count d^2). It is taken
-    # at the ends of cells of equal chance, where it is no larger than anywhere: that needs no sorting.
-    ends = torch.arange(1, _CELLS + 1, dtype=torch.float64, device=sample.device) / _CELLS
-    at_most, at_least = _share(low), _share(high)
-    distance = max(float((ends - at_most).max()), float((at_least - ends).max()))
-    return "its values are another distribution's" if 2 * math.exp(-2 * count * max(0.0, distance) ** 2) < level else ""
+    # at the ends of cells of equal chance, where it is no larger than anywhere.
+    at_most, at_least = np.searchsorted(x, limits) / count
+    distance = max(0.0, float((_ENDS - at_most).max()), float((at_least - _ENDS).max()))
+    return "its values are another distribution's" if 2 * math.exp(-2 * count * distance**2) < level else ""
 
 
-def _share(chances: Tensor) -> Tensor:
-    """Which share of the values lies below the end of each cell."""
-    cells = (chances * _CELLS).floor_().clamp_(0, _CELLS - 1).long()
-    return torch.bincount(cells, minlength=_CELLS).cumsum(0) / len(chances)
+def _all_are(values: Tensor, constant: complex) -> bool:
+    wanted = torch.full((), constant, dtype=values.dtype, device=values.device)
+    if not values.dtype.is_floating_point:
+        return bool((values == wanted).all())
+    least, most = (float(end) for end in torch.aminmax(values))  # NaN if there is one
+    value = float(wanted)
+    near = 1e-5 * abs(value) if math.isfinite(value) else 0.0
+    return value - near <= least and most <= value + near
 
 
-def _sample(values: Tensor) -> Tensor:
-    """Some of the values: all of a small tensor, every few of a large one."""
+def _sorted_sample(values: Tensor) -> np.ndarray[Any, Any]:
+    """Some of the values, in float32 or float64: all of a small tensor, every few of a large one."""
     count = values.numel()
     if count <= _SAMPLE:
-        return values.reshape(-1).double()
-    places = (torch.arange(_SAMPLE, device=values.device) * _SPREAD) % count
-    places = (places,) if values.is_contiguous() else torch.unravel_index(places, values.shape)  # type: ignore[assignment]
-    return (values.view(-1) if values.is_contiguous() else values)[places].double()
+        sample = values.reshape(-1)
+    elif values.is_contiguous():
+        groups = values.view(-1)[: count // _GROUP * _GROUP].view(-1, _GROUP)
+        sample = groups[_groups(len(groups)).to(values.device)].view(-1)
+    else:
+        places = (_groups(count // _GROUP)[:, None] * _GROUP + torch.arange(_GROUP, device="cpu")).flatten()
+        sample = values[torch.unravel_index(places.to(values.device), values.shape)]
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    x: np.ndarray[Any, Any] = np.sort(sample.to("cpu", dtype).resolve_neg().numpy())
+    return x
 
 
-def _cumulative(distribution: Distribution, x: Tensor) -> Tensor | None:
-    """The chance of a value up to x; None where float64 does not tell it well."""
+@functools.lru_cache(maxsize=32)
+def _groups(count: int) -> Tensor:
+    """Which of `count` groups of neighbouring elements are looked at."""
+    return torch.from_numpy(np.arange(_SAMPLE // _GROUP, dtype=np.int64) * _SPREAD % count)
+
+
+# Distributions: chances in float64.
+
+_ENDS = np.arange(1, _CELLS) / _CELLS  # of cells of equal chance; below the last end lies all
+
+
+@functools.lru_cache(maxsize=256)
+def _limits(distribution: Distribution, eps: float) -> np.ndarray[Any, Any] | None:
+    """At each end of a cell, below what a value lies if what was drawn may lie below the end, and if it must.
+
+    None where float64 does not tell it well.
+    """
     if isinstance(distribution, Uniform):
-        return ((x - distribution.low) / (distribution.high - distribution.low)).clamp(0, 1)
+        ends = distribution.low + _ENDS * (distribution.high - distribution.low)
+    elif isinstance(distribution, Normal):
+        ends = distribution.mean + distribution.std * _normal_ends(0.0, 1.0)
+    elif isinstance(distribution, TruncatedNormal):
+        below, above = (_normal_below(distribution, bound) for bound in (distribution.low, distribution.high))
+        if above - below < 1e-9:
+            return None
+        ends = distribution.mean + distribution.std * _normal_ends(below, above)
+    else:
+        return None
+    smaller, larger = ends / (1 + eps), ends / (1 - eps)  # in magnitude
+    return np.stack([np.maximum(smaller, larger), np.minimum(smaller, larger)])
+
+
+def _normal_ends(below: float, above: float) -> np.ndarray[Any, Any]:
+    """What a standard normal stays below with chances from `below` to `above`, as far apart as the ends of cells."""
+    chances = torch.from_numpy(below + _ENDS * (above - below))
+    ends: np.ndarray[Any, Any] = torch.special.ndtri(chances).numpy()
+    return ends
+
+
+def _normal_below(distribution: Normal | TruncatedNormal, x: float) -> float:
+    return 0.5 * math.erfc((distribution.mean - x) / (distribution.std * math.sqrt(2.0)))
+
+
+def _below(distribution: Any, x: float) -> float:
+    """The chance of a value up to x."""
     if isinstance(distribution, Normal):
-        return torch.special.ndtr((x - distribution.mean) / distribution.std)
-    if not isinstance(distribution, TruncatedNormal):
-        return None
-    bounds = torch.tensor([distribution.low, distribution.high], dtype=torch.float64, device=x.device)
-    ends = torch.special.ndtr((bounds - distribution.mean) / distribution.std)
-    mass = float(ends[1] - ends[0])
-    if mass < 1e-9:
-        return None
-    return ((torch.special.ndtr((x - distribution.mean) / distribution.std) - ends[0]) / mass).clamp(0, 1)
+        return _normal_below(distribution, x)
+    if isinstance(distribution, Uniform):
+        chance = (x - distribution.low) / (distribution.high - distribution.low)
+    else:
+        low, high = (_normal_below(distribution, bound) for bound in (distribution.low, distribution.high))
+        chance = (_normal_below(distribution, x) - low) / (high - low)
+    return min(max(chance, 0.0), 1.0)
 
 
-def _is_within(distribution: Distribution, x: Tensor, step: Tensor) -> bool:
+def _is_within(distribution: Distribution, least: float, most: float) -> bool:
     if not isinstance(distribution, Uniform | TruncatedNormal):
         return True
-    slack = step + 1e-6 * max(abs(distribution.low), abs(distribution.high), distribution.stddev)
-    slack = slack if math.isfinite(float(slack.max())) else step
-    return bool(((x + slack >= distribution.low) & (x - slack <= distribution.high)).all())
+    slack = 1e-6 * max(abs(distribution.low), abs(distribution.high), distribution.stddev)
+    slack = slack if math.isfinite(slack) else 0.0
+    return least + slack >= distribution.low and most - slack <= distribution.high

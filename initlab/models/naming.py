@@ -194,11 +194,14 @@ def tensor_refs(model: nn.Module, names: Names | None = None) -> tuple[list[Tens
                 seen.setdefault(id(tensor), []).append((name, module_name, module, attribute, tensor, is_parameter))
     found: tuple[list[TensorRef], list[TensorRef]] = ([], [])
     for entries in seen.values():
-        _, module_name, module, attribute, tensor, is_parameter = entries[0]
-        every = tuple(dict.fromkeys(name for name, *_ in entries))
-        places = tuple((owner, of_owner) for _, _, owner, of_owner, *_ in entries)
-        # Compared as strings: Python orders them by code point, which is the order of their UTF-8 bytes.
-        name = min(every)
+        name, module_name, module, attribute, tensor, is_parameter = entries[0]
+        every: tuple[str, ...] = (name,)
+        places: tuple[tuple[nn.Module, str], ...] = ((module, attribute),)
+        if len(entries) > 1:
+            every = tuple(dict.fromkeys(name for name, *_ in entries))
+            places = tuple((owner, of_owner) for _, _, owner, of_owner, *_ in entries)
+            # Compared as strings: Python orders them by code point, which is the order of their UTF-8 bytes.
+            name = min(every)
         ref = TensorRef(name, every, tensor, module, attribute, module_name, places, is_parameter, kind_of(tensor))
         found[0 if is_parameter else 1].append(ref)
     return found

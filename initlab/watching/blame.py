@@ -1,4 +1,4 @@
-"""Which module is to blame for the first non-finite value of a step. Works on a record whose flags have been read."""
+"""Which module is to blame for the first non-finite value. Works on the record of a call whose flags have been read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from initlab.kernels import NEGATIVE_INF, describe
 
-from .record import ModuleCall, Observation, StepRecord
+from .record import ModuleCall, Observation, PassRecord
 from .report import Fault
 
 
@@ -29,33 +29,34 @@ class _Blame(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def first_fault(step: StepRecord) -> Fault | None:
-    """The first fault of a step; None if there is none."""
-    if not step.suspect:
+def first_fault(record: PassRecord) -> Fault | None:
+    """The first fault of a call of the model; None if there is none."""
+    if not record.suspect:
         return None
-    for place, made in enumerate(step.observations):
-        if made.role == "output" and made.flag and (blame := _blame(step, made.call, made, made.label)) is not None:
-            outputs = (x for x in step.observations[place:] if x.role == "output" and x.flag)
-            before = sum(x.role in ("data", "input", "output") for x in step.observations[:place])
-            return _fault(step, "forward", before, blame, [x.call for x in outputs if _read_nonfinite(step, x)])
-    for place, (gradient, of) in enumerate(step.gradients):
+    for place, made in enumerate(record.observations):
+        if made.role == "output" and made.flag and (blame := _blame(record, made.call, made, made.label)) is not None:
+            outputs = (x for x in record.observations[place:] if x.role == "output" and x.flag)
+            before = sum(x.role in ("data", "input", "output") for x in record.observations[:place])
+            return _fault(record, "forward", before, blame, [x.call for x in outputs if _read_nonfinite(record, x)])
+    for place, (gradient, of) in enumerate(record.gradients):
         if gradient.flag:
-            reached = [x.call for g, x in step.gradients[place:] if g.flag and x.role == "output"]
-            return _fault(step, "backward", place, _blame_for_gradient(gradient, of), reached)
+            reached = [x.call for g, x in record.gradients[place:] if g.flag and x.role == "output"]
+            return _fault(record, "backward", place, _blame_for_gradient(gradient, of), reached)
     return None
 
 
-def _fault(step: StepRecord, phase: str, after: int, blame: _Blame, later: list[ModuleCall]) -> Fault:
+def _fault(record: PassRecord, phase: str, after: int, blame: _Blame, later: list[ModuleCall]) -> Fault:
     call, made = blame.call, blame.observation
     from_all_gather = blame.cause == "parameter" and made.shard is not None and not made.shard.flag
     if call is None:
         module, number = None, 0
     else:
         module = call.module
-        calls = [c for c in step.calls if c.module is module]
-        number = calls.index(call) + 1 if call in calls else 1  # a gradient may go back to a call of an earlier step
+        calls = [c for c in record.calls if c.module is module]
+        number = calls.index(call) + 1 if call in calls else 1  # a gradient may go back to an earlier call of the model
     return Fault(
-        step=step.number,
+        model_call=record.number,
+        step=record.step,
         phase=phase,
         cause=blame.cause,
         module=module and module.name,
@@ -71,18 +72,18 @@ def _fault(step: StepRecord, phase: str, after: int, blame: _Blame, later: list[
     )
 
 
-def _sources(step: StepRecord, call: ModuleCall, made: Observation) -> Iterator[Observation]:
+def _sources(record: PassRecord, call: ModuleCall, made: Observation) -> Iterator[Observation]:
     """What a call could read when it made a tensor: its inputs, and the outputs of the calls inside it."""
     yield from call.inputs
-    for observation in step.observations:
+    for observation in record.observations:
         if observation is made:
             return
         if observation.role == "output" and observation.call.parent is call:
             yield observation
 
 
-def _read_nonfinite(step: StepRecord, made: Observation) -> bool:
-    return any(source.flag for source in _sources(step, made.call, made))
+def _read_nonfinite(record: PassRecord, made: Observation) -> bool:
+    return any(source.flag for source in _sources(record, made.call, made))
 
 
 def _explains(source: Observation, flag: int) -> bool:
@@ -90,15 +91,19 @@ def _explains(source: Observation, flag: int) -> bool:
     return source.role == "data" or source.flag != NEGATIVE_INF or flag == NEGATIVE_INF
 
 
-def _blame(step: StepRecord, call: ModuleCall, made: Observation, tensor: str) -> _Blame | None:
+def _blame(record: PassRecord, call: ModuleCall, made: Observation, tensor: str) -> _Blame | None:
     """Who is to blame for a non-finite tensor that a call made; None if it is there on purpose."""
     if call.module.may_put_out_negative_inf and made.flag == NEGATIVE_INF:
         return None
-    notes = []
-    for source in _sources(step, call, made):
+    notes = [
+        f"the output of module {child.module.name!r} ({child.unseen}) cannot be inspected, and may have held it"
+        for child in record.calls
+        if child.unseen and child.parent is call
+    ]
+    for source in _sources(record, call, made):
         if source.flag:
             if _explains(source, made.flag):
-                return _blame_for_source(step, source)
+                return _blame_for_source(record, source)
             notes.append(f"it also read {describe(source.flag)}: {source.full_label}")
     for state in call.state:
         if state.flag:
@@ -108,7 +113,7 @@ def _blame(step: StepRecord, call: ModuleCall, made: Observation, tensor: str) -
     return _Blame("produced", call, tensor, made, tuple(notes))
 
 
-def _blame_for_source(step: StepRecord, source: Observation) -> _Blame | None:
+def _blame_for_source(record: PassRecord, source: Observation) -> _Blame | None:
     """Who is to blame for a non-finite tensor that a call read; None if it is there on purpose."""
     if source.role == "output":
         return None  # it was allowed, or it would have been found before
@@ -116,7 +121,7 @@ def _blame_for_source(step: StepRecord, source: Observation) -> _Blame | None:
         return _blame_state(source)
     maker = source.call.parent
     if maker is not None:
-        return _blame(step, maker, source, f"own code, before it called {source.call.module.name!r}")
+        return _blame(record, maker, source, f"own code, before it called {source.call.module.name!r}")
     if source.role == "input" and source.flag == NEGATIVE_INF:
         return None  # a mask
     return _Blame("input", None, source.full_label, source)

@@ -8,13 +8,14 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
@@ -23,11 +24,37 @@ from initlab.kernels import PLAIN, add_flag_, all_finite_fast, eagerly, nonfinit
 from .._tree import Path, tensors_in, tensors_with_paths
 from ..distributed.dtensors import local as local_part
 from .blame import first_fault
-from .record import ModuleCall, ModuleInfo, Observation, StepRecord
-from .report import Fault
+from .record import ModuleCall, ModuleInfo, Observation, PassRecord
+from .report import Fault, WatchReport
 
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _SYNCHRONOUS = ("cpu",)  # devices whose flags the host reads as they are found
+_WITHOUT_TENSORS = (type(None), int, float, bool, str)  # outputs in which there is nothing to inspect
+
+
+class Hook:
+    """One hook on one module. A copy or a pickle of the module gets the standard library's no-op in its place.
+
+    Args:
+        function: called with the module's info, the module, and what the hook is called with.
+        module: the only one for which the hook does anything, with its replicas in nn.DataParallel.
+        info: of the module.
+    """
+
+    def __init__(self, function: Callable[..., None], module: nn.Module, info: ModuleInfo) -> None:
+        self.function = function
+        self.module = weakref.ref(module)
+        self.info = info
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> None:
+        if module is self.module() or getattr(module, "_is_replica", False):
+            eagerly(self.function, self.info, module, *arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return contextlib.nullcontext().__exit__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class ModelHooks:
@@ -37,25 +64,35 @@ class ModelHooks:
         backward: whether to inspect gradients too.
         every: as for `watch`.
         shards: by name, what this rank itself has of parameters that are sharded over several.
+        model: whose optimizers' steps are counted.
 
     Attributes:
         active: whether the hooks still inspect anything.
         fault: the first fault that the host knows of.
-        step: the record of the current step.
+        record: of the current call of the model.
         calls: how many calls of modules were watched.
+        inspected: how many tensors were inspected.
+        steps: how many steps optimizers of the model's parameters have taken.
+        unseen: what was not inspected, in sentences.
     """
 
-    def __init__(self, backward: bool, every: int | None, shards: Mapping[str, weakref.ref[Tensor]]) -> None:
+    def __init__(
+        self, backward: bool, every: int | None, shards: Mapping[str, weakref.ref[Tensor]], model: nn.Module
+    ) -> None:
         self.backward = backward
         self.every = every
         self.shards = shards
         self.active = True
         self.fault: Fault | None = None
         self.calls = 0
-        self.step = StepRecord(0)
-        self.pending: deque[StepRecord] = deque()  # steps whose flags are on their way to the host
-        self.observed: dict[int, tuple[weakref.ref[Tensor], int, Observation]] = {}  # this step's tensors, by id
-        self.handles: list[RemovableHandle] = []
+        self.inspected = 0
+        self.steps = 0
+        self.unseen: dict[str, None] = {}  # in order, each once
+        self.model = weakref.ref(model)
+        self.record = PassRecord(0, 1)
+        self.pending: deque[PassRecord] = deque()  # calls whose flags are on their way to the host
+        self.observed: dict[int, tuple[weakref.ref[Tensor], int, Observation]] = {}  # this call's tensors, by id
+        self.handles: list[RemovableHandle | _Restore] = []
         self.tensor_handles: list[tuple[bool, RemovableHandle]] = []  # (whether on a leaf, handle)
         self.running = 0  # outermost calls; more than one where threads overlap
         self.lock = threading.RLock()
@@ -63,15 +100,43 @@ class ModelHooks:
 
     def register(self, module: nn.Module, info: ModuleInfo) -> None:
         """Put the hooks on a module."""
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            eagerly(self.before_call, info, module, args, kwargs)
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            eagerly(self.after_call, info, module, output)
-
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            self.handles.append(_watch_compiled_call(module, info, self))
+            return
+        before, after = Hook(self.before_call, module, info), Hook(self.after_call, module, info)
         self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self.handles.append(module.register_forward_hook(after, always_call=True))  # an exception ends a call too
+
+    def count_steps(self) -> None:
+        """Count the steps of optimizers that hold a parameter of the model."""
+        hooks = weakref.ref(self)  # the registry is global
+
+        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if (own := hooks()) is not None and own.active:
+                held = own.parameter_ids()
+                own.steps += any(id(p) in held for group in optimizer.param_groups for p in group["params"])
+
+        self.handles.append(register_optimizer_step_post_hook(after_step))
+
+    def parameter_ids(self) -> set[int]:
+        """The ids of the model's parameters as they are now."""
+        model = self.model()
+        return set() if model is None else {id(parameter) for parameter in model.parameters()}
+
+    def note_unseen(self, what: str) -> None:
+        """Note what is not inspected."""
+        self.unseen[what] = None
+
+    def report(self) -> WatchReport:
+        """What has been seen so far; waits for the device."""
+        fault = self.read_all()
+        unseen = tuple(self.unseen)
+        if not self.record.number:
+            unseen += (
+                "the model was not called. If torch.compile(model) is what runs, watch that; if a copy of it does, "
+                "watch the copy",
+            )
+        return WatchReport(fault, self.steps, self.record.number, self.calls, unseen=unseen, inspected=self.inspected)
 
     def remove(self) -> None:
         """Remove every hook; what was recorded can still be reported."""
@@ -109,7 +174,7 @@ class ModelHooks:
         else:
             return
         stack.append(call)
-        self.step.calls.append(call)
+        self.record.calls.append(call)
         self.calls += 1
         role = "input" if call.parent else "data"  # the first tensor of an outermost call; others may be masks
         arguments: Iterable[tuple[int | str, Any]] = (*enumerate(args), *kwargs.items()) if kwargs else enumerate(args)
@@ -135,11 +200,11 @@ class ModelHooks:
             if device.type in _SYNCHRONOUS:
                 flag = torch.zeros(1, dtype=torch.int32, device="cpu")
             else:
-                flag = self.step.new_flag(device, output)
+                flag = self.record.new_flag(device, output)
             call.own_flag = output, flag
             module.write_flag_to(flag)  # type: ignore[operator]
 
-    def after_call(self, info: ModuleInfo, module: nn.Module, output: Any) -> None:
+    def after_call(self, info: ModuleInfo, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         stack = self.call_stack()
         if not any(call.module is info for call in stack):
             return  # it began before the watch did, or is not watched
@@ -157,22 +222,27 @@ class ModelHooks:
         """Inspect what a call put out, and then its parameters, if that was not done before it began."""
         if call.own_flag is not None:
             observation, flag = call.own_flag
-            self.step.observations.append(observation)
+            self.record.observations.append(observation)
             if flag.device.type in _SYNCHRONOUS:
-                self.step.set_flag(observation, int(flag))
+                self.record.set_flag(observation, int(flag))
+        seen = False
         for path, tensor in tensors_with_paths(output):
+            seen = True
             if call.own_flag is None:
                 self.observe(call.outputs, tensor, call, "output", "output", path)
             elif tensor.is_floating_point():
                 self.remember(tensor, call.own_flag[0])
                 call.outputs.append(call.own_flag[0])
+        if not seen and not isinstance(output, _WITHOUT_TENSORS):
+            call.unseen = type(output).__name__
+            self.note_unseen(f"the output of {_label(call)}, a {call.unseen}")
         for name, parameter in module._parameters.items():
-            if parameter is not None and self.step.suspect and not self.backward:
+            if parameter is not None and self.record.suspect and not self.backward:
                 self.observe(call.state, parameter, call, "parameter", name)
         if module._modules and not call.called_children:  # it used their weights itself, as MultiheadAttention does
             for child_name, child in module.named_children():
                 for name, parameter in child.named_parameters():
-                    if self.step.suspect or self.backward or parameter.device.type not in _SYNCHRONOUS:
+                    if self.record.suspect or self.backward or parameter.device.type not in _SYNCHRONOUS:
                         self.observe(call.state, parameter, call, "parameter", f"{child_name}.{name}")
 
     # One tensor
@@ -194,11 +264,16 @@ class ModelHooks:
         if known is not None and known[0]() is tensor and not tensor.is_inference() and known[1] == tensor._version:
             observation = known[2]
         else:
-            local = tensor if type(tensor) in PLAIN else _local(tensor)
-            if local is None or torch._C._are_functorch_transforms_active():
+            if torch._C._are_functorch_transforms_active():
+                self.note_unseen(f"what {_label(call)} computes under torch.func's transforms")
                 return
+            local = tensor if type(tensor) in PLAIN else _local(tensor)
+            if local is None:
+                self.note_unseen(f"{name} of {_label(call)}, a {type(tensor).__name__}")
+                return
+            self.inspected += 1
             observation = Observation(call, role, name, path, tensor.dtype)
-            self.step.observations.append(observation)
+            self.record.observations.append(observation)
             self.find_flag(observation, local)
             if self.shards and role == "parameter":
                 self.find_flag_of_shard(observation, tensor)
@@ -224,9 +299,9 @@ class ModelHooks:
             with _without_dispatch_modes():
                 if device.type in _SYNCHRONOUS:
                     if not all_finite_fast(tensor):
-                        self.step.set_flag(observation, int(nonfinite_flag(tensor)))
+                        self.record.set_flag(observation, int(nonfinite_flag(tensor)))
                 elif device.type != "meta":
-                    add_flag_(self.step.new_flag(device, observation), tensor)
+                    add_flag_(self.record.new_flag(device, observation), tensor)
         except (NotImplementedError, RuntimeError, TypeError):
             if type(tensor) in PLAIN:
                 raise
@@ -240,7 +315,7 @@ class ModelHooks:
     def find_flag_of_shard(self, observation: Observation, parameter: Tensor) -> None:
         """Inspect this rank's shard of a gathered parameter too: once it is gathered, all ranks see the same."""
         shard = self.shard_of(observation.call.module, str(observation.name), parameter)
-        # What was offloaded to the host would cost it a read in each step.
+        # What was offloaded to the host would cost it a read in each call.
         if shard is not None and shard.device == parameter.device:
             observation.shard = Observation(observation.call, "shard", observation.name, observation.path, shard.dtype)
             local = local_part(shard)
@@ -253,27 +328,27 @@ class ModelHooks:
         """Inspect the gradient of a tensor."""
         if self.active:
             observation = Observation(of.call, "gradient", of.name, of.path, gradient.dtype)
-            self.step.gradients.append((observation, of))
+            self.record.gradients.append((observation, of))
             local = gradient if type(gradient) in PLAIN else _local(gradient)
             if local is not None:
                 self.find_flag(observation, local)
 
-    # One step
+    # One call of the model
 
     def begin_call_of_model(self) -> bool:
         """Begin an outermost call; False if it is not to be watched."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a watched model cannot be captured in a CUDA graph, whose replays run no hooks; watch steps before "
+                "a watched model cannot be captured in a CUDA graph, whose replays run no hooks; watch calls before "
                 "the capture, and remove the watch for it"
             )
         with self.lock:
             if self.running == 0:
                 if torch._C._current_graph_task_id() == -1:
-                    self.end_step()
+                    self.end_pass()
                     if not self.active:
                         return False
-                    self.next_step()
+                    self.next_pass()
                 elif not self.backward:  # activation checkpointing runs again what has been inspected
                     return False
             self.running += 1
@@ -283,58 +358,91 @@ class ModelHooks:
         """End an outermost call."""
         with self.lock:
             self.running -= 1
-            if self.running == 0 and self.active and not self.step.buffers and not self.pending:
-                self.fault = self.fault or first_fault(self.step)
+            if self.running == 0 and self.active and not self.record.buffers and not self.pending:
+                self.fault = self.fault or first_fault(self.record)
                 if output is not None:  # after an exception nobody would see one that is raised here
                     self.stop_if_due()
 
-    def next_step(self) -> None:
-        """Begin a step."""
-        self.step = StepRecord(self.step.number + 1)
+    def next_pass(self) -> None:
+        """Begin the record of a call."""
+        self.record = PassRecord(self.record.number + 1, self.steps + 1)
         self.observed.clear()
         kept: list[tuple[bool, RemovableHandle]] = []
         for on_leaf, handle in self.tensor_handles:
-            if on_leaf:  # parameters, which get a new one each step
+            if on_leaf:  # parameters, which get a new one in each call
                 handle.remove()
             elif handle.hooks_dict_ref() is not None:  # its backward pass may be still to come
                 kept.append((on_leaf, handle))
         self.tensor_handles = kept
 
-    def end_step(self) -> None:
-        """Send the flags of the step that is over, and read those that have landed."""
-        if self.fault is None and self.step.number:
-            self.step.send()
-            self.pending.append(self.step)
+    def end_pass(self) -> None:
+        """Send the flags of the call that is over, and read those that have landed."""
+        if self.fault is None and self.record.number:
+            self.record.send()
+            self.pending.append(self.record)
             self.read_pending()
         self.stop_if_due()
 
     def read_pending(self, wait: bool = False) -> None:
-        """Read the flags of steps that are over, up to the first fault."""
+        """Read the flags of calls that are over, up to the first fault."""
         while self.fault is None and self.pending and (wait or self.pending[0].landed()):
-            step = self.pending.popleft()
-            step.read_flags()
-            self.fault = first_fault(step)
+            record = self.pending.popleft()
+            record.read_flags()
+            self.fault = first_fault(record)
 
     def read_all(self) -> Fault | None:
         """The first fault so far; waits for the device."""
         with self.lock:
             self.read_pending(wait=True)
             if self.fault is None:
-                self.step.send()
-                self.step.read_flags()
-                self.fault = first_fault(self.step)
+                self.record.send()
+                self.record.read_flags()
+                self.fault = first_fault(self.record)
             if self.fault is not None and self.every is None:
                 self.active = False
             return self.fault
 
     def stop_if_due(self) -> None:
         """Stop inspecting once a fault is known; raise it, if `every` says so."""
-        if self.fault is None or not self.active or (self.every and self.step.number % self.every):
+        if self.fault is None or not self.active or (self.every and self.record.number % self.every):
             return
         self.active = False  # what comes later follows from it
         self.pending.clear()
         if self.every:
             raise FloatingPointError(f"{self.fault}\n  raised by initlab.watch(every={self.every})")
+
+
+def _watch_compiled_call(module: nn.Module, info: ModuleInfo, hooks: ModelHooks) -> _Restore:
+    """Watch a module that is compiled in place: its own hooks would run in compiled code, or not at all."""
+    compiled: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        hooks.before_call(info, module, args, kwargs)
+        output = None
+        try:
+            output = compiled(*args, **kwargs)
+        finally:
+            hooks.after_call(info, module, args, output)
+        return output
+
+    module._compiled_call_impl = watched
+    return _Restore(module, compiled)
+
+
+class _Restore:
+    """Puts a compiled call back, as a RemovableHandle does a hook."""
+
+    def __init__(self, module: nn.Module, compiled: Callable[..., Any]) -> None:
+        self.module, self.compiled = weakref.ref(module), compiled
+
+    def remove(self) -> None:
+        """Put it back."""
+        if (module := self.module()) is not None:
+            module._compiled_call_impl = self.compiled
+
+
+def _label(call: ModuleCall) -> str:
+    return f"module {call.module.name!r}" if call.module.name else "the model"
 
 
 def _frame_depth() -> int:

@@ -1,4 +1,4 @@
-"""What the hooks record of a step: the calls of modules, the tensors that were inspected, the flags that were found."""
+"""What the hooks record of a call of the model: calls of modules, inspected tensors, flags that were found."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class ModuleCall:
         state: observations of its parameters and buffers.
         outputs: observations of its outputs; kept where gradients are watched.
         own_flag: the observation of its output and the flag, where the module itself writes its flag.
+        unseen: what its output is, where that holds no tensor that can be inspected; else empty.
     """
 
-    __slots__ = ("called_children", "inputs", "module", "outputs", "own_flag", "parent", "state")
+    __slots__ = ("called_children", "inputs", "module", "outputs", "own_flag", "parent", "state", "unseen")
 
     def __init__(self, module: ModuleInfo, parent: ModuleCall | None) -> None:
         self.module = module
@@ -51,6 +52,7 @@ class ModuleCall:
         self.state: list[Observation] = []
         self.outputs: list[Observation] = []
         self.own_flag: tuple[Observation, Tensor] | None = None
+        self.unseen = ""
 
 
 class Observation:
@@ -97,11 +99,12 @@ class Observation:
         return self.role == "gradient"
 
 
-class StepRecord:
+class PassRecord:
     """A call of the model and the backward pass that follows.
 
     Attributes:
-        number: of the step, from 1.
+        number: of the call, from 1.
+        step: how many steps an optimizer of the model's parameters had taken before it, and 1.
         calls: of modules, in the order in which they began.
         observations: in the order of execution; without shards and gradients.
         gradients: (observation of a gradient, observation of its tensor), in the order of execution.
@@ -109,8 +112,9 @@ class StepRecord:
         suspect: whether the host knows of a flag that may be a fault.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, step: int) -> None:
         self.number = number
+        self.step = step
         self.calls: list[ModuleCall] = []
         self.observations: list[Observation] = []
         self.gradients: list[tuple[Observation, Observation]] = []

@@ -21,28 +21,32 @@ class Fault:
     """The first non-finite value that a watch saw, and where it comes from.
 
     Args:
-        step: the call of the model in which it appeared, from 1; the backward pass after a call belongs to it.
+        step: the training step in which it appeared, from 1: the steps of the optimizers that hold the model's
+            parameters are counted while it is watched.
+        model_call: the call of the model in which it appeared, from 1; the backward pass after a call belongs to it.
         phase: "forward" or "backward".
         cause: "produced": by a module whose inputs, parameters and buffers were finite. "parameter": a parameter or
             buffer of the module was non-finite before. "input": an input of the model was, or a gradient that reached
             the model from outside.
         module: the name of the module to blame, "" for the model itself; None where the cause is "input".
         kind: its class; "" without a module.
-        call: which of its calls in this step, from 1; 0 without a module.
+        call: which of its calls in this call of the model, from 1; 0 without a module.
         tensor: what was non-finite: "output", "output[1]", "weight", "input 0", "gradient of input 0", ...
         flag: NaN = 1, +inf = 2, -inf = 4, or-ed.
         dtype: of that tensor.
         notes: further facts, a sentence each.
-        passed_on: modules whose outputs, or in the backward pass gradients, became non-finite later in this step
-            because of this value.
+        passed_on: modules whose outputs, or in the backward pass gradients, became non-finite later in this
+            call of the model because of this value.
         from_all_gather: whether the value is in a parameter that was gathered from several ranks, and this rank's own
             shard of it is finite: the value comes from another rank.
-        after: how many tensors, parameters and buffers aside, had been inspected in this step and phase before it.
+        after: how many tensors, parameters and buffers aside, had been inspected in this call of the model and phase
+            before it.
             Ranks that run the same modules count alike.
         rank: the global rank that saw it; None in a report of one rank alone.
     """
 
     step: int
+    model_call: int
     phase: str
     cause: str
     module: str | None
@@ -72,13 +76,14 @@ class Fault:
             text = f"{self.tensor} holds {what}; no module produced it"
         else:
             name = f"module {self.module!r}" if self.module else "the model itself"
-            who = f"{name} ({self.kind}{f', call {self.call}' if self.call > 1 else ''})"
+            who = f"{name} ({self.kind}{f', its call {self.call}' if self.call > 1 else ''})"
             whose = "the" if self.tensor.startswith("gradient") else "its"
             if self.cause == "produced":
                 text = f"{who} produced {what} in {whose} {self.tensor}"
             else:
                 text = f"{who}: {whose} {self.tensor} holds {what}"
-        return f"step {self.step}, {self.phase}: {text}"
+        when = f"step {self.step}, call {self.model_call}" if self.step > 1 else f"call {self.model_call}"
+        return f"{when}, {self.phase}: {text}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,24 +92,34 @@ class WatchReport:
 
     Args:
         fault: the first fault; None if there was none.
-        steps: calls of the model that were watched; across ranks the most of any rank.
+        steps: of optimizers that hold the model's parameters, while it was watched; across ranks the most of any rank.
+        model_calls: calls of the model that were watched; across ranks the most of any rank.
         calls: calls of its modules that were watched; across ranks the sum.
         others: across ranks, the first fault of each other rank that has one, in the order of `Watch.report`.
         ranks: the global ranks that took part; empty in a report of one rank alone.
+        unseen: what was not inspected, a sentence each.
+        inspected: how many tensors were; across ranks the sum.
     """
 
     fault: Fault | None
     steps: int
+    model_calls: int
     calls: int
     others: tuple[Fault, ...] = ()
     ranks: tuple[int, ...] = ()
+    unseen: tuple[str, ...] = ()
+    inspected: int = 0
 
     def __str__(self) -> str:
-        seen = f"{self.steps} steps, {self.calls} module calls"
+        seen = f"{self.model_calls} calls of the model, {self.calls} of its modules"
+        if self.steps:
+            seen = f"{self.steps} steps, {seen}"
         if self.ranks:
             seen = f"{seen}, {len(self.ranks)} ranks"
+        unseen = [f"not inspected: {what}" for what in self.unseen]
         if self.fault is None:
-            return f"nothing non-finite in {seen}"
+            first = f"nothing non-finite in {seen}" if self.inspected else f"nothing was inspected in {seen}"
+            return "\n  ".join([first, *unseen])
         lines = [str(self.fault)]
         alike: dict[str, list[int]] = {}
         for fault in self.others:
@@ -114,7 +129,7 @@ class WatchReport:
             lines.append(f"also rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}, {headline}")
         if more := [rank for ranks in list(alike.values())[_OTHERS:] for rank in ranks]:
             lines.append(f"and {len(more)} more: rank{'s' if len(more) > 1 else ''} {listed(more)}")
-        return "\n  ".join([*lines, f"({seen})"])
+        return "\n  ".join([*lines, *unseen, f"({seen})"])
 
 
 def merge(reports: Mapping[int, WatchReport]) -> WatchReport:
@@ -124,12 +139,23 @@ def merge(reports: Mapping[int, WatchReport]) -> WatchReport:
     return WatchReport(
         faults[0] if faults else None,
         max(one.steps for one in reports.values()),
+        max(one.model_calls for one in reports.values()),
         sum(one.calls for one in reports.values()),
         tuple(faults[1:]),
         tuple(sorted(reports)),
+        tuple(dict.fromkeys(what for one in reports.values() for what in one.unseen)),
+        sum(one.inspected for one in reports.values()),
     )
 
 
 def _order(fault: Fault) -> tuple[Any, ...]:
     from_elsewhere = fault.cause == "input" or fault.from_all_gather
-    return fault.step, fault.phase == "backward", from_elsewhere, fault.after, fault.cause != "parameter", fault.rank
+    return (
+        fault.step,
+        fault.model_call,
+        fault.phase == "backward",
+        from_elsewhere,
+        fault.after,
+        fault.cause != "parameter",
+        fault.rank,
+    )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..distributed.collectives import all_gather_object
 from ..distributed.dtensors import is_dtensor
 from ..distributed.groups import groups_of
-from ..models.naming import class_name, walk
+from ..models.naming import class_name, unwrapped, walk
 from ..models.patterns import compile_pattern
 from .hooks import ModelHooks
 from .record import ModuleInfo
@@ -44,11 +44,11 @@ class Watch:
 
         Across ranks every rank must make the call, and gets the same report: the first fault of the job, and those of
         the other ranks. It gathers small objects once; nothing else of a watch ever communicates. Each rank counts its
-        own steps, and ranks need not have seen equally many.
+        own calls of the model, and ranks need not have seen equally many.
 
         Faults are ordered so that a cause comes before its consequences:
 
-        1. the earlier step, and in it the forward pass before the backward pass;
+        1. the earlier step and call of the model, and in it the forward pass before the backward pass;
         2. what comes from the rank's own modules, their parameters and buffers included, before what comes from
            elsewhere: a non-finite input, such as a pipeline stage gets from the one before; a parameter that was
            gathered, where the rank's own shard of it is finite;
@@ -79,13 +79,13 @@ class Watch:
             >>> with initlab.watch(model) as watching:
             ...     y = model(torch.tensor([[1.0, float("nan")]]))
             >>> print(watching.report(across=True))
-            rank 0, step 1, forward: input 0 of the model holds NaN (float32); no module produced it
+            rank 0, call 1, forward: input 0 of the model holds NaN (float32); no module produced it
               passed on by the model itself
-              (1 steps, 1 module calls, 1 ranks)
+              (1 calls of the model, 1 of its modules, 1 ranks)
             >>> dist.destroy_process_group()
         """
         groups = groups_of(across)
-        own = WatchReport(self._hooks.read_all(), self._hooks.step.number, self._hooks.calls)
+        own = self._hooks.report()
         return merge(all_gather_object(own, groups)) if groups else own
 
     def remove(self) -> None:
@@ -123,9 +123,9 @@ def watch(
     between two of its modules; to a parameter or buffer that was non-finite before; or to the model's input. Once a
     fault is known nothing more is inspected, since what comes later follows from it.
 
-    Nothing waits for the device. The flags stay there, are copied to the host at the end of each step without waiting,
-    and are read when they have landed, or by `report`. A *step* is a call of the model, with its backward pass. On a
-    CPU flags are read as they are found.
+    Nothing waits for the device. The flags stay there, are copied to the host after each call of the model without
+    waiting, and are read when they have landed, or by `report`. A backward pass belongs to the call before it. On a CPU
+    flags are read as they are found.
 
     -inf is no fault where masks have it: in a buffer, or in an argument of the model other than its first tensor. A
     module that puts it out on purpose belongs in `allow`.
@@ -134,10 +134,14 @@ def watch(
     also inspects its own shard, which tells whose shard is non-finite. `report(across=True)` brings together what all
     ranks have seen.
 
-    Code that torch.compile has compiled before the watch calls no hooks, so a compiled model is refused: watch the
-    module that was compiled, `model._orig_mod`, and call the model under `torch.compiler.set_stance("force_eager")`.
-    What is compiled during the watch gets a graph break at each module, which `fullgraph=True` turns into an error.
-    Nothing is inspected under torch.func's transforms, nor inside TorchScript. The capture of a CUDA graph is refused.
+    Compiled modules are watched at their borders: what goes into them and what comes out. Inside compiled code no hooks
+    run. To find the module there, call the model once more under `torch.compiler.set_stance("force_eager")` and watch
+    `model._orig_mod`. Watch what you call: where `torch.compile(model)` runs, watch that, and not `model`. What is
+    compiled during the watch gets a graph break at each module that is watched, which `fullgraph=True` turns into an
+    error. Nothing is inspected under torch.func's transforms, nor inside TorchScript, nor in outputs that hold no
+    tensors: the report names what was not inspected. The capture of a CUDA graph is refused.
+
+    Copies and pickles of the model that are made during the watch are not watched, and hold nothing of it.
 
     A module that finds its own flag, as a fused layer does, may have a method `write_flag_to(flag)`. It is called with
     an int32 tensor of shape (1,) before the module runs, on the device of its first input, to be or-ed with the flag
@@ -149,17 +153,18 @@ def watch(
             classes, or modules. What the others do counts as their caller's own code.
         allow: modules, given likewise, that may put out -inf. NaN and +inf from them are still faults.
         backward: watch gradients too: of every input and output of modules, and of parameters.
-        every: check every so many steps, and at the end of the `with` block, whether a fault is known, and raise it. A
+        every: check every so many calls of the model, and at the end of the `with` block, whether a fault is known, and
+            raise it. A
             fault of a forward pass on the CPU is raised by that call of the model, any other by a later one, when its
             flags have landed. None only reports. Use None where there are other ranks, which would wait for the one
-            that raises, and let all of them call `report(across=True)` every so many steps.
+            that raises, and let all of them call `report(across=True)` every so often.
 
     Returns:
         A `Watch`: a context manager with `report()` and `remove()`. Keep it: its hooks go when it does.
 
     Raises:
         TypeError: if the model is not a module, or a selector is neither a name, nor a class of modules, nor a module.
-        ValueError: if a selector selects nothing, `every` is not positive, or the model has compiled parts.
+        ValueError: if a selector selects nothing, or `every` is not positive.
         FloatingPointError: from a call of the model, or at the end of the `with` block, where `every` is given.
         RuntimeError: from a call of the model in the capture of a CUDA graph.
 
@@ -173,37 +178,57 @@ def watch(
         >>> with initlab.watch(model) as watching:
         ...     y = model(torch.ones(4, 2))
         >>> print(watching.report())
-        step 1, forward: module '1' (Log) produced NaN (float32) in its output
+        call 1, forward: module '1' (Log) produced NaN (float32) in its output
           passed on by 2
-          (1 steps, 4 module calls)
+          (1 calls of the model, 4 of its modules)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     if every is not None and (not isinstance(every, int) or every < 1):
-        raise ValueError(f"every is {every!r}; it must be a positive number of steps, or None to report only")
-    for name, module in model.named_modules():
-        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{repr(name) if name else 'the model'} is compiled, and compiled code calls no hooks that are "
-                "registered later; watch the module that torch.compile was given (model._orig_mod), and call the model "
-                "under torch.compiler.set_stance('force_eager')"
-            )
+        raise ValueError(f"every is {every!r}; it must be a positive number of calls, or None to report only")
     names: dict[nn.Module, str] = {}
     for name, module in walk(model):
         names.setdefault(module, name)
     watched = set(names) if modules is None else _select(names, modules, "modules")
     allowed = _select(names, allow, "allow")
-    hooks = ModelHooks(backward, every, _shards(names))
+    compiled = _compiled(model)
+    inside = {inner for module in compiled for inner in module.modules() if inner is not module}
+    hooks = ModelHooks(backward, every, _shards(names), model)
     try:
+        hooks.count_steps()
         for module, name in names.items():
-            scripted = isinstance(module, torch.jit.ScriptModule)  # it takes no hooks
-            if not scripted and (module in watched or not name):
-                writes = callable(getattr(module, "write_flag_to", None))
-                hooks.register(module, ModuleInfo(name, class_name(module), module in allowed, writes))
+            if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                hooks.note_unseen(f"what runs inside {_label(name)}, which is TorchScript")
+            elif module not in inside and (module in watched or not name or module in compiled):
+                hooks.register(module, _info(module, name, module in allowed))
+        for module in compiled:
+            inner = unwrapped(module)
+            if inner is not module:  # names has what torch.compile was given; its hooks run inside, if at all
+                hooks.register(module, _info(inner, names[inner], inner in allowed))
+            hooks.note_unseen(f"what runs inside {_label(names[inner])}, which is compiled")
     except BaseException:
         hooks.remove()
         raise
     return Watch(hooks)
+
+
+def _compiled(model: nn.Module) -> list[nn.Module]:
+    """The outermost compiled modules: wrapped by torch.compile, or compiled in place by Module.compile."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        is_compiled = "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        if is_compiled and not any(module in outer.modules() for outer in found):
+            found.append(module)
+    return found
+
+
+def _info(module: nn.Module, name: str, may_put_out_negative_inf: bool) -> ModuleInfo:
+    writes = callable(getattr(module, "write_flag_to", None))
+    return ModuleInfo(name, class_name(module), may_put_out_negative_inf, writes)
+
+
+def _label(name: str) -> str:
+    return f"module {name!r}" if name else "the model"
 
 
 def _shards(names: Mapping[nn.Module, str]) -> dict[str, weakref.ref[Tensor]]:

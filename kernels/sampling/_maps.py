@@ -22,14 +22,14 @@ class Mapped:
     Attributes:
         map: its map, or the constant that it comes to.
         dtype: of the tensor.
-        launch: what a launch needs of it; worked out when the first launch asks.
+        prepared: what a backend makes of it, by the backend's name; worked out when its first fill asks.
     """
 
-    __slots__ = ("dtype", "launch", "map")
+    __slots__ = ("dtype", "map", "prepared")
 
     def __init__(self, m: stream.Map | Constant, dtype: torch.dtype) -> None:
         self.map, self.dtype = m, dtype
-        self.launch: Any = None
+        self.prepared: dict[str, Any] = {}
 
 
 def mapped(distribution: Distribution, dtype: torch.dtype) -> Mapped:

@@ -1,28 +1,34 @@
 """Sampling on the CPU: the maps of stream.py as scalar code that LLVM vectorises.
 
-One kernel template, `_fill_rows`; the type of its `tag` argument selects the dtype and the type of `m` the map.
+One kernel template, `fill_rows`, compiled for each kind of map and dtype. A fill of any number of tensors is one table,
+a row for each run of elements, and one call: `fill_table` cuts the rows into pieces, which threads claim.
 Random words stay in uint64 lanes and are masked only before a product, so that it becomes one vpmuludq for eight lanes.
 No fast-math: every + - x is rounded on its own, as the stream demands.
 """
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from array import array
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, njit, types
-from numba.extending import overload
-from torch import Tensor
+from numba.extending import intrinsic, overload
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from .._common_numba import SOURCE, TAGS, bits, compiled, pointer, real, rounded, share
+from .._common_numba import SOURCE, TAGS, bits, claim, compiled_job, pointer, real, rounded, run_on_pool
 from ..region import StridedRun
+from ..tensors import INTEGERS
 from . import stream
 from .stream import CentreMap, FarMap, Map, NarrowMap, NormalMap, TailMap, UniformMap
 
-_TASK = 1 << 19  # elements: below it a second thread costs more than it gives
+PIECE_SIZE = 1 << 16  # elements that a thread claims at once; a multiple of a counter block's 4
+ONE_THREAD = 1 << 18  # elements: up to here a second thread costs more than it gives
 
 _U = np.uint64
 _MASK = _U(0xFFFFFFFF)
@@ -213,16 +219,22 @@ def _block(block, k0, k1, tag, m):
     return rounded(x0, tag), rounded(x1, tag), rounded(x2, tag), rounded(x3, tag)
 
 
-def _make_kernel(fingerprint: int) -> Any:
-    """The kernel, cached on disk where numba can write.
+# What numba's cache does not see: this op's constants, which are compiled in, and the file whose functions are.
+_CONSTANTS = {name: value for name, value in vars(stream).items() if name.isupper()}
+_FINGERPRINT = zlib.crc32(repr(_CONSTANTS).encode() + SOURCE)
 
-    Numba's cache knows this file's date and size, not those of stream.py, whose constants are compiled in: as a free
-    variable their fingerprint becomes part of the cache's key.
-    """
+# (address, start, rows, length, stride, key, address of the map's numbers): fills rows * length consecutive elements in
+# memory; row r holds the elements of the stream from start + r * stride on.
+_SIGNATURE = "void(int64, int64, int64, int64, int64, int64, int64)"
 
-    def _fill_rows(address, tag, start, rows, length, stride, key, m):
-        """Fill rows * length consecutive elements in memory; row r holds the elements from start + r * stride on."""
+
+@functools.cache
+def _kernel(transform: Any, dtype: torch.dtype) -> Any:
+    fingerprint, tag, count = _FINGERPRINT, TAGS[dtype], len(transform._fields)
+
+    def fill_rows(address, start, rows, length, stride, key, numbers):
         _ = fingerprint
+        m = transform(*to_fixed_tuple(carray(pointer(numbers, 0.0), count), count))
         k0, k1 = _U(key) & _MASK, _U(key) >> _32
         memory = carray(pointer(address, tag), rows * length)
         for r in range(rows):
@@ -246,62 +258,170 @@ def _make_kernel(fingerprint: int) -> Any:
                     for i in range(low, high):
                         memory[base + i] = x[i % 4]
 
-    return compiled(_fill_rows)
+    return compiled_job(fill_rows, _SIGNATURE)
 
 
-_constants = {name: value for name, value in vars(stream).items() if name.isupper()}
-_kernel = _make_kernel(zlib.crc32(repr(_constants).encode() + SOURCE))
+@functools.cache
+def _constant_kernel(itemsize: int) -> Any:
+    fingerprint, tag = _FINGERPRINT, np.dtype(f"i{itemsize}").type(0)
+
+    def fill_constant(address, start, rows, length, stride, key, numbers):
+        _ = fingerprint
+        value = carray(pointer(numbers, tag), 1)[0]
+        out = carray(pointer(address, tag), rows * length)
+        for i in range(len(out)):
+            out[i] = value
+
+    return compiled_job(fill_constant, _SIGNATURE)
 
 
-def _tasks(runs: Iterable[StridedRun]) -> Iterator[tuple[int, StridedRun]]:
-    """(elements before it in memory, run): pieces of about _TASK elements, cut between counter blocks."""
-    offset = 0
-    for run in runs:
-        if run.length >= _TASK:
-            for r in range(run.rows):
-                first = run.start + r * run.stride
-                end = first + run.length
-                for low in range(first - first % 4, end, _TASK):
-                    begin, stop = max(low, first), min(low + _TASK, end)
-                    yield offset, StridedRun(begin, 1, stop - begin, 0)
-                    offset += stop - begin
-        else:
-            step = _TASK // run.length
-            for r in range(0, run.rows, step):
-                piece = StridedRun(run.start + r * run.stride, min(step, run.rows - r), run.length, run.stride)
-                yield offset, piece
-                offset += piece.numel
+@intrinsic
+def _call(
+    typing_context: Any, kernel: Any, address: Any, start: Any, rows: Any, length: Any, stride: Any, key: Any, m: Any
+) -> Any:
+    """Calls the kernel that lies at an address."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        kernel, *rest = arguments
+        function = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(rest))
+        builder.call(builder.inttoptr(kernel, function.as_pointer()), rest)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), generate
 
 
-def fill(tensor: Tensor, m: Map, key: int, runs: Iterable[StridedRun]) -> None:
-    """Fill a contiguous CPU tensor on torch.get_num_threads() threads.
+class _Row(NamedTuple):
+    """A row of the table: a run, and what fills it."""
+
+    pieces: int  # of this row and those before it
+    kernel: int
+    address: int
+    itemsize: int
+    start: int
+    rows: int
+    length: int
+    stride: int
+    key: int
+    numbers: int
+
+
+_HEADER = 3  # the piece to be claimed next, PIECE_SIZE, rows of the table
+_COLUMNS = len(_Row._fields)
+
+
+@functools.cache
+def _fill_table() -> Any:
+    fingerprint = _FINGERPRINT
+
+    def fill_table(job):
+        _ = fingerprint
+        header = carray(pointer(job, np.int64(0)), _HEADER)
+        size, count = header[1], header[2]
+        table = carray(pointer(job + 8 * _HEADER, np.int64(0)), (count, _COLUMNS))
+        i, before = 0, 0
+        while True:
+            piece = claim(job)
+            while i < count and table[i, 0] <= piece:
+                before = table[i, 0]
+                i += 1
+            if i == count:
+                break
+            piece -= before
+            kernel, address, itemsize, start = table[i, 1], table[i, 2], table[i, 3], table[i, 4]
+            rows, length, stride, key, numbers = table[i, 5], table[i, 6], table[i, 7], table[i, 8], table[i, 9]
+            if length > size:  # a part of a row, cut between counter blocks
+                in_row = (length + 3 + size - 1) // size
+                row = piece // in_row
+                first = start + row * stride
+                low = first - first % 4 + piece % in_row * size
+                begin, end = max(low, first), min(low + size, first + length)
+                if begin < end:
+                    address += (row * length + begin - first) * itemsize
+                    _call(kernel, address, begin, 1, end - begin, 0, key, numbers)
+            else:
+                in_piece = size // length
+                row = piece * in_piece
+                address += row * length * itemsize
+                rows = min(in_piece, rows - row)
+                _call(kernel, address, start + row * stride, rows, length, stride, key, numbers)
+
+    return compiled_job(fill_table)
+
+
+def _pieces(rows: int, length: int) -> int:
+    """Into how many pieces `fill_table` cuts a run."""
+    if length > PIECE_SIZE:
+        return rows * -(-(length + 3) // PIECE_SIZE)
+    return -(-rows // (PIECE_SIZE // length))
+
+
+class Prepared(NamedTuple):
+    """A distribution for a dtype, as the table holds it."""
+
+    kernel: Any
+    kernel_address: int
+    itemsize: int
+    numbers: array[Any]  # of the map; or the bits of a constant
+    numbers_address: int
+
+
+def _prepared(kernel: Any, itemsize: int, numbers: array[Any]) -> Prepared:
+    return Prepared(kernel, kernel.address, itemsize, numbers, numbers.buffer_info()[0])
+
+
+def prepare(m: Map, dtype: torch.dtype) -> Prepared:
+    """What a fill needs of a map; compiles the kernel where it is new."""
+    transform: Any = type(m)
+    return _prepared(_kernel(transform, dtype), dtype.itemsize, array("d", m))
+
+
+def prepare_constant(value: complex, dtype: torch.dtype) -> Prepared | None:
+    """What a fill needs of a constant; None where elements have another size than integers."""
+    scalar = torch.full((), value, dtype=dtype, device="cpu")
+    integer = INTEGERS.get(scalar.element_size())
+    if integer is None:
+        return None
+    bits = scalar.view(integer).item()
+    return _prepared(_constant_kernel(integer.itemsize), integer.itemsize, array("q", [bits]))
+
+
+def fills_in_order(elements: int) -> bool:
+    """Whether tensors of so many elements together are filled one after the other, also where their memory meets."""
+    return elements <= ONE_THREAD or torch.get_num_threads() == 1
+
+
+# A contiguous tensor to fill: the address and number of its elements (real ones), its distribution, its key, and where
+# its runs lie in the stream; None if it is all of the logical tensor.
+Entry: TypeAlias = tuple[int, int, Prepared, int, Iterable[StridedRun] | None]
+
+
+def fill(entries: Iterable[Entry], device: torch.device) -> None:
+    """Fill contiguous tensors, on torch.get_num_threads() threads where that is worth it, by one call.
 
     Args:
-        tensor: float32, bfloat16, float16 or float64, contiguous.
-        m: the distribution's map for this dtype.
-        key: 64 bits.
-        runs: which elements of the stream the tensor holds, in the order of its memory.
+        entries: tensors, filled in this order; of more than ONE_THREAD elements together, whose memory does not meet.
+        device: the CPU.
 
     Raises:
-        NotImplementedError: for a tensor without memory of its own.
+        NotImplementedError: for a tensor without memory of its own; nothing is written.
     """
-    tag = TAGS[tensor.dtype]
-    address, size = tensor.data_ptr(), tensor.element_size()
-    if address == 0:  # a functorch wrapper, say: writing there would end the process
-        raise NotImplementedError(
-            "cannot fill a tensor that has no memory of its own, as torch.func.functionalize makes them"
-        )
-    key = key - (1 << 64) if key >> 63 else key  # the same bits, as the kernel's int64
-    threads = torch.get_num_threads() if tensor.numel() > _TASK else 1
-    if threads == 1:
-        offset = 0
-        for run in runs:
-            _kernel(address + offset * size, tag, *run, key, m)
-            offset += run.numel
-        return
-
-    def work(task: tuple[int, StridedRun]) -> None:
-        offset, run = task
-        _kernel(address + offset * size, tag, *run, key, m)
-
-    share(_tasks(runs), work, threads)
+    words = [0, PIECE_SIZE, 0]
+    pieces = elements = 0
+    for address, numel, prepared, key, runs in entries:
+        if address == 0:  # a functorch wrapper, say: writing there would end the process
+            raise NotImplementedError(
+                "cannot fill a tensor that has no memory of its own, as torch.func.functionalize makes them"
+            )
+        _, kernel, itemsize, _, numbers = prepared
+        elements += numel
+        if runs is None:
+            pieces += 1 if numel <= PIECE_SIZE else _pieces(1, numel)
+            words += (pieces, kernel, address, itemsize, 0, 1, numel, 0, key, numbers)
+            continue
+        for start, rows, length, stride in runs:
+            pieces += _pieces(rows, length)
+            words += (pieces, kernel, address, itemsize, start, rows, length, stride, key, numbers)
+            address += rows * length * itemsize
+    words[2] = len(words) // _COLUMNS
+    job = array("Q", words)
+    run_on_pool(_fill_table(), job.buffer_info()[0], torch.get_num_threads() if elements > ONE_THREAD else 1)

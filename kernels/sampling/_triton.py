@@ -322,6 +322,11 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 == 1 else word
 
 
+def fills_in_order(elements: int) -> bool:
+    """Whether tensors of so many elements together may meet in memory: no launch's may."""
+    return False
+
+
 # A contiguous tensor to fill: the address and number of its elements (real ones), its distribution, its key, and where
 # its runs lie in the stream; None if it is all of the logical tensor.
 Entry: TypeAlias = tuple[int, int, Prepared, int, Iterable[StridedRun] | None]

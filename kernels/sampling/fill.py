@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -36,6 +37,7 @@ from .distributions import Constant, Distribution
 _MODULES = {"numba": ".sampling._numba", "triton": ".sampling._triton"}
 _SLOW = 1 << 24  # elements
 _SLAB = 1 << 20  # elements of scratch: what a tensor that is not contiguous is filled through
+_BATCH = 1 << 24  # elements: a progress bar moves about as often on a CPU
 
 
 def _after_fork() -> None:
@@ -48,7 +50,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)  # not frozen, which would make it three times as slow to build
 class Draw:
     """What `fill_` does to one tensor.
 
@@ -99,21 +101,38 @@ def fill_(draws: Iterable[Draw], progress: Callable[[int], object] | None = None
 def _fill_all(draws: Iterable[Draw], progress: Callable[[int], object] | None) -> None:
     chosen: dict[torch.device, backends.Backend] = {}
     jobs = [job for draw in draws if (job := _checked(draw, chosen)) is not None]
-    launched: dict[torch.device, list[_Job]] = {}
+    if len(jobs) == 1 and progress is None and jobs[0].plain and jobs[0].backend.module is not None:
+        _fill_together(jobs, jobs[0].tensor.device)
+        return
+    batches: dict[torch.device, list[_Job]] = {}
+    elements = 0  # of the batch on the CPU
     for job in jobs:
-        if job.backend.name == "triton":
-            launched.setdefault(job.tensor.device, []).append(job)
-        else:
-            _fill_one(job)
-            if progress is not None:
-                progress(job.tensor.numel())
-    for device, group in launched.items():
-        wave_of = _memory.waves([job.tensor for job in group])
-        for wave in range(max(wave_of) + 1):
-            batch = [job for job, n in zip(group, wave_of, strict=True) if n == wave]
-            _fill_together(batch, device)
-            for job in batch if progress is not None else ():
-                progress(job.tensor.numel())  # type: ignore[misc]
+        device, name, numel = job.tensor.device, job.backend.name, job.tensor.numel()
+        batch = batches.setdefault(device, [])
+        if name == "triton" or (name == "numba" and job.plain and elements < _BATCH):
+            batch.append(job)
+            elements += numel if name == "numba" else 0
+            continue
+        _fill_batch(batch, device, progress)  # in the order of the draws, which may meet in memory
+        batches[device], elements = [], 0
+        _fill_one(job)
+        if progress is not None:
+            progress(numel)
+    for device, batch in batches.items():
+        _fill_batch(batch, device, progress)
+
+
+def _fill_batch(jobs: list[_Job], device: torch.device, progress: Callable[[int], object] | None) -> None:
+    """Fill tensors that one backend fills together, those that meet in memory in their order."""
+    if len(jobs) < 2 or jobs[0].backend.module.fills_in_order(sum(2 * job.tensor.numel() for job in jobs)):
+        waves = [jobs] if jobs else []
+    else:
+        wave_of = _memory.waves([job.tensor for job in jobs])
+        waves = [[job for job, n in zip(jobs, wave_of, strict=True) if n == wave] for wave in range(max(wave_of) + 1)]
+    for wave in waves:
+        _fill_together(wave, device)
+        for job in wave if progress is not None else ():
+            progress(job.tensor.numel())  # type: ignore[misc]
 
 
 def backend_of(device: torch.device) -> str:
@@ -186,20 +205,20 @@ def _checked(draw: Draw, chosen: dict[torch.device, backends.Backend]) -> _Job |
 
 
 def _fill_one(job: _Job) -> None:
+    """Fill a tensor by itself: one that is not plain, or that plain torch serves."""
     tensor, m = job.tensor, job.mapped.map
-    if isinstance(m, Constant):
-        with torch.no_grad():
-            tensor.fill_(m.value)
-        return
-    if job.backend.name == "torch" and tensor.device.type == "cpu" and tensor.numel() > _SLOW:
-        _say_that_it_is_slow()
-    if job.plain:
-        _fill_contiguous(job)
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
-        return
     with torch.no_grad():
-        _fill_strided(job, tensor, job.region or Region.whole(tensor.shape))
+        if isinstance(m, Constant):
+            tensor.fill_(m.value)
+            return
+        if job.backend.name == "torch" and tensor.device.type == "cpu" and tensor.numel() > _SLOW:
+            _say_that_it_is_slow()
+        if not job.plain:
+            _fill_strided(job, tensor, job.region or Region.whole(tensor.shape))
+            return
+    _fill_contiguous(job)
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _fill_strided(job: _Job, part: Tensor, region: Region) -> None:
@@ -217,12 +236,12 @@ def _fill_strided(job: _Job, part: Tensor, region: Region) -> None:
 
 
 def _fill_contiguous(job: _Job) -> None:
-    if job.backend.name == "triton":
+    if job.backend.module is not None:
         job.backend.module.fill([_entry(job)], job.tensor.device)
         return
     tensor, runs = _as_real(job)
-    runs = [StridedRun(0, 1, tensor.numel(), 0)] if runs is None else runs
-    (job.backend.module or _torch).fill(tensor, job.mapped.map, job.key, runs)
+    assert not isinstance(job.mapped.map, Constant)  # which torch's own fill_ serves
+    _torch.fill(tensor, job.mapped.map, job.key, [StridedRun(0, 1, tensor.numel(), 0)] if runs is None else runs)
 
 
 def _as_real(job: _Job) -> tuple[Tensor, Iterable[StridedRun] | None]:
@@ -236,49 +255,62 @@ def _as_real(job: _Job) -> tuple[Tensor, Iterable[StridedRun] | None]:
 
 
 def _fill_together(jobs: list[_Job], device: torch.device) -> None:
-    """Fill tensors whose memory does not meet."""
+    """Fill tensors by one call of their backend; where their memory meets, it fills them in order."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a fill cannot be captured in a CUDA graph: its table would be read again from memory that is gone. "
             "Fill before the capture"
         )
-    entries, filled = [], []
+    module = jobs[0].backend.module
+    entries: list[Any] = []
+    filled: list[Tensor] = []
     for job in jobs:
         entry = _entry(job) if job.plain else None
         if entry is None:
+            if job.plain and entries:  # a constant of 16 bytes, which may meet in memory what comes before it
+                module.fill(entries, device)
+                entries = []
             _fill_one(job)
             continue
         entries.append(entry)
         if not job.tensor.is_inference():
             filled.append(job.tensor)
     if entries:
-        jobs[0].backend.module.fill(entries, device)
+        module.fill(entries, device)
     if filled:
         torch.autograd.graph.increment_version(filled)
 
 
 def _entry(job: _Job) -> Any:
-    """What the backend needs of a job; None where it leaves a constant to torch."""
-    tensor, region, m, dtype = job.tensor, job.region, job.mapped.map, job.mapped.dtype
-    launch = job.mapped.launch
-    if launch is None:
-        triton = job.backend.module
+    """What the backend's module needs of a job; None where it leaves a constant to torch."""
+    tensor, of_dtype, key, region = job.tensor, job.mapped, job.key, job.region
+    if isinstance(of_dtype.map, Constant) and _is_followed(tensor):
+        return None
+    prepared = of_dtype.prepared.get(job.backend.name)
+    if prepared is None:
+        m, dtype, module = of_dtype.map, of_dtype.dtype, job.backend.module
         if isinstance(m, Constant):
-            launch = triton.prepare_constant(m.value, dtype)
+            prepared = module.prepare_constant(m.value, dtype)
         else:
-            launch = triton.prepare(m, dtype.to_real() if dtype.is_complex else dtype)
-        if launch is None:
+            prepared = module.prepare(m, dtype.to_real() if dtype.is_complex else dtype)
+        if prepared is None:
             return None
-        job.mapped.launch = launch
-    if region is None or isinstance(m, Constant):
-        elements = (
-            2 * tensor.numel()
-            if tensor.is_complex() and launch.group.dtype.itemsize < tensor.itemsize
-            else tensor.numel()
-        )
-        return tensor.data_ptr(), elements, launch, job.key, None
+        of_dtype.prepared[job.backend.name] = prepared
+    if isinstance(of_dtype.map, Constant):
+        return tensor.data_ptr(), tensor.numel(), prepared, key, None
+    if region is None and not of_dtype.dtype.is_complex:
+        return tensor.data_ptr(), tensor.numel(), prepared, key, None
     real, runs = _as_real(job)
-    return real.data_ptr(), real.numel(), launch, job.key, runs
+    return real.data_ptr(), real.numel(), prepared, key, runs
+
+
+def _is_followed(tensor: Tensor) -> bool:
+    """Whether a dispatch mode or a torch.func transform follows what is done to a tensor."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or is_functorch_wrapped_tensor(tensor)
+        or torch._is_functional_tensor(tensor)
+    )
 
 
 @functools.cache  # once in a process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import operator
 from typing import SupportsIndex
@@ -89,9 +90,16 @@ def generator_key(generator: torch.Generator | None = None) -> int:
             "torch.Generator().manual_seed(seed), or named_key(seed, name) for a key by name"
         )
     if generator is None or generator.device.type == "cpu":
-        # The device is given, so that `with torch.device("meta")` does not make the draw vanish.
-        draw = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
-        return int(draw.item()) & _MASK64
+        if _is_watched():
+            # The device is given, so that `with torch.device("meta")` does not make the draw vanish.
+            draw = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
+            return int(draw.item()) & _MASK64
+        # Taken out of the list meanwhile: threads, and code that a signal runs, have others.
+        tensor, number = cell = _cells.pop() if _cells else _new_cell()
+        tensor.random_(-(2**63), None, generator=generator)
+        key: int = number.value
+        _cells.append(cell)
+        return key
     try:
         offset = generator.get_offset()
         generator.set_offset(offset + 4)
@@ -102,3 +110,22 @@ def generator_key(generator: torch.Generator | None = None) -> int:
         ) from error
     seed = generator.initial_seed() & _MASK64
     return _digest(b"generator" + seed.to_bytes(8, "little") + offset.to_bytes(8, "little"))
+
+
+# Scalars to draw keys into, and the same memory as an unsigned integer: to make and read a tensor costs twice the draw.
+_cells: list[tuple[torch.Tensor, ctypes.c_uint64]] = []
+
+
+def _new_cell() -> tuple[torch.Tensor, ctypes.c_uint64]:
+    with torch.inference_mode(False):
+        tensor = torch.empty((), dtype=torch.int64, device="cpu")
+    return tensor, ctypes.c_uint64.from_address(tensor.data_ptr())
+
+
+def _is_watched() -> bool:
+    """Whether a tensor to draw into must be a new one: under torch.compile, a dispatch mode or a transform."""
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

@@ -288,7 +288,7 @@ def test_every_op_works_beside_a_package_that_cannot_be_imported(python, tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Threads and processes. 2^19 elements are a task; these tensors have five and a rest.
+# Threads and processes. 2^16 elements are a piece, which a thread claims; these tensors have forty and a rest.
 
 N = 5 * 2**19 + 4321
 BLOCK = Region((2000, 1700), (7, 3), (1613, 1693))
@@ -305,62 +305,71 @@ def test_number_of_threads_does_not_matter(numba, threads):
                 assert torch.equal(filled(distribution, N, region=region), expected)
 
 
-def threads_that_fill():
-    """How many share the work where three are asked for: each waits for the others at its first task."""
+def threads_asked_for(*draws):
+    """How many threads each call of the backend asks for, of three."""
     from initlab.kernels.sampling import _numba
 
     torch.set_num_threads(3)
-    used, meet, kernel = set(), threading.Barrier(3), _numba._kernel
+    asked, run_on_pool = [], _numba.run_on_pool
 
-    def watched(*arguments):
-        if threading.get_ident() not in used:
-            used.add(threading.get_ident())
-            meet.wait(timeout=15)
-        kernel(*arguments)
+    def watched(job, data, threads):
+        asked.append(threads)
+        run_on_pool(job, data, threads)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_numba, "_kernel", watched)
-        filled(Normal(), N)
-    return len(used)
+        patch.setattr(_numba, "run_on_pool", watched)
+        fill_(draws)
+    return asked
 
 
-def test_more_threads_than_one_do_run(numba, threads):
-    assert threads_that_fill() == 3
+def test_more_threads_than_one_where_it_is_worth_it(numba, threads):
+    small, large = torch.empty(2000), torch.empty(N)
+    normal = [Draw(x, Normal(), KEY) for x in (small, large)]
+    assert threads_asked_for(normal[0]) == [1]
+    assert threads_asked_for(normal[1]) == [3]
+    assert threads_asked_for(*normal[:1] * 60) == [1]  # one call for all of them, in turn: they are one memory
+    assert threads_asked_for(*normal[:1] * 140) == [1] * 140  # too many elements for that
+    assert threads_asked_for(*(Draw(x, Normal(), KEY) for x in large.split(1000))) == [3]  # one call, no memory shared
 
 
-def test_threads_take_turns_at_the_list_of_tasks(numba, threads, monkeypatch):
-    from initlab.kernels.sampling import _numba
+def test_draws_that_meet_in_memory_keep_their_order(backend, threads):
+    """Small together or large, on any number of threads: the last draw of an element counts."""
+    for rows in (64, 4096):
+        weight, expected = torch.empty(rows, 100), filled(Normal(), 0, region=Region.whole((rows, 100)))
+        expected[3], expected[5], expected[:2] = 0.0, filled(Uniform(), 100), 2.0
+        draws = [Draw(weight, Uniform(), 5), Draw(weight, Normal(), KEY), Draw(weight[3], Constant(0.0))]
+        draws += [Draw(weight[5], Uniform(), KEY), Draw(weight.t()[:, :2], Constant(2.0))]
+        for number in (1, 3):
+            threads(number)
+            weight.fill_(torch.nan)
+            fill_(draws)
+            assert torch.equal(weight, expected)
+    weight = torch.empty(6, 4, dtype=torch.complex128)
+    fill_([Draw(weight, Normal(), KEY), Draw(weight[3], Constant(0.0))])
+    assert torch.all((weight == 0).sum(1) == torch.tensor([0, 0, 0, 4, 0, 0]))
 
-    threads(1)
-    expected, tasks = filled(Normal(), N), _numba._tasks
 
-    def slowly(runs):  # a generator that another thread enters meanwhile raises
-        for task in tasks(runs):
+def test_tasks_are_shared_by_threads_and_their_errors_raised(numba):
+    from initlab.kernels import _common_numba
+
+    def tasks():  # a generator that another thread enters meanwhile raises
+        for task in range(20):
             time.sleep(0.01)
             yield task
 
-    monkeypatch.setattr(_numba, "_tasks", slowly)
-    threads(3)
-    assert torch.equal(filled(Normal(), N), expected)
+    done = []
+    _common_numba.share(tasks(), done.append, 3)
+    assert sorted(done) == [*range(20)]
 
-
-def test_an_error_in_a_thread_is_raised(numba, threads, monkeypatch):
-    from initlab.kernels.sampling import _numba
-
-    kernel = _numba._kernel
-
-    def broken(*arguments):
+    def broken(task):
         if threading.current_thread().name.startswith("initlab"):
+            met.set()
             raise MemoryError("in a helper")
-        meet.wait(timeout=30)
-        kernel(*arguments)
+        met.wait(timeout=30)
 
-    meet = threading.Event()
-    threading.Timer(0.5, meet.set).start()  # the helpers get a task each before this thread has done its first
-    monkeypatch.setattr(_numba, "_kernel", broken)
-    threads(3)
+    met = threading.Event()
     with pytest.raises(MemoryError, match="in a helper"):
-        filled(Normal(), N)
+        _common_numba.share(range(20), broken, 3)
 
 
 def test_concurrent_python_threads(numba, threads):
@@ -400,7 +409,7 @@ def forked(function, n=1):
 
 @needs_fork
 @may_fork_with_threads
-@pytest.mark.parametrize("function", [contiguous, transposed, threads_that_fill])
+@pytest.mark.parametrize("function", [contiguous, transposed])
 def test_after_a_fork_with_the_pools_alive(numba, threads, function):
     """Ours and torch's own, whose operations hang in a forked child where they are large enough to need it."""
     threads(3)
@@ -511,8 +520,9 @@ SCRIPT = textwrap.dedent("""
 """)
 CACHE = textwrap.dedent("""
     from initlab.kernels.sampling import _numba
-    kernel = _numba._kernel
-    print(type(kernel._cache).__name__, sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
+    from initlab.kernels.sampling.stream import NormalMap
+    kernel = _numba._kernel(NormalMap, torch.float32)
+    print(type(kernel._cache).__name__, kernel.cache_hits)
 """)
 
 
@@ -543,9 +553,9 @@ def copy_of_the_package(folder):
 @pytest.mark.long
 def test_a_second_process_uses_the_cache_on_disk(check, tmp_path):
     pytest.importorskip("numba")
-    for hits, misses, change in ((0, 1, ""), (1, 0, ""), (0, 1, "stream.NOTE = 1")):
+    for hits, change in ((0, ""), (1, ""), (0, "stream.NOTE = 1")):
         # The third has another constant: other code, which must not come from the cache.
-        assert check(before=change, after=CACHE, NUMBA_CACHE_DIR=tmp_path) == [f"FunctionCache {hits} {misses}"]
+        assert check(before=change, after=CACHE, NUMBA_CACHE_DIR=tmp_path) == [f"FunctionCache {hits}"]
     assert [*tmp_path.rglob("*.nbi")]
 
 
@@ -558,7 +568,7 @@ def test_where_no_cache_can_be_written(check, tmp_path):
         "a file, where the folder should be; root may write into any folder"
     )
     nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), "/dev/null/nowhere")
-    assert check(after=CACHE, root=tmp_path, PYTHONDONTWRITEBYTECODE=1, **nowhere) == ["NullCache 0 1"]
+    assert check(after=CACHE, root=tmp_path, PYTHONDONTWRITEBYTECODE=1, **nowhere) == ["NullCache 0"]
 
 
 @pytest.mark.long

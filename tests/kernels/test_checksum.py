@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from initlab.kernels import checksum, content_sum
+from initlab.kernels import Region, checksum, content_sum
 from torch._subclasses import FakeTensorMode
 
 import initlab
 
 MASK = (1 << 64) - 1
+
+pytestmark = pytest.mark.usefixtures("backend")  # every test, by plain torch and by compiled code
 
 
 def mix(x):
@@ -80,6 +82,28 @@ def test_chunks_do_not_show(size, monkeypatch):
     assert content_sum(x[:1000]) == expected(x[:1000].view(torch.int32).tolist())
     if size <= 1000:
         assert content_sum(x) == whole
+
+
+def test_parts_add_up_to_the_whole_on_any_number_of_threads(backend, monkeypatch):
+    """Rows shorter and longer than a piece, and blocks of more dimensions than two."""
+    if backend == "numba":
+        from initlab.kernels import _checksum_numba
+
+        monkeypatch.setattr(_checksum_numba, "PIECE_SIZE", 64)
+        monkeypatch.setattr(_checksum_numba, "ONE_THREAD", 64)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setitem(checksum._CHUNK, "cpu", 100)
+    for dtype in (torch.int8, torch.bfloat16, torch.float32, torch.float64):
+        x = (torch.arange(6 * 5 * 151) * 7919 % 251 - 125).to(dtype).view(6, 5, 151)
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        whole = expected(x.view(integer).flatten().tolist())
+        assert content_sum(x) == whole
+        for dim, at in ((0, 2), (1, 1), (2, 7), (2, 130)):
+            parts = []
+            for offset, size in ((0, at), (at, x.shape[dim] - at)):
+                region = Region.whole(x.shape).narrow(dim, offset, size)
+                parts.append(content_sum(x.narrow(dim, offset, size), region))
+            assert sum(parts) & MASK == whole
 
 
 @pytest.mark.parametrize("chunk", [4, 100, 1 << 14])

@@ -16,6 +16,7 @@ from initlab.kernels import Constant, Draw, Normal, Region, TruncatedNormal, Uni
 from initlab.kernels.sampling import _maps, _memory, _torch, fill, stream
 from initlab.kernels.sampling._maps import map_of
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INF, NAN = math.inf, math.nan
 KEY = 0x9E3779B97F4A7C15
@@ -610,7 +611,7 @@ def test_short_rows_at_every_alignment(backend, length):
     "region", [None, Region((50, 1201), (3, 5), (17, 1101)), Region((91, 9, 37), (1, 2, 3), (83, 5, 31))]
 )
 def test_pieces_do_not_show(backend, region, monkeypatch):
-    """Chunks, slabs and tasks of 512 elements, where they are hundreds of thousands; 3 threads share the tasks."""
+    """Chunks, slabs and pieces of 512 elements, where they are many thousands; 3 threads claim the pieces."""
     distribution = DISTRIBUTIONS["normal with mean"]
     shape = region.sizes if region else (12_345,)
     expected = values(distribution, torch.float32, region or whole(shape))
@@ -619,7 +620,8 @@ def test_pieces_do_not_show(backend, region, monkeypatch):
     if backend == "numba":
         from initlab.kernels.sampling import _numba
 
-        monkeypatch.setattr(_numba, "_TASK", 512)
+        monkeypatch.setattr(_numba, "PIECE_SIZE", 512)
+        monkeypatch.setattr(_numba, "ONE_THREAD", 512)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     strided = poisoned(*shape[:-1], 2 * shape[-1])[..., ::2]
     fill_([Draw(strided, distribution, KEY, region)])
@@ -937,6 +939,28 @@ def test_a_tensor_without_memory_of_its_own(serving, transform):
     with serving("numba"), pytest.raises(RuntimeError, match=r"no memory of its own|doesn't have storage"):
         transform(fill_and_sum)(x)
     assert torch.all(x == 0)
+
+
+@pytest.mark.parametrize("distribution", [Constant(2.0), Uniform(2.0, 2.0)])
+def test_a_constant_is_torchs_to_write_where_torch_follows(backend, distribution):
+    """Inside a function transform, and for a dispatch mode: neither sees what compiled code writes."""
+
+    def filled_twice(x):
+        fill_([Draw(y := x.clone(), distribution, KEY)])
+        return y * 2
+
+    assert torch.equal(torch.func.functionalize(filled_twice)(torch.zeros(3)), torch.full((3,), 4.0))
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names, x = [], poisoned(3)
+    with Names():
+        fill_([Draw(x, distribution, KEY)])
+    assert names == ["aten.fill_.Scalar"]
+    assert torch.all(x == 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from initlab.kernels import Constant, Normal, TruncatedNormal, Uniform
@@ -7,7 +8,7 @@ from torch import nn
 from torch.nn import init
 
 import initlab
-from initlab.models.checking import mismatch
+from initlab.models.checking import _differs, mismatch
 from initlab.models.naming import tensor_refs
 from initlab.models.specs import DimSlice, FillSpec
 
@@ -80,6 +81,42 @@ def test_no_false_refusals(distribution, dtype):
 def test_what_is_refused(planned, count, values):
     torch.manual_seed(3)
     assert said(values(count), (None, planned)) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("planned", "scipys"),
+    [
+        (Normal(0.1, 0.02), lambda stats: stats.norm(0.1, 0.02)),
+        (Uniform(-0.1, 0.1), lambda stats: stats.uniform(-0.1, 0.2)),
+        (TruncatedNormal(0.0, 0.02, -0.03, 0.05), lambda stats: stats.truncnorm(-1.5, 2.5, 0.0, 0.02)),
+    ],
+    ids=["normal", "uniform", "truncated"],
+)
+def test_the_distance_is_that_of_the_definition(planned, scipys, dtype):
+    """By scipy's distribution functions, value by value: a level just above what the distance allows refuses."""
+    cdf = scipys(pytest.importorskip("scipy.stats")).cdf
+    ends = np.arange(1, 257) / 256
+    for squeezed in (0, 1000, 2500):  # of the values: half as far from the middle; the others keep the ends
+        values = drawn(planned, 3000, dtype).double()
+        values[:squeezed] = (values.mean() + values[:squeezed]) / 2
+        values = values.to(dtype)
+        x, eps = values.double().numpy(), torch.finfo(dtype).eps
+        at_most, at_least = (np.searchsorted(np.sort(cdf(x + sign * abs(x) * eps)), ends) / len(x) for sign in (-1, 1))
+        distance = max(0.0, (ends - at_most)[:-1].max(), (at_least - ends)[:-1].max())
+        level = 2 * math.exp(-2 * len(x) * distance**2)
+        assert squeezed < 2500 or level < 1e-3
+        if level < 1e-2:  # below what the other tests refuse of such values
+            assert _differs(values, planned, level * 0.999) == ""
+            assert _differs(values, planned, level * 1.001) == "its values are another distribution's"
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("planned", DISTRIBUTIONS, ids=str)
+def test_one_value_that_is_not_finite_is_refused(planned, value):
+    values = drawn(planned, 100)
+    values[7] = value
+    assert said(values, (None, planned)) is not None
 
 
 def test_messages():

@@ -233,7 +233,7 @@ def test_planted_faults(name, mode, how):
     assert fault is not None
     assert (fault.phase, fault.module, fault.cause, fault.tensor) == ("forward", module, cause, tensor)
     assert fault.flag & flag
-    assert fault.step == 1
+    assert fault.model_call == 1
     assert fault.module not in fault.passed_on
     if name == "a state that explodes":
         assert fault.call == 5  # 16, 2^10, 2^20, 2^40, 2^80, 2^160
@@ -253,8 +253,8 @@ def test_healthy_models_have_no_fault(model, training, how):
             model(args).sum().backward()
     report = watch.report()
     assert report.fault is None
-    assert report.steps == 3
-    assert str(report) == f"nothing non-finite in 3 steps, {report.calls} module calls"
+    assert report.model_calls == 3
+    assert str(report) == f"nothing non-finite in 3 calls of the model, {report.calls} of its modules"
 
 
 def test_what_only_passed_it_on(how):
@@ -263,7 +263,7 @@ def test_what_only_passed_it_on(how):
     assert fault.module == "middle"
     assert fault.passed_on == ("fc3", "out")
     assert str(fault).splitlines() == [
-        "step 1, forward: module 'middle' (Apply) produced NaN (float32) in its output",
+        "call 1, forward: module 'middle' (Apply) produced NaN (float32) in its output",
         "  passed on by fc3, out",
     ]
     nested = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Sequential(Apply(lambda x: x / 0.0)), nn.ReLU()))
@@ -279,7 +279,7 @@ def test_a_parameter_or_buffer_is_named_as_such(how):
         with torch.no_grad():
             getattr(model.get_submodule(module), name).view(-1)[0] = NAN
         kind = type(model.get_submodule(module)).__name__
-        headline = f"step 1, forward: module '{module}' ({kind}): its {name} holds NaN (float32)"
+        headline = f"call 1, forward: module '{module}' ({kind}): its {name} holds NaN (float32)"
         assert fault_of(model, torch.randn(2, 4)).headline == headline
 
 
@@ -573,7 +573,7 @@ def training(model, steps, bad_at=None, **options):
 def test_the_first_of_many_steps(how):
     """From the second bad step on every weight is NaN."""
     fault = training(mlp(nn.Tanh()), 9, 4).report().fault
-    assert (fault.step, fault.module, fault.cause, fault.tensor) == (4, "fc2", "parameter", "bias")
+    assert (fault.model_call, fault.module, fault.cause, fault.tensor) == (4, "fc2", "parameter", "bias")
 
 
 def test_report_in_the_middle_changes_nothing(how):
@@ -588,14 +588,14 @@ def test_report_in_the_middle_changes_nothing(how):
         model(torch.randn(4, 8))
         reports = [watch.report() for _ in range(3)]
     assert reports[0] == reports[1] == reports[2] == watch.report()
-    assert (reports[0].fault.step, reports[0].steps, reports[0].calls) == (4, 4, 28)
-    assert "step 4" in str(reports[0])
+    assert (reports[0].fault.model_call, reports[0].model_calls, reports[0].calls) == (4, 4, 28)
+    assert "call 4" in str(reports[0])
 
 
 def test_every(how):
-    with pytest.raises(FloatingPointError, match=r"(?s)step 4.*'fc2'.*bias") as raised:
+    with pytest.raises(FloatingPointError, match=r"(?s)call 4.*'fc2'.*bias") as raised:
         training(mlp(nn.Tanh()), 9, 4, every=3)
-    assert "step 4" in str(raised.value)
+    assert "call 4" in str(raised.value)
     model = mlp(Apply(lambda x: x / 0.0))
     with pytest.raises(FloatingPointError, match="middle"):  # noqa: SIM117 - at the end of the block at the latest
         with initlab.watch(model, every=100):
@@ -614,7 +614,7 @@ def test_when_every_raises():
     model = mlp(Apply(Bad.apply))
     watch = initlab.watch(model, every=2, backward=True)
     model(torch.randn(4, 8)).sum().backward()
-    with pytest.raises(FloatingPointError, match=r"step 1, backward: .* in the gradient of its input"):
+    with pytest.raises(FloatingPointError, match=r"call 1, backward: .* in the gradient of its input"):
         model(torch.randn(4, 8))
     watch.remove()
 
@@ -703,7 +703,7 @@ def test_exceptions_in_a_module(how):
         model.middle.function = lambda x: x / 0.0
         model(torch.randn(4, 8))
     fault = watch.report().fault
-    assert (fault.step, fault.module) == (2, "middle")
+    assert (fault.model_call, fault.module) == (2, "middle")
 
 
 def test_interrupted_calls_are_closed(how):
@@ -720,11 +720,11 @@ def test_interrupted_calls_are_closed(how):
                 model(torch.randn(4, 8))
             model.middle.function = lambda x: x
             model(torch.randn(4, 8))
-            assert watch.report().steps == 2 * attempt + 2
+            assert watch.report().model_calls == 2 * attempt + 2
         model.middle.function = lambda x: x / 0.0
         model(torch.randn(4, 8))
     fault = watch.report().fault
-    assert (fault.step, fault.module) == (7, "middle")
+    assert (fault.model_call, fault.module) == (7, "middle")
 
 
 def test_models_that_call_themselves(how):
@@ -739,11 +739,11 @@ def test_models_that_call_themselves(how):
     model = Tree()
     with initlab.watch(model) as watch:
         model(torch.ones(2))
-        assert (watch.report().steps, watch.report().calls) == (1, 6)
+        assert (watch.report().model_calls, watch.report().calls) == (1, 6)
         model.leaf.function = lambda x: x.neg().log()
         model(torch.ones(2))
     fault = watch.report().fault
-    assert (fault.step, fault.module, fault.call, fault.passed_on) == (2, "leaf", 1, ("",))
+    assert (fault.model_call, fault.module, fault.call, fault.passed_on) == (2, "leaf", 1, ("",))
 
 
 def test_nested_watches(how):
@@ -776,7 +776,7 @@ def test_submodules_called_from_outside(how):
     with initlab.watch(model) as watch:
         model["decode"](model["encode"](torch.randn(3, 2)))
     fault = watch.report().fault
-    assert (fault.step, fault.module) == (2, "decode")
+    assert (fault.model_call, fault.module) == (2, "decode")
 
 
 def test_filtered_modules(how):
@@ -797,7 +797,7 @@ def test_filtered_modules(how):
         ({"allow": nn.Conv2d}, ValueError, "allow has <class"),
         ({"allow": [3]}, TypeError, "allow has 3; it must be the name of a module"),
         ({"allow": nn.ReLU()}, ValueError, "selects no module"),
-        ({"every": 0}, ValueError, "every is 0; it must be a positive number of steps"),
+        ({"every": 0}, ValueError, "every is 0; it must be a positive number of calls"),
         ({"every": 1.5}, ValueError, "every is 1.5"),
     ],
 )
@@ -833,18 +833,18 @@ def test_activation_checkpointing(reentrant, backward, how):
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(map(torch.equal, *gradients))
     report = watch.report()
-    assert (report.fault, report.steps) == (None, 2)
+    assert (report.fault, report.model_calls) == (None, 2)
     assert report.calls > 16 if backward else report.calls == 16  # repeated calls are looked at for gradients only
     if backward:
         inner[3].function = Bad.apply
         model(torch.randn(3, 4)).sum().backward()
         fault = watch.report().fault
-        assert (fault.phase, fault.module, fault.step) == ("backward", "inner.3", 3)
+        assert (fault.phase, fault.module, fault.model_call) == ("backward", "inner.3", 3)
     else:
         inner[3].function = lambda x: x / 0.0
         model(torch.randn(3, 4)).sum().backward()
         fault = watch.report().fault
-        assert (fault.phase, fault.module, fault.step) == ("forward", "inner.3", 3)
+        assert (fault.phase, fault.module, fault.model_call) == ("forward", "inner.3", 3)
     watch.remove()
 
 
@@ -911,24 +911,21 @@ def test_autocast(how):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, when it meets a graph break
 def test_compiled_models(how):
-    """What is compiled calls no new hooks: refused. Under force_eager it does; what is compiled later has breaks."""
+    """Compiled code calls no new hooks: it is watched at its borders. What is compiled during the watch has breaks."""
     torch.compiler.reset()
     model = mlp(Apply(lambda x: x / (x - x)))
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(4, 8)
     compiled(x)
-    with pytest.raises(ValueError, match=r"the model is compiled.*set_stance"):
-        initlab.watch(compiled)
-    with pytest.raises(ValueError, match="'0' is compiled"):
-        initlab.watch(nn.Sequential(compiled))
-    in_place = mlp(nn.Tanh())
-    in_place.compile(backend="eager")
-    with pytest.raises(ValueError, match="the model is compiled"):
-        initlab.watch(in_place)
-    assert hooks_of(model) == hooks_of(in_place) == 0
+    with initlab.watch(compiled) as watch:
+        compiled(x)
+    report = watch.report()
+    assert (report.fault.module, report.fault.cause, report.calls) == ("", "produced", 1)
+    assert report.unseen == ("what runs inside the model, which is compiled",)
     with torch.compiler.set_stance("force_eager"), initlab.watch(compiled._orig_mod) as watch:
         compiled(x)
     assert watch.report().fault.module == "middle"
+    assert hooks_of(model) == hooks_of(compiled) == 0
 
     torch.compiler.reset()
     with initlab.watch(model) as watch:
@@ -1079,9 +1076,17 @@ def test_their_outputs_are_not_read_again(monkeypatch):
 
 def seen(**what):
     """What a rank reports that has seen one fault."""
-    usual = {"step": 3, "phase": "forward", "cause": "produced", "module": "h.1", "kind": "MLP", "call": 1}
+    usual = {
+        "step": 1,
+        "model_call": 3,
+        "phase": "forward",
+        "cause": "produced",
+        "module": "h.1",
+        "kind": "MLP",
+        "call": 1,
+    }
     fault = Fault(**{**usual, "tensor": "output", "flag": 1, "dtype": torch.float32, **what})
-    return WatchReport(fault, steps=4, calls=10)
+    return WatchReport(fault, steps=0, model_calls=4, calls=10, inspected=20)
 
 
 FROM_OUTSIDE = {"cause": "input", "module": None, "kind": "", "call": 0, "tensor": "input 0 of the model"}
@@ -1090,7 +1095,8 @@ FROM_OUTSIDE = {"cause": "input", "module": None, "kind": "", "call": 0, "tensor
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        pytest.param({"step": 2, "phase": "backward", **FROM_OUTSIDE}, {"step": 3}, id="step"),
+        pytest.param({"model_call": 2, "phase": "backward", **FROM_OUTSIDE}, {"model_call": 3}, id="call"),
+        pytest.param({"step": 1, "model_call": 4}, {"step": 2, "model_call": 3}, id="step"),
         pytest.param({"phase": "forward", **FROM_OUTSIDE}, {"phase": "backward", "cause": "parameter"}, id="phase"),
         pytest.param({"after": 9}, {"after": 0, **FROM_OUTSIDE}, id="a stage gets what another produced"),
         pytest.param({"after": 9}, {"cause": "parameter", "from_all_gather": True}, id="a shard of another rank's"),
@@ -1113,25 +1119,28 @@ def test_what_comes_first(first, second):
 
 
 def test_of_equals_the_lowest_rank():
-    found = merge({3: seen(), 1: seen(), 7: WatchReport(None, 9, 2)})
+    found = merge({3: seen(), 1: seen(), 7: WatchReport(None, 0, 9, 2)})
     assert [found.fault.rank, *(fault.rank for fault in found.others)] == [1, 3]
-    assert (found.ranks, found.steps, found.calls) == ((1, 3, 7), 9, 22)
+    assert (found.ranks, found.model_calls, found.calls) == ((1, 3, 7), 9, 22)
 
 
 def test_a_printed_report_of_ranks():
     reports = {rank: seen(module="h.2", after=5) for rank in (0, 2, 3)}
-    reports |= {1: seen(passed_on=("h.2", "")), 4: seen(**FROM_OUTSIDE), 5: WatchReport(None, 4, 10)}
+    reports |= {1: seen(passed_on=("h.2", "")), 4: seen(**FROM_OUTSIDE), 5: WatchReport(None, 0, 4, 10, inspected=20)}
     assert str(merge(reports)).splitlines() == [
-        "rank 1, step 3, forward: module 'h.1' (MLP) produced NaN (float32) in its output",
+        "rank 1, call 3, forward: module 'h.1' (MLP) produced NaN (float32) in its output",
         "  passed on by h.2, the model itself",
-        "  also ranks 0, 2-3, step 3, forward: module 'h.2' (MLP) produced NaN (float32) in its output",
-        "  also rank 4, step 3, forward: input 0 of the model holds NaN (float32); no module produced it",
-        "  (4 steps, 60 module calls, 6 ranks)",
+        "  also ranks 0, 2-3, call 3, forward: module 'h.2' (MLP) produced NaN (float32) in its output",
+        "  also rank 4, call 3, forward: input 0 of the model holds NaN (float32); no module produced it",
+        "  (4 calls of the model, 60 of its modules, 6 ranks)",
     ]
     many = merge({rank: seen(module=f"h.{rank}", after=rank) for rank in range(9)})
-    assert str(many).splitlines()[-2:] == ["  and 5 more: ranks 4-8", "  (4 steps, 90 module calls, 9 ranks)"]
-    none = merge({rank: WatchReport(None, 4, 10) for rank in range(2)})
-    assert str(none) == "nothing non-finite in 4 steps, 20 module calls, 2 ranks"
+    assert str(many).splitlines()[-2:] == [
+        "  and 5 more: ranks 4-8",
+        "  (4 calls of the model, 90 of its modules, 9 ranks)",
+    ]
+    none = merge({rank: WatchReport(None, 0, 4, 10, inspected=20) for rank in range(2)})
+    assert str(none) == "nothing non-finite in 4 calls of the model, 20 of its modules, 2 ranks"
 
 
 def test_across_needs_other_ranks():

@@ -132,7 +132,7 @@ def nothing_is_wrong_and_no_look_communicates() -> None:
             models[1](x()).sum().backward()
         assert comm.get_comm_counts() == plain.get_comm_counts(), spread
         report = report_of(watch)
-        assert (report.fault, report.steps, report.calls) == (None, 1, 4 * dist.get_world_size())
+        assert (report.fault, report.model_calls, report.calls) == (None, 1, 4 * dist.get_world_size())
 
 
 @on(2, 4)
@@ -252,7 +252,7 @@ def stages_of_a_pipeline() -> None:
     report = report_of(watch)
     assert told(report) == (0, "forward", "produced", "middle", "output"), report
     assert [(fault.rank, fault.cause) for fault in report.others] == [(r, "input") for r in range(1, last() + 1)]
-    assert (report.fault.step, report.steps) == (2, 2)
+    assert (report.fault.model_call, report.model_calls) == (2, 2)
 
 
 @on(2)
@@ -263,8 +263,8 @@ def ranks_with_other_numbers_of_steps() -> None:
         for step in range(1, 5 - rank):
             model(x(bad=step == 3 - rank))  # rank 0 in its third of four steps, rank 1 in its second of three
     report = report_of(watch)
-    assert (report.fault.rank, report.fault.step, report.steps, report.calls) == (1, 2, 3, 4 * (3 + 2))
-    assert [(fault.rank, fault.step) for fault in report.others] == [(0, 3)]
+    assert (report.fault.rank, report.fault.model_call, report.model_calls, report.calls) == (1, 2, 3, 4 * (3 + 2))
+    assert [(fault.rank, fault.model_call) for fault in report.others] == [(0, 3)]
 
     model = MLP(lambda x: (x - x.detach()).sqrt() if rank == 0 else x / 0)  # 0, whose gradient is inf
     report = watched(model, backward=True)

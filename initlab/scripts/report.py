@@ -1,0 +1,88 @@
+"""What became of a script."""
+
+from __future__ import annotations
+
+import json
+import linecache
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..diagnosis import Diagnosis
+
+
+@dataclass
+class ScriptReport:
+    """What became of a script.
+
+    Args:
+        script: its path.
+        steps: backward passes that were seen.
+        first, last: losses; NaN where there were none.
+        stopped: why it was stopped, in words; empty where it ran to its end.
+        place: file and line of the user's code at which it was stopped.
+        diagnosis: of the step that failed; None where there was none, or the step could not be run again.
+        preamble: code that gives the remedy's names their values in the script.
+        error: what the script raised, if it did.
+        notes: what else there is to say.
+    """
+
+    script: str
+    steps: int = 0
+    first: float = math.nan
+    last: float = math.nan
+    stopped: str = ""
+    place: tuple[str, int] = ("", 0)
+    diagnosis: Diagnosis | None = None
+    preamble: str = ""
+    error: BaseException | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """The diagnosis's, or "healthy" where nothing stopped the script."""
+        if self.diagnosis is not None:
+            return self.diagnosis.verdict
+        return "broken" if self.stopped else "healthy"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data: numbers or null."""
+        return {
+            "script": self.script,
+            "verdict": self.verdict,
+            "steps": self.steps,
+            "first_loss": _number(self.first),
+            "last_loss": _number(self.last),
+            "stopped": self.stopped,
+            "file": self.place[0] or None,
+            "line": self.place[1] or None,
+            "diagnosis": None if self.diagnosis is None else self.diagnosis.to_dict(),
+            "preamble": self.preamble,
+            "notes": self.notes,
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def __str__(self) -> str:
+        name = Path(self.script).name
+        if not self.stopped:
+            fell = f", loss {self.first:.4g} -> {self.last:.4g}" if math.isfinite(self.first) else ""
+            said = "no backward pass was seen" if not self.steps else f"{self.steps} steps{fell}, nothing to report"
+            return "\n".join([f"{name}: {said}", *self.notes])
+        file, line = self.place
+        lines = [f"{name}: stopped in step {self.steps}: {self.stopped}"]
+        if line:
+            lines.append(f"  {Path(file).name}:{line}: {linecache.getline(file, line).strip()}")
+        lines += [f"  {note}" for note in self.notes]
+        if self.diagnosis is not None:
+            lines += ["", str(self.diagnosis)]
+            if self.preamble and any(cause.remedy for cause in self.diagnosis.causes):
+                lines += ["", "In the script, the names of the remedy are:", f"    {self.preamble}"]
+        return "\n".join(lines)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,312 @@
+"""run_script(): a training script as it is, watched; the step that fails is examined on the spot."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from initlab.kernels import all_finite_fast
+
+from ..diagnosis import Diagnosis, diagnose_alone
+from .report import ScriptReport
+from .steps import Start, Step, model_of, names_of, optimizer_of, reached_parameters
+from .tape import Event, Replay, Tape
+
+PATIENCE = 200  # steps in which a loss should have fallen
+_FALL = 0.99  # of the first steps' mean: what counts as fallen
+_RISE = 2.0  # times the first steps' mean: what counts as risen
+_EARLY = 10  # steps whose mean is compared
+_AGAIN = 20  # steps that an examination from the start takes at most
+_SCALED = 50  # steps in a row that a GradScaler may skip before it is a fault
+
+
+class _Stop(BaseException):
+    """Ends the script once the doctor has spoken. No `except Exception` of the script's own catches it."""
+
+
+def run_script(
+    script: str,
+    arguments: Sequence[str] = (),
+    *,
+    patience: int = PATIENCE,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> ScriptReport:
+    """Run a training script as it is, and examine the first step that fails.
+
+    Losses are recognised where `backward()` is called, the model by what was called on the way to the loss, the
+    optimizer by its parameters. The script is stopped by a loss or gradient that is not finite, by an error that a step
+    raises, and by a loss that over `patience` steps has risen or not fallen, if the doctor then finds a cause. Else it
+    goes on, and ends as it would have: its results are the same, bit for bit.
+
+    Args:
+        script: the path of a Python file, which is run as `python script` would.
+        arguments: the script's own.
+        patience: backward passes from one line of code in which its loss should have fallen.
+        on_stage: called with a description of each stage of an examination as it begins.
+
+    Returns:
+        A `ScriptReport`.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+
+    Example:
+        >>> import pathlib, tempfile, initlab.scripts
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "train.py")
+        >>> lines = ["import torch", "w = torch.nn.Linear(2, 1)", "loss = w(torch.ones(3, 2)).log().mean() * 0"]
+        >>> size = path.write_text("\\n".join([*lines, "(loss + float('nan')).backward()"]))
+        >>> report = initlab.scripts.run_script(str(path))
+        >>> report.verdict, report.stopped, report.place[1]
+        ('broken', 'the loss is nan', 4)
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {script}")
+    run = _Run(path, patience, on_stage)
+    saved = sys.argv[:], sys.path[:]
+    sys.argv[:] = [script, *arguments]
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        with run.watching():
+            runpy.run_path(str(path), run_name="__main__")
+    except _Stop:
+        pass
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            run.report.error = error
+    except Exception as error:
+        run.failed(error)
+    finally:
+        sys.argv[:], sys.path[:] = saved
+    return run.report
+
+
+class _Losses:
+    """The losses of one line of the script."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.events_before = 0  # of the tape, when this line was last reached
+        self.examined = 0  # how many there were when the doctor last found nothing
+        self.start: Start | None = None
+
+
+class _Run:
+    """A script that is running."""
+
+    def __init__(self, path: Path, patience: int, on_stage: Callable[[str], None]) -> None:
+        self.root = str(path.resolve().parent)
+        self.path = path
+        self.patience = patience
+        self.on_stage = on_stage
+        self.report = ScriptReport(str(path))
+        self.tape = Tape(self.is_users)
+        self.losses: dict[tuple[str, int], _Losses] = {}
+        self.loss: Tensor | None = None  # of the last backward pass
+        self.place: tuple[str, int] = ("", 0)
+        self.step_events: list[Event] = []
+        self.skipped = 0  # steps in a row with gradients that are not finite, under a GradScaler
+        self.examining = False
+
+    def is_users(self, file: str) -> bool:
+        """Whether a file is the script or lies beside it, and is no installed package."""
+        if file == str(self.path):
+            return True
+        return file.startswith(self.root) and "site-packages" not in file and not file.startswith("<")
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """The patches that see a step."""
+        backward = torch.autograd.backward
+        run = self
+
+        def watched(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            if run.examining:
+                return backward(tensors, *args, **kwargs)
+            run.before_backward(tensors)
+            result = backward(tensors, *args, **kwargs)
+            return result
+
+        def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if not run.examining:
+                run.before_step(optimizer)
+
+        handle = register_optimizer_step_pre_hook(before_step)
+        torch.autograd.backward = watched
+        try:
+            with self.tape.module_calls(), self.tape:
+                yield
+        finally:
+            torch.autograd.backward = backward
+            handle.remove()
+
+    # One step
+
+    def before_backward(self, tensors: Any) -> None:
+        """Look at a loss."""
+        loss = tensors if isinstance(tensors, Tensor) else next((t for t in tensors if isinstance(t, Tensor)), None)
+        if loss is None or loss.numel() != 1:
+            return
+        with torch.no_grad():
+            value = float(loss.detach())
+        self.report.steps += 1
+        if self.report.steps == 1:
+            self.report.first = value
+        self.report.last = value
+        self.loss, self.place = loss, self.tape.place()
+        seen = self.losses.setdefault(self.place, _Losses())
+        self.tape.drop(seen.events_before)
+        for other in self.losses.values():
+            other.events_before = max(0, other.events_before - seen.events_before)
+        self.step_events = list(self.tape.events)
+        seen.events_before = len(self.tape.events)
+        seen.values.append(value)
+        if len(seen.values) == 1 and (step := self.step()) is not None:
+            seen.start = Start(step)
+        if not math.isfinite(value):
+            self.stop(f"the loss is {value:g}")
+        if why := self.stands_still(seen):
+            found = self.examined_from_start(seen, 3)
+            if found is not None:
+                self.report.diagnosis = found
+            if found is not None or self.examine(3):
+                self.stop(why)
+            seen.examined = len(seen.values)
+
+    def stands_still(self, seen: _Losses) -> str:
+        """Whether a line's loss has risen or not fallen in `patience` steps; each time twice as many are awaited."""
+        count = len(seen.values)
+        if count < max(self.patience, 2 * seen.examined) or count < 2 * _EARLY:
+            return ""
+        first = min(seen.values[0], sum(seen.values[:_EARLY]) / _EARLY)
+        window = max(_EARLY, self.patience // 10)
+        last = sum(seen.values[-window:]) / window
+        if last > first + abs(first) * (_RISE - 1):
+            return f"the loss has risen from {first:.4g} to {last:.4g} in {count} steps"
+        if first > 0 and last > _FALL * first:
+            return f"the loss has not fallen in {count} steps: {first:.4g} to {last:.4g}"
+        return ""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Look at the gradients that an optimizer is about to use."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if all(g.is_sparse or g.device.type != "cpu" or all_finite_fast(g) for g in gradients):
+            self.skipped = 0
+            return
+        if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+            self.skipped += 1  # the scaler skips such steps, and halves its scale
+            if self.skipped < _SCALED:
+                return
+        self.stop("a gradient is not finite")
+
+    def failed(self, error: Exception) -> None:
+        """The script raised an error: examine the step, if one was under way."""
+        self.report.error = error
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if self.is_users(f.filename)]
+        events = self.tape.events
+        if not events or events[-1].outputs is not None:
+            return
+        self.loss, self.step_events = None, list(events)
+        self.place = (frames[-1].filename, frames[-1].lineno or 0) if frames else events[-1].place
+        self.report.steps += 1
+        if self.examine(1):
+            self.report.place = self.place
+            self.report.stopped = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+    # The examination
+
+    def stop(self, why: str) -> NoReturn:
+        """Examine the step, and end the script."""
+        self.report.stopped, self.report.place = why, self.place
+        if self.report.diagnosis is None:
+            self.examine(1)
+            self.examine_start()
+        raise _Stop
+
+    def examine_start(self) -> None:
+        """Weights that a run has ruined tell little of why: its start does, where the same steps ruin it again."""
+        seen = self.losses.get(self.place)
+        late = self.report.diagnosis
+        if seen is not None and len(seen.values) > 1 and (late is None or _tells_little(late)):
+            found = self.examined_from_start(seen, min(len(seen.values), _AGAIN))
+            self.report.diagnosis = late if found is None else found
+
+    def examine(self, steps: int) -> bool:
+        """Let the doctor look at the step as it is now; whether it finds something."""
+        step = self.step()
+        found = None if step is None else self.diagnosed(step, steps)
+        if found is not None and (found.causes or self.report.stopped):
+            self.report.diagnosis = found
+        return found is not None and bool(found.causes)
+
+    def examined_from_start(self, seen: _Losses, steps: int) -> Diagnosis | None:
+        """Let the doctor look at the first step of a line; None where it finds nothing."""
+        if seen.start is None:
+            return None
+        with seen.start.put_back():
+            found = self.diagnosed(seen.start.step, steps)
+        if found is None or found.verdict == "healthy":
+            return None
+        self.report.notes.append(f"examined from the weights and the batch of step 1, over {steps} steps")
+        return found
+
+    def step(self) -> Step | None:
+        """The step that is under way; None where it cannot be run again."""
+        frames = list(self.users_frames())
+        reached = reached_parameters(self.loss)
+        model, model_name = model_of(self.step_events, frames, reached)
+        if model is None:
+            note = "the step cannot be run again: no module with parameters was called on the way to the loss"
+            if note not in self.report.notes:
+                self.report.notes.append(note)
+            return None
+        replay = Replay(self.step_events, self.loss, model, names_of(frames))
+        optimizer, optimizer_name = optimizer_of(reached or {id(p) for p in model.parameters()}, frames)
+        names = [("model", model_name), ("optimizer", optimizer_name)]
+        code = [f"{ours} = {theirs}" for ours, theirs in names if theirs not in (ours, "")]
+        code += [f"batch = {{{', '.join(f'{name!r}: {name}' for name in replay.batch)}}}"]
+        return Step(model, replay, optimizer, "; ".join(code))
+
+    def diagnosed(self, step: Step, steps: int) -> Diagnosis | None:
+        """The doctor's word on a step."""
+        self.examining = self.tape.paused = True
+        self.report.preamble = step.preamble
+        try:
+            return diagnose_alone(
+                step.model, step.replay.batch, step.replay, step.optimizer, steps=steps, on_stage=self.on_stage
+            )
+        except Exception as error:
+            self.report.notes.append(f"the step could not be examined: {type(error).__name__}: {error}")
+            return None
+        finally:
+            self.examining = self.tape.paused = False
+
+    def users_frames(self) -> Iterator[FrameType]:
+        """The frames of the user's own code, the innermost first; of an error those in which it was raised."""
+        if self.report.error is not None:
+            walked = [frame for frame, _ in traceback.walk_tb(self.report.error.__traceback__)]
+            yield from (frame for frame in reversed(walked) if self.is_users(frame.f_code.co_filename))
+            return
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if self.is_users(frame.f_code.co_filename):
+                yield frame
+            frame = frame.f_back
+
+
+def _tells_little(found: Diagnosis) -> bool:
+    """Whether a diagnosis of a late step may only name what the run has done to its weights."""
+    kinds = ("learning rate", "gradient", "weights", "uninitialised", "optimizer")
+    return not found.causes or found.causes[0].kind in kinds
