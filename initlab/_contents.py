@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 CONTAINERS = (dict, list, set, deque)
@@ -48,5 +48,7 @@ def restore_dict(entries: dict[Any, Any], before: dict[Any, Any]) -> None:
     then = (part for item in before.items() for part in item)
     if len(entries) == len(before) and all(map(operator.is_, now, then)):
         return
-    entries.clear()
-    entries.update(before)
+    kind = OrderedDict if isinstance(entries, OrderedDict) else dict  # a subclass may refuse, or do more
+    kind.clear(entries)
+    for key, value in before.items():
+        kind.__setitem__(entries, key, value)

@@ -35,7 +35,7 @@ def tensors_with_paths(value: Any, path: Path = (), depth: int = -1) -> Iterator
     if isinstance(value, Tensor):
         yield path, value
     elif depth:
-        for key, item in _items(value):
+        for key, item in items_in(value):
             yield from tensors_with_paths(item, (*path, key), depth - 1)
 
 
@@ -51,8 +51,8 @@ def tensors_in(value: Any, depth: int = -1) -> Iterator[Tensor]:
     return (tensor for _, tensor in tensors_with_paths(value, depth=depth))
 
 
-def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    """What a container holds, by key; nothing for anything else."""
+def items_in(value: Any) -> Iterator[tuple[Any, Any]]:
+    """What a container holds, by torch.utils._pytree's keys; nothing for anything else."""
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield SequenceKey(index), item

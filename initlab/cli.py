@@ -68,13 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PATH:FUNCTION",
         help="a file or module, and its function that returns the model, alone or first in a tuple",
     )
-    plan.add_argument("--recipe", default="torch", help="torch, own, he, xavier, lecun, gpt2, trunc_normal, auto")
+    plan.add_argument(
+        "--recipe",
+        default="own",
+        help="own (the default), torch, he, xavier, lecun, gpt2, trunc_normal, auto, depth_scaled, mitchell, deepnorm, "
+        "small_embedding, zero_residual",
+    )
     plan.add_argument("--seed", type=_seed, default=0, help="of the keys (default: 0)")
     plan.add_argument("--only", action="append", metavar="PATTERN", help="name pattern; may be given several times")
     plan.add_argument("--meta", action="store_true", help="build the model on the meta device: no memory, no time")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor = commands.add_parser("doctor", help="why is the loss inf or NaN: run a script or a step, and say")
-    doctor.add_argument("--steps", type=_positive, default=1, help="of training to take and undo (default: 1)")
+    doctor.add_argument("--steps", type=_positive, help="of training to take and undo (default: 25, or what fits)")
+    doctor.add_argument("--budget", type=_seconds, default=15.0, help="seconds for all runs together (default: 15)")
     doctor.add_argument("--patience", type=_positive, help="steps of a script in which its loss should have fallen")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.add_argument(
@@ -167,6 +173,13 @@ def _seed(text: str) -> int:
     return seed
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
@@ -235,7 +248,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
                 f"{arguments.function} returned {what}; it must return (model, batch, loss_fn[, optimizer])"
             )
         with contextlib.redirect_stdout(sys.stderr):
-            diagnosis = diagnose_alone(*returned, steps=arguments.steps, on_stage=on_stage)
+            diagnosis = diagnose_alone(*returned, steps=arguments.steps, budget=arguments.budget, on_stage=on_stage)
     except (CommunicatesError, UsageError) as error:
         return _failed("doctor", error, EX_USAGE)
     return _judged(diagnosis, arguments.json)

@@ -17,6 +17,7 @@ from .batch import Leaf
 from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
+from .outcomes import Outcome
 from .stats import Stats, sample
 from .trace import Call, Trace
 
@@ -84,6 +85,21 @@ class Replay(NamedTuple):
         return self.loss is not None and math.isfinite(self.loss) and math.isfinite(self.gradient or 0.0)
 
 
+class BadUpdate(NamedTuple):
+    """Parameters that a step of the optimizer made not finite, of gradients that were.
+
+    Args:
+        eps: of the optimizer's group; None where it has none.
+        eps_in_dtype: what it is in the dtype of the parameter.
+    """
+
+    names: list[str]
+    step: int
+    dtype: torch.dtype
+    eps: float | None
+    eps_in_dtype: float
+
+
 @dataclass
 class Evidence:
     """Everything that the checks may read."""
@@ -104,7 +120,9 @@ class Evidence:
     rates: list[tuple[float, float]] = field(default_factory=list)  # (factor on the update, loss along it)
     further: list[float] = field(default_factory=list)  # losses of steps beyond those asked for
     standardised: Replay | None = None
+    bad_update: BadUpdate | None = None
     movement: Movement | None = None  # of the first step that an optimizer took
+    untreated: Outcome | None = None  # the run as it is, in as many steps as a trial has
 
     @property
     def losses(self) -> list[float | None]:
@@ -127,8 +145,9 @@ class Evidence:
         return [one for one in self.parameters_and_buffers if one.ref.is_parameter]
 
     def weights_of(self, path: str) -> list[ParameterStats]:
-        """The weight matrices of a module."""
-        return [h for h in self.parameters if h.ref.module_name == path and h.ref.tensor.dim() > 1]
+        """The weight matrices of a module, or a parameter that a model holds by itself."""
+        matrices = [one for one in self.parameters if one.ref.tensor.dim() > 1]
+        return [one for one in matrices if one.ref.module_name == path or path in one.ref.names]
 
     @property
     def first_loss(self) -> float | None:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.activations import ACTIVATIONS
 from ..models.initialization import plan_model
 from .batch import Leaf
 from .evidence import Evidence, ParameterStats, half
+from .flow import ParameterCall
+from .narrow import LostConstant
+from .safe_forms import DEFAULT, SafeForm, small
 from .trace import Call
 
 
@@ -30,9 +33,21 @@ def standardise(leaf: Leaf, batch: Any) -> str:
     rows = _rows(leaf)
     return "\n".join(
         [
-            f"x = {leaf.code}  # for the whole data set: sklearn.preprocessing.StandardScaler",
+            f"x = {leaf.value}  # for the whole data set: sklearn.preprocessing.StandardScaler",
             f"spread = x.std({rows}, correction=0, keepdim=True)",
             leaf.rebind(batch, f"(x - x.mean({rows}, keepdim=True)) / torch.where(spread > 0, spread, 1.0)"),
+        ]
+    )
+
+
+def standardise_targets(leaf: Leaf, batch: Any) -> str:
+    """Mean 0 and standard deviation 1 for each column of a target."""
+    rows = "0" if leaf.tensor.dim() == 2 else "()"
+    return "\n".join(
+        [
+            f"y = {leaf.code}  # keep mean and spread of the whole training set: prediction * spread + mean",
+            f"spread = y.std({rows}, correction=0, keepdim=True)",
+            leaf.rebind(batch, f"(y - y.mean({rows}, keepdim=True)) / torch.where(spread > 0, spread, 1.0)"),
         ]
     )
 
@@ -57,7 +72,7 @@ def impute(leaf: Leaf, batch: Any) -> str:
     rows = _rows(leaf)
     return "\n".join(
         [
-            f"x = {leaf.code}  # for the whole data set: sklearn.impute.SimpleImputer and StandardScaler, or drop rows",
+            f"x = {leaf.value}  # for the whole data set: sklearn.impute.SimpleImputer, StandardScaler; or drop rows",
             "known = x.isfinite()",
             f"count = known.sum({rows}, keepdim=True).clamp_min(1)",
             f"mean = torch.where(known, x, 0.0).sum({rows}, keepdim=True) / count",
@@ -70,7 +85,7 @@ def impute(leaf: Leaf, batch: Any) -> str:
 
 def drop_rows(leaf: Leaf, batch: Any) -> str:
     """The batch without the rows whose target is not finite."""
-    keep = f"keep = {leaf.code}.isfinite().reshape(len({leaf.code}), -1).all(1)  # rows with a target"
+    keep = f"keep = {leaf.value}.isfinite().reshape(len({leaf.code}), -1).all(1)  # rows with a target"
     rows = len(leaf.tensor)
     if isinstance(batch, dict):
         fits = "v[keep] if isinstance(v, torch.Tensor) and len(v) == len(keep) else v"
@@ -80,40 +95,87 @@ def drop_rows(leaf: Leaf, batch: Any) -> str:
     return ""
 
 
-def shift_classes(leaf: Leaf, batch: Any, smallest: int, largest: int, classes: int) -> str:
+def shift_classes(leaf: Leaf, batch: Any, facts: dict[str, Any]) -> str:
     """Classes from 0, or the loss function's own mark on those that are to be ignored."""
-    if largest < classes and smallest == -1 and largest - smallest >= classes:
-        ignored = f"{leaf.code}.masked_fill({leaf.code} == -1, -100)"
-        return leaf.rebind(batch, ignored) + "  # or give the loss ignore_index=-1"
+    smallest, largest, classes = facts["smallest"], facts["largest"], facts["classes"]
+    mark = facts["outside"][0] if len(facts["outside"]) == 1 else 0
+    if mark > max(99, classes) or (mark < 0 and largest - smallest >= classes):
+        ignored = f"{leaf.value}.masked_fill({leaf.value} == {mark}, -100)"
+        return leaf.rebind(batch, ignored) + f"  # or give the loss ignore_index={mark}"
     if largest - smallest >= classes:
         return f"# {leaf.code} has classes up to {largest}; the model needs {largest + 1} outputs, not {classes}"
-    return leaf.rebind(batch, f"{leaf.code} - {smallest}")
+    return leaf.rebind(batch, f"{leaf.value} - {smallest}")
 
 
 def into_unit_range(leaf: Leaf, batch: Any, low: float, high: float) -> str:
     """Targets between 0 and 1."""
-    return leaf.rebind(batch, f"(({leaf.code} - {low:g}) / {high - low:g}).clamp(0, 1)")  # {:g} rounds
+    return leaf.rebind(batch, f"(({leaf.value} - {low:g}) / {high - low:g}).clamp(0, 1)")  # {:g} rounds
 
 
 def reshape(leaf: Leaf | None, batch: Any, shape: tuple[int, ...]) -> list[str]:
     """A target of the prediction's shape."""
     sizes = ", ".join(map(str, (-1, *shape[1:])))
     advice = "# in the loss function: target.reshape(prediction.shape)"
-    return [*([leaf.rebind(batch, f"{leaf.code}.reshape({sizes})")] if leaf is not None else []), advice]
+    return [*([leaf.rebind(batch, f"{leaf.value}.reshape({sizes})")] if leaf is not None else []), advice]
 
 
 def positive(leaf: Leaf, batch: Any) -> str:
     """Targets whose logarithm exists."""
-    return leaf.rebind(batch, f"{leaf.code}.clamp_min(1e-6)") + "  # or predict log1p of the target"
+    return leaf.rebind(batch, f"{leaf.value}.clamp_min(1e-6)") + "  # or predict log1p of the target"
 
 
 def restart(evidence: Evidence) -> list[str]:
     """Fresh weights by the distribution that each layer's activation wants."""
+    own = [call for call in evidence.layers if isinstance(call, ParameterCall)]
+    if own:
+        return [_anew(evidence, own), *([all_modules] if (all_modules := _modules_anew(evidence)) else [])]
     distributions = {call.path: _distribution(call) for call in evidence.layers}
     whole = [f"initlab.init_model_(model, seed=0, recipe={_mapping(distributions)})"] if distributions else []
     whole += [f'initlab.init_model_(model, seed=0, recipe="{name}")' for name in ("auto", "torch", "own")]
     usable = [code for code in whole if _plans(evidence.model, code)]
     return usable or [fresh(evidence, [h for h in evidence.parameters if h.ref.tensor.dim() > 1])]
+
+
+def _anew(evidence: Evidence, calls: Sequence[ParameterCall]) -> str:
+    """Fresh values for parameters that a model multiplies with by itself, and for the modules beside them."""
+    groups: dict[str, list[str]] = {}
+    for call in calls:
+        groups.setdefault(_filler(call, evidence.model.get_parameter(call.path)), []).append(call.path)
+    lines = [code] if (code := _modules_anew(evidence)) else []
+    for filler, names in groups.items():
+        if len(names) > 1:
+            lines += [f"for name in {_names(names)}:", f"    {filler.format('model.get_parameter(name)')}"]
+        else:
+            lines.append(filler.format(f"model.get_parameter({names[0]!r})"))
+    return "\n".join(lines)
+
+
+def _filler(call: ParameterCall, weight: Tensor) -> str:
+    """The call that fills a weight by the distribution that its activation wants."""
+    if weight.dim() == 2 and call.fan_in in weight.shape and _distribution(call) == "he":
+        mode = "" if weight.shape[1] == call.fan_in else ', mode="fan_out"'  # (in, out), the other way round
+        return f'initlab.init.kaiming_normal_({{}}{mode}, nonlinearity="relu")'
+    if weight.dim() == 2 and not call.activation:
+        return "initlab.init.xavier_normal_({})"
+    wanted = call.wanted
+    return f"initlab.init.normal_({{}}, std={wanted:.2g})" if wanted else "initlab.init.xavier_normal_({})"
+
+
+def _names(names: Sequence[str]) -> str:
+    """A list of names, as code: short where they are numbered."""
+    stem, _, first = names[0].rpartition(".")
+    if first.isdigit() and list(names) == [f"{stem}.{int(first) + i}" for i in range(len(names))]:
+        start = f"{first}, " if first != "0" else ""
+        return f'[f"{stem}.{{i}}" for i in range({start}{int(first) + len(names)})]'
+    return repr(list(names))
+
+
+def _modules_anew(evidence: Evidence) -> str:
+    """Fresh weights for the layers that are modules; "" where there are none."""
+    paths = {call.path for call in evidence.layers if not isinstance(call, ParameterCall)}
+    names = [one.name for one in evidence.parameters if one.ref.module_name in paths and one.ref.tensor.dim() > 1]
+    code = f'initlab.init_model_(model, seed=0, recipe="auto", only={names!r})'
+    return code if names and _plans(evidence.model, code) else ""
 
 
 def _distribution(call: Call) -> str:
@@ -141,7 +203,7 @@ def _plans(model: nn.Module, code: str) -> bool:
 def _has_distribution(model: nn.Module, parameter: ParameterStats) -> bool:
     """Whether init_model_ fills a parameter or buffer: buffers without a distribution are left as they are."""
     try:
-        plan = plan_model(model, only=lambda name, tensor: tensor is parameter.ref.tensor)
+        plan = plan_model(model, recipe="torch", only=lambda name, tensor: tensor is parameter.ref.tensor)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     return bool(plan.rows)
@@ -163,7 +225,8 @@ def fresh(evidence: Evidence, parameters: Sequence[ParameterStats], buffer: str 
         else:
             lines.append(f"{getter}.{buffer}")
     if redrawn:
-        lines.insert(0, f"initlab.init_model_(model, seed=0, only={redrawn if redrawn[1:] else redrawn[0]!r})")
+        only = redrawn if redrawn[1:] else redrawn[0]
+        lines.insert(0, f'initlab.init_model_(model, seed=0, recipe="torch", only={only!r})')
     return "\n".join(lines)
 
 
@@ -180,51 +243,17 @@ def drop_state(parameters: Sequence[ParameterStats]) -> str:
     return "\n".join(f"optimizer.state.pop(model.get_parameter({one.name!r}))" for one in parameters)
 
 
-_STABLE = {
-    "log": "torch.log(x.clamp_min(eps)), or a loss that takes logits: log_softmax, logsigmoid",
-    "div": "x / d.clamp_min(eps), or torch.where(d > 0, x / torch.where(d > 0, d, 1.0), 0.0)",
-    "reciprocal": "1 / d.clamp_min(eps)",
-    "sqrt": "torch.sqrt(x.clamp_min(eps)): at 0 its slope is infinite",
-    "rsqrt": "torch.rsqrt(x + eps)",
-    "pow": "x.clamp_min(eps).pow(p): a root has no slope at 0, a negative power no value",
-    "exp": "torch.softmax or torch.logsumexp, which subtract the maximum, or x.clamp_max(80)",
-    "softmax": "leave one entry of each row unmasked, or torch.where(mask.any(-1, keepdim=True), softmax, 0.0)",
-    "norm": "torch.sqrt(x.square().sum(-1) + eps)",
-    "std": "x.std(correction=0), with more than one sample",
-    "var": "x.var(correction=0), with more than one sample",
-    "batch_norm": "more than one value per channel: drop_last=True, GroupNorm, or eval mode",
-    "where": "replace the argument first: torch.log(torch.where(ok, x, 1.0)), then torch.where(ok, ..., 0.0)",
-    "mean": "x.sum() / max(1, x.numel()), for a selection that may be empty",
-    "acos": "torch.acos(x.clamp(-1 + eps, 1 - eps)), or torch.atan2 of sine and cosine",
-    "linalg_svd": "separate singular values that are equal or 0 (x + eps * torch.randn_like(x)), or use svdvals only",
-    "linalg_eigh": "separate equal eigenvalues: x + torch.diag(eps * torch.arange(n)), or use eigvalsh only",
-    "linalg_cholesky": "torch.linalg.cholesky(x + eps * torch.eye(n))",
-    "ctc_loss": "zero_infinity=True, or leave out rows with more labels, and repeats, than frames",
-    "cosh": "for log(cosh(x)): x.abs() + torch.nn.functional.softplus(-2 * x.abs()) - math.log(2)",
-    "xlogy": "torch.xlogy(p, p.clamp_min(eps))",
-    "kl_div": "give it log-probabilities: z.log_softmax(-1)",
-    "asin": "torch.asin(x.clamp(-1 + eps, 1 - eps))",
-    "atan2": "torch.atan2(y, x + eps)",
-    "cosine_similarity": "its own eps, above 0",
-}
+def advice(form: SafeForm | None, op: str, module: str | None) -> list[str]:
+    """The safe form of an operation, as a comment for the user's own code."""
+    code = form.code if form is not None else DEFAULT.get(op, "")
+    return [f"# in {_code_of(module)}: {code}"] if code else []
 
 
-def rewrite(op: str, module: str | None) -> str:
-    """The stable form of an operation, as a comment for the user's own code."""
-    form = _STABLE.get(op)
-    return f"# in {_code_of(module)}: {form}" if form else ""
-
-
-def guard_division(made_by: str, module: str | None) -> str:
-    """The safe form of a division by one number that is 0, as a comment, by the operation that made it."""
-    if made_by not in (*SPREADS, *COUNTS):
-        return rewrite("div", module)
-    form = "x / (x.std() + eps)" if made_by in SPREADS else "total / count.clamp_min(1), or skip such a batch"
-    return f"# in {_code_of(module)}: {form}"
-
-
-SPREADS = ("std", "var", "norm", "sqrt")
-COUNTS = ("sum", "count_nonzero", "bincount", "select", "index")
+def larger_constant(lost: LostConstant, module: str | None) -> str:
+    """A constant that a 16-bit dtype can hold, in place of one that is 0 there."""
+    return (
+        f"# in {_code_of(module)}: {small(lost.dtype):g} in place of {lost.value:g}, or that part in float32: x.float()"
+    )
 
 
 def _code_of(module: str | None) -> str:
@@ -237,7 +266,7 @@ def casts(evidence: Evidence, error: str) -> tuple[Leaf | None, list[str]]:
         return None, []
 
     def cast(leaves: list[Leaf], method: str) -> str:
-        return "\n".join(leaf.rebind(evidence.batch, f"{leaf.code}.{method}()") for leaf in leaves)
+        return "\n".join(leaf.rebind(evidence.batch, f"{leaf.value}.{method}()") for leaf in leaves)
 
     inputs = [leaf for leaf in evidence.leaves if not leaf.is_target]
     wide = [leaf for leaf in evidence.leaves if leaf.tensor.dtype == torch.float64]
@@ -320,7 +349,7 @@ def wider(evidence: Evidence, otherwise: str = _OR_BFLOAT16) -> list[str]:
         lines = [f"model.float()  # {otherwise}"]
         for leaf in evidence.leaves:
             if half(leaf.tensor.dtype):
-                lines.append(leaf.rebind(evidence.batch, f"{leaf.code}.float()"))
+                lines.append(leaf.rebind(evidence.batch, f"{leaf.value}.float()"))
         found.append("\n".join(lines))
     return [*found, "# torch.autocast(..., dtype=torch.bfloat16): the range of float32 in 16 bits, and no loss scale"]
 

@@ -17,6 +17,7 @@ class Limits(NamedTuple):
     spread_harmful: float = 1000.0  # at three, one feature has a million times the say in the first step
     input_rms: float = 50.0  # raw pixels (about 130) and prices exceed it, counts and z-scores do not
     input_rms_suspect: float = 8.0  # tried where the run shows symptoms
+    input_rms_sure: float = 1e4  # seconds, populations: no weights expect it, whatever a few steps show
     offset: float = 30.0  # mean over reach: years, temperatures in kelvin
 
     # Weights
@@ -49,7 +50,30 @@ class Limits(NamedTuple):
     # Trials of a remedy
     trial_steps: int = 25  # a rate that is too large by little shows itself in these
     trial_least: int = 2  # steps that a trial takes however slow they are
-    trial_seconds: float = 3.0
+    budget: float = 15.0  # seconds
+    share_of_run: float = 0.2  # of the budget, for one run
+    tried: int = 2  # remedies of a cause
+    suspects: int = 5  # causes whose remedies are tried
+    stays: float = 1e-3  # of a loss; a fall of less in a trial is none
+    slow_fall: float = 0.02  # of a loss in a trial; a fall of less may be the rate's fault
+    much_better: float = 1.5  # what is left of the loss without a remedy, against with it
+    faster: float = 5.0  # times the fall without a remedy
+    shifts: float = 3.0  # times the lowest end of all: a loss that ends there has only been shifted
+    learns: float = 0.2  # of the first loss, gone in a trial: such a run needs no change
+    below: float = 0.95  # times the loss of knowing nothing: a run that ends above has learned nothing yet
+    above: float = 1.5  # likewise, of a run whose start was mended
+    target_rms: float = 10.0  # of targets; prices, ages and counts exceed it
+    target_offset: float = 3.0  # likewise, where all of them are far from 0: temperatures in kelvin, years
+    reaches: float = 3.0  # the outputs' root mean square against the targets'
+    outside: float = 0.1  # share of targets that the last activation cannot put out; a few outliers are none
+    ordinary: float = 2.0  # times 1, of a root mean square: nothing that a run would fail from
+    highest_rate: float = 1.0
+    slow_update: float = 2e-5  # of an update to its weight; usual is 1e-3, and 1e-4 where trained models are tuned
+    absurd: float = 1e8  # a loss that a run does not get below: nothing that falls from there has begun to learn
+    passing: float = 10.0  # times the first loss: a rise that is made good within the trial
+    settled: float = 1e-2  # of what the loss fell by: a change of less over five steps
+    same_output: float = 1e-2  # spread of the outputs over the rows, against that of the targets
+    hopeless: float = 1e4  # times the first loss: a run that is there is not run on
     given_back: float = 0.5  # of what the loss had fallen by: more, and it rises again
     same_value: float = 1e-4  # difference of two losses in float32 that are the same function
 

@@ -20,7 +20,8 @@ class LossCall:
     Args:
         name: of the function.
         baseline: its value for a model that knows nothing about the inputs; None where that is not known.
-        problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits", "shapes"; "" if nothing.
+        problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits", "shapes", "one unit",
+            "several classes", "no distribution", "squashed", "one class"; "" if nothing.
         facts: numbers about the problem.
         fatal: whether the call cannot succeed.
         options: its keyword arguments that are no tensors and not None.
@@ -70,16 +71,24 @@ def _classes(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: A
         ignored = _argument(args, kwargs, 4, "ignore_index", -100)
         kept = target[target != ignored]
         if kept.numel() == 0:
-            call.problem, call.facts = "empty", {"ignored": target.numel()}
+            call.problem, call.facts = "empty", {"ignored": target.numel(), "ignore_index": ignored}
             return call
         wrong = (kept < 0) | (kept >= count)
         if wrong.any():
             call.problem, call.fatal = "classes", True
             call.facts = {"classes": count, "smallest": int(kept.min()), "largest": int(kept.max())}
             call.facts["rows"] = int(wrong.sum())
+            call.facts["outside"] = kept[wrong].unique()[:8].tolist()
             return call
+    last = last_activation(prediction)
+    _labels(call, target, count, dim)
+    if call.problem or prediction.numel() == 0:
+        return call
+    if name == "cross_entropy" and last in ("sigmoid", "tanh", "relu"):
+        call.problem, call.facts = "squashed", {"activation": last}
+        return call
     prediction = prediction.detach().float()
-    if count < 2 or prediction.numel() == 0 or not prediction.isfinite().all():
+    if count < 2 or not prediction.isfinite().all():
         return call
     sums = prediction.sum(dim)
     if bool((prediction >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
@@ -89,6 +98,26 @@ def _classes(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: A
     return call
 
 
+def _labels(call: LossCall, target: Tensor, count: int, dim: int) -> None:
+    """What is wrong with the labels of a classification, if anything is."""
+    if count == 1:
+        call.problem, call.facts = "one unit", {"units": 1}
+    elif target.is_floating_point() and target.dim() > dim and target.numel():
+        sums = target.sum(dim)
+        if bool(((target == 0) | (target == 1)).all()) and bool((sums > 1).any()):
+            call.problem, call.facts = "several classes", {"most in a row": int(sums.max())}
+        elif bool((target < 0).any()) or bool(((sums - 1).abs() > 1e-2).any()):
+            call.problem = "no distribution"
+            call.facts = {"smallest": float(target.min()), "largest": float(target.max())}
+    elif not target.is_floating_point() and target.dim() == 1 and len(target) >= _SEVERAL:
+        first = int(target[0])
+        if first >= 0 and bool((target == first).all()):
+            call.problem, call.facts = "one class", {"class": first, "rows": len(target)}
+
+
+_SEVERAL = 16  # rows that are not of one class by chance
+
+
 def _bce(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) -> LossCall:
     call = LossCall(name, baseline=math.log(2.0))
     if prediction.numel() == 0:
@@ -96,10 +125,13 @@ def _bce(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: Any) 
     elif name == "binary_cross_entropy" and bool(((prediction < 0) | (prediction > 1)).any()):
         call.problem, call.fatal = "logits", True
         call.facts = {"smallest": float(prediction.min()), "largest": float(prediction.max())}
+    elif name == "binary_cross_entropy" and last_activation(prediction) == "softmax":
+        call.problem = "one unit" if prediction.shape[-1] == 1 else "squashed"
+        call.facts = {"activation": "softmax", "units": prediction.shape[-1]}
     elif bool(((target < 0) | (target > 1)).any()):
         call.problem, call.fatal = "range", name == "binary_cross_entropy"
         call.facts = {"smallest": float(target.min()), "largest": float(target.max())}
-    elif name == "binary_cross_entropy_with_logits" and _came_from(prediction, "Sigmoid"):
+    elif name == "binary_cross_entropy_with_logits" and last_activation(prediction) == "sigmoid":
         call.problem, call.facts = "probabilities", {"largest": float(prediction.max())}
     return call
 
@@ -141,17 +173,27 @@ def _kl_div(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: An
 _PASSING = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Select", "Reshape", "Clamp", "Clone", "ToCopy", "Index")
 
 
-def _came_from(tensor: Tensor, kind: str) -> bool:
-    """Whether a tensor is the output of an operation, as it is or reshaped."""
+_ACTIVATIONS = {
+    "SigmoidBackward0": "sigmoid",
+    "TanhBackward0": "tanh",
+    "ReluBackward0": "relu",
+    "SoftmaxBackward0": "softmax",
+    "LogSoftmaxBackward0": "log_softmax",
+    "SoftplusBackward0": "softplus",
+}
+
+
+def last_activation(tensor: Tensor) -> str:
+    """The activation that made a tensor, as it is or reshaped; "" where none did."""
     node = tensor.grad_fn
     while node is not None:
         name = node.name()
-        if name.startswith(kind):
-            return True
+        if name in _ACTIVATIONS:
+            return _ACTIVATIONS[name]
         if not name.startswith(_PASSING) or not node.next_functions:
-            return False
+            return ""
         node = node.next_functions[0][0]
-    return False
+    return ""
 
 
 _Reader = Callable[[str, Tensor, Tensor, Any, Any], LossCall]

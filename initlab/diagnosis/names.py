@@ -17,7 +17,22 @@ _SAME = {
     **dict.fromkeys(("euclidean_dist", "cdist_forward", "pairwise_distance"), "cdist"),
     **dict.fromkeys(("mul_", "rmul", "imul", "multiply"), "mul"),
     **dict.fromkeys(("addmm", "mm", "bmm", "rmatmul", "baddbmm"), "matmul"),
+    **dict.fromkeys(("weight_norm_interface",), "weight_norm"),
+    **dict.fromkeys(("native_layer_norm",), "layer_norm"),
+    **dict.fromkeys(("native_group_norm",), "group_norm"),
+    **dict.fromkeys(("arccos",), "acos"),
+    **dict.fromkeys(("arcsin",), "asin"),
+    **dict.fromkeys(("arctanh",), "atanh"),
+    **dict.fromkeys(("subtract", "rsub", "isub"), "sub"),
+    **dict.fromkeys(
+        (
+            *("scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_flash_attention"),
+            *("scaled_dot_product_efficient_attention", "scaled_dot_product_cudnn_attention"),
+        ),
+        "attention",
+    ),
     "special_logsumexp": "logsumexp",
+    "special_logit": "logit",
     "getitem": "index",
     "setitem": "index_put",
 }  # fmt: skip
@@ -32,9 +47,12 @@ UNSAFE = frozenset(
         *("linalg_svd", "log", "log10", "log1p", "log2", "log_softmax", "logdet", "logit", "logsumexp", "mean"),
         *("median", "norm", "pow", "prod", "reciprocal", "renorm", "rsqrt", "sinh", "softmax", "sqrt", "square"),
         *("std", "tan", "var", "where", "xlogy", "poisson_nll_loss", "gaussian_nll_loss", "binary_cross_entropy"),
-        *("cross_entropy", "nll_loss", "cosine_similarity"),
+        *("cross_entropy", "nll_loss", "cosine_similarity", "ctc_loss", "normalize", "weight_norm"),
     )
 )
+
+# Those of UNSAFE that overflow on numbers that are merely large: what made those is to blame.
+POWERS = frozenset(("norm", "pow", "square", "std", "var", "mean", "cdist", "batch_norm", "instance_norm"))
 
 # Those that write infinities on purpose: masks.
 MASKING = frozenset(
@@ -44,9 +62,25 @@ MASKING = frozenset(
     )
 )
 
-# Those that hand on the numbers that they get.
+# Those that hand on the numbers that they get, or what is 0 of them.
 COPYING = frozenset(
-    ("alias", "clone", "detach", "expand", "lift_fresh", "reshape", "squeeze", "to_copy", "unsqueeze", "view")
+    (
+        *("abs", "alias", "clamp", "clamp_min", "clone", "detach", "div", "expand", "lift_fresh", "maximum", "mul"),
+        *(
+            "neg",
+            "permute",
+            "repeat",
+            "reshape",
+            "select",
+            "slice",
+            "squeeze",
+            "t",
+            "to_copy",
+            "transpose",
+            "unsqueeze",
+        ),
+        *("unsafe_view", "view", "index", "add"),
+    )
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from ..models.naming import tensor_refs
 from . import movement
-from .batch import Leaf, features, leaves, standardised
+from .batch import Leaf, features, leaves, mapped, standardised
 from .evidence import (
+    BadUpdate,
     Evidence,
     ParameterStats,
     Replay,
@@ -32,6 +33,7 @@ from .evidence import (
     tiny_share,
     zero_share,
 )
+from .flow import Flow, ParameterCall
 from .limits import LIMITS
 from .origin import Search
 from .ranks import CommunicatesError
@@ -49,7 +51,8 @@ class TrainingStep:
         self.model, self.batch, self.loss_fn, self.optimizer = model, batch, loss_fn, optimizer
         self.leaves = leaves(batch)
         self.referenced_modules = referenced_modules(loss_fn)
-        self.snapshot = Snapshot([model, *self.referenced_modules], optimizer, [leaf.tensor for leaf in self.leaves])
+        tensors = [leaf.tensor for leaf in self.leaves]
+        self.snapshot = Snapshot([model, *self.referenced_modules], optimizer, tensors, [batch, loss_fn])
 
     def loss(self) -> Tensor:
         """The user's loss, from the same random numbers each time."""
@@ -127,7 +130,7 @@ def observe_at_rest(training_step: TrainingStep) -> Evidence:
         training_step.optimizer,
         training_step.leaves,
         both,
-        Trace(training_step.model, storages),
+        Trace(training_step.model, storages, Flow(training_step.model, training_step.leaves)),
     )
 
 
@@ -136,9 +139,18 @@ def runnable(evidence: Evidence) -> bool:
     return not any(h.ref.tensor.is_meta or is_lazy(h.ref.tensor) for h in evidence.parameters_and_buffers)
 
 
-def observe_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
-    """Take the steps that were asked for, the first under observation, until something breaks."""
+def observe_steps(
+    training_step: TrainingStep,
+    evidence: Evidence,
+    steps: int,
+    end: float = math.inf,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Take steps, the first under observation, until something breaks; none begins after the time `end`."""
     for number in range(1, steps + 1):
+        tick()
+        if number > 1 and time.monotonic() > end:
+            break
         training_step.clear_gradients()
         first = number == 1
         step = Step(None)
@@ -178,24 +190,30 @@ def observe_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -
             return
     evidence.after = _value(training_step)
     if evidence.after is None or not math.isfinite(evidence.after):
-        evidence.broke_at = steps + 1
+        evidence.broke_at = len(evidence.steps) + 1
 
 
 def _roles(evidence: Evidence) -> None:
     """What modules read as it lies in the batch is input, and then the rest is target."""
     read = {path for call in evidence.trace.calls for path in call.reads_batch}
+    flow = evidence.trace.flow
     for leaf in evidence.leaves:
-        if leaf.path in read:
+        if leaf.path in read or (flow is not None and leaf.path in flow.inputs):
             leaf.is_target = False
+        elif flow is not None and leaf.path in flow.compared:
+            leaf.is_target = True
 
 
 def _read_gradients(evidence: Evidence) -> None:
     activations = {call.path: call.activation for call in evidence.layers}
+    wanted = {call.path: call.wanted for call in evidence.layers if isinstance(call, ParameterCall)}
     with torch.no_grad():
         norms = _norms([h.ref.tensor.grad for h in evidence.parameters if h.ref.tensor.grad is not None])
         for parameter in evidence.parameters:
             tensor, grad = parameter.ref.tensor, parameter.ref.tensor.grad
             parameter.distribution = expected_std(parameter.ref, activations.get(parameter.ref.module_name, ""))
+            if parameter.distribution is None:
+                parameter.distribution = next((wanted[name] for name in parameter.ref.names if name in wanted), None)
             if grad is not None and grad.layout == torch.strided:
                 parameter.grad_norm, parameter.grad = next(norms), measure(grad)
             if rows_alike(tensor):
@@ -263,10 +281,13 @@ def _value(training_step: TrainingStep) -> float | None:
 def find_origin(training_step: TrainingStep, evidence: Evidence) -> None:
     """Look for the operation behind the first value that is not finite, in the step that broke, or in the first."""
     training_step.snapshot.restore()
-    for _ in range((evidence.broke_at or 1) - 1):
+    for number in range(1, evidence.broke_at or 1):
         training_step.loss_with_gradients()
         assert training_step.optimizer is not None
+        sound = math.isfinite(norm_of(list(training_step.gradients().values())) or 0.0)
         take_step(training_step.optimizer, training_step.loss_with_gradients)
+        if sound and evidence.bad_update is None:
+            evidence.bad_update = _bad_update(training_step, number)
     training_step.clear_gradients()
     parameters = dict((*training_step.model.named_parameters(), *training_step.model.named_buffers()))
     search = Search(training_step.model, {leaf.code: leaf.tensor for leaf in training_step.leaves}, parameters)
@@ -282,6 +303,25 @@ def find_origin(training_step: TrainingStep, evidence: Evidence) -> None:
         evidence.origin = search.first
     evidence.largest_low = search.largest
     training_step.snapshot.restore()
+
+
+def _bad_update(training_step: TrainingStep, step: int) -> BadUpdate | None:
+    """The parameters that are not finite after a step."""
+    assert training_step.optimizer is not None
+    names = {p: name for name, p in training_step.model.named_parameters()}
+    bad: list[str] = []
+    eps: float | None = None
+    dtype = torch.float32
+    for group in training_step.optimizer.param_groups:
+        for p in group["params"]:
+            if p in names and not bool(p.isfinite().all()):
+                if not bad:
+                    eps, dtype = group.get("eps"), p.dtype
+                bad.append(names[p])
+    if not bad:
+        return None
+    eps = float(eps) if isinstance(eps, int | float) else None
+    return BadUpdate(bad, step, dtype, eps, float(torch.tensor(eps or 0.0, dtype=torch.float64).to(dtype)))
 
 
 class _InFloat32(TorchDispatchMode):
@@ -301,7 +341,7 @@ def replay_in_float32(training_step: TrainingStep, evidence: Evidence) -> None:
     for tensor in (*training_step.model.parameters(), *training_step.model.buffers()):
         if half(tensor.dtype):
             tensor.data = tensor.data.float()
-    widened = tree_map(lambda x: x.float() if isinstance(x, Tensor) and half(x.dtype) else x, training_step.batch)
+    widened = mapped(training_step.batch, lambda x: x.float() if isinstance(x, Tensor) and half(x.dtype) else x)
     evidence.float32 = _pass(training_step, widened, _InFloat32())
     training_step.snapshot.restore()
 
@@ -310,7 +350,9 @@ def replay_standardised(training_step: TrainingStep, evidence: Evidence, leaf: L
     """Run the same pass on an input that is brought to mean 0 and standard deviation 1."""
     training_step.snapshot.restore()
     training_step.clear_gradients()
-    batch = tree_map(lambda x: standardised(x) if x is leaf.tensor else x, training_step.batch)
+    made = standardised(leaf.tensor)
+    new = made if leaf.source is leaf.tensor else made.numpy()
+    batch = mapped(training_step.batch, lambda x: new if x is leaf.source else x)
     evidence.standardised = _pass(training_step, batch, None)
     training_step.snapshot.restore()
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from .._console import inline_listing, table
 from ..distributed.collectives import listed
+from .outcomes import in_words
 
 Kind: TypeAlias = Literal[
     "input",
@@ -27,6 +28,14 @@ Verdict: TypeAlias = Literal["healthy", "warning", "broken"]
 
 
 _ROWS = 32  # of a table; .layers has them all
+_FAR = 1e6  # times larger, and still finite: not worth a number
+_WHERE = {  # where a cause lies that has no place in the model
+    "input": "batch",
+    "target": "batch",
+    "loss": "the loss function",
+    "learning rate": "optimizer",
+    "optimizer": "optimizer",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Place:
         parameter: full name of a parameter or buffer.
         feature: index into the last dimension of the input; a list where there are several.
         op: name of a torch function, as "log" or "div".
+        tensor: a tensor of the batch, as code: "batch[0]".
 
     Example:
         >>> from initlab.diagnosis.report import Place
@@ -49,6 +59,7 @@ class Place:
     parameter: str | None = None
     feature: int | list[int] | None = None
     op: str | None = None
+    tensor: str | None = None
 
     def __str__(self) -> str:
         parts = []
@@ -58,11 +69,13 @@ class Place:
             parts.append(self.parameter)
         elif self.module is not None:
             parts.append(f"{'in ' if self.op else ''}{self.module or 'the model itself'}")
+        if self.tensor is not None:
+            parts.append(self.tensor)
         if isinstance(self.feature, list):
             parts.append(f"features {inline_listing([str(feature) for feature in self.feature], 6)}")
         elif self.feature is not None:
             parts.append(f"feature {self.feature}")
-        return " ".join(parts) or "the run as a whole"
+        return " ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,10 @@ class Cause:
         tried: whether the remedy, as it is printed, was run on the user's own batch, and the user's loss stayed finite
             and fell over all the steps of a trial.
         trial: that loss, before each of those steps and after the last; empty where nothing was tried.
+        untreated: likewise, of the run as it is.
+        change: what the remedy does, in a few words; may be empty.
+        emulated: that loss where the place's operation was replaced by its safe form while the user's code ran: what
+            the remedy, an advice, would do. Nothing of it was tried as it is printed. Empty where it does not fall.
     """
 
     kind: Kind
@@ -89,10 +106,13 @@ class Cause:
     remedy: str = ""
     tried: bool = False
     trial: tuple[float, ...] = ()
+    untreated: tuple[float, ...] = ()
+    change: str = ""
+    emulated: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The cause as plain data, for JSON."""
-        place = {name: getattr(self.place, name) for name in ("module", "parameter", "feature", "op")}
+        place = {name: getattr(self.place, name) for name in ("module", "parameter", "feature", "op", "tensor")}
         return {
             "kind": self.kind,
             "severity": self.severity,
@@ -101,7 +121,10 @@ class Cause:
             "evidence": _plain(self.evidence),
             "remedy": self.remedy,
             "tried": self.tried,
-            "trial": list(self.trial),
+            "trial": _plain(self.trial),
+            "emulated": _plain(self.emulated),
+            "untreated": _plain(self.untreated),
+            "change": self.change,
         }
 
 
@@ -191,12 +214,18 @@ class Diagnosis:
     def __str__(self) -> str:
         lines = [self._headline(), *self._ranks()]
         for number, cause in enumerate(self.causes, 1):
-            lines += ["", f"{number}. {cause.kind} ({cause.severity}): {cause.place}", f"   {cause.explanation}"]
+            where = str(cause.place) or _WHERE.get(cause.kind, "the model")
+            lines += ["", f"{number}. {cause.kind} ({cause.severity}): {where}", f"   {cause.explanation}"]
+            if cause.emulated:
+                lines.append(f"   with the safe form of {cause.place.op}: {in_words(cause.emulated)}")
+            if cause.trial:
+                lines.append(f"   {_compared(cause)}")
             if cause.evidence:
                 said = {name: _short(value) for name, value in cause.evidence.items() if name != "error"}
                 lines += ["   " + ", ".join(f"{name} {value}" for name, value in said.items())] if said else []
             if cause.remedy:
-                lines.append(f"   remedy{_of_trial(cause.trial)}:")
+                how = ", tried" if cause.tried else ", emulated: finite and falling" if cause.emulated else ""
+                lines.append(f"   remedy{how}:")
                 lines += [f"       {line}" for line in cause.remedy.splitlines()]
         if self.layers:
             lines += ["", self._table()]
@@ -208,11 +237,9 @@ class Diagnosis:
         if self.broke_at is not None:
             parts.append(f"broke in step {self.broke_at}")
         if self.losses:
-            parts.append("loss " + " -> ".join("none" if x is None else f"{x:.4g}" for x in self.losses))
+            parts.append(f"loss {in_words(self.losses)}")
         if self.gradient_norm is not None:
             parts.append(f"gradient norm {self.gradient_norm:.3g}")
-        if (row := self.tightest) is not None:
-            parts.append(f"headroom {row.headroom:.2g}x ({row.name or 'the model itself'}, {row.dtype})")
         return ", ".join(parts)
 
     def _ranks(self) -> Iterator[str]:
@@ -224,24 +251,26 @@ class Diagnosis:
             yield f"of {len(self.verdicts)} ranks: {'; '.join(parts)}"
 
     def _table(self) -> str:
-        head = ("layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient")
+        head = ["layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient"]
+        if all(row.headroom > _FAR for row in self.layers):
+            head.remove("headroom")
         rows: list[tuple[str, ...]] = []
         last = -1
         for place in _shown(self.layers):
             if place > last + 1:
-                rows.append((f"... {place - last - 1} more", *[""] * 7))
+                rows.append((f"... {place - last - 1} more", *[""] * (len(head) - 1)))
             row, last = self.layers[place], place
-            rows.append((row.name or "(model)", row.kind, row.dtype, *(_cell(getattr(row, name)) for name in head[3:])))
-        return table(head, rows, "lllrrrrr")
+            cells = [
+                _cell(None if name == "headroom" and row.headroom > _FAR else getattr(row, name)) for name in head[3:]
+            ]
+            rows.append((row.name or "(model)", row.kind, row.dtype, *cells))
+        return table(head, rows, "lll" + "r" * (len(head) - 3))
 
 
-def _of_trial(losses: Sequence[float]) -> str:
-    if not losses:
-        return ""
-    steps = len(losses) - 1
-    digits = next((n for n in (4, 6, 8) if f"{losses[0]:.{n}g}" != f"{losses[-1]:.{n}g}"), 10)
-    first, last = (f"{loss:.{digits}g}" for loss in (losses[0], losses[-1]))
-    return f", tried: the loss fell from {first} to {last} in {steps} steps"
+def _compared(cause: Cause) -> str:
+    """The run as it is, and with the remedy."""
+    as_it_is = f"as it is: {in_words(cause.untreated)}; " if cause.untreated else ""
+    return f"{as_it_is}{cause.change or 'with the remedy'}: {in_words(cause.trial)}"
 
 
 def _shown(layers: Sequence[LayerRow]) -> list[int]:

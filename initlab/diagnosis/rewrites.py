@@ -96,6 +96,28 @@ def in_right_space(evidence: Evidence, call: LossCall) -> tuple[list[str], list[
     return [*remedies, f"# {_IN_WORDS[call.name]}"], loss
 
 
+def together(evidence: Evidence, call: LossCall, last: str | None) -> list[str]:
+    """A head and a loss that belong together, where they do not."""
+    if call.problem == "several classes":
+        advice = "# binary_cross_entropy_with_logits, which asks for each class by itself"
+        return [_supervised("torch.nn.BCEWithLogitsLoss()") if _is_pair(evidence) else advice]
+    if call.name == "binary_cross_entropy":
+        if last:
+            return [f"model.set_submodule({last!r}, torch.nn.Sigmoid())"]
+        return ["# a sigmoid in place of the softmax before the loss"]
+    if call.problem == "squashed":
+        return [leave_out(last)] if last else [f"# {_IN_WORDS['cross_entropy']}"]
+    if call.problem == "one unit":
+        return [
+            "# two outputs in the last layer, or one and binary_cross_entropy_with_logits with labels of 0.0 and 1.0"
+        ]
+    if call.problem == "one class":
+        return [
+            "# look at the labels: count them with .unique(return_counts=True), and shuffle before batches are made"
+        ]
+    return ["# class numbers as integers: .argmax(1) of one-hot rows; or a regression loss, if these are no classes"]
+
+
 _IN_WORDS = {
     "cross_entropy": "leave the softmax, or the sigmoid, before the loss out: cross_entropy takes logits",
     "binary_cross_entropy_with_logits": "leave the sigmoid before the loss out: this loss takes logits",

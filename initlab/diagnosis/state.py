@@ -14,47 +14,47 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .._contents import CONTAINERS, Contents, restore_dict
-from .._tree import tensors_in
+from .._contents import restore_dict
+from .reach import Reach
 
 
 class Snapshot:
-    """A copy of what training changes: tensors, gradients, modules' attributes, the optimizer, random generators.
+    """A copy of what training changes: tensors, gradients, attributes, the optimizer, random generators.
 
     Args:
         models: their parameters, buffers, other tensors, training flags, hooks and attributes are kept.
         optimizer: its state, groups and hooks are kept.
         tensors: others to keep, such as those of the batch.
+        others: objects that a pass may change: the batch, the loss function. What they hold is kept too.
     """
 
-    def __init__(self, models: Iterable[nn.Module], optimizer: Optimizer | None, tensors: Iterable[Tensor]) -> None:
-        modules = {module: None for model in models for module in model.modules()}
-        owners: list[Any] = [*modules, *([optimizer] if optimizer is not None else [])]
-        if (clipper := getattr(optimizer, "_initlab_clipper", None)) is not None:
-            owners.append(clipper)  # it counts steps, and these are none of the user's
-        self.attributes = [(owner, type(owner), dict(owner.__dict__)) for owner in owners]
-        values = [value for _, _, attributes in self.attributes for value in attributes.values()]
-        groups = list(optimizer.param_groups) if optimizer is not None else []
-        inner = list(optimizer.state.values()) if optimizer is not None else []
-        values += [value for entries in (*groups, *inner) if isinstance(entries, dict) for value in entries.values()]
-        self.containers = [Contents(value) for value in (*values, *groups, *inner) if isinstance(value, CONTAINERS)]
-        found = [*tensors, *tensors_in((values, [c.items for c in self.containers]), _DEPTH)]
-        self.tensors = [_TensorCopy(tensor) for tensor in {id(t): t for t in found}.values()]
-        self.generators = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
+    def __init__(
+        self,
+        models: Iterable[nn.Module],
+        optimizer: Optimizer | None,
+        tensors: Iterable[Tensor],
+        others: Iterable[Any] = (),
+    ) -> None:
+        roots: list[Any] = [*(module for model in models for module in model.modules()), *tensors]
+        if optimizer is not None:  # an attached clipper counts steps, and these are none of the user's
+            roots += [optimizer, getattr(optimizer, "_initlab_clipper", None)]
+        self.reach = Reach(roots, others)
+        self.tensors = [_TensorCopy(tensor) for tensor in self.reach.tensors]
         self.random = _RandomState()
 
     def restore(self) -> None:
         """Put everything back."""
-        for owner, kind, attributes in self.attributes:
+        for undo in self.reach.undo:
+            undo()
+        new = self.reach.stand_ins()
+        for owner, kind, attributes in self.reach.attributes:
             if type(owner) is not kind:
                 owner.__class__ = kind
-            restore_dict(owner.__dict__, attributes)
-        for container in self.containers:
-            container.restore()
+            restore_dict(owner.__dict__, {name: new.get(id(value), value) for name, value in attributes.items()})
+        for container in self.reach.containers:
+            container.replace(new) if new else container.restore()
         for copied in self.tensors:
             copied.restore()
-        for generator, state in self.generators:
-            generator.set_state(state)
         self.random.restore()
 
 
@@ -78,9 +78,6 @@ def referenced_modules(function: Any, depth: int = 3) -> list[nn.Module]:
         values += vars(function).values()
     found = (module for value in values if depth for module in referenced_modules(value, depth - 1))
     return list(dict.fromkeys(found))
-
-
-_DEPTH = 5  # containers within which a tensor is still found; attributes may refer to anything, also to themselves
 
 
 class _TensorCopy:

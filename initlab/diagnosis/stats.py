@@ -57,23 +57,48 @@ class Stats(NamedTuple):
         return torch.finfo(self.dtype).max / self.largest if self.largest else math.inf
 
 
+def spread_out(size: int, count: int) -> Tensor:
+    """Some of the indices below a size, in order, at no regular distance.
+
+    Every n-th would fall on one column of every row where n is a multiple of the width. These are multiples of a golden
+    section of the size, as Weyl's sequence, which are as even and fall on nothing.
+    """
+    if count >= size:
+        return torch.arange(size)
+    step = max(1, round(size * 0.6180339887498949))
+    while math.gcd(step, size) > 1:
+        step += 1
+    return (torch.arange(max(1, count)) * step % size).sort().values
+
+
 def sample(tensor: Tensor) -> Tensor:
-    """Some of a tensor's elements, (rows, columns), float64: every so many rows and columns of it."""
+    """Some of a tensor's elements, (rows, columns), float64: rows and columns that are spread out."""
     x = tensor.detach()
     rows = x.shape[0] if x.dim() > 1 else x.numel()
     columns = x.numel() // max(1, rows)
-    if x.numel() > LIMITS.sample:
-        side = math.isqrt(LIMITS.sample)
-        row_step = -(-rows // max(side, LIMITS.sample // columns)) if columns else 1
-        x = x[::row_step]
+    if x.numel() > LIMITS.sample and x.dim():
+        count = max(math.isqrt(LIMITS.sample), LIMITS.sample // max(1, columns))
+        x = x[spread_out(rows, count).to(x.device)]
     x = x.reshape(x.shape[0] if x.dim() else 1, -1)
     if x.numel() > LIMITS.sample:
-        x = x[:, :: -(-x.numel() // LIMITS.sample)]
+        x = x[:, spread_out(x.shape[1], max(1, LIMITS.sample // x.shape[0])).to(x.device)]
     return x.double()
+
+
+def physical(tensor: Tensor) -> Tensor:
+    """The tensor behind torch.func's wrappers, with all the rows of a vmap; others as they are."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        rows = functorch.maybe_get_bdim(tensor) if functorch.is_batchedtensor(tensor) else -1
+        tensor = functorch.get_unwrapped(tensor)
+        if rows > 0:
+            tensor = tensor.movedim(rows, 0)
+    return tensor
 
 
 def measure(tensor: Tensor) -> Stats | None:
     """The numbers of a tensor; None if it is not floating, or empty, or nowhere."""
+    tensor = physical(tensor)
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta or tensor.layout != torch.strided:
         return None
     low, high = tensor.detach().aminmax()
@@ -89,7 +114,7 @@ def measure(tensor: Tensor) -> Stats | None:
 
 def edge_share(tensor: Tensor, name: str) -> float:
     """The share of an activation's outputs that are within a hundredth of its ends."""
-    x = sample(tensor)
+    x = sample(physical(tensor))
     if name == "sigmoid":
         x = 2 * x - 1
     return float((x.abs() > 0.99).double().mean())

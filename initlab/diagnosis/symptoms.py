@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .batch import Leaf
+import torch
+
+from .batch import Features, Leaf
 from .evidence import Evidence, ParameterStats, half
 from .limits import LIMITS
 from .trace import Call
@@ -17,6 +19,15 @@ def uses_half(evidence: Evidence) -> bool:
     stored = any(half(one.ref.tensor.dtype) for one in evidence.parameters_and_buffers)
     origin = evidence.origin is not None and half(evidence.origin.dtype)
     return stored or origin or bool(evidence.trace.low)
+
+
+def complains_of_nan(evidence: Evidence) -> bool:
+    """Whether an error was raised over numbers that are not finite: what made them came before."""
+    text = str(evidence.error).lower()
+    if isinstance(evidence.error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        tensors = [x for x in evidence.trace.arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        return not all(bool(x.isfinite().all()) for x in tensors)
+    return any(words in text for words in ("nan", "not finite", "invalid values", "non-finite", "inf or"))
 
 
 def lost_gradients(evidence: Evidence) -> bool:
@@ -46,24 +57,26 @@ class Scale:
 def odd_scale(evidence: Evidence) -> Scale | None:
     """An input whose features differ by orders of magnitude, or that is far from mean 0 and standard deviation 1."""
     for leaf in evidence.leaves:
-        found = leaf.features
-        if leaf.is_target or found is None or _is_normalised_first(evidence, leaf):
+        found, shape = _as_it_arrives(evidence, leaf)
+        if found is None or _is_normalised_first(evidence, leaf):
             continue
         moving = found.reach > 0
         if not bool(moving.any()):
             continue
         reach = found.reach[moving]
         rms = float(found.rms.square().mean().sqrt())
-        columns = leaf.tensor.shape[-1] if leaf.tensor.dim() > 1 else 1
-        if columns > 1 and leaf.tensor.dim() <= 3:
+        columns = shape[-1] if len(shape) > 1 else 1
+        if columns > 1 and len(shape) <= 3:
             middle = float(reach.median())
             far = (found.reach / middle).log10().abs() >= math.log10(LIMITS.scale_spread)
             odd = (far & moving).nonzero().flatten().tolist()
             spread = float(reach.max() / reach.min())
             if not odd and spread >= LIMITS.scale_spread:
                 odd = [int(found.reach.argmax())]
-            if odd:
-                strong = spread >= LIMITS.spread_harmful
+            quiet = odd and bool((found.reach[odd] < middle).all()) and rms >= LIMITS.input_rms_suspect
+            if odd and not quiet:  # a quiet column among loud ones is not what is wrong with them
+                odd = odd if shape == leaf.tensor.shape else []
+                strong = spread >= LIMITS.spread_harmful or rms >= LIMITS.input_rms
                 text = f"features of {leaf.code} differ in scale by a factor of {spread:.2g}"
                 return Scale(leaf, odd, spread, rms, strong, text)
         else:
@@ -73,6 +86,15 @@ def odd_scale(evidence: Evidence) -> Scale | None:
         if rms >= LIMITS.input_rms_suspect or 0 < rms <= 1 / LIMITS.input_rms_suspect**3 or offset >= LIMITS.offset:
             return Scale(leaf, [], spread, rms, rms >= LIMITS.input_rms or _is_flat(evidence, leaf, rms), text)
     return None
+
+
+def _as_it_arrives(evidence: Evidence, leaf: Leaf) -> tuple[Features | None, torch.Size]:
+    """The features of a leaf as they reach the first weights; of the leaf itself where no pass could be followed."""
+    flow = evidence.trace.flow
+    if flow is None or not flow.arrivals:
+        return (None if leaf.is_target else leaf.features), leaf.tensor.shape
+    arrival = flow.arriving(leaf)
+    return (None, leaf.tensor.shape) if arrival is None else (arrival.features, arrival.shape)
 
 
 def _is_flat(evidence: Evidence, leaf: Leaf, rms: float) -> bool:

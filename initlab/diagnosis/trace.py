@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from ..models.naming import walk
 from . import names
 from .limits import LIMITS
 from .losses import LossCall, Stopped, loss_call, multiplies, shapes
-from .stats import Stats, edge_share, measure
+from .stats import Stats, edge_share, measure, physical
+
+if TYPE_CHECKING:
+    from .flow import Flow
 
 # Functions after which a signal is still the output of the layer before, for the question which activation follows it.
 _PASSING = frozenset(
@@ -126,17 +129,22 @@ class Trace(TorchFunctionMode):
         losses: of loss functions.
         products: names of parameters that a signal was multiplied with, and sizes of what came out, in order.
         failed: (module, operation) that ran when an exception was raised.
+        arguments: of that operation.
         low: 16-bit dtypes that modules put out.
     """
 
-    def __init__(self, model: nn.Module, batch_storages: Mapping[int, tuple[Any, ...]]) -> None:
+    def __init__(
+        self, model: nn.Module, batch_storages: Mapping[int, tuple[Any, ...]], flow: Flow | None = None
+    ) -> None:
         super().__init__()
+        self.flow = flow
         self.modules = Modules(model)
         self.calls: list[Call] = []
         self.losses: list[LossCall] = []
         self.products: list[tuple[str, torch.Size]] = []
         self._weights = {storage_of(p): name for name, p in model.named_parameters() if p.dim() > 1}
         self.failed: tuple[str | None, str] | None = None
+        self.arguments: list[Any] = []
         self.low: set[torch.dtype] = set()
         self._raised: Exception | None = None
         self._open: list[Call] = []
@@ -196,7 +204,7 @@ class Trace(TorchFunctionMode):
                 return
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 self.low.add(tensor.dtype)
-            call.recorded = tensor.requires_grad
+            call.recorded = tensor.requires_grad or physical(tensor).requires_grad
             call.output = measure(tensor)
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call
@@ -206,8 +214,9 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = names.of_function(func)
-        loss = loss_call(name, args, kwargs)
-        if loss is None and name in ("sub", "rsub"):
+        wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors_in(args))
+        loss = None if wrapped else loss_call(name, args, kwargs)  # one row of a vmap has no values to look at
+        if loss is None and not wrapped and name in ("sub", "rsub"):
             loss = self._difference(args)
         if loss is not None:
             self.losses.append(loss)
@@ -217,7 +226,15 @@ class Trace(TorchFunctionMode):
             out = func(*args, **kwargs)
         except Exception as error:
             self.failed, self._raised = (self.modules.current, name), error
+            self.arguments = [*args, *kwargs.values()]
             raise
+        if self.flow is not None:
+            with torch._C.DisableTorchFunction():
+                within = bool(self._open) and self._open[-1].is_layer
+                layer = self.flow.called(name, args, kwargs, out, within)
+            if layer is not None:
+                self.calls.append(layer)
+                self._makers[id(out)] = weakref.ref(out), layer
         if name in ACTIVATIONS or name in _PASSING:
             self._follow(name, args[0] if args else kwargs.get("input"), out)
         elif name in ("linear", "matmul") and isinstance(out, Tensor):
@@ -256,6 +273,6 @@ class Trace(TorchFunctionMode):
 def storage_of(tensor: Tensor) -> int:
     """What tensors that share memory have in common."""
     try:
-        return tensor.untyped_storage()._cdata
+        return physical(tensor).untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse, or a wrapper without a storage
         return id(tensor)

@@ -6,34 +6,21 @@ import ast
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .evidence import Evidence
+from .budget import Budget
 from .limits import LIMITS
+from .outcomes import Outcome
 from .probes import LossFn, TrainingStep, norm_of, observe_at_rest, take_step
 from .rewrites import Rewrite
 from .symptoms import gains
 
 _NAMES = ("model", "batch", "loss_fn", "optimizer")  # what a remedy may change, beside using torch and initlab
-
-
-@dataclass(frozen=True)
-class Trial:
-    """How training went after a remedy.
-
-    Args:
-        effect: "falls", "finite", or "" where the remedy is no code, or does not even run.
-        losses: before each step and after the last.
-    """
-
-    effect: str
-    losses: tuple[float, ...] = ()
 
 
 def is_code(remedy: str) -> bool:
@@ -70,47 +57,50 @@ def after_remedy(training_step: TrainingStep, remedy: str) -> Iterator[TrainingS
         training_step.snapshot.restore()
 
 
-def run(training_step: TrainingStep, remedy: str, rewritten: bool = False) -> Trial:
-    """Try a remedy.
+def run(training_step: TrainingStep, remedy: str, budget: Budget, rewritten: bool = False) -> Outcome:
+    """Try a remedy: run it as it is printed, and train.
 
     Args:
         remedy: code.
+        budget: how long, and how many steps.
         rewritten: whether its loss function is known to be the user's own objective. Otherwise that one is measured,
             whatever the remedy puts in its place.
+
+    Returns:
+        How the user's own objective went.
     """
     if not is_code(remedy):
-        return Trial("")
+        return Outcome(ran=False)
     try:
         with after_remedy(training_step, remedy) as changed:
-            own = changed.loss_fn if rewritten else training_step.loss_fn
-            losses = train(changed, own, LIMITS.trial_steps, LIMITS.trial_seconds)
+            return train(changed, changed.loss_fn if rewritten else training_step.loss_fn, budget)
     except Exception:
-        return Trial("")
-    if losses and all(map(math.isfinite, losses)):
-        return Trial("falls" if _falls(losses) else "finite", tuple(losses))
-    return Trial("finite" if losses and math.isfinite(losses[0]) else "", tuple(losses))
+        return Outcome(ran=False)
 
 
-def _falls(losses: Sequence[float]) -> bool:
-    """Whether a loss ends below its start, near the lowest that it has been, and was never far above."""
-    first, last, lowest, highest = losses[0], losses[-1], min(losses), max(losses)
-    came_back = last - lowest <= LIMITS.given_back * (first - lowest)
-    return last < first and came_back and highest - first <= max(LIMITS.given_back * abs(first), first - last)
+def run_untreated(training_step: TrainingStep, budget: Budget, steps: int | None = None) -> Outcome:
+    """The run as it is, from the start, in as many steps as the budget has, or fewer."""
+    training_step.snapshot.restore()
+    try:
+        return train(training_step, training_step.loss_fn, budget, steps)
+    finally:
+        training_step.snapshot.restore()
 
 
-def train(training_step: TrainingStep, objective: LossFn, steps: int, seconds: float) -> list[float]:
-    """Values of an objective before each of some steps and after the last.
+def train(training_step: TrainingStep, objective: LossFn, budget: Budget, steps: int | None = None) -> Outcome:
+    """Take steps, and measure an objective before each and after the last.
 
-    They end with NaN where an error is raised, and at the first that is not finite. Steps stop when the time is up, but
-    not before the second.
+    Its values end with NaN where an error is raised, and at the first that is not finite. Steps stop when the time is
+    up, but not before the second, and where the loss is beyond hope.
     """
     measured = copy.copy(training_step)
     measured.loss_fn = objective
     same = objective is training_step.loss_fn
     losses: list[float] = []
-    end = time.monotonic() + seconds
+    end = time.monotonic() + budget.per_run
     try:
-        for number in range(steps):
+        for number in range(min(steps or budget.steps, budget.steps)):
+            budget.tick()
             if number >= LIMITS.trial_least and time.monotonic() > end:
                 break
             if not same:
@@ -119,7 +109,9 @@ def train(training_step: TrainingStep, objective: LossFn, steps: int, seconds: f
             if same:
                 losses.append(loss)
             if not math.isfinite(losses[-1]) or not math.isfinite(loss):
-                return [*losses[:-1], math.nan]
+                return Outcome((*losses[:-1], losses[-1] if not math.isfinite(losses[-1]) else math.nan))
+            if abs(losses[-1]) > LIMITS.hopeless * max(1.0, abs(losses[0])):
+                return Outcome(tuple(losses))
             if training_step.optimizer is not None:
                 take_step(training_step.optimizer, training_step.loss_with_gradients)
             else:
@@ -127,14 +119,23 @@ def train(training_step: TrainingStep, objective: LossFn, steps: int, seconds: f
         losses.append(_value(measured))
     except Exception:
         losses.append(math.nan)
-    return losses
+    return Outcome(tuple(losses), is_constant(measured))
 
 
-def take_further_steps(training_step: TrainingStep, evidence: Evidence, steps: int) -> None:
-    """Losses of further steps from the start, at the rate in use."""
-    training_step.snapshot.restore()
-    evidence.further = train(training_step, training_step.loss_fn, steps, math.inf)
-    training_step.snapshot.restore()
+def is_constant(training_step: TrainingStep) -> bool:
+    """Whether a model, as it is now, puts out the same for every row, where targets differ."""
+    evidence = observe_at_rest(training_step)
+    try:
+        with evidence.trace, torch.no_grad():
+            training_step.loss()
+    except Exception:
+        return False
+    flow = evidence.trace.flow
+    pairs = [(one.prediction, one.target) for one in flow.compared.values()] if flow is not None else []
+    known = [(p, t) for p, t in pairs if p is not None and p.rows > 2]
+    return bool(known) and all(
+        p.signal <= LIMITS.same_output * (t.signal if t is not None else p.rms) for p, t in known
+    )
 
 
 def _value(training_step: TrainingStep) -> float:

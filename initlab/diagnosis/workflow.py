@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,16 +17,17 @@ from .._console import inline_listing
 from ..distributed.collectives import all_gather_object
 from ..distributed.groups import groups_of
 from ..models.naming import unwrapped
-from . import checks, probes, ranks, symptoms, trials
+from . import checks, hypotheses, probes, ranks, symptoms, trials
 from .batch import leaves
-from .checks import Finding
+from .budget import Budget
+from .emulation import emulated
 from .evidence import Evidence
 from .limits import LIMITS
+from .outcomes import Outcome
 from .probes import LossFn, TrainingStep, UsageError, quiet
 from .report import Cause, Diagnosis, LayerRow
 from .state import referenced_modules
 
-_TRIALS = 2  # remedies of a cause that are tried
 _NAMED = 8  # parameters that a note lists
 _DEPTH = 2  # diagnoses in a row: a second one where the first's remedy makes the loss finite and no more
 
@@ -66,12 +68,15 @@ def diagnose(
     loss_fn: LossFn,
     optimizer: Optimizer | None = None,
     *,
-    steps: int = 1,
+    steps: int | None = None,
+    budget: float = LIMITS.budget,
     across: Any = None,
 ) -> Diagnosis:
     """Run a model on a batch, and say what is wrong, or close to it: cause, place, evidence, remedy.
 
-    One pass is observed; further passes follow only where it leaves a suspicion. Errors that the model, the loss or the
+    The first step is observed, and further ones show whether the loss falls. Where it does not, or something is odd,
+    each hypothesis is tried: the same run, from the same start, with one change. What turns a run that fails into one
+    that falls is the cause. Errors that the model, the loss or the
     backward pass raise are evidence. Afterwards everything is as it was, also when something raises: parameters,
     buffers, gradients, modes, attributes, the optimizer and its state, and the random generators.
 
@@ -80,10 +85,11 @@ def diagnose(
 
     Args:
         model: wrapped (DDP) or compiled ones run unwrapped and uncompiled.
-        batch: one real batch: tensors, in tuples, lists and dicts.
+        batch: one real batch: tensors, or arrays of numpy's, in tuples, lists, dicts and dataclasses.
         loss_fn: called with the model and the batch, returns the loss, one element.
         optimizer: with one, steps are taken and the learning rate is judged.
-        steps: how many.
+        steps: how many of training to take as it is. None takes 25, or as many as a fifth of the budget allows.
+        budget: seconds for all runs together. A run that is under way is not cut short before its second step.
         across: a ProcessGroup or a DeviceMesh, of which this rank is part, or True for all ranks; every rank of it must
             make the call. One gather then gives all of them the diagnosis of the first bad rank: the worst verdict,
             then the earliest step in which a rank broke, then the lowest rank. As for `Watch.report`.
@@ -109,7 +115,7 @@ def diagnose(
     """
     groups = groups_of(across)
     try:
-        found = diagnose_alone(model, batch, loss_fn, optimizer, steps=steps)
+        found = diagnose_alone(model, batch, loss_fn, optimizer, steps=steps, budget=budget)
     except Exception as error:
         if groups:  # the others wait for this rank
             all_gather_object(f"{type(error).__name__}: {error}", groups)
@@ -123,11 +129,12 @@ def diagnose_alone(
     loss_fn: LossFn,
     optimizer: Optimizer | None = None,
     *,
-    steps: int = 1,
+    steps: int | None = None,
+    budget: float = LIMITS.budget,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Diagnosis:
     """`diagnose` on this rank alone; `on_stage` is called with a description of each stage as it begins."""
-    _check(model, batch, loss_fn, optimizer, steps)
+    _check(model, batch, loss_fn, optimizer, steps, budget)
     notes: list[str] = []
     inner = unwrapped(model)
     others = referenced_modules(loss_fn)
@@ -136,7 +143,7 @@ def diagnose_alone(
         notes.append(f"ran the original module inside {type(model).__name__}")
     if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         notes.append("compiled modules ran as they were written, uncompiled")
-    with quiet(), ranks.without_collectives():
+    with quiet(), ranks.without_collectives(), Budget(budget) as time_left:
         if any(is_lazy(p) for p in (*inner.parameters(), *inner.buffers())):
             inner, optimizer = _materialised(inner, batch, loss_fn), None
             notes.append("lazy modules: ran a copy that has seen the batch, without the optimizer")
@@ -144,7 +151,7 @@ def diagnose_alone(
         with ranks.parameter_aliases((inner, *others), optimizer):
             training_step = TrainingStep(inner, batch, loss_fn, optimizer)
             try:
-                evidence, found = _observed(training_step, steps, on_stage, _DEPTH)
+                evidence, found = _observed(training_step, steps, time_left, on_stage)
             finally:
                 training_step.snapshot.restore()
     return Diagnosis(
@@ -158,70 +165,48 @@ def diagnose_alone(
 
 
 def _observed(
-    training_step: TrainingStep, steps: int, on_stage: Callable[[str], None], depth: int
+    training_step: TrainingStep, steps: int | None, budget: Budget, on_stage: Callable[[str], None], depth: int = _DEPTH
 ) -> tuple[Evidence, list[Cause]]:
     """The evidence, and the causes with their remedies."""
     evidence = probes.observe_at_rest(training_step)
     if probes.runnable(evidence):
         on_stage("running the model under observation")
-        probes.observe_steps(training_step, evidence, steps)
-        _probe_further(training_step, evidence, on_stage)
+        start = time.monotonic()
+        probes.observe_steps(
+            training_step,
+            evidence,
+            steps or LIMITS.trial_steps,
+            math.inf if steps else start + budget.per_run,
+            budget.tick,
+        )
+        taken = len(evidence.steps)
+        budget.step_time = (time.monotonic() - start) / taken
+        if steps is None and training_step.optimizer is not None:
+            if evidence.broke_at is None:
+                budget.steps = min(budget.steps, max(taken, LIMITS.trial_least))
+            losses = tuple(math.nan if x is None else x for x in evidence.losses)
+            losses = losses if len(losses) > taken or not math.isfinite(losses[-1]) else (*losses, math.nan)
+            evidence.untreated = Outcome(losses, evidence.broke_at is None and trials.is_constant(training_step))
+        _probe_further(training_step, evidence, budget, on_stage)
+        if steps is not None and 1 < steps < LIMITS.trial_steps and evidence.broke_at is None:
+            evidence.untreated = trials.run_untreated(training_step, budget)
     found = checks.findings(evidence)
-    written = [_cause(one, (one.remedies or [""])[0]) for one in found]
-    if found and depth:
-        on_stage("trying remedies")
-        written[0], behind = _tried(training_step, found[0], steps, on_stage, depth)
-        written += [cause for cause in behind if cause.kind not in {one.kind for one in written}]
-    return evidence, written
+    on_stage("trying remedies")
+
+    def behind(other: TrainingStep, further: int) -> list[Cause]:
+        return _observed(other, steps, budget, on_stage, further)[1]
+
+    causes = hypotheses.judge(training_step, evidence, found, budget, behind, depth)
+    return evidence, emulated(training_step, found, causes, budget)
 
 
-def _tried(
-    training_step: TrainingStep, found: Finding, steps: int, on_stage: Callable[[str], None], depth: int
-) -> tuple[Cause, list[Cause]]:
-    """The likeliest cause with a remedy that was tried, and what shows itself behind it where that is not enough."""
-    same = [code for rewrite in found.rewrites if (code := trials.same_objective(training_step, rewrite))]
-    candidates = [*same, *found.remedies]
-    effects = {}
-    for candidate in [code for code in candidates if trials.is_code(code)][:_TRIALS]:
-        trial = trials.run(training_step, candidate, rewritten=candidate in same)
-        effects[candidate] = trial.effect
-        if trial.effect == "falls":
-            if found.kind == "weights" and "gain" in found.evidence:
-                found.evidence["gain after the remedy"] = trials.growth_after(training_step, candidate)
-            return _cause(found, candidate, trial.losses), []
-    helped = next((candidate for candidate, effect in effects.items() if effect == "finite"), None)
-    if helped is None or depth == 1:
-        return _cause(found, helped or _untried(candidates)), []
-    with trials.after_remedy(training_step, helped) as changed:
-        second = TrainingStep(changed.model, changed.batch, changed.loss_fn, changed.optimizer)
-        try:
-            behind = _observed(second, steps, on_stage, depth - 1)[1]
-        finally:
-            second.snapshot.restore()
-    if not behind or not behind[0].remedy or behind[0].remedy in helped:
-        return _cause(found, helped), behind
-    # A second remedy of the same kind is the first with another number in it.
-    both = behind[0].remedy if behind[0].kind == found.kind else f"{helped}\n{behind[0].remedy}"
-    trial = trials.run(training_step, both, rewritten=helped in same)
-    if trial.effect == "falls":
-        return _cause(found, both, trial.losses), behind
-    return _cause(found, both if trial.effect and behind[0].kind != found.kind else helped), behind
-
-
-def _untried(remedies: list[str]) -> str:
-    """What to print where no remedy helps: an advice rather than code, which has been seen not to."""
-    return next((one for one in remedies if not trials.is_code(one)), (remedies or [""])[0])
-
-
-def _cause(found: Finding, remedy: str, trial: tuple[float, ...] = ()) -> Cause:
-    return Cause(found.kind, found.severity, found.place, found.explanation, found.evidence, remedy, bool(trial), trial)
-
-
-def _probe_further(training_step: TrainingStep, evidence: Evidence, on_stage: Callable[[str], None]) -> None:
+def _probe_further(
+    training_step: TrainingStep, evidence: Evidence, budget: Budget, on_stage: Callable[[str], None]
+) -> None:
     """The probes that the screening calls for."""
     broke = evidence.broke_at is not None
     lost = symptoms.uses_half(evidence) and symptoms.lost_gradients(evidence)
-    if (broke and evidence.error is None) or (lost and not broke):
+    if (broke and (evidence.error is None or symptoms.complains_of_nan(evidence))) or (lost and not broke):
         on_stage("searching the operation behind the first value that is not finite")
         probes.find_origin(training_step, evidence)
     if lost or (broke and symptoms.uses_half(evidence)):
@@ -230,8 +215,8 @@ def _probe_further(training_step: TrainingStep, evidence: Evidence, on_stage: Ca
     if symptoms.suspicious_step(evidence):
         on_stage("searching along the update")
         probes.search_rates(training_step, evidence)
-        if not symptoms.blew_up(evidence):
-            trials.take_further_steps(training_step, evidence, 3)
+        if not symptoms.blew_up(evidence) and len(evidence.losses) <= 3:
+            evidence.further = list(trials.run_untreated(training_step, budget, 3).losses)
     if evidence.movement is not None and evidence.movement.without and not broke:
         on_stage("moving the parameters that no gradient reaches")
         probes.find_detached(training_step, evidence)
@@ -281,7 +266,7 @@ def _rows(evidence: Evidence) -> Iterator[LayerRow]:
         yield LayerRow(call.path, call.kind, dtype, out.std, gain, out.largest, out.headroom, gradient)
 
 
-def _check(model: Any, batch: Any, loss_fn: Any, optimizer: Any, steps: Any) -> None:
+def _check(model: Any, batch: Any, loss_fn: Any, optimizer: Any, steps: Any, budget: Any) -> None:
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     if isinstance(batch, Iterator):
@@ -292,8 +277,10 @@ def _check(model: Any, batch: Any, loss_fn: Any, optimizer: Any, steps: Any) -> 
         raise UsageError(f"loss_fn is {type(loss_fn).__name__}, a criterion; pass initlab.supervised(criterion)")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise UsageError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, or None")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; it must be a positive integer")
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ValueError(f"steps is {steps!r}; it must be a positive integer, or None")
+    if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget > 0:
+        raise ValueError(f"budget is {budget!r}; it must be a positive number of seconds")
 
 
 def _materialised(model: nn.Module, batch: Any, loss_fn: LossFn) -> nn.Module:

@@ -48,12 +48,11 @@ def mismatch(ref: TensorRef, spec: FillSpec, tensors: int) -> str | None:
         >>> print(mismatch(ref, whole_fill(Uniform(-0.13, 0.13), "Linear"), 2))
         by Linear it would be uniform[-0.13, 0.13), and its values lie much too close to each other
     """
-    tensor = ref.tensor.detach()
-    values = local(tensor)
+    values = local(ref.tensor).detach()  # in this order: detach fails for a DTensor made in inference mode
     if values.layout != torch.strided or values.numel() == 0:
         return None
     level = LEVEL / (max(1, tensors) * _TESTS)
-    whole = values is tensor
+    whole = ref.kind != "dtensor"
     for index, (part, distribution) in enumerate(spec.fills):
         if part is None and len(spec.fills) > 1:
             continue  # later fills have changed a part of it

@@ -20,6 +20,7 @@ from .parametrized import refresh_hooks
 from .plan import Only, Plan, Task, make_plan
 from .recipe_parts import RecipeLike, short_repr
 from .report import InitReport
+from .resolving import DEFAULT
 from .values import Values, computed_values, place_values
 
 _LONG = 1 << 28  # elements: a second or more on a CPU, long enough for a progress bar to be welcome
@@ -28,7 +29,7 @@ _LONG = 1 << 28  # elements: a second or more on a CPU, long enough for a progre
 def init_model_(
     model: nn.Module,
     seed: int,
-    recipe: RecipeLike = "torch",
+    recipe: RecipeLike = DEFAULT,
     *,
     device: torch.device | str | int | None = None,
     only: Only | None = None,
@@ -52,12 +53,15 @@ def init_model_(
             the old ones' attributes; they never lie anywhere else. A tied weight is filled once, keyed by the byte-wise
             smallest of its names, with the distribution of its first owner.
         seed: -2**63 <= seed < 2**64.
-        recipe: which distribution each parameter gets: "torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal",
-            "auto", a recipe made by initlab.recipes, a build that record_build() has recorded, a distribution, a
-            function from TensorRef to distribution, or a mapping from name patterns to any of these. Of a mapping the
-            first match counts, and "torch" serves the rest. The padding row of an embedding stays 0, but where the
-            model's own code fills it, under "own" and a recorded build. Buffers with a distribution in
-            reset_parameters, such as running statistics, are set too.
+        recipe: which distribution each parameter gets: "own", what the model's own code gives it, or "torch", "he",
+            "xavier", "lecun", "gpt2", "trunc_normal", "auto", "depth_scaled", "mitchell", "deepnorm",
+            "small_embedding", "zero_residual", a recipe made by initlab.recipes, a build that record_build() has
+            recorded, a distribution, a function from TensorRef to distribution, or a mapping from name patterns to any
+            of these. Of a mapping the first match counts, and "own" serves the rest. "own" compares what it reads with
+            the values that are there, and refuses what does not fit, also of a model that has been trained since; see
+            recipes.own. The padding row of an embedding stays 0, but where the model's own code fills it, under "own"
+            and a recorded build. Buffers with a distribution in reset_parameters, such as running statistics, are set
+            too.
         device: where the model is to lie afterwards; needed for parameters on the meta device. What is not filled is
             moved there with its values, unless it is on the meta device and not selected. None leaves all where it is.
         only: what to fill: a name pattern (a glob, or the name of a module, which selects all within it), several of
@@ -120,7 +124,7 @@ def init_model_(
 def plan_model(
     model: nn.Module,
     seed: int = 0,
-    recipe: RecipeLike = "torch",
+    recipe: RecipeLike = DEFAULT,
     *,
     only: Only | None = None,
     names: Names | None = None,
@@ -131,11 +135,11 @@ def plan_model(
     Example:
         >>> import torch, initlab
         >>> print(initlab.plan_model(torch.nn.Linear(4, 2)))
-        name    shape  dtype    distribution                 fan  std     key               why
+        name    shape  dtype    distribution        fan  std     key               why
         ------  -----  -------  ------------------  ---  ------  ----------------  ------
         weight  2 x 4  float32  uniform[-0.5, 0.5)  4    0.2887  1ac732b119189998  Linear
         bias    2      float32  uniform[-0.5, 0.5)  4    0.2887  ae3e092c2ca21bcf  Linear
-        2 tensors, 10 elements: recipe torch, seed 0, stream 1
+        2 tensors, 10 elements: recipe own, seed 0, stream 1
     """
     return make_plan(model, seed, recipe, only, names, values).report()
 

@@ -21,9 +21,10 @@ from .naming import Names, TensorRef, renaming, tensor_refs
 from .parametrized import MadeWeight, made_weights
 from .patterns import compile_pattern
 from .recipe_parts import Chooser, RecipeLike, View, head_std, is_head, keep_padding, short_repr
-from .recipes import resolve
+from .refusals import ways_out
 from .report import InitReport, Row, report_of
 from .rerunning import start_mismatch
+from .resolving import resolve
 from .specs import FillSpec, Refused
 from .values import Values, given_values
 
@@ -144,7 +145,7 @@ def make_plan(
             spec_of, buffer_spec_of = _with_made_weights(
                 weights, view, named, resolved.asks_parts, spec_of, buffer_spec_of
             )
-        tasks, missing, others = [], [], []
+        tasks, missing, refused, others = [], [], [], []
         checked: dict[tuple[Any, torch.dtype], str] = {}
         for ref in parameters:
             if ref not in shards:
@@ -156,6 +157,7 @@ def make_plan(
             spec = spec_of(ref)
             if spec is None or isinstance(spec, Refused):
                 missing.append(f"{ref.name} (in {ref.owner}): {spec.why if spec else view.unreadable(ref)}")
+                refused.append(ref)
                 continue
             spec = keep_padding(ref, spec)
             for _, distribution in spec.fills:
@@ -164,18 +166,17 @@ def make_plan(
                     fault = checked[distribution, ref.tensor.dtype] = _fault(distribution, ref.tensor.dtype)
                 if fault:
                     missing.append(f"{ref.name} (in {ref.owner}): {fault}")
+                    refused.append(ref)
                     break
             tasks.append(Task(ref, spec, named_key(seed, spec.copy_of or ref.name), shards[ref]))
         sources = _sources(tasks, parameters, given, spec_of, seed, missing)
         if resolved.name == "torch":
             _warn_of_large_heads(tasks)
         if missing:
-            example = missing[0].split(" ")[0]
             raise ValueError(
                 f"recipe {resolved.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
                 f"written unless all that are selected can be filled:{listing(missing)}\n"
-                f'Give them a distribution by name, recipe={{"{example}": Normal(0.0, 0.02), "*": ...}}, or leave them '
-                f"out with only={resolved.advice}"
+                f"{ways_out(refused, parameters, resolved)}"
             )
         for ref in buffers:
             found = buffer_spec_of(ref) if ref in selected else None

@@ -10,7 +10,7 @@ from torch import nn
 
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
-from .fans import Fans, compute_fans, has_weight_matrix, is_embedding
+from .fans import Fans, compute_fans, has_weight_matrix, holds_experts, is_embedding
 from .layers import padding_row
 from .naming import TensorRef
 from .recording import read_init_weights, read_resets
@@ -18,6 +18,15 @@ from .rerunning import Stage, computed_starts
 from .specs import ONES, ZEROS, FillSpec, InitTrace, Refused, whole_fill
 
 DistributionName: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
+
+
+RECORD_IT = (
+    ", or record the build, which sees what no code that can be read tells:\n"
+    "    with initlab.record_build() as build:\n"
+    "        model = ...  # as it was built\n"
+    "    initlab.init_model_(model, seed, recipe=build)"
+)
+"""What helps where no code that can be read tells."""
 
 
 class View:
@@ -159,12 +168,12 @@ def head_std(ref: TensorRef) -> float:
     return 4.0 / max(1, ref.tensor.shape[-1])
 
 
-def with_small_heads(choose: Callable[[TensorRef], FillSpec | None]) -> Callable[[TensorRef], FillSpec | None]:
+def with_small_heads(choose: Chooser) -> Chooser:
     """As `choose`, with a std of at most `head_std` for embeddings that are heads too."""
 
-    def chosen(ref: TensorRef) -> FillSpec | None:
+    def chosen(ref: TensorRef) -> FillSpec | Refused | None:
         found = choose(ref)
-        if found is None or found.program is not None or not is_head(ref):
+        if found is None or isinstance(found, Refused) or found.program is not None or not is_head(ref):
             return found
         part, old = found.fills[0]
         std = head_std(ref)
@@ -179,20 +188,30 @@ def with_small_heads(choose: Callable[[TensorRef], FillSpec | None]) -> Callable
 def by_fan(name: str, measure: Callable[[Fans], tuple[float, float]], distribution: DistributionName) -> NamedRecipe:
     """Weights with std = gain / sqrt(fan), where `measure` gives (fan, gain); their biases 0, all else as "torch"."""
 
-    def prepare(view: View) -> Callable[[TensorRef], FillSpec | None]:
-        def choose(ref: TensorRef) -> FillSpec | None:
+    def prepare(view: View) -> Chooser:
+        def choose(ref: TensorRef) -> FillSpec | Refused | None:
             counted = compute_fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
             if counted is not None:
                 fan, gain = measure(counted)
                 return centred(distribution, gain, fan, ref.owner)
-            return zero_bias(ref) or by_default(view, ref)
+            return refuse_unknown_experts(ref) or zero_bias(ref) or by_default(view, ref)
 
         return with_small_heads(choose)
 
     return NamedRecipe(name, prepare)
 
 
-def every_weight(view: View, distribution: Callable[[TensorRef], FillSpec]) -> Callable[[TensorRef], FillSpec | None]:
+def refuse_unknown_experts(ref: TensorRef) -> Refused | None:
+    """For experts in one parameter that says nowhere which of its dimensions are inputs; None for anything else."""
+    if not holds_experts(ref.module, ref.attribute, ref.tensor):
+        return None
+    return Refused(
+        f"the weights of experts in one parameter of shape {' x '.join(map(str, ref.tensor.shape))}, and nothing says "
+        "which dimension is their input"
+    )
+
+
+def every_weight(view: View, distribution: Callable[[TensorRef], FillSpec]) -> Chooser:
     """`distribution` for every weight and embedding, and, as a guess, for whatever else has two dimensions or more.
 
     No guess is made against the model's own code where that sets a parameter to a constant, or computes it.
@@ -246,3 +265,13 @@ def short_repr(value: object) -> str:
     """A value and its type for a message; of long values the type only."""
     text = repr(value)
     return f"{text} ({type(value).__name__})" if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def as_number(value: Any, name: str) -> float:
+    """A setting as a float, or an error that names it."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")

@@ -35,10 +35,10 @@ def advantage(model, batch):
 
 
 ZERO = {
-    "count": (lambda m, b: m(b[0]).square().mean() / (b[1] > 99).sum(), Y, "sum"),
-    "positives": (weighted, Y * 0, "sum"),
+    "count": (lambda m, b: m(b[0]).square().mean() / (b[1] > 99).sum(), Y, "count"),
+    "positives": (weighted, Y * 0, "count"),
     "rewards": (advantage, Y * 0 - 200, "std"),
-    "masked": (lambda m, b: ((m(b[0]) - b[1]) * (b[1] > 99)).sum() / (b[1] > 99).float().sum(), Y, "sum"),
+    "masked": (lambda m, b: ((m(b[0]) - b[1]) * (b[1] > 99)).sum() / (b[1] > 99).float().sum(), Y, "count"),
 }
 
 

@@ -380,7 +380,7 @@ class Odd(nn.Module):
 
 
 def test_an_uncovered_parameter_is_named_and_nothing_written(refused):
-    said = refused(ValueError, "recipe 'torch' cannot fill 1 of 3", Odd())
+    said = refused(ValueError, "recipe 'own' cannot fill 1 of 3", Odd())
     assert "table (in Odd)" in said
     assert 'recipe={"table": ' in said
     assert "only=" in said
@@ -431,7 +431,7 @@ def test_dtensors():
         initlab.init_model_(model, 0, only="bias")
         whole = nn.Linear(2, 2)
         model.weight = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Replicate()], run_check=False))
-        assert str(initlab.init_model_(model, 0)) == str(initlab.init_model_(whole, 0))
+        assert str(initlab.init_model_(model, 0, "torch")) == str(initlab.init_model_(whole, 0, "torch"))
         assert torch.equal(model.weight.to_local(), whole.weight)
     finally:
         torch.distributed.destroy_process_group()
@@ -448,7 +448,7 @@ def test_dtypes_without_a_distribution(refused):
 def test_what_only_the_tensor_shows_names_the_parameter(refused):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = nn.Parameter(torch.empty(1, 2).expand(2, 2))
-    refused(RuntimeError, r"1\.weight: .*overlaps itself", model)
+    refused(RuntimeError, r"1\.weight: .*overlaps itself", model, 0, "torch")
     half = nn.Linear(2, 2).half()
     refused(ValueError, r"weight \(in Linear\): .*out of bounds for torch.float16", half, 0, Uniform(0.0, 1e5))
 
@@ -687,7 +687,7 @@ def test_random_buffers_go_by_seed_and_name():
 def test_real_buffers_without_a_distribution_are_left_alone():
     model = ByReset()
     model.inv_freq.fill_(3.0)
-    initlab.init_model_(model, 0)
+    initlab.init_model_(model, 0, "torch")
     assert (model.inv_freq == 3).all()
 
 

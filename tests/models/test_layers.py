@@ -31,7 +31,7 @@ from initlab.models.specs import DimSlice, InitTrace
 SEEDS = range(16)
 SAMPLE = 30_000  # values of each side in a Kolmogorov-Smirnov test
 ALARM = 1e-10  # p-value; with some 500 comparisons a false alarm is one in 10^7, were the seeds not fixed
-RECIPES = ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto")
+RECIPES = ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto", "depth_scaled", "mitchell")
 
 
 def spoil(model):
@@ -182,7 +182,7 @@ def test_values_have_the_distributions_of_torchs(build):
         torch.manual_seed(seed)
         theirs.append(copied(build()))
         spoil(model)
-        report = initlab.init_model_(model, seed)
+        report = initlab.init_model_(model, seed, "torch")
         ours.append(copied(model))
     same_distributions(theirs, ours)
     for row in report.rows:
@@ -213,7 +213,7 @@ def test_distributions_are_torchs_to_the_last_digits(build):
     spoil(model)
     with Watch() as watch:
         model.apply(lambda module: (reset_of(type(module)) or (lambda module: None))(module))
-    rows = {row.name: row for row in initlab.plan_model(model).rows}
+    rows = {row.name: row for row in initlab.plan_model(model, 0, "torch").rows}
     tensors = model.state_dict(keep_vars=True)
     assert rows.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -706,7 +706,7 @@ def test_an_override_has_its_own_distribution(code):
         real.reset_parameters()
         theirs.append(copied(real))
         spoil(model)
-        initlab.init_model_(model, seed)
+        initlab.init_model_(model, seed, "torch")
         ours.append(copied(model))
     same_distributions(theirs, ours)
     # Row by row and column by column, where two distributions may meet.
@@ -873,7 +873,7 @@ def test_a_module_above_has_the_last_word():
         torch.manual_seed(seed)
         theirs.append(copied(Composite()))
         spoil(model)
-        report = initlab.init_model_(model, seed)
+        report = initlab.init_model_(model, seed, "torch")
         ours.append(copied(model))
     assert len({float(each["scale"]) for each in theirs}) == 200
     same_distributions(theirs, ours)
@@ -906,7 +906,7 @@ def test_without_any_reset_a_norm_and_a_bias_are_guessed():
             self.weight, self.bias = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(shape))
 
     model = SomeNorm(5)
-    report = initlab.init_model_(model, 0)
+    report = initlab.init_model_(model, 0, "torch")
     assert (model.weight == 1).all()
     assert (model.bias == 0).all()
     assert [row.name for row in report.guesses] == ["weight", "bias"]
@@ -923,12 +923,12 @@ def test_a_generator_of_its_own_is_not_asked():
     generator = torch.Generator().manual_seed(5)
     model = own_linear(lambda m: init.normal_(m.weight, generator=generator))
     before = generator.get_state()
-    assert initlab.init_model_(model, 0).rows[0].distribution == Normal(0.0, 1.0)
+    assert initlab.init_model_(model, 0, "torch").rows[0].distribution == Normal(0.0, 1.0)
     assert torch.equal(generator.get_state(), before)
 
 
 def test_code_is_read_the_same_on_the_meta_device():
     for code in READ.values():
         real = own_linear(code)
-        rows = initlab.plan_model(real).rows
-        assert initlab.plan_model(real.to("meta")).rows == rows
+        rows = initlab.plan_model(real, 0, "torch").rows
+        assert initlab.plan_model(real.to("meta"), 0, "torch").rows == rows

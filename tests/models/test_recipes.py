@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from initlab.kernels import Constant, Normal, TruncatedNormal, Uniform
 from scipy import stats
 from torch import nn
@@ -16,7 +15,7 @@ from torch.nn.modules import activation as activations
 import initlab
 from initlab import recipes
 
-NAMES = ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto")
+NAMES = ("torch", "own", "he", "xavier", "lecun", "gpt2", "trunc_normal", "auto", "depth_scaled", "mitchell")
 ALARM = 1e-10  # p-value of a Kolmogorov-Smirnov test; the seeds are fixed
 SCORE = 7.0  # standard errors
 UNCHECKED = initlab.recipes.own(check=False)  # of models that their own code has not started
@@ -660,13 +659,13 @@ class Reversed(nn.Sequential):
 @pytest.mark.parametrize(
     ("model", "weight"),
     [
-        (Gated(), "up.weight"),
+        (Gated(), "down.weight"),
         (nn.Sequential(nn.Linear(8, 8), Leaf(), nn.ReLU()), "0.weight"),
         (nn.Sequential(nn.Linear(8, 8), Container(), nn.ReLU()), "0.weight"),
         (nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.ReLU()), "0.0.weight"),
         (nn.ModuleList([nn.Linear(8, 8), nn.ReLU()]), "0.weight"),
         (Reversed(nn.Linear(8, 8), nn.ReLU()), "0.weight"),
-        (nn.TransformerEncoderLayer(8, 2, 8, activation=nn.ReLU()), "linear2.weight"),
+        (nn.TransformerEncoderLayer(8, 2, 8, activation=nn.ReLU()), "linear1.weight"),
     ],
     ids=["custom", "unknown leaf", "unknown container", "nested", "list", "a forward of its own", "transformer"],
 )
@@ -674,25 +673,10 @@ def test_auto_marks_what_it_guesses(model, weight):
     report = initlab.plan_model(model, 0, "auto")
     row = next(row for row in report.rows if row.name == weight)
     assert row.guess
-    assert row.why.startswith(("He, before ReLU", "Xavier, before Sigmoid"))
+    assert row.why.startswith(("He, before ReLU", "Xavier, before Sigmoid", "Xavier, before tanh"))
     line = next(line for line in str(report).splitlines() if line.startswith(weight))
     assert line.endswith(f"* {row.why}")
     assert "guessed" in str(report).splitlines()[-1]
-
-
-def test_auto_sees_no_functions():
-    class Functional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.b(F.relu(self.a(x)))
-
-    found = rows(Functional(), "auto")
-    assert {row.why for name, row in found.items() if "weight" in name} == {
-        "no activation seen: Linear's own distribution"
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -831,7 +815,7 @@ def test_recipes_and_mappings_within_mappings():
     stds = [found[f"{name}.weight"].std for name in ("body.0", "body.2", "bodyguard")]
     assert stds == pytest.approx([math.sqrt(2 / 8), math.sqrt(1 / 8), 2 * math.sqrt(2 / 16)])
     assert initlab.plan_model(plain, 0, nested).recipe == "xavier with rules for body"
-    assert initlab.plan_model(plain, 0, {}).recipe == "torch"
+    assert initlab.plan_model(plain, 0, {}).recipe == "own"
     assert initlab.plan_model(plain, 0, {}).rows == initlab.plan_model(plain).rows
 
 
@@ -938,7 +922,13 @@ class TiedModel(nn.Module):
         return self.head(nn.functional.layer_norm(x, x.shape[-1:], eps=1e-9))
 
 
-@pytest.mark.parametrize("recipe", ["he", "xavier", "lecun", "gpt2", "trunc_normal", "auto"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *("he", "xavier", "lecun", "gpt2", "trunc_normal", "auto", "depth_scaled", "mitchell", "small_embedding"),
+        recipes.zero_residual("down", "he"),
+    ],
+)
 @pytest.mark.parametrize(("width", "head_first"), [(64, False), (256, True), (768, False)])
 def test_the_first_loss_of_a_tied_head_is_that_of_knowing_nothing(recipe, width, head_first):
     model = TiedModel(width, 1000, head_first)
@@ -950,7 +940,8 @@ def test_the_first_loss_of_a_tied_head_is_that_of_knowing_nothing(recipe, width,
     assert float(loss) == pytest.approx(math.log(1000), rel=0.2)
     row = next(row for row in report.rows if row.aliases)
     assert row.std <= 4 / width * 1.0001
-    assert ("embedding and head" in row.why) == (recipe not in ("gpt2", "trunc_normal") or width > 200)
+    by_itself = recipe == "small_embedding" or (recipe in ("gpt2", "trunc_normal", "depth_scaled") and width < 200)
+    assert ("embedding and head" in row.why) != by_itself
 
 
 def test_torchs_start_of_a_tied_head_is_warned_of():
@@ -964,17 +955,36 @@ def test_torchs_start_of_a_tied_head_is_warned_of():
 
 
 class Blocks(nn.Module):
-    def __init__(self, down):
+    def __init__(self, down, wrap=lambda layer: layer):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 16), down: nn.Linear(16, 4)}) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(4, 16), down: wrap(nn.Linear(16, 4))}) for _ in range(3)
+        )
 
 
 def test_gpt2_says_where_no_residual_layer_is_known_by_name():
     message = r"no layer that adds to the residual stream in blocks: none of its blocks.*residual='\*\.down'"
     with pytest.warns(UserWarning, match=message):
-        initlab.init_model_(Blocks("down"), seed=0, recipe="gpt2")
-    report = initlab.init_model_(Blocks("down"), seed=0, recipe=recipes.gpt2(residual="*.down"))
-    assert {row.std for row in report.rows if "down.weight" in row.name} == {0.02 / math.sqrt(6)}
-    initlab.init_model_(Blocks("down"), seed=0, recipe=recipes.gpt2(residual=()))
-    initlab.init_model_(Blocks("c_proj"), seed=0, recipe="gpt2")
+        initlab.init_model_(Blocks("back"), seed=0, recipe="gpt2")
+    report = initlab.init_model_(Blocks("back"), seed=0, recipe=recipes.gpt2(residual="*.back"))
+    assert {row.std for row in report.rows if "back.weight" in row.name} == {0.02 / math.sqrt(6)}
+    initlab.init_model_(Blocks("back"), seed=0, recipe=recipes.gpt2(residual=()))
     initlab.init_model_(nn.Sequential(nn.Linear(3, 3)), seed=0, recipe=recipes.gpt2(residual=()))
+
+
+@pytest.mark.parametrize("name", ["c_proj", "o_proj", "down_proj", "down", "out", "proj", "dense", "to_out", "w2"])
+def test_residual_layers_that_are_known_by_name(name):
+    """Also where they are the layer before last, as in to_out = Sequential(Linear, Dropout)."""
+    for build in (Blocks, lambda name: Blocks(name, lambda layer: nn.Sequential(layer, nn.Dropout()))):
+        found = rows(build(name), "gpt2")
+        assert {row.std for key, row in found.items() if f".{name}." in key and "weight" in key} == {0.02 / 6**0.5}
+        assert found["blocks.0.up.weight"].std == 0.02
+
+
+def test_what_widens_or_lies_in_no_block_is_no_residual_layer():
+    """BERT's intermediate.dense, a patch embedding's proj."""
+    model = Blocks("down")
+    model.proj = nn.Linear(4, 4)
+    model.blocks.extend(nn.ModuleDict({"up": nn.Linear(4, 16), "dense": nn.Linear(4, 16)}) for _ in range(1))
+    found = rows(model, "gpt2")
+    assert found["proj.weight"].std == found["blocks.3.dense.weight"].std == 0.02

@@ -38,7 +38,7 @@ def test_guesses_are_marked():
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(3))
 
-    report = initlab.init_model_(nn.Sequential(nn.Linear(3, 3), RMSNormOfMine()), 0)
+    report = initlab.init_model_(nn.Sequential(nn.Linear(3, 3), RMSNormOfMine()), 0, "torch")
     assert [row.name for row in report.guesses] == ["1.weight"]
     lines = str(report).splitlines()
     assert lines[4].endswith("* RMSNormOfMine is called a norm")

@@ -1,6 +1,7 @@
 """The checks: each a pure function from the evidence to a finding, or None. No check runs the model."""
 
 from .finding import Finding
+from .guess import guesses
 from .order import findings
 
-__all__ = ["Finding", "findings"]
+__all__ = ["Finding", "findings", "guesses"]

@@ -43,24 +43,6 @@ def _is_to_blame(evidence: Evidence, leaf: Leaf) -> bool:
     return not (low == -math.inf and high < math.inf)
 
 
-def bad_index(evidence: Evidence) -> Finding | None:
-    """An index of an embedding that is out of range."""
-    if evidence.error is None or evidence.trace.failed is None or evidence.trace.failed[1] != "embedding":
-        return None
-    module = evidence.trace.failed[0]
-    ids = [leaf for leaf in evidence.leaves if not leaf.is_target and not leaf.tensor.is_floating_point()]
-    facts: dict[str, Any] = {"error": short(evidence.error)}
-    if ids and ids[0].tensor.numel():
-        facts |= {"smallest": int(ids[0].tensor.min()), "largest": int(ids[0].tensor.max())}
-    return Finding(
-        "input",
-        "broken",
-        Place(module=module, op="embedding"),
-        "an index in the batch is outside the embedding's rows.",
-        facts,
-    )
-
-
 def bad_target(evidence: Evidence) -> Finding | None:
     """NaN and infinities in what the loss compares with."""
     if evidence.broke_at is None:
@@ -84,7 +66,7 @@ def target_out_of_range(evidence: Evidence) -> Finding | None:
     for call in evidence.trace.losses:
         if call.problem == "classes":
             low, high, count = call.facts["smallest"], call.facts["largest"], call.facts["classes"]
-            fix = fixes.shift_classes(target, evidence.batch, low, high, count) if target is not None else ""
+            fix = fixes.shift_classes(target, evidence.batch, call.facts) if target is not None else ""
             why = (
                 f"targets run from {low} to {high}, and a model with {count} outputs has the classes 0 to {count - 1}."
             )
@@ -114,9 +96,10 @@ def log_of_target(evidence: Evidence) -> Finding | None:
     targets = {leaf.code: leaf for leaf in evidence.leaves if leaf.is_target}
     if not origin.sources <= targets.keys() or origin.op in ("mean", "std", "var"):
         return None
-    if "divided by" in origin.facts:  # a count, or a spread: the targets are what they are
-        return None
     leaf = targets[min(origin.sources)]
+    # Of a count, or a spread, or whatever else it is that has another size: the targets are what they are.
+    if origin.facts.get("divided by", "0") != "0" or origin.elements != leaf.tensor.numel():
+        return None
     if not leaf.tensor.is_floating_point():  # counts of classes, say: the loss function's own arithmetic
         return None
     low = float(leaf.tensor.min()) if leaf.tensor.numel() else math.nan
@@ -150,10 +133,58 @@ def scale(evidence: Evidence) -> Finding | None:
     if replay is not None:
         facts["loss"] = evidence.first_loss
         facts["loss if standardised"] = replay.loss
-    place = Place(feature=odd.features[0] if len(odd.features) == 1 else odd.features or None)
-    leads_to = "the largest decide the first step, and saturate or blow up what follows."
-    if odd.rms < 1 and odd.spread < LIMITS.scale_spread:
+    place = Place(feature=odd.features[0] if len(odd.features) == 1 else odd.features or None, tensor=odd.leaf.code)
+    leads_to = "numbers as large as these make the first steps too long."
+    if odd.spread >= LIMITS.scale_spread:
+        leads_to = "the largest decide the first steps, and the others hardly count."
+    elif odd.rms < 1:
         leads_to = "the model hardly sees the difference between one row and another."
-    why = f"{odd.text}: {leads_to}"
     severity: Severity = "broken" if (broke or diverges(evidence)) and hurts else "warning"
-    return Finding("input", severity, place, why, facts, [fixes.standardise(odd.leaf, evidence.batch)])
+    return Finding(
+        "input",
+        severity,
+        place,
+        f"{odd.text}: {leads_to}",
+        facts,
+        [fixes.standardise(odd.leaf, evidence.batch)],
+        suspicion=odd.rms < LIMITS.input_rms_sure,
+        change=f"{odd.leaf.code} standardised",
+    )
+
+
+STANDARDISED = "targets standardised, which divides the loss as well"
+
+
+def target_scale(evidence: Evidence) -> Finding | None:
+    """Targets that are compared with what a model puts out, and are far larger."""
+    flow = evidence.trace.flow
+    for leaf in evidence.leaves:
+        comparison = flow.compared.get(leaf.path) if flow is not None else None
+        if flow is None or comparison is None or leaf.path in flow.inputs or not leaf.tensor.is_floating_point():
+            continue
+        target, output = comparison.target, comparison.prediction
+        if target is None or output is None or not target.finite or not target.std or not comparison.distance:
+            continue
+        offset = abs(target.mean) / target.std
+        if target.rms < LIMITS.target_rms and not (offset >= LIMITS.offset and target.rms >= LIMITS.target_offset):
+            continue
+        if output.finite and 1 / LIMITS.reaches < output.rms / target.rms < LIMITS.reaches:
+            continue  # it puts out numbers of that size: by a last layer of its own, or because it has learned
+        facts = {
+            "mean": target.mean,
+            "standard deviation": target.std,
+            "root mean square of the outputs": output.rms,
+        }
+        return Finding(
+            "target",
+            "broken" if evidence.broke_at is not None or diverges(evidence) else "warning",
+            Place(tensor=leaf.code),
+            f"{leaf.code} has a mean of {target.mean:.4g} and a standard deviation of {target.std:.4g}, and the model "
+            f"starts at about {output.mean:.2g}: the loss and its gradients are as large as that difference.",
+            facts,
+            [fixes.standardise_targets(leaf, evidence.batch)],
+            suspicion=True,
+            change=STANDARDISED,
+            rescales=comparison.unit,
+        )
+    return None

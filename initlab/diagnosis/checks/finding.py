@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from ..evidence import Evidence
 from ..report import Kind, Place, Severity
 from ..rewrites import Rewrite
+from ..safe_forms import SafeForm
 
 
 @dataclass
@@ -18,6 +19,10 @@ class Finding:
     Args:
         remedies: code, best first; the first that lets the loss fall is the one to print.
         rewrites: loss functions that come before them where they are the user's own objective.
+        suspicion: whether it needs an experiment to be believed: its remedy has to make a difference.
+        change: what the first remedy does, in a few words, as "targets standardised".
+        form: the safe form of the operation at the place, for the user's own code.
+        rescales: what the remedy divides the loss by, where it gives it another scale; 0 where it does not.
     """
 
     kind: Kind
@@ -27,6 +32,10 @@ class Finding:
     evidence: dict[str, Any] = field(default_factory=dict)
     remedies: list[str] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
+    suspicion: bool = False
+    change: str = ""
+    rescales: float = 0.0
+    form: SafeForm | None = None
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]

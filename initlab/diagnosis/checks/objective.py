@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from .. import fixes, rewrites
 from ..evidence import Evidence
-from ..report import Place, Severity
+from ..limits import LIMITS
+from ..report import Kind, Place, Severity
 from .finding import Finding
 
 _PROBLEMS = {
@@ -26,6 +29,72 @@ def wrong_space(evidence: Evidence) -> Finding | None:
             written, losses = rewrites.in_right_space(evidence, call)
             severity: Severity = "broken" if call.fatal or evidence.broke_at is not None else "warning"
             return Finding("loss", severity, Place(op=call.name), why, dict(call.facts), written, losses)
+    return None
+
+
+_APART = {
+    "cross_entropy, one unit": "cross_entropy over one logit is 0, whatever the model puts out: it needs one logit for "
+    "each class, so two for yes and no.",
+    "nll_loss, one unit": "nll_loss over one class is 0, whatever the model puts out: it needs one output for each.",
+    "binary_cross_entropy, one unit": "a softmax over one unit is 1, whatever goes in, and its gradient exactly 0.",
+    "binary_cross_entropy, squashed": "a softmax makes the outputs of a row sum to 1, and binary_cross_entropy asks "
+    "each of them by itself.",
+    "cross_entropy, several classes": "rows of the target have several classes, and cross_entropy takes one, or a "
+    "distribution: its softmax cannot give 1 to all of them.",
+    "cross_entropy, no distribution": "the target's rows do not sum to 1: cross_entropy takes class numbers, or "
+    "distributions.",
+    "cross_entropy, one class": "all labels are of one class: there is nothing to tell apart. Look at how they are "
+    "made: an integer cast of values below 1 makes them all 0.",
+}
+
+
+def apart(evidence: Evidence) -> Finding | None:
+    """A head, a loss and labels that do not belong together."""
+    for call in evidence.trace.losses:
+        why = _APART.get(f"{call.name}, {call.problem}")
+        if call.name == "cross_entropy" and call.problem == "squashed":
+            why = f"cross_entropy takes logits, and gets the output of a {call.facts['activation']}, which limits them."
+        if why is None:
+            continue
+        last = rewrites.last_of(evidence.model, (nn.Softmax, nn.Sigmoid, nn.Tanh, nn.ReLU))
+        place = Place(module=last if "activation" in call.facts else None, op=call.name)
+        stuck = bool(evidence.steps) and evidence.steps[0].gradient == 0
+        kind: Kind = "target" if call.problem in ("one class", "no distribution") else "loss"
+        severity: Severity = "broken" if stuck else "warning"
+        written = rewrites.together(evidence, call, last)
+        limited = call.facts.get("activation") == "tanh"  # it may be meant: logits from -1 to 1
+        return Finding(kind, severity, place, why, dict(call.facts), written, suspicion=limited)
+    return None
+
+
+def unreachable(evidence: Evidence) -> Finding | None:
+    """Targets that the last activation cannot put out."""
+    flow = evidence.trace.flow
+    for leaf in evidence.leaves:
+        comparison = flow.compared.get(leaf.path) if flow is not None else None
+        if comparison is None or comparison.target is None or not comparison.distance:
+            continue
+        name = comparison.activation
+        single = name == "softmax" and comparison.columns == 1
+        if not single and comparison.outside < LIMITS.outside:
+            continue
+        target = comparison.target
+        why = f"a {name} last cannot put out {leaf.code}, whose values run from {target.low:.4g} to {target.high:.4g}."
+        if single:
+            why = "a softmax over one unit is 1, whatever goes in, and its gradient exactly 0."
+        last = rewrites.last_of(evidence.model, (nn.Softmax, nn.Sigmoid, nn.Tanh, nn.ReLU, nn.Softplus))
+        written = [f"model.set_submodule({last!r}, torch.nn.Identity())"] if last else []
+        facts = {"activation": name, "share of targets outside": comparison.outside}
+        stuck = bool(evidence.steps) and evidence.steps[0].gradient == 0
+        return Finding(
+            "loss",
+            "broken" if stuck else "warning",
+            Place(module=last, op=name),
+            why,
+            facts,
+            [*written, f"# leave out the {name} before the loss"],
+            change=f"without the {name}",
+        )
     return None
 
 
@@ -53,6 +122,8 @@ def empty_reduction(evidence: Evidence) -> Finding | None:
         if call.problem == "empty":
             empty = [leaf.code for leaf in evidence.leaves if leaf.tensor.numel() == 0]
             of = f"{empty[0]} is empty, and " if empty else ""
+            if "ignored" in call.facts:
+                of = f"all {call.facts['ignored']} labels are {call.facts['ignore_index']}, which is ignore_index: "
             why = f"{of}{call.name} averages over no elements: 0 / 0."
             advice = "# skip such a batch, or give the loss a sum and divide it by max(1, count)"
             return Finding("loss", "broken", Place(op=call.name), why, dict(call.facts), [advice])

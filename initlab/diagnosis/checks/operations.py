@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .. import fixes, rewrites
 from ..evidence import Evidence
+from ..origin import Origin
 from ..report import Kind, Place
 from ..symptoms import ran_away
 from .finding import Finding, short
@@ -15,41 +18,73 @@ def unsafe(evidence: Evidence) -> Finding | None:
     if evidence.broke_at is None or origin is None or origin.source != "op" or ran_away(evidence):
         return None
     kind: Kind = "loss" if origin.module is None else "operation"
-    only = " only" if origin.phase == "backward" else ""
-    where = {None: "the loss function", "": "the model's own code"}.get(origin.module, repr(origin.module))
-    if "divided by" in origin.facts:
-        return _division(evidence, kind, where)
+    why = origin.reason
+    form = why.form if why is not None else None
+    parameter = why.parameter if why is not None else None
+    written = [*_bias_of_head(evidence, origin.op), *fixes.advice(form, origin.op, origin.module)]
+    if parameter is not None:
+        written = [*_restarted(evidence, parameter), *written]
     return Finding(
         kind,
         "broken",
-        Place(module=origin.module, op=origin.op),
-        f"{origin.op} in {where} produces the first non-finite value from finite inputs, in the {origin.phase} "
-        f"pass{only}.",
-        dict(origin.facts),
-        [*_bias_of_head(evidence, origin.op), *([code] if (code := fixes.rewrite(origin.op, origin.module)) else [])],
+        Place(module=_owner(origin.module), parameter=parameter, op=origin.op),
+        f"{origin.op} in {_where(origin)} {_what(origin)}.{_aside(origin)}",
+        _facts(origin),
+        written,
         rewrites.equivalents(evidence) if kind == "loss" else [],
+        form=form,
     )
 
 
-def _division(evidence: Evidence, kind: Kind, where: str) -> Finding:
-    """A division by one number that is 0 for this batch: a count of nothing, or the spread of equal numbers."""
-    origin = evidence.origin
-    assert origin is not None
-    made = str(origin.facts["divided by"]).rpartition(" ")[2]
-    what = "a number that is 0"
-    if made in fixes.SPREADS:
-        what = f"0, the {made} of equal numbers, or of zeros"
-    elif made in fixes.COUNTS:
-        what = "0, a count or a sum of nothing"
-    return Finding(
-        kind,
-        "broken",
-        Place(module=origin.module, op=origin.op),
-        f"{origin.op} in {where} divides by {what}, in this batch.",
-        dict(origin.facts),
-        [fixes.guard_division(made, origin.module)],
-        rewrites.equivalents(evidence) if kind == "loss" else [],
-    )
+def _where(origin: Origin) -> str:
+    return {None: "the loss function", "": "the model's own code"}.get(origin.module, repr(_owner(origin.module)))
+
+
+def _owner(module: str | None) -> str | None:
+    """The module that a parametrization belongs to, for one inside of it."""
+    return module.partition(".parametrizations")[0].removeprefix("parametrizations") if module else module
+
+
+def _what(origin: Origin) -> str:
+    """What happens there, as a clause after the operation's name."""
+    made = origin.facts["made"]
+    if origin.reason is not None:
+        return origin.reason.text
+    if origin.custom:
+        return (
+            f"is a torch.autograd.Function whose backward() makes {made} of finite gradients: its formula is to blame"
+        )
+    if origin.phase == "backward" and not origin.finite:
+        return "gets gradients that overflow where they are added up"
+    if origin.phase == "backward":
+        return f"makes the first gradient that is not finite ({made}) of finite ones; the forward pass is finite"
+    if origin.finite:
+        return f"makes the first value that is not finite ({made}) of finite ones"
+    return f"makes {made} of infinities, which a mask wrote"
+
+
+def _aside(origin: Origin) -> str:
+    """Why it matters, where the loss itself does not show it."""
+    if origin.masked:
+        return " That is masked out before the loss, which stays finite; its gradient is 0 times it, and that is NaN."
+    if origin.phase == "backward" and origin.reason is not None:
+        return " Its value is finite, its gradient is not."
+    return ""
+
+
+def _facts(origin: Origin) -> dict[str, Any]:
+    """The evidence: ranges of what it gets are left out where the reason gives them."""
+    if origin.reason is None:
+        return dict(origin.facts)
+    return {name: value for name, value in origin.facts.items() if not name.startswith("input ")}
+
+
+def _restarted(evidence: Evidence, name: str) -> list[str]:
+    """A new start for a parameter that is 0 where it must not be."""
+    found = [one for one in evidence.parameters if name in one.ref.names]
+    if not found or found[0].ref.tensor.dim() > 1:
+        return [fixes.fresh(evidence, found)] if found else []
+    return [f"torch.nn.init.ones_(model.get_parameter({name!r}))"]
 
 
 def _bias_of_head(evidence: Evidence, op: str) -> list[str]:

@@ -7,12 +7,14 @@ operations, the step.
 from __future__ import annotations
 
 from ..evidence import Evidence
-from .data import bad_index, bad_input, bad_target, log_of_target, scale, target_out_of_range
+from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range, target_scale
+from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
-from .objective import broadcast, empty_reduction, wrong_space
+from .objective import apart, broadcast, empty_reduction, unreachable, wrong_space
 from .operations import raised, unexplained, unsafe
-from .precision import overflow, underflow
+from .precision import overflow, underflow, vanished_eps
 from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
+from .recurrence import growing_state
 from .start import never_written, nowhere, spoilt_state
 from .step import exploding_gradient, too_fast
 from .weights import dead, growing, shrinking, sure_of_nothing, symmetric
@@ -25,17 +27,24 @@ CHECKS: tuple[Check, ...] = (
     bad_index,
     bad_target,
     target_out_of_range,
+    vanished_eps,
     overflow,
     log_of_target,
     wrong_space,
+    apart,
+    unreachable,
     broadcast,
     empty_reduction,
     scale,
+    target_scale,
     symmetric,
     dead,
+    growing_state,
     growing,
     exploding_gradient,
     unsafe,
+    bad_matrix,
+    bad_argument,
     raised,
     no_rate,
     other_parameters,
@@ -59,11 +68,12 @@ def findings(evidence: Evidence) -> list[Finding]:
         one = check(evidence)
         if check in (no_gradient, unexplained) and any(other.severity == "broken" for other in found):
             continue
-        if check is sure_of_nothing and any(other.kind in _MAKE_SURE for other in found):
+        if check is sure_of_nothing and any(other.kind in _MAKE_SURE and not other.suspicion for other in found):
             continue
         if one is not None and not any(_explains(other, one) for other in found):
             found.append(one)
-    return sorted(found, key=lambda one: one.severity != "broken")
+    broken = any(one.severity == "broken" for one in found)
+    return sorted(found, key=lambda one: broken and one.severity != "broken" and not one.suspicion)
 
 
 _MAKE_SURE = ("input", "weights", "loss", "operation", "uninitialised")  # what makes a first loss large, beside a head
@@ -72,6 +82,8 @@ _NONFINITE = ("uninitialised", "input", "target", "precision", "loss", "operatio
 
 def _explains(first: Finding, later: Finding) -> bool:
     """Whether a finding is only what another one leads to."""
+    if first.suspicion and later.suspicion:
+        return False  # the experiment tells them apart
     if later.kind == first.kind:
         return True
     if first.severity != "broken":

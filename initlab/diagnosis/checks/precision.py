@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,18 +21,52 @@ def overflow(evidence: Evidence) -> Finding | None:
     if again is None or not again.finite or (evidence.broke_at is None and not hidden):
         return None
     facts: dict[str, Any] = {"loss in float32": again.loss}
-    if evidence.largest_low:
-        facts["largest before it"] = evidence.largest_low
-    if torch.float16 in evidence.trace.low or (origin is not None and origin.dtype == torch.float16):
-        facts["largest of float16"] = 65504.0
     place = Place()
     if origin is not None:
         place = Place(module=origin.module, op=origin.op)
+        facts |= {name: origin.facts[name] for name in ("line", "divided by") if name in origin.facts}
     elif evidence.error is not None and evidence.trace.failed is not None:
         place = Place(module=evidence.trace.failed[0], op=evidence.trace.failed[1] or None)
-    phase = f" in the {origin.phase} pass" if origin is not None else ""
-    why = f"a 16-bit value overflows{phase}; the same pass in float32 is finite."
-    return Finding("precision", "broken", place, why, facts, fixes.wider(evidence))
+    form = origin.reason.form if origin is not None and origin.reason is not None else None
+    return Finding("precision", "broken", place, _what(evidence, facts), facts, _remedies(evidence), form=form)
+
+
+def _what(evidence: Evidence, facts: dict[str, Any]) -> str:
+    """What happens in 16 bits; says that a value overflows only where float32's is beyond the end of the dtype."""
+    origin = evidence.origin
+    finite = " The same pass in float32 is finite."
+    if origin is None:
+        return f"an error is raised in 16 bits.{finite}"
+    dtype = str(origin.dtype).removeprefix("torch.")
+    end = torch.finfo(origin.dtype).max if half(origin.dtype) else math.inf
+    where = {None: "the loss function", "": "the model's own code"}.get(origin.module, repr(origin.module))
+    wide = origin.in_float32
+    if wide is not None and math.isfinite(wide) and wide > end:
+        facts |= {"in float32": wide, "largest before it": evidence.largest_low, f"largest of {dtype}": end}
+        return f"{origin.op} in {where} gives {wide:.4g}, and {dtype} ends at {end:.5g}: it overflows.{finite}"
+    if origin.reason is not None:
+        why = (
+            origin.constant
+            or f"numbers below {torch.finfo(origin.dtype).smallest_normal:.1g} are 0 in {dtype}, or nearly"
+        )
+        return f"{origin.op} in {where} {origin.reason.text}: {why}.{finite}"
+    if evidence.largest_low:
+        facts["largest before it"] = evidence.largest_low
+    if origin.phase == "backward":
+        return f"a gradient in {origin.op} in {where} overflows {dtype}.{finite}"
+    return f"{origin.op} in {where} makes {origin.facts.get('made', 'inf')} in {dtype}.{finite}"
+
+
+def _remedies(evidence: Evidence) -> list[str]:
+    """Wider numbers; and where a constant is lost, one that 16 bits can hold, as an advice."""
+    origin = evidence.origin
+    lost = origin.constant if origin is not None and origin.reason is not None else None
+    if origin is None or origin.reason is None:
+        return fixes.wider(evidence)
+    if lost is None or lost.becomes != 0:
+        return [*fixes.wider(evidence), *fixes.advice(origin.reason.form, origin.op, origin.module)]
+    advice = fixes.larger_constant(lost, origin.module)
+    return [*(f"{code}\n{advice}" for code in fixes.wider(evidence)[:-1]), advice]
 
 
 def underflow(evidence: Evidence) -> Finding | None:
@@ -62,3 +97,26 @@ def underflow(evidence: Evidence) -> Finding | None:
 def zero_share_of(parameter: ParameterStats) -> float:
     """The share of zeros in a parameter's gradient, by the sample."""
     return parameter.grad.zeros if parameter.grad is not None else 0.0
+
+
+def vanished_eps(evidence: Evidence) -> Finding | None:
+    """An optimizer's eps that is 0, or 0 in 16 bits: where a gradient's square is 0, the update divides by 0."""
+    bad = evidence.bad_update
+    if bad is None or evidence.optimizer is None or bad.eps is None or bad.eps_in_dtype != 0:
+        return None
+    name = type(evidence.optimizer).__name__
+    dtype = str(bad.dtype).removeprefix("torch.")
+    facts: dict[str, Any] = {"eps": bad.eps, "parameters": len(bad.names), "step": bad.step}
+    eps = 1e-4 if bad.dtype == torch.float16 else 1e-8
+    code = f'for group in optimizer.param_groups:\n    group["eps"] = {eps:g}'
+    what = f"{name}'s eps is 0"
+    if bad.eps:
+        what = f"{name}'s eps of {bad.eps:g} is 0 in {dtype}"
+        code += "  # or weights in float32: model.float()"
+    why = (
+        f"{what}: where the square of a gradient is 0, its update divides by 0. {bad.names[0]} is not finite after "
+        f"step {bad.step}; the loss and the gradients before it are."
+    )
+    place = Place(module=bad.names[0].rpartition(".")[0], parameter=bad.names[0])
+    wider = fixes.wider(evidence)[:-1] if bad.eps else []
+    return Finding("precision" if bad.eps else "optimizer", "broken", place, why, facts, [code, *wider])

@@ -10,6 +10,7 @@ from ..evidence import Evidence, ParameterStats
 from ..limits import LIMITS
 from ..report import Place
 from ..symptoms import diverges, overflows
+from . import recurrence
 from .finding import Finding
 
 
@@ -25,7 +26,7 @@ def exploding_gradient(evidence: Evidence) -> Finding | None:
     huge = norm is not None and not norm < limit * usual
     if not (huge and evidence.broke_at != 1) and not overflowed:
         return None
-    if overflowed and not repeats and origin is not None and origin.phase == "forward":
+    if overflowed and origin is not None and origin.phase == "forward":  # what clipping does not reach
         return None
     worst = max((h for h in evidence.parameters if h.grad_norm is not None), key=_norm_of, default=None)
     inside = [
@@ -49,8 +50,22 @@ def exploding_gradient(evidence: Evidence) -> Finding | None:
         Place(module=path, parameter=worst.name if worst is not None else None),
         why,
         facts,
-        [fixes.clip(evidence.optimizer)],
+        [fixes.clip(evidence.optimizer)] if norm is None or math.isfinite(norm) else _smaller_matrices(evidence),
+        suspicion=evidence.broke_at != 1 and not _throws(evidence, norm, usual),
+        change="gradients clipped",
     )
+
+
+def _smaller_matrices(evidence: Evidence) -> list[str]:
+    """For gradients that are not finite, of which clipping makes nothing: recurrent matrices that do not multiply."""
+    found = [one for one, _, radius in recurrence.recurrent(evidence) if radius > 1]
+    return [*(recurrence.remedies(evidence, found) if found else []), fixes.clip(evidence.optimizer)]
+
+
+def _throws(evidence: Evidence, norm: float | None, usual: float) -> bool:
+    """Whether such a gradient throws the weights far away, wherever that happens to lead."""
+    update = evidence.steps[0].update
+    return norm is not None and norm > LIMITS.gradient_norm * usual and (update or 0.0) >= LIMITS.update_ratio
 
 
 def _norm_of(parameter: ParameterStats) -> float:
@@ -67,20 +82,29 @@ def too_fast(evidence: Evidence) -> Finding | None:
     falls = next((factor for factor, loss in evidence.rates if loss < first), None)
     rate = max(float(group["lr"]) for group in evidence.optimizer.param_groups)
     facts: dict[str, Any] = {"rate": rate, "update against weights": evidence.steps[0].update}
-    facts["losses"] = " -> ".join(f"{x:.3g}" for x in (first, *(evidence.further[1:] or [evidence.after or math.nan])))
-    written = []
+    written, change = [], ""
     if falls is not None:
         factor = falls / 3 if falls < 1 else 0.1
-        facts["rate that would not diverge"] = rate * factor
+        facts["rate that would not diverge"] = float(f"{rate * factor:.1g}")
+        change = f"rate {float(f'{rate * factor:.1g}'):g}"
         written = [
             fixes.smaller_rate(factor, evidence.optimizer),
             fixes.smaller_rate(factor / 10, evidence.optimizer),
         ]
+    longer = len(evidence.losses) >= len(evidence.further)
+    losses: list[float | None] = evidence.losses if longer else [*evidence.further]
+    known = [math.inf if x is None or math.isnan(x) else x for x in losses]
+    worst = known.index(max(known))
+    last = losses[worst]
+    end = math.nan if last is None else last
+    what = f"{'rose' if math.isfinite(known[worst]) else 'went'} from {known[0]:.4g} to {end:.4g}"
     return Finding(
         "learning rate",
         "broken",
         Place(),
-        "the loss rises along the update and does not come back down: the step is too long.",
+        f"the loss {what} in {worst} step{'s' if worst > 1 else ''}: the rate {rate:g} is too large.",
         facts,
         written,
+        suspicion=True,
+        change=change,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import fixes
-from ..evidence import Evidence
+from ..evidence import Evidence, ParameterStats
 from ..limits import LIMITS
 from ..report import Place, Severity
 from ..symptoms import diverges, gains, is_zero
@@ -75,13 +75,15 @@ def dead(evidence: Evidence) -> Finding | None:
         return Finding(
             "weights",
             "broken" if evidence.steps[0].gradient == 0 else "warning",
-            Place(module=call.path, parameter=blamed.name if blamed is not None else None),
+            _place(call, blamed),
             f"{out.dead:.0%} of the units after {call.path!r} are zero for every row, as are their gradients.",
             {"dead": out.dead, "mean of bias": bias.stats.mean if bias is not None and bias.stats is not None else 0.0},
             [
                 *([fixes.fresh(evidence, [bias])] if by_bias and bias is not None else []),
                 *fixes.restart(evidence),
             ],
+            suspicion=True,
+            change="fresh weights",
         )
     return None
 
@@ -108,16 +110,24 @@ def growing(evidence: Evidence) -> Finding | None:
     return Finding(
         "weights",
         severity,
-        Place(module=call.path, parameter=weight.name if weight is not None else None),
-        f"the signal grows {growth:.2g}-fold from the input to the widest layer: the weights are too large for their "
-        "fan-in.",
-        {
-            "gain": growth,
-            "weights against their distribution": max((r for _, r in ratios), default=1.0),
-            "saturated": edge,
-        },
+        _place(call, weight),
+        _why_growing(growth, call, weight, edge),
+        {"gain": growth, "times too large": max((r for _, r in ratios), default=1.0), "saturated": edge},
         fixes.restart(evidence),
+        suspicion=True,
+        change="fresh weights",
     )
+
+
+def _why_growing(growth: float, call: Call, weight: ParameterStats | None, edge: float) -> str:
+    name, std = (weight.name, weight.stats.std) if weight is not None and weight.stats is not None else (call.path, 0.0)
+    wanted = weight.distribution if weight is not None else None
+    size = f"{name} has a standard deviation of {std:.2g}" + (f", and {wanted:.2g} fits" if wanted else "")
+    if not math.isfinite(growth):
+        return f"the signal grows from layer to layer until it is not finite: {size}."
+    if growth < LIMITS.growth_suspect:
+        return f"{edge:.0%} of a tanh's outputs are at its ends, where it has no slope: {size}."
+    return f"the signal grows {growth:.2g} times from the input to the layer with the largest outputs: {size}."
 
 
 def shrinking(evidence: Evidence) -> Finding | None:
@@ -137,11 +147,13 @@ def shrinking(evidence: Evidence) -> Finding | None:
     return Finding(
         "weights",
         "warning",
-        Place(module=call.path, parameter=weight.name if weight is not None else None),
+        _place(call, weight),
         f"the signal shrinks to {forward:.2g} of the input's, gradients to {backward:.2g}: nothing arrives at the "
         "other end.",
         {"gain": forward, "gradient first to last": backward},
         fixes.restart(evidence),
+        suspicion=True,
+        change="fresh weights",
     )
 
 
@@ -168,7 +180,15 @@ def sure_of_nothing(evidence: Evidence) -> Finding | None:
             "of the weights": head.stats.std if head.stats is not None else None,
         },
         fixes.quieter_head(evidence, head),
+        suspicion=True,
+        change="a smaller head",
     )
+
+
+def _place(call: Call, weight: ParameterStats | None) -> Place:
+    """A layer's module, or the one that holds its parameter."""
+    module = weight.ref.module_name if weight is not None else call.path
+    return Place(module=module, parameter=weight.name if weight is not None else None)
 
 
 def _is_deep(evidence: Evidence) -> bool:

@@ -1,0 +1,155 @@
+"""The autograd graph of a loss: which call made each node, and the first node that makes a gradient not finite."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from initlab.kernels import NAN, describe, nonfinite_flag
+
+from . import names
+from .reasons import Operation
+
+_TORCH = str(Path(torch.__file__).parent)
+_OWN = str(Path(__file__).parent)
+_CORE = ("functional.py", "_tensor.py", "_tensor_docs.py", "overrides.py")
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
+@dataclass
+class FunctionCall:
+    """A call of a function of torch.
+
+    Args:
+        name: of the function; "" where none was seen to make a node.
+        module: path of the module that ran; None outside the model.
+        line: of the user's code, "train.py:12: return x / n"; "" where another library made the call.
+        operations: of it, those that may fail.
+        bad: what made the values that are not finite among what went in or came out, if any did.
+    """
+
+    name: str
+    module: str | None
+    line: str = ""
+    operations: list[Operation] = field(default_factory=list)
+    bad: Any = None
+
+
+@dataclass
+class BadNode:
+    """A node that makes a gradient that is not finite from what reached it.
+
+    Args:
+        op: its own operation; of a torch.autograd.Function the class's name.
+        custom: whether it is of such a class, outside torch.
+        call: that made it.
+        flag: of the gradient: NaN = 1, +inf = 2, -inf = 4, or-ed.
+        largest: magnitude in what reached it; infinite where gradients that meet there overflow.
+    """
+
+    op: str
+    custom: bool
+    call: FunctionCall
+    flag: int
+    dtype: torch.dtype
+    largest: float
+
+    @property
+    def hidden(self) -> bool:
+        """Whether ordinary gradients became NaN: a derivative is infinite, 0 * inf."""
+        return bool(self.flag & NAN) and self.largest < 1e19  # a root of float32's largest
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the evidence."""
+        return {"made": describe(self.flag), "largest gradient before it": self.largest}
+
+
+class Graph:
+    """The nodes of a graph, by the calls that made them."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Any, FunctionCall] = {}
+
+    def add(self, tensors: Iterable[Tensor], call: FunctionCall) -> None:
+        """All nodes behind some tensors that are not known yet are a call's own."""
+        for tensor in tensors:
+            stack = [tensor.grad_fn] if tensor.grad_fn is not None else []
+            while stack:
+                node = stack.pop()
+                if node not in self.calls:
+                    self.calls[node] = call
+                    stack += [n for n, _ in node.next_functions if n is not None and n.name() != _LEAF]
+
+    def backward(self, loss: Tensor) -> BadNode | None:
+        """The first node that makes a gradient that is not finite; runs the pass.
+
+        What reached it was finite, or a node before it would have been the first.
+        """
+        found: list[BadNode] = []
+        hooks = []
+        seen, stack = set(), [loss.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen or node.name() == _LEAF:
+                continue
+            seen.add(node)
+            stack += [n for n, _ in node.next_functions]
+            hooks.append(node.register_hook(self._watcher(node, found)))
+        try:
+            loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else None
+
+    def _watcher(self, node: Any, found: list[BadNode]) -> Any:
+        def inspect(to_inputs: Any, from_outputs: Any) -> None:
+            if found:
+                return
+            gradients = [g for g in to_inputs if isinstance(g, Tensor) and g.is_floating_point()]
+            flag, dtype = next(((f, g.dtype) for g in gradients if (f := int(nonfinite_flag(g)))), (0, torch.float32))
+            if flag:
+                before = (float(g.abs().max()) for g in from_outputs if isinstance(g, Tensor) and g.numel())
+                call = self.calls.get(node) or FunctionCall("", None)
+                custom = is_custom(node)
+                op = _function_of(node).__name__ if custom else names.of_node(node.name())
+                found.append(BadNode(op, custom, call, flag, dtype, max(before, default=0.0)))
+
+        return inspect
+
+
+def is_custom(node: Any) -> bool:
+    """Whether a node is of a torch.autograd.Function that is not torch's own."""
+    return isinstance(node, BackwardCFunction) and not _function_of(node).__module__.startswith("torch.")
+
+
+def _function_of(node: Any) -> type:
+    """The torch.autograd.Function that a node is of."""
+    return node._forward_cls
+
+
+def line_of_user() -> str:
+    """The line of the user's code that is running, with its file and number; "" where it is another library's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OWN):
+            if file.endswith(("probes.py", "workflow.py", "trials.py")):
+                return ""
+        elif not (file.startswith(_TORCH) and (file.endswith(_CORE) or "/utils/_" in file)):
+            if file.startswith(_TORCH):
+                return ""
+            text = linecache.getline(file, frame.f_lineno).strip()
+            return f"{Path(file).name}:{frame.f_lineno}" + (f": {text[:80]}" if text else "")
+        frame = frame.f_back
+    return ""

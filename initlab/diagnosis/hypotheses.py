@@ -1,0 +1,240 @@
+"""Hypotheses are judged by experiment: the run as it is, against the same run with one change.
+
+Each finding of the checks is a hypothesis: a cause, a place, and changes that would undo it. Facts stand by themselves;
+suspicions only where their change turns a run that fails into one that falls, or makes it fall much further. All runs
+begin from the same start and random state, take as many steps, and are measured by the user's own objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import trials
+from .budget import Budget
+from .checks import Finding, guesses
+from .evidence import Evidence
+from .fixes import smaller_rate
+from .limits import LIMITS
+from .outcomes import Outcome, much_better, settled
+from .probes import TrainingStep
+from .report import Cause
+
+Observe = Callable[[TrainingStep, int], list[Cause]]
+
+
+_NOTHING = Outcome(ran=False)
+
+
+@dataclass
+class Tried:
+    """A finding, the change that was tried for it, and how the run went with it."""
+
+    finding: Finding
+    remedy: str = ""
+    outcome: Outcome = _NOTHING
+    rewritten: bool = False
+
+    @property
+    def cures(self) -> bool:
+        """Whether the loss falls with it."""
+        return self.outcome.effect == "falls"
+
+    @property
+    def helps(self) -> bool:
+        """Whether there is a finite loss with it, at least at the start."""
+        return len(self.outcome.losses) > 0 and self.outcome.losses[0] - self.outcome.losses[0] == 0
+
+
+def judge(
+    training_step: TrainingStep,
+    evidence: Evidence,
+    found: list[Finding],
+    budget: Budget,
+    observe: Observe,
+    depth: int,
+) -> list[Cause]:
+    """The causes, with the change that undoes the first.
+
+    Args:
+        found: in the order in which one cause leads to the next.
+        observe: gives the causes that show themselves in another training step, for what lies behind a first cause.
+        depth: how many more times it may be called.
+    """
+    untreated = evidence.untreated
+    if untreated is None:
+        if not found:
+            return []
+        untreated = evidence.untreated = _untreated(training_step, evidence, found, budget)
+    if not settled(untreated.losses) and not any(one.suspicion for one in found):
+        untreated = evidence.untreated = untreated._replace(constant=False)  # it may just have begun
+    results = _try_all(training_step, found, untreated, budget)
+    baseline = evidence.baseline
+    kept = results
+    if not untreated.fails:
+        kept = [one for one in results if not one.finding.suspicion or _supported(one, untreated, baseline)]
+    elif not any(_supported(one, untreated, baseline) or not one.finding.suspicion for one in results):
+        others = [one for one in guesses(evidence) if one.kind not in {f.kind for f in found}]
+        tried = _try_all(training_step, others, untreated, budget)
+        kept = results + [one for one in tried if _supported(one, untreated, baseline)]
+    ranked = _one_of_each_kind(_ranked(kept, untreated, baseline))
+    if not ranked:
+        return []
+    first, behind = _completed(training_step, ranked[0], untreated, budget, observe, depth)
+    # Beside a first cause whose remedy is enough, suspicions are what it leads to.
+    rest = [_cause(one, untreated) for one in ranked[1:] if not (first.tried and one.finding.suspicion)]
+    return [first, *rest, *(one for one in behind if one.kind not in {c.kind for c in (first, *rest)})]
+
+
+def _one_of_each_kind(ranked: list[Tried]) -> list[Tried]:
+    """One of each kind, the best of them."""
+    first: dict[str, Tried] = {}
+    for one in ranked:
+        known = first.setdefault(one.finding.kind, one)
+        both = one.cures and known.cures and one.finding.suspicion and one.finding.kind == "weights"
+        if both and one.outcome.losses[-1] < known.outcome.losses[-1] / LIMITS.much_better:
+            first[one.finding.kind] = one
+    return list(first.values())
+
+
+def _untreated(training_step: TrainingStep, evidence: Evidence, found: list[Finding], budget: Budget) -> Outcome:
+    """The run as it is, in as many steps as the others get."""
+    if evidence.broke_at is None and any(one.suspicion or one.remedies for one in found):
+        return trials.run_untreated(training_step, budget)
+    losses = [float("nan") if x is None else x for x in evidence.losses]
+    return Outcome((*losses, *losses[-1:], float("nan"))[: max(2, len(losses))])
+
+
+def _try_all(training_step: TrainingStep, found: list[Finding], untreated: Outcome, budget: Budget) -> list[Tried]:
+    """Every finding with the remedy that does most for it; once a fact is cured, the rest is left as it is."""
+    results = []
+    enough = False
+    for number, one in enumerate(found):
+        needed = one.suspicion or number == 0
+        if enough or not needed or number >= LIMITS.suspects or not budget.allows_a_run():
+            results.append(Tried(one))
+            continue
+        results.append(_try(training_step, one, untreated, budget))
+        enough = results[-1].cures and not one.suspicion and untreated.fails
+    return results
+
+
+def _try(training_step: TrainingStep, found: Finding, untreated: Outcome, budget: Budget) -> Tried:
+    same = [code for rewrite in found.rewrites if (code := trials.same_objective(training_step, rewrite))]
+    best = Tried(found)
+    codes = [code for code in (*same, *found.remedies) if trials.is_code(code)]
+    for code in codes[: LIMITS.tried]:
+        if not budget.allows_a_run():
+            break
+        outcome = trials.run(training_step, code, budget, rewritten=code in same)
+        outcome = outcome._replace(constant=outcome.constant and (untreated.constant or settled(outcome.losses)))
+        tried = Tried(found, code, outcome, code in same)
+        if tried.cures:
+            return tried
+        if not best.helps and tried.helps:
+            best = tried
+    return best
+
+
+def _supported(one: Tried, untreated: Outcome, baseline: float | None) -> bool:
+    """Whether the experiment speaks for a finding."""
+    if not one.cures:
+        return False
+    if untreated.effect == "stays":
+        return one.outcome.fallen > LIMITS.slow_fall
+    if untreated.fails or _starts_better(one.outcome, untreated, baseline):
+        return True
+    usual = one.finding.rescales or baseline or one.outcome.losses[0]
+    return not _learns(untreated, usual) and much_better(one.outcome, untreated, one.finding.rescales)
+
+
+def _learns(untreated: Outcome, usual: float) -> bool:
+    """Whether a run falls well, and below what a model has that knows nothing."""
+    return untreated.fallen > LIMITS.learns and untreated.losses[-1] < LIMITS.below * usual
+
+
+def _starts_better(treated: Outcome, untreated: Outcome, baseline: float | None) -> bool:
+    """Whether a first loss that is far above knowing nothing is no longer."""
+    if not baseline or not untreated.losses or untreated.losses[0] < LIMITS.sure_loss * baseline:
+        return False
+    return treated.losses[0] < untreated.losses[0] / 2 and treated.losses[-1] < LIMITS.above * baseline
+
+
+def _ranked(kept: list[Tried], untreated: Outcome, baseline: float | None) -> list[Tried]:
+    """What cures, or cannot be tried, before what does not; what merely shifts the loss after what lets it fall."""
+    broken = any(one.finding.severity == "broken" for one in kept)
+    tried = [one for one in kept if one.outcome.steps > 0 and one.outcome.effect != "breaks"]
+    runs = [one.outcome.losses for one in tried if not one.finding.rescales]
+    lowest = min((losses[-1] for losses in runs), default=0.0)
+    usual = min((losses[0] for losses in runs), default=0.0)  # the first loss of a run that begins well
+
+    def order(one: Tried) -> tuple[bool, int]:
+        found = one.finding
+        if not found.suspicion and not any(trials.is_code(code) for code in found.remedies):
+            return broken and found.severity != "broken", 0
+        shifts = one in tried and found.suspicion and not found.rescales
+        shifts = shifts and _shifts(one.outcome.losses[-1], lowest, usual)
+        grade = 2 if shifts or one not in tried else 0 if _supported(one, untreated, baseline) else 1
+        return broken and found.severity != "broken" and not found.suspicion, grade if any(
+            other.cures for other in kept
+        ) else 0
+
+    return sorted(kept, key=order)
+
+
+def _shifts(end: float, lowest: float, usual: float) -> bool:
+    """Whether a loss ends far above where it could, and where another run begins."""
+    return lowest >= 0 and end > max(LIMITS.shifts * lowest, usual)
+
+
+def _completed(
+    training_step: TrainingStep, one: Tried, untreated: Outcome, budget: Budget, observe: Observe, depth: int
+) -> tuple[Cause, list[Cause]]:
+    """The first cause; where its remedy is not enough, with the remedy of what shows itself behind it."""
+    found = one.finding
+    if one.cures:
+        if found.kind == "weights" and "gain" in found.evidence:
+            found.evidence["gain after the remedy"] = trials.growth_after(training_step, one.remedy)
+        return _cause(one, untreated), []
+    if not one.helps or depth <= 1 or not budget.allows_a_run():
+        return _cause(one, untreated), []
+    with trials.after_remedy(training_step, one.remedy) as changed:
+        second = TrainingStep(changed.model, changed.batch, changed.loss_fn, changed.optimizer)
+        try:
+            behind = observe(second, depth - 1)
+        finally:
+            second.snapshot.restore()
+    if not behind and training_step.optimizer is not None and "lr" in training_step.optimizer.param_groups[0]:
+        # Nothing else is wrong, and the loss does not fall evenly: the rest is the rate's.
+        second_kind, code, change = "learning rate", smaller_rate(0.1, training_step.optimizer), "a tenth of the rate"
+    elif behind and behind[0].remedy and behind[0].remedy not in one.remedy:
+        second_kind, code, change = behind[0].kind, behind[0].remedy, behind[0].change
+    else:
+        return _cause(one, untreated), behind
+    # A second remedy of the same kind is the first with another number in it.
+    both = code if second_kind == found.kind else f"{one.remedy}\n{code}"
+    outcome = trials.run(training_step, both, budget, rewritten=one.rewritten)
+    if outcome.effect == "falls":
+        change = " and ".join(text for text in (found.change, change) if text)
+        return _cause(Tried(found, both, outcome), untreated, change), behind
+    worth = outcome.losses and behind and second_kind != found.kind
+    return _cause(Tried(found, both if worth else one.remedy), untreated), behind
+
+
+def _cause(one: Tried, untreated: Outcome, change: str | None = None) -> Cause:
+    """What is printed of a finding; a remedy that was seen not to help gives way to an advice."""
+    found = one.finding
+    remedy = one.remedy or next((code for code in found.remedies if not trials.is_code(code)), "")
+    remedy = remedy or (found.remedies or [""])[0]
+    return Cause(
+        found.kind,
+        found.severity,
+        found.place,
+        found.explanation,
+        found.evidence,
+        remedy,
+        one.cures,
+        one.outcome.losses if one.cures else (),
+        untreated.losses if one.cures else (),
+        found.change if change is None else change,
+    )
