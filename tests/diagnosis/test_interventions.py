@@ -96,7 +96,20 @@ def partly_bfloat16():
     return model, (X, Y), MSE, sgd(model, 2e-3)
 
 
+class Unregistered(nn.Module):
+    def __init__(self, many):
+        super().__init__()
+        torch.manual_seed(0)
+        factor = (0.5 * torch.randn(8, 2)).requires_grad_()
+        self.shift, self.held = nn.Parameter(torch.zeros(())), [factor] if many else factor
+
+    def forward(self, x):
+        return x @ (self.held[0] if isinstance(self.held, list) else self.held) + self.shift
+
+
 STUCK = {
+    "tensor": (lambda: one(Unregistered(False), sgd), "optimizer"),
+    "tensors in a list": (lambda: one(Unregistered(True), sgd), "optimizer"),
     "rate 1e-7": (lambda: setting(adam, lr=1e-7), "learning rate"),
     "rate 1e-8, SGD": (lambda: setting(sgd, lr=1e-8), "learning rate"),
     "end of a schedule": (end_of_schedule, "learning rate"),

@@ -69,8 +69,8 @@ def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 
 
 def of_standstill(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
-    """What may set a run going that stands still: the rate, then the optimizer, precision, inputs, weights, noise."""
-    for part in (_rates, of_optimizer, _precision, _inputs, _weights, _noise):
+    """What may set a run going: tensors to learn, the rate, the optimizer, precision, inputs, weights, noise."""
+    for part in (_unregistered, _rates, of_optimizer, _precision, _inputs, _weights, _noise):
         yield from part(evidence, run)
 
 
@@ -126,6 +126,40 @@ def _blows_up(run: Outcome) -> bool:
     """Whether a loss that is never negative leaves its size behind; a reward grows, and does not explode."""
     known = [x for x in run.losses if math.isfinite(x)]
     return bool(known) and min(known) >= 0 and (run.effect == "breaks" or known[-1] > LIMITS.blow_up * known[0])
+
+
+def _unregistered(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Tensors that modules hold to learn, and that are neither parameters nor in the optimizer."""
+    optimizer = evidence.optimizer
+    if optimizer is None:
+        return
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known |= {id(leaf.tensor) for leaf in evidence.leaves}
+    found: dict[str, str] = {}  # code, by what is printed
+    for path, module in evidence.model.named_modules():
+        for name, held in vars(module).items():
+            items = (
+                enumerate(held) if isinstance(held, list | tuple) else held.items() if isinstance(held, dict) else ()
+            )
+            every = [("", held), *((f"[{key!r}]", value) for key, value in items if name[0] != "_")]
+            for at, x in every:
+                if isinstance(x, Tensor) and x.is_leaf and x.requires_grad and id(x) not in known:
+                    owner = f"model.get_submodule({path!r})" if path else "model"
+                    found[f"{path}.{name}{at}".lstrip(".")] = f"{owner}.{name}{at}"
+                    known.add(id(x))
+    if found:
+        first = next(iter(found))
+        yield Finding(
+            "optimizer",
+            _severity(run),
+            Place(parameter=first),
+            f"{_course(run)}; with {first} in the optimizer it falls: it wants a gradient, and is no nn.Parameter, so "
+            "model.parameters() does not give it.",
+            {"tensors": len(found)},
+            [f'optimizer.add_param_group({{"params": [{", ".join(found.values())}]}})  # or make them nn.Parameters'],
+            suspicion=True,
+            change=f"{first} in the optimizer",
+        )
 
 
 def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
