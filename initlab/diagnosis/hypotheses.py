@@ -68,8 +68,10 @@ def judge(
         untreated = evidence.untreated = _untreated(training_step, evidence, found, budget)
     if not settled(untreated.losses) and not any(one.suspicion for one in found):
         untreated = evidence.untreated = untreated._replace(constant=False)  # it may just have begun
-    results = _try_all(training_step, found, untreated, budget)
     baseline = evidence.baseline
+    if all(one.suspicion for one in found) and _near_the_floor(untreated, baseline):
+        return []
+    results = _try_all(training_step, found, untreated, budget)
     kept = results
     cured = any(_supported(one, untreated, baseline) for one in results if one.finding.suspicion)
     still = _stands_still(untreated, baseline)
@@ -104,6 +106,11 @@ def _may_be_settings(found: list[Finding], evidence: Evidence) -> bool:
     """Whether nothing but the step is suspected in a run that rises or breaks after it began."""
     only_steps = all(one.kind in _HIDES or (one.kind == "weights" and one.suspicion) for one in found)
     return evidence.broke_at != 1 and evidence.error is None and only_steps
+
+
+def _near_the_floor(untreated: Outcome, baseline: float | None) -> bool:
+    """Whether a run has little left to lose all along, against knowing nothing."""
+    return bool(baseline) and untreated.effect != "breaks" and max(untreated.losses) < LIMITS.floor * (baseline or 0.0)
 
 
 def _stands_still(untreated: Outcome, baseline: float | None) -> bool:

@@ -166,6 +166,18 @@ def near_its_end():
     return one(model, lambda m: sgd(m, 1e-4), (X, y))
 
 
+def late_in_training():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 2)
+    optimizer = adam(model)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        MSE(model, (X, X[:, :2])).backward()
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-6
+    return model, (X, X[:, :2]), MSE, optimizer
+
+
 def in_warm_up():
     model = net()
     optimizer = adam(model)
@@ -180,6 +192,7 @@ def critic():
 
 LEARNS = {
     "near its end": near_its_end,
+    "late in training": late_in_training,
     "warm-up": in_warm_up,
     "fine-tuning": lambda: one(net(), lambda m: adam(m, 2e-5)),
     "small rate": lambda: one(net(), lambda m: sgd(m, 1e-3)),
