@@ -17,7 +17,7 @@ BENCH := cd $(VENV) && $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CUR
 SOURCES := setup.py pyproject.toml $(wildcard README.md) $(shell find initlab kernels -not -path '*/__pycache__*')
 
 .NOTPARALLEL:
-.PHONY: demo test test-all bench gpu clean
+.PHONY: demo test test-all bench gpu mutants clean
 
 demo: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
 	$(BIN)/initlab demo
@@ -41,6 +41,10 @@ bench: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
 # without a GPU, at sizes that say nothing.
 gpu:
 	$(PYTHON) benchmarks/gpu $(if $(DRY),--dry) $(OUT)
+
+# Breaks the compiled kernels on purpose and lists what no check notices. Half an hour; writes tests/ptx/mutants.md.
+mutants: $(VENV)/wheel.stamp
+	cd $(VENV) && $(BIN)/python $(CURDIR)/tests/ptx/mutants.py --write $(CURDIR)/tests/ptx/mutants.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -186,7 +186,7 @@ def norm_cases() -> Iterator[Case]:
         constants = {"FP64": fp64, "BLOCK_SIZE": block}
         yield Case("norm: kernel", element, norms.norm_kernel, signature, constants, 0, 0, options={})
         signature = {**table, "first_item": "i32", "norm_ptr": "*fp64"}
-        signature |= {"max_norm_high": "fp32", "max_norm_low": "fp32"}
+        signature |= {"max_norm_high": "i32", "max_norm_low": "i32"}
         constants = {"POLICY": "zero", "FP64": fp64, "BLOCK_SIZE": block}
         yield Case("scale: kernel", element, norms.scale_kernel, signature, constants, 0, 0, options={})
     signature = {"sums_ptr": "*fp64", "items": "i32", "sound": "fp32", "results_ptr": "*i64"}

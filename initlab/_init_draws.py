@@ -43,6 +43,8 @@ def sample(
     """
     cached = _NUMBERS.issuperset(map(type, parameters))
     drawn = _made(distribution, *parameters) if cached else distribution(*parameters)
+    if tensor.requires_grad and not tensor.is_leaf:
+        _refuse_made(tensor)
     if type(tensor) in PLAIN:
         fill_((Draw(tensor, drawn, draw_key(tensor, generator)),))  # of a meta or fake tensor it checks the dtype only
     elif not tensor.is_meta:
@@ -53,6 +55,35 @@ def sample(
         observe(tensor, drawn)
     _zero_tangent(tensor)
     return tensor
+
+
+def _refuse_made(tensor: Tensor) -> None:
+    """Refuse a tensor that is computed from parameters: what is written to it changes none of them.
+
+    The weight of a layer under weight_norm or another parametrisation is such a tensor. Inside swap() nothing is
+    refused: code that calls torch's own functions on such a weight has to go on as it does without.
+    """
+    from .models.patches import sinks
+
+    root = tensor._base if tensor._base is not None else tensor
+    if root.grad_fn is None or sinks():
+        return
+    waiting: list[Any] = [root.grad_fn]
+    seen: set[Any] = set()
+    while waiting and len(seen) < 256:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), torch.nn.Parameter):
+            raise RuntimeError(
+                f"this tensor, of shape {tuple(tensor.shape)}, is computed from parameters ({root.grad_fn.name()}), "
+                "as the weight of a layer is under weight_norm or another parametrization: filling it would change "
+                "none of them. Assign what was drawn, layer.weight = init.normal_(torch.empty(...)), which goes "
+                "through right_inverse (torch.nn.utils.parametrize); for the older torch.nn.utils.weight_norm fill "
+                "weight_v, and set weight_g to its norm; or call init_model_, which does both"
+            )
+        waiting += [source for source, _ in node.next_functions]
 
 
 _NUMBERS = frozenset({int, float})  # what is its own key to a cache; a tensor, say, may change
@@ -80,6 +111,8 @@ def fill_orthogonal(tensor: Tensor, gain: float, generator: torch.Generator | No
     """Fill with `gain` times a random orthogonal matrix: Q of the QR decomposition of a Gaussian one."""
     if not has_values(tensor) or tensor.numel() == 0:
         return tensor
+    if tensor.requires_grad and not tensor.is_leaf:
+        _refuse_made(tensor)
     _refuse_dtensor(tensor, "orthogonal_")
     if tensor.layout != torch.strided:
         raise NotImplementedError(f"cannot fill a tensor of layout {tensor.layout}; fill its dense values")

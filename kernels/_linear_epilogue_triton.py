@@ -21,6 +21,7 @@ from .linear import NAN, NEGATIVE_INF, POSITIVE_INF
 LIMITS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F7F8000, torch.float16: 0x477FF000}  # bits of a float32
 RELU_BLOCK = 4096  # elements that a program of relu_in_place_kernel takes
 MASK_ROWS, MASK_BLOCK_M, MASK_BLOCK_N = 256, 16, 128  # rows that a program of mask_and_sum_kernel takes; its block
+MAX_GRID_Y = 65535  # CUDA's
 
 _INFINITY = tl.constexpr(0x7F800000)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
@@ -126,7 +127,7 @@ def mask_and_sum_kernel(
 ):  # fmt: skip
     """out = where(y <= 0, 0, grad); sums[p] = out[p * ROWS : (p + 1) * ROWS].sum(0). Program: BLOCK_N columns, p."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(1)
+    part = tl.program_id(1).to(M.dtype)  # of 64 bits where M has them
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, ROWS, BLOCK_M):
         offs_m = (part * ROWS + start + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -161,12 +162,14 @@ def mask_and_sum(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         y: (M, N), contiguous, not empty.
     """
     M, N = y.shape
-    parts = triton.cdiv(M, MASK_ROWS)
+    rows = MASK_ROWS
+    while (parts := triton.cdiv(M, rows)) > MAX_GRID_Y:
+        rows *= 2
     out = torch.empty_like(y)
     sums = torch.empty(parts, N, dtype=torch.float32, device=y.device)
     with launching(y.device):
         mask_and_sum_kernel[(triton.cdiv(N, MASK_BLOCK_N), parts)](
             grad, y, out, sums, M, N, grad.stride(0), grad.stride(1),
-            ROWS=MASK_ROWS, BLOCK_M=MASK_BLOCK_M, BLOCK_N=MASK_BLOCK_N, num_warps=4,
+            ROWS=rows, BLOCK_M=MASK_BLOCK_M, BLOCK_N=MASK_BLOCK_N, num_warps=4,
         )  # fmt: skip
     return out, sums.sum(0)

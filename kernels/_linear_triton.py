@@ -36,6 +36,7 @@ from ._linear_epilogue_triton import (
 __all__ = ["forward", "mask_and_sum"]
 
 ONE_KERNEL_MAX_K = 2048  # up to here the one kernel is expected to be faster: it loses 20 % to cuBLAS, or less
+ONE_KERNEL_MAX_SIZE = 2**31 - 256  # rows and columns are counted in 32 bits, up to a tile beyond the last of them
 GROUP_SIZE_M = tl.constexpr(8)  # rows of tiles worked on together, so that their operands are found in the L2 cache
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -189,7 +190,9 @@ def _fits_one_kernel(x: Tensor, w: Tensor) -> bool:
         return False
     if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return False  # without tensor cores there is nothing to win
-    return M > 0 and N > 0 and N * w.itemsize % 16 == 0 and _aligned(x) and _aligned(w)
+    if not (0 < M <= ONE_KERNEL_MAX_SIZE and 0 < N <= ONE_KERNEL_MAX_SIZE):
+        return False
+    return N * w.itemsize % 16 == 0 and _aligned(x) and _aligned(w)
 
 
 def _aligned(x: Tensor) -> bool:

@@ -1,8 +1,7 @@
 """The norm and the scaling on the GPU: one launch for the tensors of a device, whatever their number and dtypes.
 
-A table has a column for each tensor. The work is cut into items of up to `blocks` blocks of BLOCK_SIZE elements of one
-tensor, from a multiple of 16 bytes on, and a program finds its item's column by bisection. Every item has one sum; a
-single program adds them up in order, so that equal gradients give equal bits. Where the total overflows or vanishes, a
+The work is cut into items, which a table describes (_norms_table_triton.py). Every item has one sum; a single program
+adds them up in order, so that equal gradients give equal bits. Where the total overflows or vanishes, a
 rescan reads again, in float64; its programs are launched always, read the total, and leave at once where it is sound.
 So nothing waits for the device. Where the norm of each tensor is asked for, the rescan also reads those items whose own
 sum is not sound, and one more kernel adds up the items of each tensor.
@@ -10,8 +9,7 @@ sum is not sound, and one more kernel adds up the items of each tensor.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common_triton import INTERPRETED, find, launching, on_device, rounded, widened
+from ._common_triton import INTERPRETED, launching, rounded, widened
+from ._norms_table_triton import (
+    BLOCK_SIZE,
+    FIRST_ITEM,
+    INDEX,
+    NUM_WARPS,
+    PLACE,
+    Plan,
+    prepare,
+    table_jit,
+    work_item,
+)
 from .norms import (
     BIG,
     DTYPES,
@@ -32,15 +41,12 @@ from .norms import (
     SPLIT_BELOW,
     SPLIT_FACTOR,
     TINY,
-    Entries,
 )
 
-ON_DEVICE = True
+__all__ = ["ON_DEVICE", "norm", "prepare", "scale"]
 
-BLOCK_SIZE = 4096  # elements that a program of NUM_WARPS warps reads at once: 32 a thread
-NUM_WARPS = 4
+ON_DEVICE = True
 RESCAN_BLOCK = 512  # as BLOCK_SIZE, in a rescan
-WORK_ITEMS = 1 << 14  # about so many: enough for any GPU, few enough for one program to add up
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _PARTS = tl.constexpr(1 if INTERPRETED else 8)  # of a block that is not full, so that it doesn't set the register count
 _SUMMED = tl.constexpr(8)  # squares added in float32 before they go to float64
@@ -56,8 +62,6 @@ _SPLIT_BELOW_LOWER, _SPLIT_BELOW = map(tl.constexpr, SPLIT_BELOW)
 _SPLIT_FACTOR_LOWER, _SPLIT_FACTOR = map(tl.constexpr, SPLIT_FACTOR)
 _EPSILON = tl.constexpr(EPSILON)
 
-# Rows of the table. Elements are counted from ADDRESS, which is rounded down to 16 bytes. `find` looks into row 0.
-FIRST_ITEM, ADDRESS, BEGIN, END, CODE, INDEX, PLACE = map(tl.constexpr, range(7))
 # Rows of the scratch, a column for each work item: sums in float64 (the first pass has one, in row 0), then int64.
 # Where the norm of each tensor is asked for, the first pass's sums are kept apart.
 _BIG_SUM, _MID_SUM, _TINY_SUM, _ITEM_FLAG, _ITEM_INDEX = map(tl.constexpr, range(5))
@@ -65,25 +69,19 @@ _NO_INDEX = tl.constexpr((1 << 63) - 1)
 # Results, of 64 bits each: the first two float64, the others int64; RESCAN is 1 where the total calls for a rescan.
 NORM, SUM_OF_SQUARES, FLAG, FIRST_NONFINITE, RESCAN = map(tl.constexpr, range(5))
 
-# One compilation, whatever a table's size and address: Triton would make variants for a size of 1, or 16 divides it.
-_table_jit = triton.jit(
-    do_not_specialize=["columns", "blocks", "first_item", "items", "max_norm_high", "max_norm_low"],
-    do_not_specialize_on_alignment=["table_ptr"],
-)
-
 
 @triton.jit
-def _block_sums(x):
-    """(n,) -> (n / 8,): squares, summed by 8 neighbours of one thread in float32 (float64 for float64), as float64."""
-    x = widened(x, _INTERPRETED)
-    return tl.sum((x * x).reshape(x.shape[0] // _SUMMED, _SUMMED), axis=1).to(tl.float64)
+def _sums_of_neighbours(x):
+    """(n,) -> (n / 8,): sums of 8 in float32 (float64 of float64), as float64."""
+    return tl.sum(x.reshape(x.shape[0] // _SUMMED, _SUMMED), axis=1).to(tl.float64)
 
 
 @triton.jit
 def full_block_squares(address, start, DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The sums of squares of a full block at a multiple of 16 bytes: (BLOCK_SIZE / 8,)."""
     ptr = tl.multiple_of((address.to(tl.pointer_type(DTYPE)) + start), 16)
-    return _block_sums(tl.load(ptr + tl.arange(0, BLOCK_SIZE)))
+    x = widened(tl.load(ptr + tl.arange(0, BLOCK_SIZE)), _INTERPRETED)
+    return _sums_of_neighbours(x * x)
 
 
 @triton.jit
@@ -100,23 +98,15 @@ def _sum_squares(address, start, begin, end, blocks, DTYPE: tl.constexpr, BLOCK_
                     offsets = start + i * (BLOCK_SIZE // _PARTS) + tl.arange(0, BLOCK_SIZE // _PARTS)
                     mask = (offsets >= begin) & (offsets < end)
                     x = tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0)
-                    rest += _block_sums(x)
+                    x = widened(x, _INTERPRETED)
+                    # Here several threads hold each sum, and one of them is kept. Had they x * x, each would fuse its
+                    # own square into the sum, and the norm's bits would depend on whose is kept.
+                    rest += _sums_of_neighbours(tl.fma(x, x, 0.0))
         start += BLOCK_SIZE
     return tl.sum(total) + tl.sum(rest)
 
 
-@triton.jit
-def _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE: tl.constexpr):
-    """An item's column in the table, address, place of its first block, begin and end of its tensor, dtype's code."""
-    column_ptr = table_ptr + find(table_ptr, columns, item)
-    start = (item - tl.load(column_ptr + FIRST_ITEM * columns)) * blocks * BLOCK_SIZE
-    address = tl.load(column_ptr + ADDRESS * columns)
-    begin = tl.load(column_ptr + BEGIN * columns)
-    end = tl.load(column_ptr + END * columns)
-    return column_ptr, address, start, begin, end, tl.load(column_ptr + CODE * columns)
-
-
-@_table_jit
+@table_jit
 def norm_kernel(
     table_ptr, columns, blocks, first_item,  # inputs: (7, columns) int64; how the work is cut
     sums_ptr,  # output: float64, one for each item
@@ -127,7 +117,7 @@ def norm_kernel(
     FP64: of float64 tensors, whose arithmetic would cost the others registers.
     """
     item = tl.program_id(0).to(tl.int64) + first_item
-    _, address, start, begin, end, code = _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
+    _, address, start, begin, end, code = work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
     if FP64:
         total = _sum_squares(address, start, begin, end, blocks, tl.float64, BLOCK_SIZE)
     else:
@@ -204,7 +194,7 @@ def _is_sound(sums, blocks, BLOCK_SIZE: tl.constexpr):
     return (sums >= least) & (sums < float("inf"))
 
 
-@_table_jit
+@table_jit
 def rescan_kernel(
     table_ptr, columns, blocks, items, results_ptr,  # inputs: as norm_kernel; (5,) int64
     scratch_ptr,  # output: (5, items), float64 and int64
@@ -221,7 +211,7 @@ def rescan_kernel(
     if leave:
         return
     item = tl.program_id(0).to(tl.int64)
-    column_ptr, address, start, begin, end, code = _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
+    column_ptr, address, start, begin, end, code = work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
     blocks = blocks * (BLOCK_SIZE // RESCAN_BLOCK)
     if code == _BFLOAT16:
         big, mid, tiny, flag = _scaled_sums(address, start, begin, end, blocks, tl.bfloat16, RESCAN_BLOCK)
@@ -284,7 +274,7 @@ def finish_rescan_kernel(
     tl.store(results_ptr + FIRST_NONFINITE, tl.where(flag != 0, first, -1))
 
 
-@_table_jit
+@table_jit
 def tensor_norms_kernel(
     table_ptr, columns, blocks, items, results_ptr,  # inputs: as rescan_kernel
     sums_ptr, scratch_ptr,  # inputs: (items,) float64 of the first pass; (5, items) of the rescan
@@ -353,15 +343,16 @@ def _scale(
         start += BLOCK_SIZE
 
 
-@_table_jit
+@table_jit
 def scale_kernel(
     table_ptr, columns, blocks, first_item,  # inputs and outputs: the elements that the table points to
-    norm_ptr, max_norm_high, max_norm_low,  # inputs: 0-d; max_norm as two float32, since a launch takes no float64
+    norm_ptr, max_norm_high, max_norm_low,  # inputs: 0-d; max_norm's bits in halves, since a launch takes float32 only
     POLICY: tl.constexpr, FP64: tl.constexpr, BLOCK_SIZE: tl.constexpr,  # meta
 ):  # fmt: skip
     """x *= min(1, max_norm / (norm + 1e-6)) for one item; leaves at once where that is 1."""
     norm = tl.load(norm_ptr).to(tl.float64)
-    c = max_norm_high / (norm + _EPSILON) + max_norm_low / (norm + _EPSILON)
+    bits = (max_norm_high.to(tl.int64) << 32) | (max_norm_low.to(tl.int64) & 0xFFFFFFFF)
+    c = bits.to(tl.float64, bitcast=True) / (norm + _EPSILON)
     c = tl.where(c > 1.0, 1.0, c)
     finite = tl.abs(norm) < float("inf")
     zero = finite != finite
@@ -375,7 +366,7 @@ def scale_kernel(
     a = tl.where(c == 0.0, 1.0, a.to(tl.float64))
     b = c / a
     item = tl.program_id(0).to(tl.int64) + first_item
-    _, address, start, begin, end, code = _work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
+    _, address, start, begin, end, code = work_item(table_ptr, columns, blocks, item, BLOCK_SIZE)
     if FP64:
         _scale(address, start, begin, end, blocks, a, b, zero, tl.float64, BLOCK_SIZE)
     else:
@@ -387,78 +378,19 @@ def scale_kernel(
             _scale(address, start, begin, end, blocks, a, b, zero, tl.float32, BLOCK_SIZE)
 
 
-class _Plan(NamedTuple):
-    """The table on the device, and how the work is cut."""
-
-    device: torch.device
-    disjoint: bool  # whether no two tensors share memory
-    table: Tensor
-    columns: int
-    blocks: int
-    narrow: int  # items of tensors that are not float64; theirs come first
-    items: int
-    elements: int
-    full: bool  # whether every tensor has elements
-
-
-# By device, stream and what was asked: gradients lie where they lay in the step before, nearly always.
-_plans: OrderedDict[tuple[torch.device, int, bytes, tuple[int, ...] | None], _Plan] = OrderedDict()
-_KEPT = 16
-
-
-def prepare(entries: Entries, device: torch.device) -> _Plan:
-    """The plan of an earlier call where addresses, lengths, dtypes and indices are the same."""
-    rows = np.array(entries[:4], dtype=np.int64)
-    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
-    key = (device, stream, rows.tobytes(), None if entries.places is None else tuple(entries.places))
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = _make_plan(rows, entries.places, device)
-        while len(_plans) > _KEPT:
-            _plans.popitem(last=False)
-    else:
-        _plans.move_to_end(key)
-    return plan
-
-
-def _make_plan(rows: np.ndarray[Any, Any], places: list[int] | None, device: torch.device) -> _Plan:
-    wide_last = np.argsort(rows[2] == _FLOAT64.value, kind="stable")
-    address, length, code, index = rows[:, wide_last]
-    itemsize = np.array([dtype.itemsize for dtype in DTYPES])[code]
-    order = address.argsort()
-    disjoint = bool(((address + length * itemsize)[order][:-1] <= address[order][1:]).all())
-    begin = address % 16 // itemsize
-    end = begin + length
-    elements = int(length.sum())
-    blocks = max(1, elements // (WORK_ITEMS * BLOCK_SIZE))
-    items = (end + (blocks * BLOCK_SIZE - 1)) // (blocks * BLOCK_SIZE)
-    table = {
-        FIRST_ITEM.value: items.cumsum() - items,
-        ADDRESS.value: address - begin * itemsize,
-        BEGIN.value: begin,
-        END.value: end,
-        CODE.value: code,
-        INDEX.value: index,
-        PLACE.value: wide_last if places is None else np.array(places, dtype=np.int64)[wide_last],
-    }
-    on_gpu = on_device([np.stack([table[row] for row in range(len(table))])], device)
-    narrow = int(items[code != _FLOAT64.value].sum())
-    return _Plan(device, disjoint, on_gpu, len(length), blocks, narrow, int(items.sum()), elements, places is None)
-
-
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     if programs > 0:
         kernel[(programs,)](*arguments, **constants, num_warps=NUM_WARPS)
 
 
-def norm(plan: _Plan, count: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def norm(plan: Plan, count: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The 2-norm, its square, the flag and the index of the first tensor with a non-finite value; see norms.Norm.
 
     count: of all tensors, also those without elements, where the norm of each is asked for too.
     """
     items, table = plan.items, (plan.table, plan.columns, plan.blocks)
     # Below it, squares that float32 rounds to subnormals could weigh 1e-7 in the total.
-    sound = max(1e-30, plan.elements * 1e-38)
+    sound = float(np.float32(max(1e-30, plan.elements * 1e-38)))  # as a launch would cut it
     with torch.inference_mode(False), launching(plan.device):
         results = torch.empty(5, dtype=torch.int64, device=plan.device)
         scratch = torch.empty(5 * items, dtype=torch.float64, device=plan.device)
@@ -488,10 +420,9 @@ def norm(plan: _Plan, count: int | None = None) -> tuple[Tensor, Tensor, Tensor,
         )
 
 
-def scale(plan: _Plan, norm: Tensor, max_norm: float, policy: str) -> None:
+def scale(plan: Plan, norm: Tensor, max_norm: float, policy: str) -> None:
     """Multiply every element by min(1, max_norm / (norm + 1e-6)); `norm` is 0-d, on the device."""
-    high = float(np.float32(max_norm))  # a launch takes numbers as float32
-    low = max_norm - high if abs(high) < float("inf") else 0.0
+    low, high = np.array([max_norm], dtype="<f8").view("<i4").tolist()
     with launching(plan.device):
         for fp64, first, items in ((False, 0, plan.narrow), (True, plan.narrow, plan.items - plan.narrow)):
             _launch(

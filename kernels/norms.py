@@ -2,7 +2,7 @@
 
 One read gives the norm. When nothing is to be clipped, nothing is written: on a CPU the scaling is left out, on a GPU
 its kernel reads the norm and leaves at once. Nothing waits for a GPU. What the backends do not serve (other p, devices
-and dtypes, subclasses, tracing, graph capture), plain torch does, further down on this page.
+and dtypes, subclasses, tracing), plain torch does, further down on this page.
 
 >>> import torch
 >>> from initlab.kernels import clip_, grad_norm
@@ -289,12 +289,13 @@ class DeviceGroup:
                 check_memory(t)
 
     def prepare(self, tensors: Sequence[Tensor], indices: Sequence[int]) -> Any:
-        """A plan. None, and plain torch serves, where a tensor has no memory of its own, as in torch.func."""
+        """A plan. None, and plain torch serves, where a tensor has no memory of its own, as in torch.func, or where the
+        backend has none for the capture of a CUDA graph."""
         entries = _entries(tensors, indices)
-        if entries is None or self.backend is None:
+        plan = None if entries is None or self.backend is None else self.backend.prepare(entries, self.device)
+        if plan is None:
             self.backend = None
-            return None
-        return self.backend.prepare(entries, self.device)
+        return plan
 
 
 def _check(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> None:
@@ -309,11 +310,9 @@ def _check(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> None:
 
 
 def _backend(tensors: Sequence[Tensor], device: torch.device) -> ModuleType | None:
-    """What serves tensors on one device; None for plain torch, which also traces, captures and takes subclasses."""
+    """What serves tensors on one device; None for plain torch, which also traces and takes subclasses."""
     if torch.compiler.is_compiling() or not all_plain(tensors):
         return None
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None  # a graph would read the backend's table again from memory that is gone
     return backends.load(device, _MODULES).module
 
 
@@ -356,6 +355,8 @@ def _group_norm(group: DeviceGroup, p: float, detect_nonfinite: bool, per_tensor
     if group.strided:
         copies = [t if is_dense(t) else t.detach().contiguous() for t in group.tensors]
         plan = group.prepare(copies, group.indices)
+        if plan is None:
+            return _norm_by_torch(copies, group.indices, p, detect_nonfinite, per_tensor)
     norm = _GroupNorm(*group.backend.norm(plan, len(group.tensors) if per_tensor else None))
     del copies  # until here: a plan knows addresses only
     return norm
@@ -381,7 +382,7 @@ def _norm_by_torch(
             flags = torch.zeros(len(tensors), dtype=torch.int32, device=norm64.device)
         else:
             flags = torch.stack([nonfinite_flag(t) for t in tensors])
-        return _GroupNorm(norm64, power, *_merge_flags(flags, torch.tensor(indices, device=flags.device)), each)
+        return _GroupNorm(norm64, power, *_merge_flags(flags, _counted(indices, flags.device)), each)
 
 
 def _with_empty(norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -400,9 +401,16 @@ def _in_order(norms: Sequence[_GroupNorm], prepared: TensorGroups) -> Tensor:
     return torch.stack([next(parts[t.device]) for t in prepared.tensors])
 
 
+def _counted(indices: Sequence[int], device: torch.device) -> Tensor:
+    """Ascending numbers on a device, without a copy from the host, which the capture of a CUDA graph forbids."""
+    starts = [k for k, i in enumerate(indices) if k == 0 or i != indices[k - 1] + 1]
+    runs = zip(starts, [*starts[1:], len(indices)], strict=True)
+    return torch.cat([torch.arange(indices[a], indices[b - 1] + 1, device=device) for a, b in runs])
+
+
 def _merge_flags(flags: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
     """The or of flags, and the smallest of `firsts` whose flag is not 0; -1 if there is none."""
-    bits = torch.tensor([NAN, POSITIVE_INF, NEGATIVE_INF], dtype=flags.dtype, device=flags.device)
+    bits = 1 << torch.arange(3, dtype=flags.dtype, device=flags.device)  # NAN, POSITIVE_INF, NEGATIVE_INF
     flag = (((flags[:, None] & bits) != 0).any(0) * bits).sum(dtype=torch.int32)
     nowhere = torch.iinfo(torch.int64).max
     first = torch.where(flags != 0, firsts, nowhere).amin()

@@ -9,13 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the CPU
+# Triton's kernels run on a GPU where there is one, else on the CPU: in Triton's interpreter, or compiled for the GPU
+# that INITLAB_TEST_DEVICE names (sm_80, sm_90, sm_100, sm_120), and emulated.
+if "INITLAB_TEST_DEVICE" in os.environ:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from initlab.kernels import backends
 from initlab.kernels.sampling import fill
 
 import initlab
+
+if "INITLAB_TEST_DEVICE" in os.environ:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from ptx import device
+
+    device.install(int(os.environ["INITLAB_TEST_DEVICE"].removeprefix("sm_")))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads -m

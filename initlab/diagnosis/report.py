@@ -170,6 +170,8 @@ class Diagnosis:
         notes: what else there is to say.
         rank: across ranks, the global rank whose diagnosis it is; None otherwise.
         verdicts: across ranks, the verdict of each, by global rank; empty otherwise.
+        data: of a loader, what the scan of its batches found; None otherwise.
+        batch_index: of a loader, the batch whose diagnosis it is, from 0; None otherwise.
     """
 
     causes: tuple[Cause, ...]
@@ -180,6 +182,8 @@ class Diagnosis:
     notes: tuple[str, ...] = ()
     rank: int | None = None
     verdicts: Mapping[int, Verdict] = field(default_factory=dict)
+    data: Any = None  # a DataReport
+    batch_index: int | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -194,7 +198,7 @@ class Diagnosis:
         return min(self.layers, key=lambda row: row.headroom, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The diagnosis as plain data, for JSON: numbers that JSON does not have are strings."""
+        """The diagnosis as plain data, for JSON: numbers that it does not have are None."""
         return {
             "verdict": self.verdict,
             "causes": [cause.to_dict() for cause in self.causes],
@@ -205,11 +209,13 @@ class Diagnosis:
             "notes": list(self.notes),
             "rank": self.rank,
             "verdicts": _plain(dict(self.verdicts)),
+            "batch_index": self.batch_index,
+            "data": None if self.data is None else self.data.to_dict(),
         }
 
     def to_json(self) -> str:
         """The diagnosis as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         lines = [self._headline(), *self._ranks()]
@@ -291,9 +297,9 @@ def _short(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Plain data that json.dumps writes as JSON: no NaN and no infinities."""
+    """Plain data that json.dumps writes as JSON: None for NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+        return None
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

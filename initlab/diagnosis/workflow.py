@@ -17,7 +17,7 @@ from .._console import inline_listing
 from ..distributed.collectives import all_gather_object
 from ..distributed.groups import groups_of
 from ..models.naming import unwrapped
-from . import checks, hypotheses, probes, ranks, symptoms, trials
+from . import checks, hypotheses, loaders, probes, ranks, symptoms, trials
 from .batch import leaves
 from .budget import Budget
 from .emulation import emulated
@@ -80,12 +80,16 @@ def diagnose(
     backward pass raise are evidence. Afterwards everything is as it was, also when something raises: parameters,
     buffers, gradients, modes, attributes, the optimizer and its state, and the random generators.
 
+    Of a DataLoader, or of an iterator of batches, one pass is taken first, as `initlab.scan_data` does, within half the
+    budget: then the batches with something extreme are run, and a plain one, until one of them breaks.
+
     Beside other ranks it runs this rank's model and batch alone and never communicates, not even where DDP waits for
     the gradients of a pass that is half done. A model that cannot run without the others is refused.
 
     Args:
         model: wrapped (DDP) or compiled ones run unwrapped and uncompiled.
-        batch: one real batch: tensors, or arrays of numpy's, in tuples, lists, dicts and dataclasses.
+        batch: one real batch: tensors, or arrays of numpy's, in tuples, lists, dicts and dataclasses; or a DataLoader
+            or an iterator of such batches.
         loss_fn: called with the model and the batch, returns the loss, one element.
         optimizer: with one, steps are taken and the learning rate is judged.
         steps: how many of training to take as it is. None takes 25, or as many as a fifth of the budget allows.
@@ -115,7 +119,14 @@ def diagnose(
     """
     groups = groups_of(across)
     try:
-        found = diagnose_alone(model, batch, loss_fn, optimizer, steps=steps, budget=budget)
+        if loaders.is_loader(batch):
+            found = loaders.worst_of(
+                batch,
+                budget,
+                lambda one, seconds: diagnose_alone(model, one, loss_fn, optimizer, steps=steps, budget=seconds),
+            )
+        else:
+            found = diagnose_alone(model, batch, loss_fn, optimizer, steps=steps, budget=budget)
     except Exception as error:
         if groups:  # the others wait for this rank
             all_gather_object(f"{type(error).__name__}: {error}", groups)

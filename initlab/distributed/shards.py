@@ -68,6 +68,14 @@ def local_shards(tensor: Tensor) -> list[LocalShard]:
     return shards
 
 
+def shards_in(shards: list[LocalShard], tensor: Tensor) -> list[LocalShard]:
+    """The local shards of a DTensor that is placed as the one whose shards are known, or is that one."""
+    whole = local(tensor)
+    if len(shards) == 1 and tuple(whole.shape) == shards[0].region.sizes:
+        return [LocalShard(whole, shards[0].region)]
+    return local_shards(tensor)
+
+
 def draws(
     tensor: Tensor, distribution: Distribution, key: int, part: tuple[int, int, int] | None = None
 ) -> Iterator[Draw]:

@@ -63,6 +63,9 @@ def set_buffers(
             refs = [ref for ref in refs if id(ref.tensor) not in found]
             if refs:
                 found |= _run(plan.seed, module, refs, where, code, target, reasons)
+            refs = [ref for ref in refs if id(ref.tensor) not in found]
+            if refs and any(_asked_for_device(reason) for ref in refs for reason in reasons[id(ref.tensor)][-1:]):
+                found |= _run(plan.seed, module, refs, where, code, target, reasons, placed=True)
     missing = [
         f"{ref.name} (in {ref.owner}): {'; '.join(reasons[id(ref.tensor)]) or 'its owner has no code to set it'}"
         for ref in pending
@@ -112,13 +115,19 @@ def _run(
     code: Callable[[], Any],
     target: torch.device,
     reasons: dict[int, list[str]],
+    placed: bool = False,
 ) -> dict[int, Tensor]:
-    """Run code that sets buffers of a module, with nothing but these within its reach."""
+    """Run code that sets buffers of a module, with nothing but these within its reach.
+
+    With `placed`, all else in its reach lies on the target, as code expects that goes by the device of a parameter: it
+    is one NaN, without memory for more, and read-only.
+    """
     with torch.inference_mode(False):
         fresh = {id(ref.tensor): _poisoned(ref.tensor, target) for ref in refs}
+        within = _read_only(module, fresh, target) if placed else fresh
     versions = {key: tensor._version for key, tensor in fresh.items()}
     with ExitStack() as stack:
-        stack.enter_context(stand_ins(module, fresh))
+        stack.enter_context(stand_ins(module, dict(within)))
         stack.enter_context(kept_generators())
         torch.manual_seed(named_key(seed, refs[0].name.rpartition(".")[0]))  # the owner's name
         for context in (torch.inference_mode(False), torch.no_grad(), swap(), target):
@@ -135,8 +144,26 @@ def _run(
         same = tensor is fresh[key]
         if tensor is None or tensor.is_meta or (same and tensor._version == versions[key] and _is_poisoned(tensor)):
             reasons[key].append(f"{where} does not set it")
+        elif placed and tensor.is_floating_point() and bool(tensor.isnan().any()):
+            reasons[key].append(f"{where} computes it from parameters")
         else:
             found[key] = tensor.to(target)
+    return found
+
+
+def _asked_for_device(reason: str) -> bool:
+    """Whether code failed, or put a buffer on meta, since it goes by the device of a parameter."""
+    return "meta" in reason or reason.endswith("does not set it")
+
+
+def _read_only(module: nn.Module, fresh: Mapping[int, Tensor], target: torch.device) -> dict[int, Tensor]:
+    """By id: the buffers that are to be set, and for all else in a module's reach one NaN, expanded."""
+    found = dict(fresh)
+    for owner in module.modules():
+        for tensor in (*owner._parameters.values(), *owner._buffers.values()):
+            if tensor is not None and id(tensor) not in found and (tensor.is_floating_point() or tensor.is_complex()):
+                one = torch.full((), math.nan, dtype=tensor.dtype, device=target).expand(tensor.shape)
+                found[id(tensor)] = nn.Parameter(one, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else one
     return found
 
 

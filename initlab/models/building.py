@@ -1,192 +1,20 @@
-"""record_build(): inside it, what a model's code writes while the model is built is recorded, as it happens.
+"""record_build(): inside it, what a model's code writes while the model is built is recorded."""
 
-Two modes of torch watch the thread. A dispatch mode sees every operator, and so every write, also through views and
-`.data`. A function mode sees what operators do not show: the numbers given to torch.tensor on the meta device, the
-fans of kaiming_uniform_, and torch's functions that do nothing there. Nothing that is called gets another result.
-"""
-
-import os
-import sys
-import threading
-import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
-from types import FrameType, TracebackType
-from typing import Any
+from types import TracebackType
 
-import torch
-from torch import Tensor, nn
-from torch.nn.init import _calculate_correct_fan
-from torch.nn.modules import module as hooks
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from initlab.kernels import Distribution, TruncatedNormal
-
-from .._init_draws import observers
 from .builds import BuildRecord
-from .contents import Contents, Value, computed, literal, whole
-from .naming import class_name
-from .operations import Operations
-from .patches import INIT_PATCHES, Observer, sinks
-from .redirection import skipped_on_meta
-
-
-class _Recording(Observer):
-    """What is recorded while the block runs, in the thread that entered it."""
-
-    def __init__(self) -> None:
-        self.contents = Contents()
-        self.operations = Operations(self.contents, self.where)
-        self.modules: dict[int, weakref.ref[nn.Module]] = {}
-        self.thread = threading.get_ident()
-        self.suspended = 0
-        self.in_init = ""  # the function of torch.nn.init that runs now, where its operations count as one
-
-    def where(self) -> str:
-        """The code that is running: class and method of the innermost module, or a function."""
-        return _running_code(sys._getframe(1))
-
-    def registered(self, module: nn.Module, name: str, child: Any) -> None:
-        """A hook of torch: a module is about to get a parameter, a buffer or a child."""
-        if threading.get_ident() == self.thread:
-            self.modules.setdefault(id(module), weakref.ref(module))
-
-    def drawn(self, tensor: Tensor, distribution: Distribution) -> None:
-        """A function of initlab.init has filled a tensor."""
-        if not self.suspended:
-            self.contents.write(tensor, whole(Value(distribution, self.where(), draws=self.contents.new_draw())))
-
-    def observe(self, target: str, call: Callable[[], Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """A function of torch.nn.init, of which operators show too little: on meta these do nothing."""
-        if self.suspended:
-            return call()
-        self.suspended += 1
-        try:
-            result = call()
-        finally:
-            self.suspended -= 1
-        tensor = args[0] if args else kwargs["tensor"]
-        if target != "trunc_normal_":
-            self.contents.write(tensor, computed(f"{self.where()} writes it by {target}"))
-            return result
-        names = ("tensor", "mean", "std", "a", "b", "generator")
-        given = {"generator": None} | dict(zip(names, args, strict=False)) | kwargs
-        numbers = (float(given[name]) for name in names[1:5])
-        self.contents.write(
-            tensor, self.operations._sampled(lambda: TruncatedNormal(*numbers), {"generator": given["generator"]})
-        )
-        return result
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self, recording: _Recording) -> None:
-        super().__init__()
-        self.recording = recording
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.recording.suspended:
-            return func(*args, **kwargs)
-        return self.recording.operations.follow(func, args, kwargs, lambda: func(*args, **kwargs))
-
-
-class _Functions(TorchFunctionMode):
-    def __init__(self, recording: _Recording) -> None:
-        super().__init__()
-        self.recording = recording
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        recording = self.recording
-        if func is torch.tensor and _asks_whether_to_start(sys._getframe(1)):
-            kwargs = kwargs | {"device": "cpu"}
-        result = func(*args, **kwargs)
-        if recording.suspended:
-            return result
-        if func in _OF_DATA and isinstance(result, Tensor):
-            data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
-            if not isinstance(data, Tensor):
-                recording.contents.write(result, literal(data, recording.where()))
-        elif func is vars(torch.nn.init).get("kaiming_uniform_"):
-            tensor = args[0] if args else kwargs["tensor"]
-            mode = args[2] if len(args) > 2 else kwargs.get("mode", "fan_in")
-            if 0 not in tensor.shape:
-                recording.contents.note_fan(tensor, _calculate_correct_fan(tensor, mode))
-        elif func is Tensor.dim and args[0].is_meta:
-            name = skipped_on_meta(sys._getframe(1))
-            if name:
-                recording.contents.write(args[0], computed(f"{recording.where()} writes it by {name}"))
-        return result
-
-
-_OF_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
-
-
-def _asks_whether_to_start(frame: FrameType | None) -> bool:
-    """Whether transformers asks if it builds on the meta device, where it leaves `_init_weights` out.
-
-    It goes by the device of a tensor without elements. What would be left out is what has to be recorded.
-    """
-    for _ in range(4):
-        if frame is None:
-            return False
-        if frame.f_code.co_name == "get_torch_context_manager_or_global_device":
-            return frame.f_back is not None and frame.f_back.f_code.co_name == "init_weights"
-        frame = frame.f_back
-    return False
-
-
-_TORCH = os.path.dirname(torch.__file__)
-_HERE = os.path.dirname(os.path.dirname(__file__))
-_PLUMBING = (
-    *(os.path.join(_TORCH, *path) for path in (("nn", "init.py"), ("nn", "parameter.py"), ("utils", ""), ("_",))),
-    *(os.path.join(_TORCH, name) for name in ("overrides.py", "functional.py")),
-    os.path.join(_HERE, "models", ""),
-    os.path.join(_HERE, "_init_draws.py"),
-    os.path.join(_HERE, "init.py"),
-)
-
-
-def _running_code(frame: FrameType | None) -> str:
-    function = ""
-    for _ in range(24):
-        if frame is None:
-            break
-        code = frame.f_code
-        if not code.co_filename.startswith(_PLUMBING):
-            function = function or code.co_name
-            if code.co_varnames[:1] == ("self",) and isinstance(owner := frame.f_locals.get("self"), nn.Module):
-                return f"{class_name(owner)}.{code.co_name}"
-        frame = frame.f_back
-    return function or "code of the model"
+from .observing import Recording
 
 
 class _RecordBuild:
     def __init__(self) -> None:
-        self.entered: list[tuple[ExitStack, _Recording, BuildRecord]] = []
+        self.entered: list[tuple[ExitStack, Recording, BuildRecord]] = []
 
     def __enter__(self) -> BuildRecord:
-        recording, record = _Recording(), BuildRecord()
+        recording, record = Recording(), BuildRecord()
         with ExitStack() as stack:
-            for register in (
-                hooks.register_module_parameter_registration_hook,
-                hooks.register_module_buffer_registration_hook,
-                hooks.register_module_module_registration_hook,
-            ):
-                stack.callback(register(recording.registered).remove)
-            INIT_PATCHES.add()
-            stack.callback(INIT_PATCHES.remove)
-            sinks().append(recording)
-            stack.callback(sinks().remove, recording)
-            observers().append(recording.drawn)
-            stack.callback(observers().remove, recording.drawn)
-            stack.enter_context(_Operators(recording))
-            stack.enter_context(_Functions(recording))
+            stack.enter_context(recording.modes())
             self.entered.append((stack.pop_all(), recording, record))
         return record
 
@@ -208,14 +36,16 @@ def record_build() -> _RecordBuild:
     `with initlab.record_build() as build: model = make()`, on the meta device or on any other; then
     `initlab.init_model_(model, seed, recipe=build)` gives every parameter what the code gave it: distributions and
     constants, wherever they were written (constructors, reset_parameters, init_weights, ...), in place or by functions
-    that make tensors. What is computed, by `torch.linspace` or `orthogonal_` for example, is refused by name.
+    that make tensors. What is computed, by `torch.linspace` or `orthogonal_` for example, is computed again by the same
+    operators, with random numbers keyed by the seed and the parameter's name.
 
     The model gets the same values as without it, from the same random numbers. It goes by the thread that entered it,
     nests, and leaves nothing behind, also where an exception ends it. Code that starts the weights after the
     constructor, such as timm's `model.init_weights()`, belongs inside the block.
 
-    The record holds names, no tensors: it serves the model after `to_empty`, `.to`, sharding and wrapping, and deep
-    copies of it. A parameter that starts as a copy of another, as in `copy.deepcopy(layer)`, gets the other's values.
+    The record holds names, and no tensors but data that the code used: it serves the model after `to_empty`, `.to`,
+    sharding and wrapping, and deep copies of it. A parameter that starts as a copy of another, as in
+    `copy.deepcopy(layer)`, gets the other's values.
 
     Returns:
         A context manager; `as` gives the record, a recipe once the block has ended.

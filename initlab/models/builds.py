@@ -1,49 +1,28 @@
 """BuildRecord: what a recorded build wrote to each parameter and buffer, by name, and the recipe made of it."""
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from initlab.kernels import Constant
 
-from ..distributed.dtensors import is_dtensor
-from .contents import Contents, Fills, plain
+from .contents import Contents, plain
+from .entries import Entry, Found, entries_of
 from .memory import Layout
 from .naming import TensorRef, class_name, walk
 from .recipe_parts import NamedRecipe, View
-from .specs import DimSlice, FillSpec, Refused
-
-
-@dataclass
-class _Entry:
-    """What a build wrote to one parameter or buffer.
-
-    Args:
-        shape: its shape.
-        spec: what it was filled with; None if no distribution describes it.
-        why: the reason, where there is no spec.
-        copies: names of the tensors that hold the same random numbers, itself included; empty for most.
-    """
-
-    shape: tuple[int, ...]
-    spec: FillSpec | None
-    why: str = ""
-    copies: tuple[str, ...] = ()
-
-
-_Found: TypeAlias = tuple[Tensor, str, Fills | None]  # a tensor, the smallest of its names, what it holds
+from .specs import FillSpec, Refused
 
 
 class _Built:
     """One model that was built: its entries by name, and the classes of its modules by name."""
 
     def __init__(self) -> None:
-        self.entries: dict[str, _Entry] = {}
+        self.entries: dict[str, Entry] = {}
         self.classes: dict[str, str] = {}
 
 
@@ -60,7 +39,7 @@ class BuildRecord:
 
     def __init__(self) -> None:
         self._models: list[_Built] = []
-        self._known: weakref.WeakKeyDictionary[nn.Module, dict[str, _Entry]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[nn.Module, dict[str, Entry]] = weakref.WeakKeyDictionary()
         self._state = "is still going on: leave its with-block first"
 
     def __repr__(self) -> str:
@@ -84,7 +63,7 @@ class BuildRecord:
     def close(self, modules: Iterable[nn.Module], contents: Contents) -> None:
         """The block has ended: enter what the tensors of these modules hold, by name."""
         within = {id(child) for module in modules for child in module.modules() if child is not module}
-        found: dict[Any, _Found] = {}
+        found: dict[Any, Found] = {}
         places: list[tuple[_Built, str, nn.Module, str, tuple[int, Any]]] = []
         for root in modules:
             if id(root) in within:
@@ -101,13 +80,12 @@ class BuildRecord:
                         place = _place(tensor)
                         before = found.get(place)
                         found[place] = (
-                            (tensor, name, contents.read(tensor))
+                            Found(tensor, name, contents.read(tensor), contents.node(plain(tensor)))
                             if before is None
-                            else (before[0], min(name, before[1]), before[2])
+                            else before._replace(name=min(name, before.name))
                         )
                         places.append((built, name, module, attribute, place))
-        equal, shared = _copies(found)
-        entries = {place: _entry(*found[place], equal.get(place, ()), shared.get(place, ())) for place in found}
+        entries = entries_of(found)
         for built, name, module, attribute, place in places:
             built.entries[name] = entries[place]
             self._known.setdefault(module, {})[attribute] = entries[place]
@@ -125,24 +103,27 @@ class BuildRecord:
         def prepare(view: View) -> Callable[[TensorRef], FillSpec | Refused | None]:
             find = self._finder(view)
             present: dict[int, list[str]] = {}
+            known_as: dict[str, str] = {}
             for ref in view.refs:
                 found = find(ref)
-                if isinstance(found, _Entry) and found.copies:
-                    present.setdefault(id(found.copies), []).append(ref.name)
-            return lambda ref: _spec(find(ref), ref, present)
+                if isinstance(found, Entry):
+                    known_as[found.name] = ref.name
+                    if found.copies:
+                        present.setdefault(id(found.copies), []).append(ref.name)
+            return lambda ref: _spec(find(ref), ref, present, known_as)
 
         def prepare_buffers(view: View) -> Callable[[TensorRef], FillSpec | None]:
             find = self._finder(view)
 
             def choose(ref: TensorRef) -> FillSpec | None:
-                spec = _spec(find(ref), ref, {})
+                spec = _spec(find(ref), ref, {}, {})
                 return spec if isinstance(spec, FillSpec) else None
 
             return choose
 
-        return NamedRecipe("build", prepare, prepare_buffers)
+        return NamedRecipe("build", prepare, prepare_buffers, asks_parts=True)
 
-    def _finder(self, view: View) -> Callable[[TensorRef], _Entry | str]:
+    def _finder(self, view: View) -> Callable[[TensorRef], Entry | str]:
         """What finds the entry of a parameter in the model of a view, or why there is none."""
         names: dict[int, str] = {}
         for name, module in walk(view.model):
@@ -151,7 +132,7 @@ class BuildRecord:
             return lambda ref: _by_module(self._known, ref)
         table = self._table(view.model, names)
 
-        def by_name(ref: TensorRef) -> _Entry | str:
+        def by_name(ref: TensorRef) -> Entry | str:
             if isinstance(table, str):
                 return table
             name = f"{names[id(ref.module)]}.{ref.attribute}".lstrip(".")
@@ -159,7 +140,7 @@ class BuildRecord:
 
         return by_name
 
-    def _table(self, model: nn.Module, names: Mapping[int, str]) -> Mapping[str, _Entry] | str:
+    def _table(self, model: nn.Module, names: Mapping[int, str]) -> Mapping[str, Entry] | str:
         """The entries of the recorded model, or part of one, that a copy was made of; or why there is none."""
         wanted = [
             (f"{name}.{attribute}".lstrip("."), tuple(tensor.shape))
@@ -168,7 +149,7 @@ class BuildRecord:
             if tensor is not None
         ]
         kind = class_name(next(module for _, module in walk(model)))
-        tables: list[Mapping[str, _Entry]] = []
+        tables: list[Mapping[str, Entry]] = []
         for built in self._models:
             for start, cls in built.classes.items():
                 if cls != kind:
@@ -196,8 +177,10 @@ def _restored(models: list[_Built], state: str) -> BuildRecord:
     return record
 
 
-def _comparable(entry: _Entry | None) -> Any:
-    return None if entry is None else (entry.shape, entry.spec and entry.spec.fills, entry.why)
+def _comparable(entry: Entry | None) -> Any:
+    return (
+        None if entry is None else (entry.shape, entry.spec and (entry.spec.fills, repr(entry.spec.program)), entry.why)
+    )
 
 
 def _place(tensor: Tensor) -> tuple[int, Any]:
@@ -209,72 +192,7 @@ def _place(tensor: Tensor) -> tuple[int, Any]:
         return -id(tensor), None
 
 
-def _copies(found: Mapping[Any, _Found]) -> tuple[dict[Any, tuple[str, ...]], dict[Any, tuple[str, ...]]]:
-    """Names of the tensors that are made of the same random numbers, by place.
-
-    Returns:
-        (those that are equal, those that share some of their random numbers and are not equal).
-    """
-    by_draw: dict[int, dict[Any, list[tuple[Any, ...]]]] = {}
-    for place, (_, _, fills) in found.items():
-        for _, value in fills or ():
-            for draw in value.draws:
-                by_draw.setdefault(draw, {}).setdefault(place, []).append(value.path)
-    equal: dict[Any, tuple[str, ...]] = {}
-    shared: dict[Any, tuple[str, ...]] = {}
-    for places in by_draw.values():
-        groups: dict[Any, list[Any]] = {}
-        for place in places:
-            groups.setdefault(_content(*found[place]), []).append(place)
-        parts = [{path for place in group for path in places[place]} for group in groups.values()]
-        names = tuple(found[place][1] for place in places)
-        lost = len(places) > 1 and any("?" in path for paths in parts for path in paths)
-        if lost or not _are_disjoint(parts):
-            shared |= dict.fromkeys(places, names)
-            continue
-        for group in groups.values():
-            if len(group) > 1:
-                equal |= dict.fromkeys(group, tuple(found[place][1] for place in group))
-    return equal, shared
-
-
-def _content(tensor: Tensor, name: str, fills: Fills | None) -> Any:
-    """What has to be equal for two tensors to hold equal random numbers."""
-    return tuple(tensor.shape), tuple((part, v.distribution, v.draws, v.path) for part, v in fills or ())
-
-
-def _are_disjoint(groups: list[set[tuple[Any, ...]]]) -> bool:
-    """Whether tensors took different parts of one draw: each group one slice, of the same dimension."""
-    if len(groups) < 2:
-        return True
-    if any(len(paths) != 1 for paths in groups):
-        return False
-    firsts = [next(iter(paths))[:1] for paths in groups]
-    if not all(first and isinstance(first[0], DimSlice) for first in firsts):
-        return False
-    spans = sorted(first[0] for first in firsts)
-    return all(a.dim == b.dim and a.start + a.length <= b.start for a, b in itertools.pairwise(spans))
-
-
-def _entry(tensor: Tensor, name: str, fills: Fills | None, copies: tuple[str, ...], shared: tuple[str, ...]) -> _Entry:
-    shape = tuple(tensor.shape)
-    if fills is None:
-        return _Entry(shape, None, "it was made outside the recorded build")
-    if not fills:
-        return _Entry(shape, None, "nothing was written to it during the recorded build")
-    bad = next((value for _, value in fills if value.distribution is None), None)
-    if bad is not None:
-        return _Entry(shape, None, bad.why)
-    if is_dtensor(tensor) and any(part is not None for part, _ in fills):
-        return _Entry(shape, None, "a part of a DTensor was written")
-    if shared:
-        others = ", ".join(other for other in shared if other != name)
-        return _Entry(shape, None, f"it is computed from the random numbers of {others}, or shares a part of them")
-    pairs = tuple((part, value.distribution) for part, value in fills if value.distribution is not None)
-    return _Entry(shape, FillSpec(pairs, fills[0][1].fan, fills[-1][1].why, exact=True), "", copies)
-
-
-def _by_module(known: Mapping[nn.Module, dict[str, _Entry]], ref: TensorRef) -> _Entry | str:
+def _by_module(known: Mapping[nn.Module, dict[str, Entry]], ref: TensorRef) -> Entry | str:
     for owner, attribute in ref.places:
         entries = known.get(owner)
         if entries is not None and attribute in entries:
@@ -282,7 +200,7 @@ def _by_module(known: Mapping[nn.Module, dict[str, _Entry]], ref: TensorRef) -> 
     return "it was made outside the recorded build"
 
 
-def _checked(entry: _Entry | None, ref: TensorRef) -> _Entry | str:
+def _checked(entry: Entry | None, ref: TensorRef) -> Entry | str:
     if entry is None:
         return "it was made outside the recorded build"
     if entry.shape != tuple(ref.tensor.shape):
@@ -290,11 +208,15 @@ def _checked(entry: _Entry | None, ref: TensorRef) -> _Entry | str:
     return entry
 
 
-def _spec(found: _Entry | str, ref: TensorRef, present: Mapping[int, list[str]]) -> FillSpec | Refused:
+def _spec(
+    found: Entry | str, ref: TensorRef, present: Mapping[int, list[str]], known_as: Mapping[str, str]
+) -> FillSpec | Refused:
     if isinstance(found, str):
         return Refused(found)
     if found.spec is None:
         return Refused(found.why)
+    if found.spec.program is not None:
+        return replace(found.spec, known_as={**known_as, found.name: ref.name})
     if not found.copies or isinstance(found.spec.distribution, Constant):
         return found.spec
     names = present.get(id(found.copies), [])

@@ -7,7 +7,7 @@ probability less than a level, if the code was read rightly, is refused with les
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,6 +62,24 @@ def mismatch(ref: TensorRef, spec: FillSpec, tensors: int) -> str | None:
         if found:
             return f"by {spec.why} it would be {distribution}, and {found}"
     return None
+
+
+_SIDES: tuple[Literal["left", "right"], ...] = ("left", "right")
+
+
+def two_sample_mismatch(held: Tensor, drawn: Tensor, level: float) -> bool:
+    """Whether two tensors' values cannot come from one distribution, by Kolmogorov's and Smirnov's distance.
+
+    The bound is Massart's for each of the two samples.
+    """
+    a, b = (_sorted_sample(t) for t in (held, drawn))
+    ends = np.concatenate([a, b])
+    distance = max(
+        float(np.abs(np.searchsorted(a, ends, side) / len(a) - np.searchsorted(b, ends, side) / len(b)).max())
+        for side in _SIDES
+    )
+    size = 1 / (len(a) ** -0.5 + len(b) ** -0.5) ** 2
+    return bool(np.isnan(a).any()) or 4 * math.exp(-2 * size * distance**2) < level
 
 
 class MetaWrites:

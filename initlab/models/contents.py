@@ -4,6 +4,8 @@ Writes go by storage and place, not by tensor: a view, a slice, `.data` and a Pa
 """
 
 import itertools
+import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -16,9 +18,12 @@ from initlab.kernels import Constant, Distribution
 
 from ..distributed.dtensors import is_dtensor
 from .memory import Layout, slice_of
+from .programs import Call, Filled, Literal, Node, Picked, Read, Unknown
 from .specs import DimSlice, covers
 
 _MANY = 64  # writes to one storage, after which nobody can name a distribution
+_TOO_MANY = 2048  # after which nobody follows them
+_DATA = 1 << 24  # elements of data that a record keeps, all together
 _FEW = 4096  # elements of data that are looked at, to see whether all are equal
 
 
@@ -60,6 +65,7 @@ class _Write:
     layout: Layout
     dtype: torch.dtype
     value: Value
+    node: Node
 
 
 @dataclass
@@ -80,6 +86,8 @@ class Contents:
     def __init__(self) -> None:
         self.held: dict[int, _Held] = {}
         self.draws = 0
+        self.room = _DATA
+        self.outside = _OutsideRandomness()
 
     def new_draw(self) -> tuple[int, ...]:
         """A number for random numbers that are drawn now."""
@@ -106,8 +114,8 @@ class Contents:
         if entry is not None:
             entry.data = data and not entry.writes
 
-    def write(self, tensor: Tensor, fills: Fills) -> None:
-        """What a tensor holds from now on."""
+    def write(self, tensor: Tensor, fills: Fills, node: Node | None = None) -> None:
+        """What a tensor holds from now on: as distributions, and how it is computed."""
         local = plain(tensor)
         entry = self._entry(local, make=True)
         if entry is None:
@@ -123,11 +131,12 @@ class Contents:
             if place.numel == 0 and layout.numel > 0:
                 continue
             entry.writes = [w for w in entry.writes if not _contains(place, w.layout)]
-            entry.writes.append(_Write(place, local.dtype, value))
-        if len(entry.writes) > _MANY:
+            entry.writes.append(_Write(place, local.dtype, value, _part(node, part, local, value)))
+        if len(entry.writes) > _TOO_MANY:
             size = local.untyped_storage().nbytes() // layout.unit
             everything = Layout(0, (size,), (layout.unit,), layout.unit)
-            entry.writes = [_Write(everything, local.dtype, Value(None, "it is written piece by piece"))]
+            why = "it is written piece by piece"
+            entry.writes = [_Write(everything, local.dtype, Value(None, why), Unknown(why))]
 
     def copy_storage(self, target: Tensor, source: Tensor) -> bool:
         """All of a storage was copied byte by byte, as copy.deepcopy does; False if that is not what happened."""
@@ -142,7 +151,50 @@ class Contents:
         """What was just written to a tensor was derived from so many connections."""
         fills = self.read(tensor)
         if fills is not None and len(fills) == 1 and not isinstance(fills[0][1].distribution, Constant | None):
-            self.write(tensor, whole(replace(fills[0][1], fan=fan)))
+            self.write(tensor, whole(replace(fills[0][1], fan=fan)), self.node(tensor))
+
+    def node(self, tensor: Tensor) -> Node:
+        """How what a tensor holds is computed."""
+        if (
+            tensor.is_nested
+            or is_dtensor(tensor)
+            or tensor.layout != torch.strided
+            or tensor.is_conj()
+            or tensor.is_neg()
+        ):
+            return Unknown("it is no plain tensor")
+        entry = self._entry(tensor, make=False)
+        if entry is None or (entry.data and not entry.writes):
+            return self.literal(tensor)
+        try:
+            layout = Layout.of(tensor)
+        except RuntimeError:
+            return Unknown("it has no strides")
+        found: list[tuple[Layout, torch.dtype, Node]] = []
+        for write in reversed(entry.writes):
+            if layout.numel and (write.layout.end <= layout.offset or layout.end <= write.layout.offset):
+                continue
+            if not found and write.layout == layout and write.dtype == tensor.dtype:
+                return write.node
+            found.append((write.layout, write.dtype, write.node))
+            if _contains(write.layout, layout):
+                break
+        if not found:
+            return (
+                Filled(tuple(tensor.shape), tensor.dtype, None) if not tensor.numel() else Unknown("nothing wrote it")
+            )
+        return Read(layout, tensor.dtype, tuple(reversed(found)))
+
+    def literal(self, tensor: Tensor) -> Node:
+        """Data, as they are now."""
+        if tensor.is_meta:
+            return Unknown("it holds data that were on the meta device before")
+        if tensor.layout != torch.strided or tensor.numel() > self.room:
+            return Unknown(f"it holds more than {_DATA} elements of data")
+        if tensor.numel() > 1 and self.outside.has_drawn():
+            return Unknown("it holds data, and Python or NumPy have drawn random numbers during the build")
+        self.room -= tensor.numel()
+        return Literal(tensor.detach().to("cpu", copy=True).contiguous())
 
     def read(self, tensor: Tensor) -> Fills | None:
         """What a tensor holds; no fills if nothing has been written to it, None if it was made by nobody seen here."""
@@ -156,6 +208,8 @@ class Contents:
             layout = Layout.of(local)
         except RuntimeError:
             return computed("it has no strides")
+        if len(entry.writes) > _MANY:
+            return computed("it is written piece by piece")
         found: list[tuple[DimSlice | None, Value]] = []
         for write in reversed(entry.writes):
             if layout.numel and (write.layout.end <= layout.offset or layout.end <= write.layout.offset):
@@ -182,6 +236,36 @@ class Contents:
         if found and not covers(found, layout.shape):
             return computed(f"{found[-1][1].why} writes only a part of it")
         return tuple(found)
+
+
+def _part(node: Node | None, part: DimSlice | None, tensor: Tensor, value: Value) -> Node:
+    """How a part of what is written is computed."""
+    if node is None:
+        return Unknown(value.why)
+    if part is None:
+        return node
+    shape = (*tensor.shape[: part.dim], part.length, *tensor.shape[part.dim + 1 :])
+    call = Call(torch.ops.aten.slice_copy.Tensor, (node, part.dim, part.start, part.start + part.length), {})
+    return Picked(call, 0, shape, tensor.dtype)
+
+
+class _OutsideRandomness:
+    """Whether random numbers have been drawn that torch does not know of: data may be made of them."""
+
+    def __init__(self) -> None:
+        self.before = self._states()
+
+    def has_drawn(self) -> bool:
+        """Whether any have been since the build began."""
+        return any(now != then for now, then in zip(self._states(), self.before, strict=False))
+
+    @staticmethod
+    def _states() -> tuple[Any, ...]:
+        numpy = sys.modules.get("numpy.random")
+        if numpy is None:
+            return (random.getstate(),)
+        kind, keys, *rest = numpy.get_state()
+        return random.getstate(), kind, keys.tobytes(), *rest
 
 
 def _pieces(writes: Sequence[_Write], layout: Layout, dtype: torch.dtype) -> Fills | None:

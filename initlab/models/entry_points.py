@@ -39,6 +39,26 @@ def owners_of_init_weights(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
             yield module, nearest[id(module)]
 
 
+def run_init_weights(owner: Any, module: nn.Module) -> None:
+    """Call `owner._init_weights(module)`, and mark the module as started, as transformers does and its code asks for.
+
+    The marks are to be taken off first: `unmark`.
+    """
+    owner._init_weights(module)
+    if any((cls.__module__.partition(".")[0], cls.__name__) == _TRANSFORMERS for cls in type(owner).__mro__):
+        vars(module)[_MARK] = True
+
+
+def unmark(model: nn.Module) -> None:
+    """Take off transformers' marks of modules that have been started."""
+    for module in model.modules():
+        vars(module).pop(_MARK, None)
+
+
+_MARK = "_is_hf_initialized"
+_TRANSFORMERS = ("transformers", "PreTrainedModel")
+
+
 def _needs_nothing(module: nn.Module, name: str) -> bool:
     """Whether a module's class has a public function of this name that can be called without arguments."""
     if not callable(getattr(type(module), name, None)):
@@ -55,13 +75,13 @@ def _needs_nothing(module: nn.Module, name: str) -> bool:
 def public_starts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """(module, name) of the public functions that start a module and need no arguments, children first."""
     for module in children_first(model):
-        for name in _PUBLIC:
+        for name in PUBLIC:
             if _needs_nothing(module, name):
                 yield module, name
 
 
-_PUBLIC = ("init_weights", "init_states", "initialize_weights")
-_NOT_RUN = {("transformers", "PreTrainedModel"), ("mmengine", "BaseModule"), ("mmcv", "BaseModule")}
+PUBLIC = ("init_weights", "init_states", "initialize_weights")
+_NOT_RUN = {_TRANSFORMERS, ("mmengine", "BaseModule"), ("mmcv", "BaseModule")}
 
 
 def _takes_a_module(module: nn.Module) -> bool:
@@ -74,7 +94,7 @@ def _takes_a_module(module: nn.Module) -> bool:
     return True
 
 
-_READ = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "forward", *_PUBLIC})
+_READ = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "forward", *PUBLIC})
 _UNCOUNTED = frozenset({"trunc_normal_", "orthogonal_", "sparse_"})  # newer torch leaves meta tensors alone in these
 _WRITING = frozenset({"normal_", "uniform_", "fill_", "zero_", "copy_", "mul_", "add_", "div_", "sub_", "clamp_"})
 

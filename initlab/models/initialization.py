@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from initlab.kernels import Draw, Region, eagerly, fill_
 
 from .. import _console
-from ..distributed.dtensors import count_as_written, local
+from ..distributed.dtensors import count_as_written
 from ..distributed.fsdp import reshard
-from ..distributed.shards import LocalShard, draws_of_shards, local_shards
+from ..distributed.shards import draws_of_shards, shards_in
 from .buffers import Buffers, set_buffers
 from .materialize import attach, materialized, resolved_device
 from .naming import Names
+from .parametrized import refresh_hooks
 from .plan import Only, Plan, Task, make_plan
 from .recipe_parts import RecipeLike, short_repr
 from .report import InitReport
 from .resolving import DEFAULT
+from .values import Values, computed_values, place_values
 
 _LONG = 1 << 28  # elements: a second or more on a CPU, long enough for a progress bar to be welcome
 
@@ -33,6 +35,7 @@ def init_model_(
     only: Only | None = None,
     names: Names | None = None,
     buffers: Buffers | None = None,
+    values: Values | None = None,
     progress: bool | None = None,
     check_ranks: bool = False,
 ) -> InitReport:
@@ -70,6 +73,9 @@ def init_model_(
             `device`; returns its value, or None. A buffer for which it has none is set by its owner's
             `_init_buffers()`, its reset_parameters, or the `_init_weights(owner)` of a module above it, with
             parameters out of reach and random numbers fixed by `seed`.
+        values: the caller's own values for parameters, in the place of a distribution: a mapping from name patterns to
+            tensors, numbers, or functions from TensorRef to one of these, or one such function for all. None leaves a
+            parameter to the recipe. A value has the whole, unsharded parameter's shape; it is cast and placed.
         progress: whether to show a progress bar on stderr; None shows one for 2**28 elements and more in a terminal.
         check_ranks: compare, before anything is written, what ranks are about to fill DTensors with: one all-reduce of
             16 bytes for each dimension of a mesh, in which every rank takes part.
@@ -105,6 +111,7 @@ def init_model_(
             only=only,
             names=names,
             buffers=buffers,
+            values=values,
             progress=progress,
             check_ranks=check_ranks,
         ),
@@ -121,6 +128,7 @@ def plan_model(
     *,
     only: Only | None = None,
     names: Names | None = None,
+    values: Values | None = None,
 ) -> InitReport:
     """The report that init_model_ would return, without touching the model. See init_model_ for arguments and errors.
 
@@ -133,7 +141,7 @@ def plan_model(
         bias    2      float32  uniform[-0.5, 0.5)  4    0.2887  ae3e092c2ca21bcf  Linear
         2 tensors, 10 elements: recipe own, seed 0, stream 1
     """
-    return make_plan(model, seed, recipe, only, names).report()
+    return make_plan(model, seed, recipe, only, names, values).report()
 
 
 def not_loaded(name: str, tensor: Tensor) -> bool:
@@ -158,13 +166,14 @@ def _init_model(
     only: Only | None,
     names: Names | None,
     buffers: Buffers | None,
+    values: Values | None,
     progress: bool | None,
     check_ranks: bool,
 ) -> InitReport:
     if buffers is not None and not callable(buffers):
         raise TypeError(f"buffers is {short_repr(buffers)}; it must be a function of name and tensor, or None")
     reshard(model)
-    plan = make_plan(model, seed, recipe, only, names)
+    plan = make_plan(model, seed, recipe, only, names, values)
     target = None if device is None else resolved_device(device)
     plan.refuse_meta(target)
     if check_ranks:
@@ -175,8 +184,11 @@ def _init_model(
         new = {} if target is None else materialized((task.ref for task in plan.tasks), target)
         ready = set_buffers(plan, new, target, buffers)
         new |= ready
+        computed = computed_values(plan, ready.keys())
         _fill(plan, new, ready.keys(), advance)
+        place_values(plan, new, computed)
     attach((*(task.ref for task in plan.tasks), *plan.others), new, target)
+    refresh_hooks(model)
     return plan.report()
 
 
@@ -189,7 +201,7 @@ def _fill(plan: Plan, new: Mapping[int, Tensor], ready: Set[int], advance: Calla
         nonlocal current
         for task in plan.tasks:
             old = task.ref.tensor
-            if task.spec is None or id(old) in ready:
+            if task.spec is None or task.spec.program is not None or id(old) in ready:
                 continue
             current = task.ref.name
             tensor = new.get(id(old), old)
@@ -212,7 +224,7 @@ def _draws_of(task: Task, tensor: Tensor) -> Iterator[Draw]:
     """What fill_ has to do for a task, in its tensor or in the new one that takes its place."""
     assert task.spec is not None
     if task.shards is not None:
-        shards = task.shards if tensor is task.ref.tensor else _same_shards(task.shards, tensor)
+        shards = shards_in(task.shards, tensor)
         for part, distribution in task.spec.fills:
             yield from draws_of_shards(shards, distribution, task.key, part)
         return
@@ -222,11 +234,3 @@ def _draws_of(task: Task, tensor: Tensor) -> Iterator[Draw]:
             yield Draw(tensor, distribution, task.key)
         else:
             yield Draw(tensor.narrow(*part), distribution, task.key, Region.whole(tensor.shape).narrow(*part))
-
-
-def _same_shards(shards: list[LocalShard], new: Tensor) -> list[LocalShard]:
-    """The local shards of a new DTensor, placed as the one whose shards are known."""
-    whole = local(new)
-    if len(shards) == 1 and tuple(whole.shape) == shards[0].region.sizes:
-        return [LocalShard(whole, shards[0].region)]
-    return local_shards(new)

@@ -205,7 +205,7 @@ def mup(base: nn.Module, recipe: RecipeLike = DEFAULT) -> MupRecipe:
         known[ref.name] = _Base(
             tuple(ref.tensor.shape), fans, keep_padding(ref, found) if isinstance(found, FillSpec) else found
         )
-    return MupRecipe(based_on("mup", of_base), _Prepare(known), of_base.prepare_buffers, of_base.advice, known)
+    return MupRecipe(based_on("mup", of_base), _Prepare(known), of_base.prepare_buffers, of_base.advice, base=known)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def tensor_refs(model: nn.Module, names: Names | None = None) -> tuple[list[Tens
         >>> [ref.name for ref in parameters], len(buffers)
         (['stem.norm.weight', 'stem.norm.bias'], 3)
     """
-    rename = _renaming(names)
+    rename = renaming(names)
     seen: dict[int, list[tuple[str, str, nn.Module, str, Tensor, bool]]] = {}
     ids: dict[str, int] = {}  # by canonical name
     for module_name, module in walk(model):
@@ -207,7 +207,8 @@ def tensor_refs(model: nn.Module, names: Names | None = None) -> tuple[list[Tens
     return found
 
 
-def _renaming(names: Names | None) -> Callable[[str], str]:
+def renaming(names: Names | None) -> Callable[[str], str]:
+    """What maps a name within a model to the one in the whole model."""
     if names is None:
         return lambda name: name
     if isinstance(names, str):

@@ -1,7 +1,8 @@
 """What an operation of torch makes of what its operands hold: distributions, constants, or values that it computes."""
 
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from initlab.kernels import Constant, Distribution, Normal, Uniform
 
+from ..distributed.dtensors import is_dtensor
 from .arithmetic import affine, clamped, inverse_error
 from .contents import Contents, Fills, Value, computed, literal, whole
+from .programs import Call, Filled, Node, Picked, Stream, Unknown, draws_of, written_places, written_tensors
 from .specs import DimSlice
 
 _NUMBER = int | float
@@ -32,6 +35,11 @@ _KEEPING = frozenset(
     {"set", "resize", "resize_as", "as_strided", "squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims"}
     | {"detach", "requires_grad", "retain_grad", "rename"}
 )
+# What they write does not depend on what was there.
+_OVERWRITING = frozenset(
+    {"copy", "fill", "zero", "normal", "uniform", "exponential", "cauchy", "geometric", "log_normal", "random"}
+    | {"bernoulli"}
+)
 # Of equal elements they make equal elements.
 _REARRANGING = frozenset(
     {"cat", "stack", "repeat", "repeat_interleave", "expand_copy", "index_select", "index", "select_copy", "slice_copy"}
@@ -40,30 +48,45 @@ _REARRANGING = frozenset(
 )
 
 
+class OutOfReach(Exception):
+    """Code that runs on stand-ins reached for what they stand for, or for what others hold."""
+
+
 class Operations:
     """Follows calls of torch's operators, and enters into the contents what they write.
 
     Args:
         contents: what is where.
         where: names the code that is running.
+        guarded: storages that the code must not reach; with them, it may not write to foreign memory either.
     """
 
-    def __init__(self, contents: Contents, where: Callable[[], str]) -> None:
+    def __init__(self, contents: Contents, where: Callable[[], str], guarded: Collection[int] | None = None) -> None:
         self.contents = contents
         self.where = where
+        self.guarded = guarded
+        self.numbers: set[float] = set()  # that the code has read from random values
+        self.generators: dict[int, tuple[Any, Tensor, Call]] = {}  # of the code's own: their last state and call
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
         """Make a call and enter what it wrote."""
         schema = func._schema
         name = schema.name.rpartition("::")[2]
-        written = list(_written(schema, args, kwargs))
+        written = list(written_tensors(schema, args, kwargs))
+        if self.guarded is not None:
+            self._refuse_guarded(args, kwargs, written)
+        call = functools.partial(self._made, name, args, kwargs, call)
         if not written:
+            drawn = self._own_generator(kwargs)
             result = call()
             made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
             inputs = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            new = [t for t in made if _storage(t) not in inputs]
-            for tensor in new:
-                self._enter(tensor, name, func, args, kwargs, len(new) == 1)
+            new = [(i, t) for i, t in enumerate(made) if _storage(t) not in inputs]
+            noted = _Noted(self, func, args, kwargs, drawn, [])
+            for index, tensor in new:
+                self._enter(tensor, index, name, func, args, kwargs, len(new) == 1, noted)
+            if name == "_local_scalar_dense" and isinstance(result, float) and self._is_random(args[0]):
+                self.numbers.add(result)
             return result
         base = name if name.startswith("__") else name.rstrip("_")
         if base in _KEEPING:
@@ -71,30 +94,79 @@ class Operations:
             if base == "set" and not self.contents.is_known(args[0]):
                 self.contents.make(args[0], data=True)
             return result
-        before = [self._after(t, base, func, args, kwargs, len(written) == 1) for t in written]  # operands are read now
+        count = self.contents.draws
+        fills = [self._after(t, base, func, args, kwargs, len(written) == 1) for t in written]  # operands are read now
+        fresh = self.contents.draws > count
+        noted = _Noted(self, func, args, kwargs, self._own_generator(kwargs), written)
+        nodes = [
+            None if found is None else _simple(t, found, fresh) or noted.node(i, t)
+            for i, (t, found) in enumerate(zip(written, fills, strict=True))
+        ]
         result = call()
-        for tensor, fills in zip(written, before, strict=True):
-            if fills is not None:
-                self.contents.write(tensor, _as_dtype(fills, tensor.dtype))
+        noted.done()
+        for tensor, found, node in zip(written, fills, nodes, strict=True):
+            if found is not None:
+                self.contents.write(tensor, _as_dtype(found, tensor.dtype), node)
         return result
 
-    def _enter(self, tensor: Tensor, name: str, func: Any, args: Any, kwargs: dict[str, Any], alone: bool) -> None:
+    def _enter(
+        self, tensor: Tensor, index: int, name: str, func: Any, args: Any, kwargs: Any, alone: bool, noted: "_Noted"
+    ) -> None:
         if name in _EMPTY:
             self.contents.make(tensor)
         elif name in ("lift_fresh", "lift_fresh_copy") and not self.contents.is_known(args[0]):
-            self.contents.write(tensor, literal(tensor.detach(), self.where()))
+            self.contents.write(tensor, literal(tensor.detach(), self.where()), self.contents.literal(tensor))
         else:
+            count = self.contents.draws
             fills = self._after(tensor, name, func, args, kwargs, alone)
             if fills:
-                self.contents.write(tensor, _as_dtype(fills, tensor.dtype))
+                node = _simple(tensor, fills, self.contents.draws > count) or noted.node(index, tensor)
+                self.contents.write(tensor, _as_dtype(fills, tensor.dtype), node)
             else:
                 self.contents.make(tensor)
+        noted.done()
+
+    def _made(self, name: str, args: Any, kwargs: Any, call: Callable[[], Any]) -> Any:
+        """Make a call. Where it fails on the meta device, code may go on without it, as it would not elsewhere."""
+        try:
+            return call()
+        except (NotImplementedError, RuntimeError):
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor) and tensor.is_meta and self.contents.is_known(tensor):
+                    why = (
+                        f"{self.where()} goes on although {name} fails on the meta device: record the build on the CPU"
+                    )
+                    self.contents.write(tensor, computed(why), Unknown(why))
+            raise
+
+    def _refuse_guarded(self, args: Any, kwargs: Any, written: list[Tensor]) -> None:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and _storage(tensor) in self.guarded:  # type: ignore[operator]
+                raise OutOfReach("it uses a parameter or buffer that it keeps elsewhere as well")
+        for tensor in written:
+            if not tensor.is_meta and not self.contents.is_known(tensor):
+                raise OutOfReach(f"it writes to a tensor on {tensor.device} that is no parameter or buffer")
+
+    def _is_random(self, tensor: Tensor) -> bool:
+        return bool(draws_of(self.contents.node(tensor), {}))
+
+    def _own_generator(self, kwargs: dict[str, Any]) -> Stream | None:
+        """The state of the generator that a call brings, before the call; None for torch's default one."""
+        generator = kwargs.get("generator")
+        if generator is None or generator is torch.default_generator or generator.device.type != "cpu":
+            return None
+        state = generator.get_state()
+        # On the meta device nothing is drawn, and a generator stays where it is.
+        _, before, call = self.generators.get(id(generator), (None, None, None))
+        return Stream(state, call if before is not None and torch.equal(before, state) else None)
 
     def _after(
         self, tensor: Tensor, name: str, func: Any, args: Any, kwargs: dict[str, Any], alone: bool
     ) -> Fills | None:
         """What a tensor holds after a call; None where nothing has been written to what it was copied from."""
         try:
+            if self.numbers and self._uses_numbers(args, kwargs):
+                return computed(f"{self.where()} uses a number that it read from random values")
             if name == "copy" and self._copies_storage(args):
                 return None
             if alone:
@@ -109,6 +181,9 @@ class Operations:
         except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
             pass  # what is not understood must not end the build: it is refused later, by name
         return computed(f"{self.where()} computes it, by {name}")
+
+    def _uses_numbers(self, args: Any, kwargs: Any) -> bool:
+        return any(isinstance(x, float) and x in self.numbers for x in tree_leaves((args, kwargs)))
 
     def _copies_storage(self, args: Any) -> bool:
         target, source = args[:2]
@@ -315,19 +390,85 @@ def _as_dtype(fills: Fills, dtype: torch.dtype) -> Fills:
     return tuple(found)
 
 
-def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[Tensor]:
-    """The tensors that a call writes to."""
-    if not schema.is_mutable:
-        return
-    position = 0
-    for argument in schema.arguments:
-        if argument.kwarg_only:
-            value = kwargs.get(argument.name)
+def _simple(tensor: Tensor, fills: Fills, fresh: bool) -> Node | None:
+    """How a tensor is computed that one distribution or constant fills; None for any other."""
+    part, value = fills[0]
+    if len(fills) > 1 or part is not None or value.distribution is None or tensor.is_nested:
+        return None
+    if isinstance(value.distribution, Constant):
+        return Filled(tuple(tensor.shape), tensor.dtype, value.distribution)
+    return Filled(tuple(tensor.shape), tensor.dtype, value.distribution, value.draws[0]) if fresh else None
+
+
+class _Noted:
+    """One call of an operator, noted when somebody asks for what it makes."""
+
+    def __init__(
+        self, of: Operations, func: Any, args: Any, kwargs: dict[str, Any], own: Stream | None, written: list[Tensor]
+    ) -> None:
+        self.of, self.func, self.args, self.kwargs, self.own, self.written = of, func, args, kwargs, own, written
+        self.call: Call | None = None
+        self.why = ""
+
+    def node(self, index: int, tensor: Tensor) -> Node:
+        """Of the tensor that it writes or returns at an index."""
+        if self.call is None and not self.why:
+            try:
+                self._note(tensor)
+            except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+                self.why = f"{self.of.where()} computes it in a way that cannot be followed: {error}".splitlines()[0]
+        if self.call is None or tensor.is_nested or is_dtensor(tensor) or tensor.layout != torch.strided:
+            return Unknown(self.why or "it is no plain tensor")
+        return Picked(self.call, index, tuple(tensor.shape), tensor.dtype)
+
+    def _note(self, tensor: Tensor) -> None:
+        of, contents, func, kwargs = self.of, self.of.contents, self.func, dict(self.kwargs)
+        if of.numbers and of._uses_numbers(self.args, kwargs):
+            self.why = f"{of.where()} uses a number that it read from random values"
+            return
+        generator = kwargs.pop("generator", None)
+        own = self.own
+        if own is None and generator is not None and generator is not torch.default_generator:
+            self.why = f"{of.where()} draws it from a generator on {generator.device}"
+            return
+        args = list(self.args)
+        name = func._schema.name.rpartition("::")[2]
+        new = [
+            (c, k)
+            for c, k in written_places(func._schema, args, kwargs)
+            if name.rstrip("_") in _OVERWRITING or k == "out"
+        ]
+        for container, place in new:
+            container[place] = tree_map(
+                lambda x: Filled(tuple(x.shape), x.dtype, None) if isinstance(x, Tensor) else x, container[place]
+            )
+
+        def noted(x: Any) -> Any:
+            if isinstance(x, torch.device):
+                return torch.device("cpu")
+            return contents.node(x) if isinstance(x, Tensor) else x
+
+        operands = tree_map(noted, (tuple(args), kwargs), is_leaf=lambda x: isinstance(x, Filled))
+        args, kwargs = operands
+        kwargs.pop("pin_memory", None)
+        names = {argument.name for argument in func._schema.arguments}
+        if {"dtype", "device"} <= names and kwargs.get("dtype") is None and not self.written:
+            kwargs["dtype"] = tensor.dtype  # not what the default is by then
+        if "device" in names:
+            kwargs["device"] = torch.device("cpu")
+        random = torch.Tag.nondeterministic_seeded in func.tags and own is None
+        self.call = Call(func, args, kwargs, contents.new_draw()[0] if random else 0, own)
+
+    def done(self) -> None:
+        """The call has been made."""
+        generator = self.kwargs.get("generator")
+        if self.own is None or generator is None:
+            return
+        state = generator.get_state()
+        if torch.equal(state, self.own.state) and self.call is not None:
+            self.of.generators[id(generator)] = generator, state, self.call
         else:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            position += 1
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from (t for t in tree_leaves(value) if isinstance(t, Tensor))
+            self.of.generators.pop(id(generator), None)
 
 
 def _storage(tensor: Tensor) -> int:

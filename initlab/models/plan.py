@@ -2,7 +2,7 @@
 
 import difflib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,20 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from initlab.kernels import Constant, Draw, fill_, named_key
+from initlab.kernels import Constant, Draw, content_sum, fill_, named_key
 
 from .._console import listing, warn
 from ..distributed.agreement import check_agreement
 from ..distributed.fsdp import refuse_hidden_shards
 from ..distributed.shards import LocalShard, local_shards
 from .memory import shared_memory
-from .naming import Names, TensorRef, tensor_refs
+from .naming import Names, TensorRef, renaming, tensor_refs
+from .parametrized import MadeWeight, made_weights
 from .patterns import compile_pattern
-from .recipe_parts import RecipeLike, View, head_std, is_head, keep_padding, short_repr
+from .recipe_parts import Chooser, RecipeLike, View, head_std, is_head, keep_padding, short_repr
 from .refusals import ways_out
 from .report import InitReport, Row, report_of
+from .rerunning import start_mismatch
 from .resolving import resolve
 from .specs import FillSpec, Refused
+from .values import Values, given_values
 
 Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
 
@@ -36,12 +39,14 @@ class Task(NamedTuple):
         spec: what to fill it with; None for a buffer on the meta device that only its owner's code can set.
         key: of its draws.
         shards: of a DTensor, what this rank holds of it; None for any other tensor.
+        value: what the caller gave it by `values=`; None for all else.
     """
 
     ref: TensorRef
     spec: FillSpec | None
     key: int
     shards: list[LocalShard] | None
+    value: Tensor | None = None
 
     @property
     def numel(self) -> int:
@@ -53,8 +58,12 @@ class Task(NamedTuple):
         ref, spec = self.ref, self.spec
         aliases = tuple(name for name in ref.names if name != ref.name) if len(ref.names) > 1 else ()
         shape, dtype = tuple(ref.tensor.shape), ref.tensor.dtype
+        if self.value is not None:
+            return Row(ref.name, aliases, shape, dtype, None, why="values=", source="given")
         if spec is None:
-            return Row(ref.name, aliases, shape, dtype, distribution=None, why=ref.owner)
+            return Row(ref.name, aliases, shape, dtype, None, why=ref.owner)
+        if spec.distribution is None:
+            return Row(ref.name, aliases, shape, dtype, None, why=spec.why, guess=spec.guess, source="computed")
         slices = tuple((part, distribution) for part, distribution in spec.fills if part is not None)
         drawn = any(not isinstance(distribution, Constant) for _, distribution in spec.fills)
         key = self.key if drawn else None
@@ -69,6 +78,7 @@ class Plan:
     Attributes:
         tasks: the parameters and buffers to fill, in the order of the model.
         others: those that are not filled.
+        sources: by name, the parameters from whose starts others are computed, also where they are not filled.
     """
 
     model: nn.Module
@@ -77,6 +87,7 @@ class Plan:
     names: Names | None
     tasks: list[Task]
     others: list[TensorRef]
+    sources: dict[str, Task]
 
     def refuse_meta(self, target: torch.device | None) -> None:
         """Raise where something to fill is on the meta device, and no device is given to which it could go."""
@@ -88,11 +99,7 @@ class Plan:
 
     def compare_ranks(self) -> None:
         """Raise where ranks are about to fill DTensors differently."""
-        messages = (
-            (t.ref.tensor, t.ref.name, f"{t.key:x} {t.spec and t.spec.fills}")
-            for t in self.tasks
-            if t.shards is not None
-        )
+        messages = ((t.ref.tensor, t.ref.name, f"{t.key:x} {_told(t)}") for t in self.tasks if t.shards is not None)
         check_agreement(
             messages, "the fills of parameters", "Give init_model_ one seed, recipe and names= on every rank"
         )
@@ -102,7 +109,21 @@ class Plan:
         return report_of(self.model, self.names, self.seed, self.recipe, [task.row() for task in self.tasks])
 
 
-def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None, names: Names | None) -> Plan:
+def _told(task: Task) -> str:
+    """What a task fills with, as ranks compare it."""
+    if task.value is not None:
+        return f"{content_sum(task.value):x}"
+    return "" if task.spec is None else f"{task.spec.fills} {task.spec.program}"
+
+
+def make_plan(
+    model: nn.Module,
+    seed: int,
+    recipe: RecipeLike,
+    only: Only | None,
+    names: Names | None,
+    values: Values | None = None,
+) -> Plan:
     """The plan for a model; arguments and errors as for init_model_."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {short_repr(model)}; it must be a torch.nn.Module")
@@ -113,53 +134,163 @@ def make_plan(model: nn.Module, seed: int, recipe: RecipeLike, only: Only | None
     selected = _selected(only, [*parameters, *buffers])
     shards = {ref: _checked_shards(ref) for ref in parameters if ref in selected}
     _refuse_shared_memory(list(shards))
-    view = View(model, parameters, stage=names is not None)
-    spec_of = resolved(view)
-    buffer_spec_of = resolved.for_buffers(view)
-    tasks, missing, refused, others = [], [], [], []
-    checked: dict[tuple[Any, torch.dtype], str] = {}
-    for ref in parameters:
-        if ref not in shards:
-            others.append(ref)
-            continue
-        spec = spec_of(ref)
-        if spec is None or isinstance(spec, Refused):
-            missing.append(f"{ref.name} (in {ref.owner}): {spec.why if spec else view.unreadable(ref)}")
-            refused.append(ref)
-            continue
-        spec = keep_padding(ref, spec)
-        for _, distribution in spec.fills:
-            fault = checked.get((distribution, ref.tensor.dtype))
-            if fault is None:
-                fault = checked[distribution, ref.tensor.dtype] = _fault(distribution, ref.tensor.dtype)
-            if fault:
-                missing.append(f"{ref.name} (in {ref.owner}): {fault}")
+    given = given_values(values, parameters, shards.keys())
+    named = {(id(owner), attribute): ref for ref in (*parameters, *buffers) for owner, attribute in ref.places}
+    with made_weights(model, renaming(names)) as weights:
+        wholes = {id(named[id(o), a].tensor): w.ref for w in weights for o, a in w.parts if (id(o), a) in named}
+        view = View(model, [*parameters, *(weight.ref for weight in weights)], names is not None, wholes)
+        spec_of = resolved(view)
+        buffer_spec_of = resolved.for_buffers(view)
+        if weights:
+            spec_of, buffer_spec_of = _with_made_weights(
+                weights, view, named, resolved.asks_parts, spec_of, buffer_spec_of
+            )
+        tasks, missing, refused, others = [], [], [], []
+        checked: dict[tuple[Any, torch.dtype], str] = {}
+        for ref in parameters:
+            if ref not in shards:
+                others.append(ref)
+                continue
+            if ref in given:
+                tasks.append(Task(ref, None, 0, shards[ref], given[ref]))
+                continue
+            spec = spec_of(ref)
+            if spec is None or isinstance(spec, Refused):
+                missing.append(f"{ref.name} (in {ref.owner}): {spec.why if spec else view.unreadable(ref)}")
                 refused.append(ref)
-                break
-        tasks.append(Task(ref, spec, named_key(seed, spec.copy_of or ref.name), shards[ref]))
-    if resolved.name == "torch":
-        _warn_of_large_heads(tasks)
-    if missing:
-        raise ValueError(
-            f"recipe {resolved.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
-            f"written unless all that are selected can be filled:{listing(missing)}\n"
-            f"{ways_out(refused, parameters, resolved)}"
+                continue
+            spec = keep_padding(ref, spec)
+            for _, distribution in spec.fills:
+                fault = checked.get((distribution, ref.tensor.dtype))
+                if fault is None:
+                    fault = checked[distribution, ref.tensor.dtype] = _fault(distribution, ref.tensor.dtype)
+                if fault:
+                    missing.append(f"{ref.name} (in {ref.owner}): {fault}")
+                    refused.append(ref)
+                    break
+            tasks.append(Task(ref, spec, named_key(seed, spec.copy_of or ref.name), shards[ref]))
+        sources = _sources(tasks, parameters, given, spec_of, seed, missing)
+        if resolved.name == "torch":
+            _warn_of_large_heads(tasks)
+        if missing:
+            raise ValueError(
+                f"recipe {resolved.name!r} cannot fill {len(missing)} of {len(parameters)} parameters, and nothing is "
+                f"written unless all that are selected can be filled:{listing(missing)}\n"
+                f"{ways_out(refused, parameters, resolved)}"
+            )
+        for ref in buffers:
+            found = buffer_spec_of(ref) if ref in selected else None
+            if found is not None or (ref in selected and ref.tensor.is_meta):
+                tasks.append(Task(ref, found, named_key(seed, ref.name), _checked_shards(ref)))
+            else:
+                others.append(ref)
+        sources |= _sources(
+            (task for task in tasks if not task.ref.is_parameter), parameters, given, spec_of, seed, missing
         )
-    for ref in buffers:
-        found = buffer_spec_of(ref) if ref in selected else None
-        if found is not None or (ref in selected and ref.tensor.is_meta):
-            tasks.append(Task(ref, found, named_key(seed, ref.name), _checked_shards(ref)))
-        else:
-            others.append(ref)
-    return Plan(model, seed, resolved.name, names, tasks, others)
+        if missing:
+            raise ValueError(
+                f"recipe {resolved.name!r} cannot set all buffers:{listing(missing)}\nGive them with buffers="
+            )
+    return Plan(model, seed, resolved.name, names, tasks, others, sources)
+
+
+def _with_made_weights(
+    weights: Sequence[MadeWeight],
+    view: View,
+    named: Mapping[tuple[int, str], TensorRef],
+    asks_parts: bool,
+    spec_of: Chooser,
+    buffer_spec_of: Callable[[TensorRef], FillSpec | None],
+) -> tuple[Chooser, Callable[[TensorRef], FillSpec | None]]:
+    """As a recipe chooses; but for what makes up a weight, by what it chooses for the weight."""
+    of_part = {
+        id(named[id(owner), attribute].tensor): weight
+        for weight in weights
+        for owner, attribute in weight.parts
+        if (id(owner), attribute) in named
+    }
+    known: dict[int, Mapping[TensorRef, FillSpec | str]] = {}
+
+    def derived(ref: TensorRef) -> FillSpec | Refused | None:
+        weight = of_part[id(ref.tensor)]
+        if id(weight) not in known:
+            spec = spec_of(weight.ref)
+            if not isinstance(spec, FillSpec):
+                why = spec.why if spec is not None else view.unreadable(weight.ref)
+                known[id(weight)] = dict.fromkeys(
+                    (ref for ref in named.values() if of_part.get(id(ref.tensor)) is weight), why
+                )
+            else:
+                known[id(weight)] = weight.specs(keep_padding(weight.ref, spec), named)
+        found = known[id(weight)].get(ref)
+        if (
+            isinstance(found, FillSpec)
+            and found.check
+            and (differs := start_mismatch(ref, found, view.refs)) is not None
+        ):
+            return Refused(differs)
+        return Refused(found) if isinstance(found, str) else found
+
+    def choose(ref: TensorRef) -> FillSpec | Refused | None:
+        if id(ref.tensor) not in of_part:
+            return spec_of(ref)
+        explicit = spec_of(ref) if asks_parts else None
+        return derived(ref) if explicit is None else explicit
+
+    def choose_buffer(ref: TensorRef) -> FillSpec | None:
+        found = buffer_spec_of(ref)
+        if found is not None or id(ref.tensor) not in of_part:
+            return found
+        made = derived(ref)
+        return made if isinstance(made, FillSpec) else None
+
+    return choose, choose_buffer
+
+
+def _sources(
+    tasks: Iterable[Task],
+    parameters: Iterable[TensorRef],
+    given: Mapping[TensorRef, Tensor],
+    spec_of: Chooser,
+    seed: int,
+    missing: list[str],
+) -> dict[str, Task]:
+    """By name: the parameters from whose starts others are computed; what lacks one is added to the missing."""
+    found: dict[str, Task] = {}
+    by_name: dict[str, TensorRef] = {}
+    waiting = [(task.ref, task.spec) for task in tasks if task.spec is not None and task.spec.program is not None]
+    if waiting:
+        by_name = {name: ref for ref in parameters for name in ref.names}
+    while waiting:
+        of, spec = waiting.pop()
+        assert spec.program is not None
+        for recorded in sorted(spec.program.parameters):
+            name = spec.known_as.get(recorded, recorded)
+            if name in found:
+                continue
+            ref = by_name.get(name)
+            source = None if ref is None or ref in given else spec_of(ref)
+            if ref is None or (ref not in given and not isinstance(source, FillSpec)):
+                missing.append(
+                    f"{of.name} (in {of.owner}): it is computed from the start of {name}, which has none here"
+                )
+                continue
+            if isinstance(source, FillSpec):
+                source = keep_padding(ref, source)
+                found[name] = Task(ref, source, named_key(seed, source.copy_of or ref.name), None)
+                waiting += [(ref, source)] if source.program is not None else []
+            else:
+                found[name] = Task(ref, None, 0, None, given[ref])
+    return found
 
 
 def _warn_of_large_heads(tasks: Sequence[Task]) -> None:
     """torch starts an embedding by N(0, 1), which is no start for the linear layer that it may be tied to."""
     for task in tasks:
-        if task.spec is not None and is_head(task.ref) and task.spec.distribution.stddev > 2 * head_std(task.ref):
+        drawn = None if task.spec is None else task.spec.distribution
+        if drawn is not None and is_head(task.ref) and drawn.stddev > 2 * head_std(task.ref):
             width = task.ref.tensor.shape[-1]
-            std = task.spec.distribution.stddev
+            std = drawn.stddev
             warn(
                 f"recipe 'torch' gives {task.ref.name} a standard deviation of {std:.3g}, and it is the head as well "
                 f"as the embedding: logits of up to {width * std:.0f} at the first step. Pass recipe='own' for the "

@@ -14,6 +14,7 @@ from .fans import Fans, compute_fans, has_weight_matrix, holds_experts, is_embed
 from .layers import padding_row
 from .naming import TensorRef
 from .recording import read_init_weights, read_resets
+from .rerunning import Stage, computed_starts
 from .specs import ONES, ZEROS, FillSpec, InitTrace, Refused, whole_fill
 
 DistributionName: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
@@ -35,12 +36,17 @@ class View:
         model: the model.
         refs: its parameters, also those that will not be filled.
         stage: whether the names are those of a larger model, of which this is a part.
+        wholes: by the id of a parameter that makes up another weight, as in weight_norm, that weight.
     """
 
-    def __init__(self, model: nn.Module, refs: Sequence[TensorRef], stage: bool) -> None:
+    def __init__(
+        self, model: nn.Module, refs: Sequence[TensorRef], stage: bool, wholes: Mapping[int, TensorRef] | None = None
+    ) -> None:
         self.model = model
         self.refs = refs
         self.stage = stage
+        self.wholes = wholes or {}
+        self._computed: dict[tuple[Stage, ...], dict[int, FillSpec | str]] = {}
 
     @cached_property
     def resets(self) -> InitTrace:
@@ -55,6 +61,13 @@ class View:
         trace = InitTrace()
         read_init_weights(self.model, trace)
         return trace
+
+    def computed(self, ref: TensorRef, trace: InitTrace, *stages: Stage) -> FillSpec | Refused | None:
+        """What the model's own code, of which a trace was read, computes for a parameter."""
+        if stages not in self._computed:
+            self._computed[stages] = computed_starts(self.model, self.refs, stages, trace.failed)
+        found = self._computed[stages].get(id(ref.tensor))
+        return Refused(found) if isinstance(found, str) else found
 
     def is_unreadable(self, ref: TensorRef) -> bool:
         """Whether the model's own code writes a parameter in a way that is no distribution."""
@@ -81,12 +94,15 @@ class NamedRecipe:
         prepare: gives, for a model, the function that chooses the spec of each parameter.
         prepare_buffers: the same for buffers; None leaves them to reset_parameters.
         advice: what else can be done where it refuses, for the message.
+        asks_parts: whether it has specs for the parameters that make up a weight, such as a weight_norm's v and g. All
+            others are asked for the weight instead.
     """
 
     name: str
     prepare: Recipe
     prepare_buffers: Callable[[View], Callable[[TensorRef], FillSpec | None]] | None = None
     advice: str = ""
+    asks_parts: bool = False
 
     def __call__(self, view: View) -> Chooser:
         """The function that gives each parameter of the view its spec."""
@@ -115,7 +131,13 @@ def by_default(view: View, ref: TensorRef) -> FillSpec | None:
     found = view.resets.complete(ref.tensor) or view.init_weights.complete(ref.tensor)
     if found is not None:
         return found
-    return None if view.is_unreadable(ref) else guess_by_name(ref)
+    if not view.is_unreadable(ref):
+        return guess_by_name(ref)
+    if id(ref.tensor) in view.resets.unreadable:
+        computed = view.computed(ref, view.resets, "resets")
+    else:
+        computed = view.computed(ref, view.init_weights, "init_weights")
+    return computed if isinstance(computed, FillSpec) else None
 
 
 def guess_by_name(ref: TensorRef) -> FillSpec | None:
@@ -151,7 +173,7 @@ def with_small_heads(choose: Chooser) -> Chooser:
 
     def chosen(ref: TensorRef) -> FillSpec | Refused | None:
         found = choose(ref)
-        if found is None or isinstance(found, Refused) or not is_head(ref):
+        if found is None or isinstance(found, Refused) or found.program is not None or not is_head(ref):
             return found
         part, old = found.fills[0]
         std = head_std(ref)
@@ -203,7 +225,7 @@ def every_weight(view: View, distribution: Callable[[TensorRef], FillSpec]) -> C
         default = by_default(view, ref)
         if default is None and view.is_unreadable(ref):
             return None
-        if default is not None and isinstance(default.distribution, Constant):
+        if default is not None and isinstance(default.distribution, Constant | None):
             return default
         return replace(distribution(ref), guess=True)
 

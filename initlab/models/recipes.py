@@ -14,7 +14,7 @@ from torch.nn.init import calculate_gain
 from initlab.kernels import TruncatedNormal
 
 from .activations import Activation, activations_after
-from .checking import MetaWrites, mismatch
+from .checking import MetaWrites
 from .fans import Fans, compute_fans
 from .maximal_update import mup
 from .naming import TensorRef
@@ -36,6 +36,7 @@ from .recipe_parts import (
     zero_bias,
 )
 from .recording import read_init_weights, read_public_starts
+from .rerunning import Stage, start_mismatch
 from .resolving import NAMED, resolve
 from .specs import FillSpec, Refused, whole_fill
 from .transformer_recipes import deepnorm, depth_scaled, gpt2, mitchell, small_embedding, zero_residual
@@ -117,22 +118,31 @@ def own(check: bool = True) -> NamedRecipe:
         # Whether the constructor called the public functions is not known: the values tell.
         traces = [public, trace] if read_public_starts(view.model, public) else [trace]
 
-        meta = [MetaWrites(view.model, view.refs, view.resets.writes, found.writes) for found in traces]
+        made = {id(whole.tensor) for whole in view.wholes.values()}
+        held = [ref for ref in view.refs if id(ref.tensor) not in made]
+        meta = [MetaWrites(view.model, held, view.resets.writes, found.writes) for found in traces]
 
         def differs(ref: TensorRef, spec: FillSpec, writes: MetaWrites) -> str | None:
             if not check:
                 return None
-            return writes.mismatch(ref, spec) if ref.tensor.is_meta else mismatch(ref, spec, len(view.refs))
+            if ref.tensor.is_meta:
+                return None if id(ref.tensor) in made else writes.mismatch(ref, spec)
+            return start_mismatch(ref, spec, view.refs)
 
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
             reason = ""
-            for found, writes in zip(traces, meta, strict=True):
+            for found, writes, stages in zip(traces, meta, _STAGES[-len(traces) :], strict=True):
+                spec: FillSpec | None
                 if id(ref.tensor) in found.unreadable:
-                    return Refused(found.unreadable[id(ref.tensor)])
-                spec = found.complete(ref.tensor) or guess_by_name(ref)
+                    computed = view.computed(ref, found, *stages)
+                    if not isinstance(computed, FillSpec):
+                        return Refused(found.unreadable[id(ref.tensor)])
+                    spec = computed
+                else:
+                    spec = found.complete(ref.tensor) or guess_by_name(ref)
                 if spec is None:
                     continue
-                spec = replace(spec, exact=True)
+                spec = replace(spec, exact=True, check=check)
                 why = differs(ref, spec, writes)
                 if why is None:
                     return spec
@@ -142,6 +152,9 @@ def own(check: bool = True) -> NamedRecipe:
         return choose
 
     return NamedRecipe("own", prepare, advice=RECORD_IT + (_UNCHECKED if check else ""))
+
+
+_STAGES: tuple[tuple[Stage, ...], ...] = (("resets", "init_weights", "public"), ("resets", "init_weights"))
 
 
 def he(

@@ -20,7 +20,7 @@ from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uni
 
 from .._init_draws import kaiming_std
 from .arithmetic import affine, clamped, inverse_error
-from .entry_points import children_first, owners_of_init_weights, public_starts
+from .entry_points import children_first, owners_of_init_weights, public_starts, run_init_weights, unmark
 from .layers import reader, reset_function
 from .memory import Layout, slice_of
 from .naming import class_name
@@ -38,7 +38,7 @@ def read_resets(model: nn.Module, trace: InitTrace) -> None:
     Those of torch.nn are known; any other is run and recorded.
     """
     modules = [(module, function) for module in children_first(model) if (function := reset_function(module))]
-    tied = _owned_by_another(model)
+    tied = owned_by_another(model)
     if all(reader(function) for _, function in modules):
         _read(modules, tied, trace, None)
         return
@@ -67,7 +67,7 @@ def _read(
             recorder.transfer(found, trace)
 
 
-def _owned_by_another(model: nn.Module) -> dict[int, frozenset[int]]:
+def owned_by_another(model: nn.Module) -> dict[int, frozenset[int]]:
     """By the id of a module: the ids of its tensors that another module, registered before it, has already.
 
     A tied weight has the distribution of its first owner; what the other owners would do to it does not count.
@@ -75,7 +75,7 @@ def _owned_by_another(model: nn.Module) -> dict[int, frozenset[int]]:
     first: dict[int, nn.Module] = {}
     found: dict[int, frozenset[int]] = {}
     for module in model.modules():
-        own = [t for tensors in _registered(module)[:2] for t in tensors.values() if t is not None]
+        own = [t for tensors in registered(module)[:2] for t in tensors.values() if t is not None]
         others = [id(t) for t in own if first.setdefault(id(t), module) is not module]
         if others:
             found[id(module)] = frozenset(others)
@@ -90,12 +90,13 @@ def read_init_weights(model: nn.Module, trace: InitTrace) -> None:
     above = list(owners_of_init_weights(model))
     if not above:
         return
-    tied = _owned_by_another(model)
+    tied = owned_by_another(model)
     with stand_ins(model) as recorder:
+        unmark(model)
         for module, owner in above:
             trace.ignored = tied.get(id(module), frozenset())
             where = f"{class_name(owner)}._init_weights"
-            recorder.run(lambda: owner._init_weights(module), module, where, trace)  # noqa: B023
+            recorder.run(lambda: run_init_weights(owner, module), module, where, trace)  # noqa: B023
 
 
 def read_public_starts(model: nn.Module, trace: InitTrace) -> bool:
@@ -108,7 +109,7 @@ def read_public_starts(model: nn.Module, trace: InitTrace) -> bool:
         Whether there is any. One that does not run to its end is left out, with all that it wrote.
     """
     found = False
-    tied = _owned_by_another(model)
+    tied = owned_by_another(model)
     for module, name in list(public_starts(model)):
         attempt = trace.copy()
         attempt.ignored = tied.get(id(module), frozenset())
@@ -116,6 +117,7 @@ def read_public_starts(model: nn.Module, trace: InitTrace) -> bool:
             if recorder.run(getattr(module, name), module, f"{class_name(module)}.{name}", attempt):
                 trace.recorded, trace.unreadable, trace.writes = attempt.recorded, attempt.unreadable, attempt.writes
                 found = True
+        trace.failed |= attempt.failed
     return found
 
 
@@ -137,7 +139,7 @@ def stand_ins(model: nn.Module, replacements: dict[int, Tensor] | None = None) -
     replacements = replacements or {}
     try:
         for module in modules:
-            for tensors in _registered(module)[:2]:
+            for tensors in registered(module)[:2]:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         replacement = replacements.get(id(tensor))
@@ -156,11 +158,11 @@ def stand_ins(model: nn.Module, replacements: dict[int, Tensor] | None = None) -
 def _groups(module: nn.Module, attributes: bool) -> list[Any]:
     """What a module keeps in containers: its tensors and children, and with `attributes` all else."""
     if not attributes:
-        return _registered(module)
+        return registered(module)
     return [group for group in vars(module).values() if isinstance(group, dict | list | set)]
 
 
-def _registered(module: nn.Module) -> list[Any]:
+def registered(module: nn.Module) -> list[Any]:
     """What a module keeps of its tensors and children, tensors first."""
     return [module._parameters, module._buffers, module._modules, module._non_persistent_buffers_set]
 
@@ -226,7 +228,7 @@ class _Recorder(Redirect):
         places = [
             (tensors, name, tensor, _storage(tensor))
             for owner in module.modules()
-            for tensors in _registered(owner)[:2]
+            for tensors in registered(owner)[:2]
             for name, tensor in tensors.items()
             if tensor is not None and id(tensor) in self.real
         ]
@@ -247,6 +249,8 @@ class _Recorder(Redirect):
                 self._give_up([tensor], f"{where} replaces it instead of filling it")
                 tensors[name] = tensor
         self.temporaries.clear()
+        if not done:
+            trace.failed.add((id(module), where))
         return done
 
     def _give_up(self, stand_ins: Iterable[Tensor], why: str) -> None:
@@ -287,7 +291,12 @@ class _Recorder(Redirect):
                 if not tensor.is_meta and _storage(tensor) in self.real_storages:
                     raise _Refused("it uses a parameter or buffer that it keeps elsewhere as well")
         target = args[0] if args and isinstance(args[0], Tensor) else None
-        if name == "dim" and target is not None and target.is_meta and (skipped := skipped_on_meta(sys._getframe(1))):
+        if (
+            name == "dim"
+            and target is not None
+            and target.is_meta
+            and (skipped := skipped_on_meta(sys._getframe(1))[0])
+        ):
             self.no_distribution(target, skipped)
         if target is not None:
             distribution = self._distribution_after(name, target, args[1:], kwargs)

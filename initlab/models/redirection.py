@@ -86,16 +86,17 @@ def _as_a_method(fill: Callable[..., Tensor], tensor: Tensor, a: float, b: float
 _SKIPPED_ON_META = {torch.nn.init.orthogonal_.__code__: "orthogonal_", torch.nn.init.sparse_.__code__: "sparse_"}
 
 
-def skipped_on_meta(frame: FrameType | None) -> str:
-    """The function of torch.nn.init that is running, where it is one that leaves meta tensors alone; else empty.
+def skipped_on_meta(frame: FrameType | None) -> tuple[str, dict[str, Any]]:
+    """The function of torch.nn.init that is running and its arguments, where it leaves meta tensors alone; else empty.
 
     Those that a library has imported by name go past every patch; but they ask the tensor for its dimensions, which a
     function mode sees.
     """
     for _ in range(4):  # other modes may lie between
         if frame is None:
-            return ""
+            break
         if frame.f_code in _SKIPPED_ON_META:
-            return _SKIPPED_ON_META[frame.f_code]
+            given = {name: value for name, value in frame.f_locals.items() if name != "tensor"}
+            return _SKIPPED_ON_META[frame.f_code], given
         frame = frame.f_back
-    return ""
+    return "", {}

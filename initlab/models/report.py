@@ -26,14 +26,15 @@ class Row(NamedTuple):
         aliases: its other names, where it is tied.
         shape: its shape.
         dtype: its dtype.
-        distribution: the distribution of the whole tensor, or of its first slice; None where the owner's own code fills
-            a buffer.
+        distribution: the distribution of the whole tensor, or of its first slice; None where none describes its values.
         slices: (slice, distribution) of the parts that differ, such as the padding row of an embedding.
         fan: the connections that the distribution was derived from; None if it was derived from none.
         std: standard deviation of the distribution.
         key: the 64-bit key of its draws; None where nothing is drawn.
         why: what the distribution was read from.
         guess: whether it was guessed from names or from the order of modules.
+        source: where values come from that have no distribution: "own code" of a buffer's owner, "computed" by the
+            operators that the code called, or "given" by the caller.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     key: int | None = None
     why: str = ""
     guess: bool = False
+    source: str = "own code"
 
     @property
     def numel(self) -> int:
@@ -165,7 +167,7 @@ class InitReport:
         return "\n".join(lines)
 
     def _cells(self, row: Row) -> list[str]:
-        distribution = "own code" if row.distribution is None else str(row.distribution)
+        distribution = row.source if row.distribution is None else str(row.distribution)
         for part, other in row.slices:
             rows = f"{part.start}" if part.length == 1 else f"{part.start}:{part.start + part.length}"
             distribution += f"; [{':, ' * part.dim}{rows}] {other!s}"

@@ -155,11 +155,14 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
         for pattern, fit in fits.items():
             if not any(map(fit, names)):
                 raise ValueError(f"{where}: no parameter is called {pattern!r}; patterns are globs or names of modules")
-        prepared = [(fits[pattern], part(view)) for pattern, part in chain]
+        prepared = [(fits[pattern], part(view), part.asks_parts) for pattern, part in chain]
         default = functools.cache(lambda: NAMED[DEFAULT]()(view))  # reads the model's code: only where it is asked
 
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
-            for fit, part in prepared:
+            whole = view.wholes.get(id(ref.tensor))
+            for fit, part, asks_parts in prepared:
+                if whole is not None and not asks_parts and any(map(fit, whole.names)):
+                    continue  # the rule is for the weight that this is a part of
                 if any(map(fit, ref.names)) and (found := part(ref)) is not None:
                     return found
             return default()(ref)
@@ -168,4 +171,6 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
 
     advice = next((part.advice for _, part in chain if part.advice), NAMED[DEFAULT]().advice)
     of_buffers = None if rest is None else rest.prepare_buffers
-    return NamedRecipe(f"{base} with rules for {', '.join(special)}" if special else base, prepare, of_buffers, advice)
+    return NamedRecipe(
+        f"{base} with rules for {', '.join(special)}" if special else base, prepare, of_buffers, advice, True
+    )

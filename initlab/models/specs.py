@@ -1,12 +1,15 @@
 """What tensors are filled with, as data: slices, fill specs, and the trace of what a model's code writes."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from initlab.kernels import Constant, Distribution
+
+if TYPE_CHECKING:
+    from .programs import Program
 
 ZEROS, ONES = Constant(0.0), Constant(1.0)
 
@@ -30,6 +33,9 @@ class FillSpec:
         guess: whether it was guessed from names or from the order of modules.
         exact: whether it is what the model's own code does, so that a padding row is zero only where that sets it.
         copy_of: the name whose key it takes, where it starts as a copy of another parameter; empty for its own.
+        program: what computes its values, where no distribution describes them; there are no fills then.
+        check: whether the values that a parameter has must be ones that it can have made.
+        known_as: by the names that the program has for parameters, those of today, where they differ.
     """
 
     fills: tuple[tuple[DimSlice | None, Distribution], ...]
@@ -38,11 +44,14 @@ class FillSpec:
     guess: bool = False
     exact: bool = False
     copy_of: str = ""
+    program: "Program | None" = None
+    check: bool = False
+    known_as: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def distribution(self) -> Distribution:
-        """The distribution of the whole tensor, or of its first slice."""
-        return self.fills[0][1]
+    def distribution(self) -> Distribution | None:
+        """The distribution of the whole tensor, or of its first slice; None where its values are computed."""
+        return self.fills[0][1] if self.fills else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +81,11 @@ def covers(fills: Iterable[tuple[DimSlice | None, object]], shape: Sequence[int]
     return False
 
 
+def computed_spec(program: "Program", why: str, known_as: Mapping[str, str] | None = None) -> FillSpec:
+    """The spec of a tensor whose values are computed."""
+    return FillSpec((), None, why, exact=True, program=program, known_as=known_as or {})
+
+
 def whole_fill(distribution: Distribution, why: str, fan: float | None = None, guess: bool = False) -> FillSpec:
     """The spec that fills a whole tensor from one distribution."""
     return FillSpec(((None, distribution),), fan, why, guess)
@@ -85,6 +99,7 @@ class InitTrace:
         unreadable: by the id of a tensor, why no distribution is known for what is written to it.
         ignored: ids of tensors whose writes are not recorded for now.
         writes: by the id of a tensor, how many times it is written.
+        failed: (id of a module, name) of the code that did not run to its end.
     """
 
     def __init__(self) -> None:
@@ -92,12 +107,13 @@ class InitTrace:
         self.unreadable: dict[int, str] = {}
         self.ignored: frozenset[int] = frozenset()
         self.writes: dict[int, int] = {}
+        self.failed: set[tuple[int, str]] = set()
 
     def copy(self) -> "InitTrace":
         """Another trace that begins with what this one has recorded."""
         trace = InitTrace()
         trace.recorded, trace.unreadable = dict(self.recorded), dict(self.unreadable)
-        trace.writes = dict(self.writes)
+        trace.writes, trace.failed = dict(self.writes), set(self.failed)
         return trace
 
     def write(

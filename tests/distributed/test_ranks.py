@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
 
-_LONG = ("beside_torch", "clipping_nonfinite", "watching")  # modules
+_LONG = ("beside_torch", "clipping_nonfinite", "library_models", "watching")  # modules
 CASES = [
     (world, name) for world in (2, 3, 4, 8) for module in ranks.modules() for name in ranks.scenarios(module, world)
 ]

@@ -21,7 +21,7 @@ from scipy import stats
 from torch import nn
 from torch.nn import init
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import initlab
@@ -659,29 +659,32 @@ READ = {
     "view": lambda m: init.xavier_uniform_(m.weight.view(len(m.weight), -1)),
     "change of mind": change_of_mind,
 }
-# Code that gives no distribution, and what the error should say.
+# Code that computes what no distribution describes.
+COMPUTED = {
+    "orthogonal_": lambda m: init.orthogonal_(m.weight),
+    "sparse_": lambda m: init.sparse_(m.weight, 0.5),
+    "eye_": lambda m: init.eye_(m.weight),
+    "copy_ of other draws": lambda m: m.weight.data.copy_(torch.randn(64, 48)),
+    "copy_ of what is computed": lambda m: m.weight.data.copy_(torch.empty(64, 48).normal_() * 2),
+    "copy_ of a temporary, changed": orthogonal_temporary,
+    "draws on another device": lambda m: m.weight.data.copy_(torch.randn(64, 48, device="cpu")),
+    "clamp_": lambda m: m.weight.data.normal_().clamp_(-1, 1),
+    "mul_ by a tensor": lambda m: m.weight.data.normal_().mul_(torch.ones(48)),
+    "part scaled": lambda m: m.weight.data.normal_()[:3].mul_(2),
+    "copied twice": copied_twice,
+    "exponential_": lambda m: m.weight.data.exponential_(),
+    "relu, in place": lambda m: F.relu(m.weight.data.normal_(), inplace=True),
+    "out=": lambda m: torch.normal(0.0, 1.0, (64, 48), out=m.weight.data),
+    "foreach": lambda m: torch._foreach_mul_([m.weight.data.normal_()], 2.0),
+    "mask": lambda m: m.weight.data.normal_().__setitem__(torch.ones(64) > 0, 0),
+    "one element": lambda m: m.weight.data.normal_().__setitem__((0, 0), 1),
+    "replaced, data": lambda m: setattr(m.weight, "data", torch.randn(64, 48)),
+}
+# Code that neither can be read nor run on stand-ins, and what the error should say.
 UNREAD = {
-    "orthogonal_": (lambda m: init.orthogonal_(m.weight), "orthogonal_"),
-    "sparse_": (lambda m: init.sparse_(m.weight, 0.5), "sparse_"),
-    "eye_": (lambda m: init.eye_(m.weight), "by eye"),
-    "copy_ of other draws": (lambda m: m.weight.data.copy_(torch.randn(64, 48)), "by copy_"),
-    "copy_ of what is computed": (lambda m: m.weight.data.copy_(torch.empty(64, 48).normal_() * 2), "by copy_"),
-    "copy_ of a temporary, changed": (orthogonal_temporary, "by copy_"),
     "a value of another device": (read_what_was_not_drawn, "cannot be read"),
-    "copy_, broadcast": (lambda m: m.weight.data.copy_(torch.empty(48).normal_()), "by copy_"),
-    "draws on another device": (lambda m: m.weight.data.copy_(torch.randn(64, 48, device="cpu")), "by copy_"),
-    "clamp_": (lambda m: m.weight.data.normal_().clamp_(-1, 1), "by clamp_"),
-    "mul_ by a tensor": (lambda m: m.weight.data.normal_().mul_(torch.ones(48)), "by mul_"),
-    "part scaled": (lambda m: m.weight.data.normal_()[:3].mul_(2), "by mul_"),
     "apply_": (lambda m: m.weight.data.normal_().apply_(lambda x: max(x, 0.0)), "by apply_"),  # silent on meta
     "map_": (lambda m: m.weight.data.normal_().map_(m.weight.data, lambda x, y: 0.0), "by map_"),
-    "copied twice": (copied_twice, "by copy_"),
-    "exponential_": (lambda m: m.weight.data.exponential_(), "by exponential_"),
-    "relu, in place": (lambda m: F.relu(m.weight.data.normal_(), inplace=True), "by relu"),
-    "out=": (lambda m: torch.normal(0.0, 1.0, (64, 48), out=m.weight.data), "by normal"),
-    "foreach": (lambda m: torch._foreach_mul_([m.weight.data.normal_()], 2.0), "_foreach_mul_"),
-    "mask": (lambda m: m.weight.data.normal_().__setitem__(torch.ones(64) > 0, 0), "by __setitem__"),
-    "one element": (lambda m: m.weight.data.normal_().__setitem__((0, 0), 1), "no slice of one dimension"),
     "every second row": (lambda m: init.normal_(m.weight[::2]), "no slice of one dimension"),
     "half of it": (lambda m: init.normal_(m.weight[:32]), "no code of the model"),
     "nothing": (lambda m: None, "no code of the model"),
@@ -690,12 +693,11 @@ UNREAD = {
     "raising": (lambda m: [][0], "IndexError: list index out of range"),
     "a distribution that is none": (lambda m: m.weight.data.normal_(0, -1), "RuntimeError: normal expects std"),
     "replaced": (lambda m: setattr(m, "weight", nn.Parameter(torch.randn(64, 48))), "replaces it"),
-    "replaced, data": (lambda m: setattr(m.weight, "data", torch.randn(64, 48)), "replaces it"),
     "deleted": (lambda m: delattr(m, "weight"), "replaces it"),
 }
 
 
-@pytest.mark.parametrize("code", READ.values(), ids=READ)
+@pytest.mark.parametrize("code", (READ | COMPUTED).values(), ids=READ | COMPUTED)
 def test_an_override_has_its_own_distribution(code):
     model, real = own_linear(code), own_linear(code)
     theirs, ours = [], []
@@ -831,12 +833,9 @@ def test_the_flat_weights_of_an_rnn_stay_what_they_are():
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (parametrizations.weight_norm, ["parametrizations.weight.original0", "parametrizations.weight.original1"]),
-        (parametrizations.spectral_norm, ["parametrizations.weight.original"]),
-        (weight_norm, ["weight_g", "weight_v"]),
         (lambda module: prune.l1_unstructured(module, "weight", 0.5), ["weight_orig"]),
     ],
-    ids=["weight_norm", "spectral_norm", "weight_norm by hooks", "prune"],
+    ids=["prune"],
 )
 def test_a_weight_that_is_computed_from_others(change, names, beside):
     """Nobody draws it; what it is computed from has no distribution, and reading it must start no power iteration."""

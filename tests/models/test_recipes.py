@@ -483,12 +483,12 @@ def test_init_weights_that_cannot_be_read():
     class Model(nn.Sequential):
         def _init_weights(self, module):
             if isinstance(module, nn.Linear):
-                init.orthogonal_(module.weight)
+                init.constant_(module.weight, torch.rand(1).item())
 
     model = Model(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"0\.weight \(in Linear\): Model\._init_weights .*orthogonal_"):
+    with pytest.raises(ValueError, match=r"0\.weight \(in Linear\): Model\._init_weights cannot be read: .*item"):
         initlab.plan_model(model, 0, "own")
-    initlab.plan_model(model, 0, {"0.weight": "xavier", "*": "own"})
+    initlab.plan_model(model, 0, {"0": "xavier", "*": "own"})
 
 
 @pytest.mark.parametrize("recipe", NAMES)
@@ -499,11 +499,38 @@ def test_nothing_is_guessed_against_code_that_cannot_be_read(recipe):
             self.weight, self.bias = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
 
         def reset_parameters(self):
-            self.weight.data.exponential_()
+            self.weight.data.fill_(torch.rand(1).item())
             init.zeros_(self.bias)
 
-    with pytest.raises(ValueError, match=r"1 of 2 (?s:.*)weight \(in SomeNorm\): .*by exponential_"):
+    with pytest.raises(ValueError, match=r"2 of 2 (?s:.*)weight \(in SomeNorm\): .*cannot be read"):
         initlab.plan_model(SomeNorm(), 0, UNCHECKED if recipe == "own" else recipe)
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_what_code_computes_is_nobodys_guess(recipe):
+    class SomeNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.empty(500)), nn.Parameter(torch.empty(5))
+            self.reset_parameters()
+
+        def reset_parameters(self):
+            self.weight.data.exponential_(2.0)
+            init.orthogonal_(self.bias.data.view(5, 1))
+
+    model = SomeNorm()
+    report = initlab.init_model_(model, 0, recipe)
+    assert [row.source for row in report.rows] == ["computed", "computed"]
+    assert 0.4 < model.weight.mean() < 0.6
+    assert model.bias.norm().item() == pytest.approx(1.0, abs=1e-5)
+    kept = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight *= 3
+    if recipe == "own":
+        with pytest.raises(ValueError, match="its values are of another distribution"):
+            initlab.init_model_(model, 0, recipe)
+    initlab.init_model_(model, 0, UNCHECKED if recipe == "own" else recipe)
+    assert torch.equal(model.weight, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------
