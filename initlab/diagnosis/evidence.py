@@ -14,6 +14,7 @@ from ..models.activations import ACTIVATIONS
 from ..models.fans import compute_fans
 from ..models.naming import TensorRef
 from .batch import Leaf
+from .graph import FunctionCall
 from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
@@ -122,6 +123,7 @@ class Evidence:
     standardised: Replay | None = None
     bad_update: BadUpdate | None = None
     movement: Movement | None = None  # of the first step that an optimizer took
+    silent: tuple[str, FunctionCall] | None = None  # the operation that makes a gradient of 0 of one that is not
     untreated: Outcome | None = None  # the run as it is, in as many steps as a trial has
 
     @property

@@ -313,7 +313,12 @@ def usual_rates(optimizer: Any) -> list[str]:
 
 def minimise() -> str:
     """An optimizer that goes down."""
-    return 'for group in optimizer.param_groups:\n    group["maximize"] = False'
+    return set_in_groups("maximize", False)
+
+
+def set_in_groups(name: str, value: Any) -> str:
+    """Another value of an optimizer's setting."""
+    return f'for group in optimizer.param_groups:\n    group["{name}"] = {value}'
 
 
 def add_parameters() -> str:

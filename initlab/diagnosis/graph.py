@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -99,6 +99,29 @@ class Graph:
         What reached it was finite, or a node before it would have been the first.
         """
         found: list[BadNode] = []
+        self._backward(loss, lambda node: self._watcher(node, found))
+        return found[0] if found else None
+
+    def silent(self, loss: Tensor) -> tuple[str, FunctionCall] | None:
+        """The first operation that makes a gradient of nothing but 0 of one that is not; runs the pass."""
+        found: list[tuple[str, FunctionCall]] = []
+
+        def watch(node: Any) -> Any:
+            def inspect(to_inputs: Any, from_outputs: Any) -> None:
+                made = [g for g in to_inputs if isinstance(g, Tensor)]
+                given = any(isinstance(g, Tensor) and bool(g.any()) for g in from_outputs)
+                if not found and made and given and not any(bool(g.any()) for g in made):
+                    op = _function_of(node).__name__ if is_custom(node) else names.of_node(node.name())
+                    call = self.calls.get(node) or FunctionCall("", None)
+                    found.append((op if is_custom(node) or not call.name else call.name, call))
+
+            return inspect
+
+        self._backward(loss, watch)
+        return found[0] if found else None
+
+    def _backward(self, loss: Tensor, watcher: Callable[[Any], Any]) -> None:
+        """Runs the pass with a hook on each node."""
         hooks = []
         seen, stack = set(), [loss.grad_fn]
         while stack:
@@ -107,13 +130,12 @@ class Graph:
                 continue
             seen.add(node)
             stack += [n for n, _ in node.next_functions]
-            hooks.append(node.register_hook(self._watcher(node, found)))
+            hooks.append(node.register_hook(watcher(node)))
         try:
             loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
-        return found[0] if found else None
 
     def _watcher(self, node: Any, found: list[BadNode]) -> Any:
         def inspect(to_inputs: Any, from_outputs: Any) -> None:

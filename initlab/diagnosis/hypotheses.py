@@ -7,12 +7,12 @@ begin from the same start and random state, take as many steps, and are measured
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from . import trials
 from .budget import Budget
-from .checks import Finding, guesses
+from .checks import Finding, guesses, of_rise, of_standstill
 from .evidence import Evidence
 from .fixes import smaller_rate
 from .limits import LIMITS
@@ -68,9 +68,22 @@ def judge(
         untreated = evidence.untreated = _untreated(training_step, evidence, found, budget)
     if not settled(untreated.losses) and not any(one.suspicion for one in found):
         untreated = evidence.untreated = untreated._replace(constant=False)  # it may just have begun
-    results = _try_all(training_step, found, untreated, budget)
     baseline = evidence.baseline
+    if all(one.suspicion for one in found) and _near_the_floor(untreated, baseline):
+        return []
+    results = _try_all(training_step, found, untreated, budget)
     kept = results
+    cured = any(_supported(one, untreated, baseline) for one in results if one.finding.suspicion)
+    still = _stands_still(untreated, baseline)
+    if untreated.effect in ("breaks", "rises", "plateau") and not still and _may_be_settings(found, evidence):
+        training_step.snapshot.restore()
+        setting = _first_clear(training_step, of_rise(evidence, untreated), untreated, budget)
+        kept = results = [*setting, *(one for one in results if not setting or one.finding.kind not in _HIDES)]
+    elif still and not cured and not any(not one.suspicion for one in found):
+        training_step.snapshot.restore()
+        moving = _first_clear(training_step, of_standstill(evidence, untreated), untreated, budget)
+        if moving:
+            return [_cause(moving[0], untreated)]
     if not untreated.fails:
         kept = [one for one in results if not one.finding.suspicion or _supported(one, untreated, baseline)]
     elif not any(_supported(one, untreated, baseline) or not one.finding.suspicion for one in results):
@@ -84,6 +97,53 @@ def judge(
     # Beside a first cause whose remedy is enough, suspicions are what it leads to.
     rest = [_cause(one, untreated) for one in ranked[1:] if not (first.tried and one.finding.suspicion)]
     return [first, *rest, *(one for one in behind if one.kind not in {c.kind for c in (first, *rest)})]
+
+
+_HIDES = ("learning rate", "gradient")  # what a smaller step makes up for, beside a setting that drives a run off
+
+
+def _may_be_settings(found: list[Finding], evidence: Evidence) -> bool:
+    """Whether nothing but the step is suspected in a run that rises or breaks after it began."""
+    only_steps = all(one.kind in _HIDES or (one.kind == "weights" and one.suspicion) for one in found)
+    return evidence.broke_at != 1 and evidence.error is None and only_steps
+
+
+def _near_the_floor(untreated: Outcome, baseline: float | None) -> bool:
+    """Whether a run has little left to lose all along, against knowing nothing."""
+    return bool(baseline) and untreated.effect != "breaks" and max(untreated.losses) < LIMITS.floor * (baseline or 0.0)
+
+
+def _stands_still(untreated: Outcome, baseline: float | None) -> bool:
+    """Whether a run that has something left to fall hardly moves."""
+    if untreated.steps < 2 or untreated.effect == "breaks" or untreated.constant:
+        return False
+    first = untreated.losses[0]
+    if abs(first) < (LIMITS.floor * baseline if baseline else LIMITS.nothing_left):
+        return False
+    rise = max(untreated.losses) - first
+    return untreated.fallen < LIMITS.stands_still and rise < LIMITS.stands_still * abs(first)
+
+
+def _first_clear(
+    training_step: TrainingStep, found: Iterable[Finding], untreated: Outcome, budget: Budget
+) -> list[Tried]:
+    """The first change, of those that there is time for, with which a loss falls clearly; none where there is none."""
+    for one in found:
+        if not budget.allows_a_run():
+            break
+        tried = _try(training_step, one, untreated, budget)
+        if tried.cures and _sets_going(tried.outcome, untreated):
+            return [tried]
+    return []
+
+
+def _sets_going(treated: Outcome, untreated: Outcome) -> bool:
+    """Whether a run falls several times as far as without a change, and below where that one began."""
+    if untreated.effect == "plateau":
+        return treated.losses[-1] < untreated.losses[-1]
+    if treated.fallen < max(LIMITS.sets_going, LIMITS.faster * max(0.0, untreated.fallen)):
+        return False
+    return untreated.fails or treated.losses[-1] < untreated.losses[0] * (1 - LIMITS.stands_still)
 
 
 def _one_of_each_kind(ranked: list[Tried]) -> list[Tried]:

@@ -84,6 +84,20 @@ class Limits(NamedTuple):
     response: float = 1e-6  # of the loss, to weights that no gradient reaches
     flat_input: float = 0.01  # what the rows of a batch change in a first layer's output, against its size
 
+    stands_still: float = 0.02  # of the first loss, gone in a trial: a run that loses less may be stuck
+    sets_going: float = 0.05  # likewise: a run that an intervention sets going loses as much at least
+    floor: float = 0.05  # of the loss of knowing nothing: below, there is little left to fall
+    nothing_left: float = 1e-3  # likewise, of a loss whose scale is not known
+    hardly_an_update: float = 5e-6  # of an update to its weight, where the loss falls a little
+    nearly_no_rate: float = 2e-4  # of the rate that a schedule has; 5,000 steps of warm-up begin there
+    stale: float = 30.0  # of an optimizer's moments to the gradient's size; a loss falls to a tenth in training
+    highest_momentum: float = 0.995  # 0.9 is usual, 0.99 rare: a mean over more than 200 steps
+    highest_eps: float = 1e-2  # beside gradients of 1e-3 it is all that an adaptive step divides by
+    large_decay: float = 0.01  # of the weights, gone in one step; usual is 1e-4 or less
+    large_bias: float = 5.0  # beside signals near 1, it decides alone
+    restarted: int = 3  # parameters that are drawn anew one by one
+    much_noise: float = 0.8  # of a signal, dropped; 0.1 to 0.5 is usual
+
     # The first loss
     sure_loss: float = 5.0  # against knowing nothing; a model that starts wrong about some rows stays below
     sure_spread: float = 3.0  # of the logits: their largest probability is then near 1

@@ -404,6 +404,21 @@ def _or_inf(loss: float | None) -> float:
     return math.inf if loss is None or math.isnan(loss) else loss
 
 
+def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Look for the operation whose derivative is 0, where all gradients are."""
+    training_step.snapshot.restore()
+    training_step.clear_gradients()
+    search = Search(training_step.model, {}, {})
+    try:
+        evidence.silent = search.graph.silent(search.forward(training_step.loss))
+    except _FOR_THE_CALLER:
+        raise
+    except Exception:  # it is evidence only where it runs
+        evidence.silent = None
+    finally:
+        training_step.snapshot.restore()
+
+
 def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
     """Which of the parameters that got no gradient the loss depends on: it is run again with them moved.
 

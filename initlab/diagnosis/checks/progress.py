@@ -136,6 +136,21 @@ def no_gradient(evidence: Evidence) -> Finding | None:
     first = next((one for one in evidence.parameters if one.grad_norm is not None), None)
     if first is None or not evidence.first_loss:
         return None
+    if evidence.silent is not None:
+        op, call = evidence.silent
+        where = f"{call.module!r}" if call.module else "the model's own code" if call.module == "" else "the loss"
+        return Finding(
+            "gradient",
+            "broken",
+            Place(module=call.module, op=op),
+            f"all gradients are exactly 0: {op} in {where} has a derivative of 0 for all that it gets, and no step "
+            "changes anything.",
+            {"loss": evidence.first_loss, **({"line": call.line} if call.line else {})},
+            [
+                f"# in {where}: something with a derivative in place of {op}"
+                + (f", or x + ({op}(x) - x).detach()" if op in _STEPS else "")
+            ],
+        )
     return Finding(
         "gradient",
         "broken",
@@ -143,6 +158,9 @@ def no_gradient(evidence: Evidence) -> Finding | None:
         "all gradients are exactly 0: no step changes anything.",
         {"loss": evidence.first_loss},
     )
+
+
+_STEPS = ("round", "floor", "ceil", "trunc", "sign", "heaviside")  # constant between their jumps
 
 
 def _has_no_rate(evidence: Evidence) -> bool:

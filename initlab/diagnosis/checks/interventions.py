@@ -1,0 +1,308 @@
+"""Interventions: what usually sets a run going that stands still, or calms one that its optimizer's settings drive off.
+
+Each is one change, the smallest first. None is a suspicion from numbers alone: only the experiment speaks for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import fixes
+from ..evidence import Evidence, ParameterStats, half
+from ..limits import LIMITS
+from ..outcomes import Outcome
+from ..report import Kind, Place, Severity
+from .finding import Finding
+
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta")
+_MEANS = ("exp_avg", "momentum_buffer", "grad_avg")
+_NAMED = 8  # features that a place lists
+
+
+def of_optimizer(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Settings and state of the optimizer that may be what a run fails from, each undone alone.
+
+    Args:
+        run: the run as it is.
+    """
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    rises = run.effect in ("breaks", "rises", "plateau")
+    if any(group.get("maximize") for group in groups) and rises and _blows_up(run):
+        yield _of_optimizer(run, "the optimizer maximises", {"maximize": True}, "maximize=False", fixes.minimise())
+    for name, usual in _USUAL.items():
+        given = [group[name] for group in groups if name in group]
+        odd = next((value for value in given if _is_odd(name, value)), None)
+        if odd is not None:
+            change = f"{name}={usual}"
+            why = f"{name} is {odd}, which lets the steps grow or holds them back"
+            yield _of_optimizer(run, why, {name: odd}, change, fixes.set_in_groups(name, usual))
+    stale = _stale(evidence)
+    if stale is not None:
+        parameter, name, ratio = stale
+        yield Finding(
+            "optimizer",
+            _severity(run),
+            Place(module=parameter.ref.module_name, parameter=parameter.name),
+            f"{_course(run)}; without the optimizer's state it falls. Its {name} of {parameter.name} is {ratio:.2g} "
+            "times the gradient's size: it is of another scale of the loss, or of another run.",
+            {"state against gradient": ratio},
+            ["optimizer.state.clear()"],
+            suspicion=True,
+            change="the optimizer's state cleared",
+        )
+    decay = max((float(group.get("weight_decay") or 0.0) for group in groups), default=0.0)
+    if decay and (not rises or _outweighs(evidence, decay)):
+        why = f"weight_decay is {decay:g}, and outweighs the gradients"
+        code = fixes.set_in_groups("weight_decay", 0.0)
+        yield _of_optimizer(run, why, {"weight decay": decay}, "weight_decay=0", code)
+
+
+def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """What may drive a run off, and a smaller rate only hides: settings of the optimizer, and extreme noise."""
+    yield from of_optimizer(evidence, run)
+    yield from _noise(evidence, run)
+
+
+def of_standstill(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """What may set a run going: tensors to learn, the rate, the optimizer, precision, inputs, weights, noise."""
+    for part in (_unregistered, _rates, of_optimizer, _precision, _inputs, _weights, _noise):
+        yield from part(evidence, run)
+
+
+def _of_optimizer(run: Outcome, why: str, facts: dict[str, Any], change: str, code: str) -> Finding:
+    text = f"{_course(run)}; with {change} it falls: {why}."
+    return Finding("optimizer", _severity(run), Place(), text, facts, [code], suspicion=True, change=change)
+
+
+# Settings by their name in an optimizer's groups, with what torch gives them by default, or what is usual.
+_USUAL: dict[str, Any] = {"momentum": 0.9, "betas": (0.9, 0.999), "dampening": 0.0, "eps": 1e-8}
+
+
+def _is_odd(name: str, value: Any) -> bool:
+    """Whether a setting is outside what an optimizer can run with, or extreme."""
+    if name == "betas":
+        known = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+        return known and not (0 <= value[0] < LIMITS.highest_momentum and 0 <= value[1] < 1 - 1e-5)
+    if not isinstance(value, int | float):
+        return False
+    if name == "momentum":
+        return not 0 <= value < LIMITS.highest_momentum
+    if name == "dampening":
+        return value >= LIMITS.highest_momentum
+    return value > LIMITS.highest_eps
+
+
+def _stale(evidence: Evidence) -> tuple[ParameterStats, str, float] | None:
+    """The parameter whose state is furthest above its gradient, the state's name, and how far."""
+    state = evidence.optimizer.state if evidence.optimizer is not None else {}
+    found = []
+    for one in evidence.parameters:
+        held = state.get(one.ref.tensor) if one.grad is not None and one.grad.rms else None
+        for name, value in held.items() if isinstance(held, dict) else ():
+            if name in (*_SQUARES, *_MEANS) and isinstance(value, Tensor) and value.numel():
+                assert one.grad is not None
+                x = value.detach().float()
+                size = float(x.mean().clamp_min(0).sqrt() if name in _SQUARES else x.square().mean().sqrt())
+                if math.isfinite(size) and size > LIMITS.stale * one.grad.rms:
+                    found.append((one, name, size / one.grad.rms))
+    return max(found, key=lambda each: each[2], default=None)
+
+
+def _outweighs(evidence: Evidence, decay: float) -> bool:
+    """Whether weight decay is larger than the gradients, or takes a large part of the weights in each step."""
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    rate = max((float(group.get("lr", 0.0)) for group in groups), default=0.0)
+    sizes = [s.rms * math.sqrt(s.numel) for one in evidence.parameters if (s := one.stats) is not None]
+    gradient = evidence.steps[0].gradient if evidence.steps else None
+    return rate * decay >= LIMITS.large_decay or decay * math.hypot(*sizes) > (gradient or 0.0)
+
+
+def _blows_up(run: Outcome) -> bool:
+    """Whether a loss that is never negative leaves its size behind; a reward grows, and does not explode."""
+    known = [x for x in run.losses if math.isfinite(x)]
+    return bool(known) and min(known) >= 0 and (run.effect == "breaks" or known[-1] > LIMITS.blow_up * known[0])
+
+
+def _unregistered(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Tensors that modules hold to learn, and that are neither parameters nor in the optimizer."""
+    optimizer = evidence.optimizer
+    if optimizer is None:
+        return
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known |= {id(leaf.tensor) for leaf in evidence.leaves}
+    found: dict[str, str] = {}  # code, by what is printed
+    for path, module in evidence.model.named_modules():
+        for name, held in vars(module).items():
+            items = (
+                enumerate(held) if isinstance(held, list | tuple) else held.items() if isinstance(held, dict) else ()
+            )
+            every = [("", held), *((f"[{key!r}]", value) for key, value in items if name[0] != "_")]
+            for at, x in every:
+                if isinstance(x, Tensor) and x.is_leaf and x.requires_grad and id(x) not in known:
+                    owner = f"model.get_submodule({path!r})" if path else "model"
+                    found[f"{path}.{name}{at}".lstrip(".")] = f"{owner}.{name}{at}"
+                    known.add(id(x))
+    if found:
+        first = next(iter(found))
+        yield Finding(
+            "optimizer",
+            _severity(run),
+            Place(parameter=first),
+            f"{_course(run)}; with {first} in the optimizer it falls: it wants a gradient, and is no nn.Parameter, so "
+            "model.parameters() does not give it.",
+            {"tensors": len(found)},
+            [f'optimizer.add_param_group({{"params": [{", ".join(found.values())}]}})  # or make them nn.Parameters'],
+            suspicion=True,
+            change=f"{first} in the optimizer",
+        )
+
+
+def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    optimizer = evidence.optimizer
+    groups = [group for group in optimizer.param_groups if "lr" in group] if optimizer is not None else []
+    rate = max((float(group["lr"]) for group in groups), default=0.0)
+    if not rate or not evidence.steps:
+        return
+    planned = max(float(group.get("initial_lr", 0.0)) for group in groups)
+    if rate < planned and (rate > LIMITS.nearly_no_rate * planned or run.effect != "stays"):
+        return  # a schedule will raise it, or has brought it to its end
+    slow = LIMITS.slow_update if run.effect == "stays" else LIMITS.hardly_an_update
+    if (evidence.steps[0].update or 0.0) > slow:
+        return  # slow, and as many tune a trained model
+    codes = [(x * rate, fixes.smaller_rate(x, optimizer)) for x in (10.0, 100.0, 1e3) if x * rate <= 1.0]
+    if planned > rate:
+        codes.append((planned, 'for group in optimizer.param_groups:\n    group["lr"] = group["initial_lr"]'))
+    known = fixes.usual_rates(optimizer)
+    codes += [(usual, code) for code in known[:1] if (usual := float(code.rpartition(" ")[2])) > 1e3 * rate]
+    whence = f", of {planned:g} that its schedule begins or began with," if planned > rate else ""
+    for new, code in codes:
+        yield Finding(
+            "learning rate",
+            "warning",
+            Place(),
+            f"{_course(run)}: the rate {rate:g}{whence} is too low, a step hardly changes the weights.",
+            {"rate": rate, "rate that was tried": new},
+            [code],
+            suspicion=True,
+            change=f"rate {float(f'{new:.1g}'):g}",
+        )
+
+
+def _precision(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    low = [one for one in evidence.parameters if half(one.ref.tensor.dtype) and one.grad_norm]
+    moves = evidence.movement
+    if not low or moves is None or not moves.rounded:
+        return
+    yield _of_parameter(
+        "precision",
+        low[0],
+        run,
+        f"{moves.rounded:.0%} of the 16-bit weights stay as they are in a step: the updates are rounded away",
+        fixes.in_float32(evidence)[0],
+        "float32 weights",
+    )
+
+
+def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    for leaf in evidence.leaves:
+        x = leaf.tensor
+        if leaf.is_target or not x.is_floating_point() or x.dim() < 2 or x.shape[0] < 2 or not x.numel():
+            continue
+        with torch.no_grad():
+            rows = x.detach().float().reshape(-1, x.shape[-1]) if x.dim() <= 3 else x.detach().float().reshape(-1, 1)
+            spread, size = rows.std(0, correction=0), rows.square().mean(0).sqrt()
+            varies = spread > 0
+            odd = varies & ((size > LIMITS.ordinary * 2) | (size < 0.1) | (size > LIMITS.target_offset * spread))
+        if not bool(odd.any()):
+            continue
+        matter = (odd & (size >= 0.1 * size[odd].max())).nonzero().flatten().tolist()
+        some = matter[:_NAMED] if x.dim() <= 3 and len(matter) < x.shape[-1] else None
+        feature = some[0] if some and len(some) == 1 else some
+        saturated = next((c for c in evidence.layers if c.activation in ("tanh", "sigmoid") and c.edge), None)
+        why = f"root mean squares of its features run from {float(size.min()):.3g} to {float(size.max()):.3g}"
+        facts: dict[str, Any] = {"largest feature": float(size.max()), "smallest feature": float(size.min())}
+        if saturated is not None and saturated.edge >= LIMITS.saturated / 2:
+            why += f", and {saturated.edge:.0%} of the {saturated.activation}s behind {saturated.path!r} are saturated"
+            facts["saturated"] = saturated.edge
+        yield Finding(
+            "input",
+            _severity(run),
+            Place(feature=feature, tensor=leaf.code),
+            f"{_course(run)}; with {leaf.code} standardised it falls: {why}.",
+            facts,
+            [fixes.standardise(leaf, evidence.batch)],
+            suspicion=True,
+            change=f"{leaf.code} standardised",
+        )
+
+
+def _weights(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Fresh starts of single parameters: constant ones, dead ones, and those far from their distribution."""
+    suspects: list[tuple[float, ParameterStats, str]] = []
+    for one in evidence.parameters:
+        stats, wide = one.stats, one.ref.tensor.dim() > 1
+        if stats is None or not stats.finite or not one.ref.tensor.requires_grad:
+            continue
+        far = abs(math.log(stats.rms / one.distribution)) if one.distribution and stats.rms else 0.0
+        if wide and stats.numel > 1 and not stats.std:
+            suspects.append((math.inf, one, f"all of it is {stats.mean:g}"))
+        elif not wide and one.ref.attribute != "bias" and not stats.largest:
+            suspects.append((math.inf, one, "all of it is 0"))
+        elif one.ref.attribute == "bias" and stats.largest > LIMITS.large_bias:
+            suspects.append((math.log(stats.largest), one, f"it reaches {stats.largest:.3g}"))
+        elif wide and far > math.log(LIMITS.distribution_factor):
+            suspects.append((far, one, f"its root mean square is {stats.rms:.2g}, and {one.distribution:.2g} is usual"))
+    suspects.sort(key=lambda each: -each[0])
+    for _, one, why in suspects[: LIMITS.restarted]:
+        code = fixes.fresh(evidence, [one])
+        if code.startswith("initlab.init.zeros_") and one.ref.attribute != "bias":
+            code = f"torch.nn.init.ones_(model.get_parameter({one.name!r}))"
+        yield _of_parameter("weights", one, run, why, code, f"a fresh {one.name}")
+
+
+def _noise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    for path, module in evidence.model.named_modules():
+        for name in ("p", "dropout"):
+            share = getattr(module, name, None)
+            if not isinstance(module, _NOISY) or not isinstance(share, float) or share < LIMITS.much_noise:
+                continue
+            yield Finding(
+                "gradient",
+                _severity(run),
+                Place(module=path),
+                f"{_course(run)}; without dropout in {path!r} it falls: it drops {share:.0%} of what it gets, and of "
+                "the gradient.",
+                {"dropped": share},
+                [f"model.get_submodule({path!r}).{name} = 0.0  # 0.1 to 0.5 is usual"],
+                suspicion=True,
+                change=f"no dropout in {path}",
+            )
+
+
+_NOISY = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
+
+
+def _of_parameter(kind: Kind, one: ParameterStats, run: Outcome, why: str, code: str, change: str) -> Finding:
+    return Finding(
+        kind,
+        _severity(run),
+        Place(module=one.ref.module_name, parameter=one.name),
+        f"{_course(run)}; with {change} it falls. {one.name}: {why}.",
+        {"root mean square": one.stats.rms if one.stats is not None else None},
+        [code],
+        suspicion=True,
+        change=change,
+    )
+
+
+def _severity(run: Outcome) -> Severity:
+    return "broken" if run.effect in ("breaks", "rises") else "warning"
+
+
+def _course(run: Outcome) -> str:
+    return f"the loss went {run}" if run.effect in ("breaks", "rises") else f"the loss hardly falls, {run}"
