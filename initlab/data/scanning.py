@@ -264,7 +264,7 @@ def _digest(found: list[Leaf]) -> bytes:
     """Of all bits of a batch."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in found:
-        tensor = leaf.tensor.detach().cpu().contiguous()
+        tensor = leaf.tensor.detach().to("cpu", copy=True).contiguous()  # numpy() marks the memory that it shares
         digest.update(repr((leaf.code, tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.digest()

@@ -184,7 +184,9 @@ def _sorted_sample(values: Tensor) -> np.ndarray[Any, Any]:
         places = (_groups(count // _GROUP)[:, None] * _GROUP + torch.arange(_GROUP, device="cpu")).flatten()
         sample = values[torch.unravel_index(places.to(values.device), values.shape)]
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    x: np.ndarray[Any, Any] = np.sort(sample.to("cpu", dtype).resolve_neg().numpy())
+    # A copy: numpy() makes the memory that it shares one that cannot be resized, which FSDP does with its parameters.
+    x: np.ndarray[Any, Any] = sample.to("cpu", dtype, copy=True).resolve_neg().numpy()
+    x.sort()
     return x
 
 
