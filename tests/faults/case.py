@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-KINDS = ("input", "target", "weights", "operation", "precision", "gradient", "learning rate", "loss", "uninitialised")
+KINDS = (
+    *("input", "target", "weights", "operation", "precision", "gradient"),
+    *("learning rate", "optimizer", "loss", "uninitialised"),
+)
 FAMILIES = ("mlp", "cnn", "rnn", "transformer", "gan", "physics")
 
 LossFn = Callable[[Any, Any], torch.Tensor]

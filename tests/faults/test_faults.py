@@ -1,6 +1,8 @@
 """diagnose() against planted faults, which were written by somebody who knew its contract and not its checks.
 
-The checks were tuned on the first set; whoever wrote the second, `held_out`, had seen neither them nor the first.
+The checks were tuned on the first set; whoever wrote the second, `held_out`, had seen neither them nor the first. The
+third, `third_sequences` and `third_tabular`, was written by people who knew the docs only; its bounds are what is
+reached, not what is wanted.
 
 Each fault and each healthy model is diagnosed once. A remedy is run as it is printed, on a fresh copy of the fault, and
 then the model is trained: `python tests/faults/test_faults.py` prints the table.
@@ -19,11 +21,11 @@ import torch
 import initlab
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from faults import FAULTS, HEALTHY
+from faults import FAULTS, HEALTHY, third_sequences, third_tabular
 from faults.held_out import HELD_OUT, HELD_OUT_HEALTHY
 
 pytestmark = pytest.mark.long
-STEPS = 10  # of training after a remedy
+STEPS = 25  # of training after a remedy
 
 
 @dataclasses.dataclass
@@ -88,17 +90,25 @@ def share(right: list[bool]) -> float:
     return sum(right) / len(right)
 
 
+THIRD = [*third_sequences.FAULTS, *third_tabular.FAULTS]
+THIRD_HEALTHY = [*third_sequences.HEALTHY, *third_tabular.HEALTHY]
 SETS = [
-    pytest.param(faults, id=name, marks=pytest.mark.xdist_group(name))  # on one worker, which diagnoses them once
-    for name, faults in {"first set": FAULTS, "held out": HELD_OUT}.items()
+    # On one worker, which diagnoses them once. With the least shares of right kinds, places and remedies.
+    pytest.param((faults, bounds), id=name, marks=pytest.mark.xdist_group(name))
+    for name, faults, bounds in (
+        ("first set", FAULTS, (0.95, 0.90, 0.80)),
+        ("held out", HELD_OUT, (0.95, 0.90, 0.80)),
+        ("third set", THIRD, (0.78, 0.81, 0.78)),
+    )
 ]
 
 
 @pytest.fixture(scope="module", params=SETS)
-def verdicts(request):
+def judged(request):
+    faults, bounds = request.param
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield [judge(fault) for fault in request.param]
+    yield [judge(fault) for fault in faults], bounds
     torch.set_num_threads(threads)
 
 
@@ -115,20 +125,33 @@ def test_there_are_enough():
 KINDS = ("input", "target", "weights", "operation", "precision", "gradient", "learning rate", "loss", "uninitialised")
 
 
-def test_top_cause(verdicts):
-    assert share([v.kind for v in verdicts]) >= 0.95, listed([v for v in verdicts if not v.kind])
+def test_top_cause(judged):
+    verdicts, (least, _, _) = judged
+    assert share([v.kind for v in verdicts]) >= least, listed([v for v in verdicts if not v.kind])
 
 
-def test_place(verdicts):
-    assert share([v.place for v in verdicts]) >= 0.90, listed([v for v in verdicts if not v.place])
+def test_place(judged):
+    verdicts, (_, least, _) = judged
+    assert share([v.place for v in verdicts]) >= least, listed([v for v in verdicts if not v.place])
 
 
-def test_remedies(verdicts):
+def test_remedies(judged):
+    verdicts, (_, _, least) = judged
     fixable = [v for v in verdicts if v.fault.fixable]
-    assert share([v.fixed for v in fixable]) >= 0.80, listed([v for v in fixable if not v.fixed])
+    assert share([v.fixed for v in fixable]) >= least, listed([v for v in fixable if not v.fixed])
 
 
-@pytest.mark.parametrize("model", [*HEALTHY, *HELD_OUT_HEALTHY], ids=lambda model: model.name)
+def test_nothing_is_called_tried_that_does_not_hold(judged):
+    verdicts, _ = judged
+    tried = [v for v in verdicts if v.diagnosis.causes and v.diagnosis.causes[0].tried]
+    losses = {v.fault.name: after_remedy(v.fault, v.diagnosis.causes[0].remedy) for v in tried}
+    held = {
+        name: len(of) == STEPS + 1 and all(map(math.isfinite, of)) and of[-1] < of[0] for name, of in losses.items()
+    }
+    assert all(held.values()), [name for name, ok in held.items() if not ok]
+
+
+@pytest.mark.parametrize("model", [*HEALTHY, *HELD_OUT_HEALTHY, *THIRD_HEALTHY], ids=lambda model: model.name)
 def test_no_false_alarm(model):
     found = initlab.diagnose(*model.build(), steps=model.steps)
     assert found.causes == (), str(found)
@@ -137,7 +160,7 @@ def test_no_false_alarm(model):
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    chosen = [fault for fault in (*FAULTS, *HELD_OUT) if not names or fault.name in names]
+    chosen = [fault for fault in (*FAULTS, *HELD_OUT, *THIRD) if not names or fault.name in names]
     verdicts = [judge(fault) for fault in chosen]
     fixable = [v.fixed for v in verdicts if v.fault.fixable]
     for verdict in verdicts:
@@ -147,13 +170,13 @@ def main(names: list[str]) -> None:
     print(f"{len(verdicts)} faults: kind {share([v.kind for v in verdicts]):.1%}", end=", ")
     print(f"place {share([v.place for v in verdicts]):.1%}, remedies {share(fixable or [True]):.1%} of {len(fixable)}")
     alarms = 0
-    for model in (*HEALTHY, *HELD_OUT_HEALTHY):
+    for model in (*HEALTHY, *HELD_OUT_HEALTHY, *THIRD_HEALTHY):
         if not names or model.name in names:
             found = initlab.diagnose(*model.build(), steps=model.steps)
             alarms += bool(found.causes)
             if found.causes or names:
                 print(model.name, found)
-    print(f"{len(HEALTHY) + len(HELD_OUT_HEALTHY)} healthy models: {alarms} false alarms")
+    print(f"{len(HEALTHY) + len(HELD_OUT_HEALTHY) + len(THIRD_HEALTHY)} healthy models: {alarms} false alarms")
 
 
 if __name__ == "__main__":
