@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import linecache
 import math
 import runpy
 import sys
@@ -19,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from initlab.kernels import all_finite_fast
 
-from ..diagnosis import Diagnosis, diagnose_alone
+from ..diagnosis import Cause, Diagnosis, diagnose_alone
 from .report import ScriptReport
 from .steps import Start, Step, model_of, names_of, optimizer_of, reached_parameters
 from .tape import Event, Replay, Tape
@@ -284,9 +286,10 @@ class _Run:
         self.examining = self.tape.paused = True
         self.report.preamble = step.preamble
         try:
-            return diagnose_alone(
+            found = diagnose_alone(
                 step.model, step.replay.batch, step.replay, step.optimizer, steps=steps, on_stage=self.on_stage
             )
+            return dataclasses.replace(found, causes=tuple(_in_script(cause, step.replay) for cause in found.causes))
         except Exception as error:
             self.report.notes.append(f"the step could not be examined: {type(error).__name__}: {error}")
             return None
@@ -304,6 +307,18 @@ class _Run:
             if self.is_users(frame.f_code.co_filename):
                 yield frame
             frame = frame.f_back
+
+
+def _in_script(cause: Cause, replay: Replay) -> Cause:
+    """A cause whose line of code is the script's, where it is the one that runs the step again."""
+    if "line" not in cause.evidence or not cause.evidence["line"].startswith("tape.py"):
+        return cause
+    evidence = {key: value for key, value in cause.evidence.items() if key != "line"}
+    for call in replay.calls:
+        if getattr(call.event.function, "__name__", "").strip("_") == cause.place.op:
+            file, line = call.event.place
+            evidence["line"] = f"{Path(file).name}:{line}: {linecache.getline(file, line).strip()}"
+    return dataclasses.replace(cause, evidence=evidence)
 
 
 def _tells_little(found: Diagnosis) -> bool:

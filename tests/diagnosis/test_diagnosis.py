@@ -833,7 +833,7 @@ def test_places_read_well():
     ("arguments", "error", "words"),
     [
         (lambda m, b: (lambda x: x, b, CROSS_ENTROPY), TypeError, "model is a function"),
-        (lambda m, b: (m, iter([b]), CROSS_ENTROPY), TypeError, "next"),
+        (lambda m, b: (m, iter([]), CROSS_ENTROPY), TypeError, "the loader gave no batch"),
         (lambda m, b: (m, b, nn.CrossEntropyLoss()), TypeError, "supervised"),
         (lambda m, b: (m, b, None), TypeError, "loss_fn is a NoneType"),
         (lambda m, b: (m, b, CROSS_ENTROPY, 0.1), TypeError, "optimizer is a float"),

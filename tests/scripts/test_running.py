@@ -152,6 +152,13 @@ def test_a_gradient_that_is_not_finite(tmp_path):
     ]
 
 
+def test_the_line_of_an_operation_is_the_scripts(tmp_path):
+    path = script(tmp_path, "loss = model(x).log().mean()\nloss.backward()\n")
+    cause = run_script(path).diagnosis.causes[0]
+    assert (cause.kind, cause.place.op) == ("operation", "log")
+    assert cause.evidence["line"] == f"train.py:{line_of(path, 'log()')}: loss = model(x).log().mean()"
+
+
 HEALTHY = {
     "plain": (
         """
