@@ -17,6 +17,8 @@ from initlab.diagnosis.safe_forms import Substitution
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from broken_operations import CASES, is_right
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")  # one case is made with the old one
+
 ONE_OF_EACH = (
     *("G softmax, where", "G log, where", "H Root", "I sum + eps", "I overflow of a product", "I eps of Adam"),
     *("J pos_weight", "J cosine", "K log of a negative number", "K sqrt at 0", "K ctc", "K cholesky", "K temperature"),
@@ -29,7 +31,7 @@ def test_the_operation_is_named_with_its_reason(name):
     one = CASES[name]
     (cause, *_) = diagnose(*one.make(), **one.options).causes
     assert is_right(one, cause) == ""
-    assert cause.severity == "broken"
+    assert cause.severity == "broken" or name == "K kl_div without logarithms"  # whose loss stays finite, and falls
     assert not cause.tried or not cause.remedy.startswith("#")
 
 
