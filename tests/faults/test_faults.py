@@ -53,7 +53,9 @@ class Verdict:
 
 
 def judge(fault: Any) -> Verdict:
-    diagnosis = initlab.diagnose(*fault.build(), steps=fault.steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of some of the mistakes
+        diagnosis = initlab.diagnose(*fault.build(), steps=fault.steps)
     if not diagnosis.causes:
         return Verdict(fault, diagnosis, False, False, [])
     top = diagnosis.causes[0]
