@@ -1,4 +1,4 @@
-"""Everything that is printed: tables, shortened lists, progress bars, and colour where a terminal shows it.
+"""Everything that is printed: tables, shortened lists, JSON, progress bars, and colour where a terminal shows it.
 
 What a report says must not depend on where it is read. So tables and lists are plain text, the same in a terminal, in a
 notebook and in a file; only `say` and `progress`, which write to a stream themselves, ask whether it is a terminal.
@@ -7,11 +7,12 @@ rich is imported where it is used: `import initlab` does not load it.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def warn(message: str) -> None:
@@ -138,6 +139,23 @@ def say(text: str, style: str = "", *, stderr: bool = False) -> None:
 
     console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(text, style=style)
+
+
+def plain_data(value: Any) -> Any:
+    """What json.dumps writes as JSON: lists and dicts with strings as keys, None in the place of NaN and infinities.
+
+    Example:
+        >>> from initlab._console import plain_data
+        >>> plain_data({"losses": (1.0, float("inf")), 2: "x"})
+        {'losses': [1.0, None], '2': 'x'}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): plain_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_data(item) for item in value]
+    return value
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

@@ -20,6 +20,8 @@ from initlab.kernels import backends
 from initlab.kernels.sampling import fill
 
 import initlab
+from initlab.diagnosis.budget import Budget
+from initlab.diagnosis.limits import LIMITS
 
 if "INITLAB_TEST_DEVICE" in os.environ:
     sys.path.insert(0, str(Path(__file__).parent))
@@ -35,6 +37,28 @@ def pytest_collection_modifyitems(items):
         for mark in item.iter_markers("long_if"):
             if mark.args[0](**item.callspec.params):
                 item.add_marker("long")
+
+
+@pytest.fixture
+def one_thread():
+    """For small tensors: on a busy machine torch's threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unhurried():
+    """Gives a diagnosis without a budget of its own ten minutes: what it says must not depend on a busy machine."""
+    usual = Budget.__init__
+
+    def patient(self, seconds, show=None):
+        usual(self, 600.0 if seconds == LIMITS.budget else seconds, show)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Budget, "__init__", patient)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from .._console import listing, table
+from .._console import listing, plain_data, table
 
 _ROWS = 40  # of a table; .rows has them all
 
@@ -45,20 +45,8 @@ class TensorRow:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data, for JSON: numbers or null."""
-        change = self.change if self.change is None or math.isfinite(self.change) else None
-        return {
-            "name": self.name,
-            "file": self.file,
-            "begin": list(self.begin),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": list(self.shape),
-            "rms": self.rms if math.isfinite(self.rms) else None,
-            "largest": self.largest,
-            "nonfinite": self.nonfinite,
-            "change": change,
-            "faults": list(self.faults),
-            "notes": list(self.notes),
-        }
+        row: dict[str, Any] = plain_data(vars(self))
+        return row | {"dtype": str(self.dtype).removeprefix("torch.")}
 
 
 @dataclass(frozen=True)

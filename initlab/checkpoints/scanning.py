@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -67,13 +66,12 @@ def scan_checkpoint(
         before, unread = _collected(Path(since))
         refused |= unread
         older = {(tensor.name, tensor.begin): tensor for tensor in before}
-    untouched = _untouched_names(stored)
     rows = []
     total = sum(math.prod(tensor.shape) for tensor in stored)
     with progress("initlab scan", total, show_progress) as advance:
         for tensor in stored:
             before_it = older.get((tensor.name, tensor.begin))
-            rows.append(_row(tensor, before_it, since is not None, untouched))
+            rows.append(_row(tensor, before_it, since is not None))
             advance(math.prod(tensor.shape))
     gone = sorted({name for name, _ in older} - {tensor.name for tensor in stored})
     return CheckpointReport(str(path), tuple(rows), refused, None if since is None else str(since), tuple(gone))
@@ -104,24 +102,14 @@ def _collected(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     return stored, refused
 
 
-def _untouched_names(stored: list[StoredTensor]) -> set[str]:
-    """Moments of optimizers: all zero, they show that their parameter never had a gradient."""
-    states: dict[str, list[str]] = defaultdict(list)
-    for tensor in stored:
-        owner, _, last = tensor.name.rpartition(".")
-        if last in _MOMENTS:
-            states[owner].append(tensor.name)
-    return {name for names in states.values() for name in names}
-
-
-def _row(stored: StoredTensor, before: StoredTensor | None, compared: bool, moments: set[str]) -> TensorRow:
+def _row(stored: StoredTensor, before: StoredTensor | None, compared: bool) -> TensorRow:
     fits = before is not None and (before.shape, before.dtype, before.strides) == (
         stored.shape,
         stored.dtype,
         stored.strides,
     )
     counts = statistics_of(stored.parts(), before.parts() if before is not None and fits else None)
-    faults, notes = _judged(stored, counts, stored.name in moments)
+    faults, notes = _judged(stored, counts)
     change = None
     if compared and before is None:
         notes.append("not in the older checkpoint")
@@ -149,7 +137,7 @@ def _row(stored: StoredTensor, before: StoredTensor | None, compared: bool, mome
     )
 
 
-def _judged(stored: StoredTensor, counts: Statistics, is_moment: bool) -> tuple[list[str], list[str]]:
+def _judged(stored: StoredTensor, counts: Statistics) -> tuple[list[str], list[str]]:
     """What is wrong with a tensor, and what is worth a note."""
     if not counts.elements or not (stored.dtype.is_floating_point or stored.dtype.is_complex):
         return [], []
@@ -169,7 +157,7 @@ def _judged(stored: StoredTensor, counts: Statistics, is_moment: bool) -> tuple[
     if counts.subnormal and counts.subnormal >= _SUBNORMAL_SHARE * nonzero:
         notes.append(f"{counts.subnormal / counts.elements:.0%} subnormal")
     if counts.zeros == counts.elements:
-        if is_moment:
+        if stored.name.rpartition(".")[2] in _MOMENTS:
             faults.append("untouched: the optimizer never had a gradient for it")
         elif len(stored.shape) > 1:
             notes.append("all zero")

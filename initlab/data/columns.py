@@ -38,7 +38,8 @@ class FloatColumns:
 
     def __init__(self, code: str, shape: tuple[int, ...]) -> None:
         self.code = code
-        self.dim = 1 if len(shape) > 3 else len(shape) - 1
+        self.is_image = len(shape) > 3
+        self.dim = 1 if self.is_image else len(shape) - 1
         self.count = shape[self.dim] if len(shape) > 1 else 1
         self.by_column = len(shape) > 1 and self.count <= MOST_COLUMNS
         if not self.by_column:
@@ -50,6 +51,11 @@ class FloatColumns:
         self.weights: list[int] = []  # elements of a column
         self.batches: list[int] = []
         self.bad = BadRows()
+
+    @property
+    def what(self) -> str:
+        """What a column is."""
+        return "values" if self.count == 1 else "channel" if self.is_image else "feature"
 
     def add(self, batch: int, values: Tensor) -> None:
         """Take in one batch's tensor."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .._console import table
+from .._console import plain_data, table
 
 _ROWS = 30  # of a table; .columns has them all
 
@@ -83,19 +82,14 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: numbers or null."""
-        columns = [{key: _plain(value) for key, value in vars(row).items()} for row in self.columns]
-        faults = [
-            vars(fault) | {"places": [list(place) for place in fault.places], "columns": list(fault.columns)}
-            for fault in self.faults
-        ]
         return {
             "verdict": self.verdict,
             "batches": self.batches,
             "rows": self.rows,
             "complete": self.complete,
             "worst": self.worst,
-            "faults": faults,
-            "columns": columns,
+            "faults": plain_data([vars(fault) for fault in self.faults]),
+            "columns": plain_data([vars(row) for row in self.columns]),
         }
 
     def to_json(self) -> str:
@@ -127,7 +121,3 @@ class DataReport:
             if len(self.columns) > _ROWS:
                 text += f"\n... and {len(self.columns) - _ROWS:,} more columns"
         return text
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

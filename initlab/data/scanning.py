@@ -183,7 +183,7 @@ class _Scan:
     def _of_floats(self, columns: FloatColumns) -> list[DataFault]:
         faults = []
         bad = columns.bad
-        what = "channel" if columns.dim == 1 and columns.by_column and columns.count < 5 else "feature"
+        what = columns.what
         if bad.rows:
             names = inline_listing([f"batch {batch}, row {row}" for batch, row in bad.places], 5)
             more = f" and {bad.rows - len(bad.places)} more rows" if bad.rows > len(bad.places) else ""
@@ -274,7 +274,6 @@ def _float_rows(columns: FloatColumns) -> list[ColumnRow]:
     if not columns.means:
         return []
     mean, std = columns.totals()
-    what = "feature" if columns.count > 1 else "values"
     return [
         ColumnRow(
             columns.code,
@@ -283,7 +282,7 @@ def _float_rows(columns: FloatColumns) -> list[ColumnRow]:
             float(std[column]),
             float(columns.lowest[column]),
             float(columns.highest[column]),
-            what,
+            columns.what,
         )
         for column in range(columns.count)
     ]

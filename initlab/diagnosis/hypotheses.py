@@ -7,6 +7,7 @@ begin from the same start and random state, take as many steps, and are measured
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Tried:
     @property
     def helps(self) -> bool:
         """Whether there is a finite loss with it, at least at the start."""
-        return len(self.outcome.losses) > 0 and self.outcome.losses[0] - self.outcome.losses[0] == 0
+        return len(self.outcome.losses) > 0 and math.isfinite(self.outcome.losses[0])
 
 
 def judge(

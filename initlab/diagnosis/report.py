@@ -1,13 +1,12 @@
 """What a diagnosis consists of, and how it is printed: places, causes, layers."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
-from .._console import inline_listing, table
+from .._console import inline_listing, plain_data, table
 from ..distributed.collectives import listed
 from .outcomes import in_words
 
@@ -125,12 +124,12 @@ class Cause:
             "severity": self.severity,
             "place": place,
             "explanation": self.explanation,
-            "evidence": _plain(self.evidence),
+            "evidence": plain_data(self.evidence),
             "remedy": self.remedy,
             "tried": self.tried,
-            "trial": _plain(self.trial),
-            "emulated": _plain(self.emulated),
-            "untreated": _plain(self.untreated),
+            "trial": plain_data(self.trial),
+            "emulated": plain_data(self.emulated),
+            "untreated": plain_data(self.untreated),
             "change": self.change,
         }
 
@@ -161,7 +160,7 @@ class LayerRow:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data, for JSON."""
-        return _plain(dict(self.__dict__))
+        return plain_data(dict(self.__dict__))
 
 
 @dataclass(frozen=True)
@@ -209,13 +208,13 @@ class Diagnosis:
         return {
             "verdict": self.verdict,
             "causes": [cause.to_dict() for cause in self.causes],
-            "losses": _plain(list(self.losses)),
-            "gradient_norm": _plain(self.gradient_norm),
+            "losses": plain_data(list(self.losses)),
+            "gradient_norm": plain_data(self.gradient_norm),
             "broke_at": self.broke_at,
             "layers": [row.to_dict() for row in self.layers],
             "notes": list(self.notes),
             "rank": self.rank,
-            "verdicts": _plain(dict(self.verdicts)),
+            "verdicts": plain_data(dict(self.verdicts)),
             "batch_index": self.batch_index,
             "data": None if self.data is None else self.data.to_dict(),
         }
@@ -301,14 +300,3 @@ def _cell(value: float | None) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """Plain data that json.dumps writes as JSON: None for NaN and infinities."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

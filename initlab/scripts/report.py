@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._console import plain_data
 from ..diagnosis import Diagnosis
 
 
@@ -52,8 +53,8 @@ class ScriptReport:
             "script": self.script,
             "verdict": self.verdict,
             "steps": self.steps,
-            "first_loss": _number(self.first),
-            "last_loss": _number(self.last),
+            "first_loss": plain_data(self.first),
+            "last_loss": plain_data(self.last),
             "stopped": self.stopped,
             "file": self.place[0] or None,
             "line": self.place[1] or None,
@@ -82,7 +83,3 @@ class ScriptReport:
             if self.preamble and any(cause.remedy for cause in self.diagnosis.causes):
                 lines += ["", "In the script, the names of the remedy are:", f"    {self.preamble}"]
         return "\n".join(lines)
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

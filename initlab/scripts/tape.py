@@ -2,8 +2,8 @@
 
 A script computes its loss in code of its own. While it runs, the outermost calls of modules are recorded, and those of
 torch's functions outside of modules that depend on one, or on a parameter: a handful for most losses. What loads and
-prepares data is not, nor anything inside a module, so a step costs hardly more. What was recorded becomes
-`loss_fn(model, batch)`: the tensors that came from outside are the batch.
+prepares data is not, nor anything inside a module. What was recorded becomes `loss_fn(model, batch)`: the tensors that
+came from outside are the batch.
 """
 
 from __future__ import annotations

@@ -89,6 +89,10 @@ class ModelHooks:
         self.steps = 0
         self.unseen: dict[str, None] = {}  # in order, each once
         self.model = weakref.ref(model)
+        # By optimizer: how many groups it had when it was looked at, and whether it has parameters of the model.
+        self.optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, bool]] = (
+            weakref.WeakKeyDictionary()
+        )
         self.record = PassRecord(0, 1)
         self.pending: deque[PassRecord] = deque()  # calls whose flags are on their way to the host
         self.observed: dict[int, tuple[weakref.ref[Tensor], int, Observation]] = {}  # this call's tensors, by id
@@ -113,15 +117,19 @@ class ModelHooks:
 
         def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             if (own := hooks()) is not None and own.active:
-                held = own.parameter_ids()
-                own.steps += any(id(p) in held for group in optimizer.param_groups for p in group["params"])
+                own.steps += own.is_of_model(optimizer)
 
         self.handles.append(register_optimizer_step_post_hook(after_step))
 
-    def parameter_ids(self) -> set[int]:
-        """The ids of the model's parameters as they are now."""
+    def is_of_model(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer holds a parameter of the model. Found once for as many groups: models are large."""
+        groups, found = self.optimizers.get(optimizer, (0, False))
         model = self.model()
-        return set() if model is None else {id(parameter) for parameter in model.parameters()}
+        if groups != len(optimizer.param_groups) and model is not None:
+            own = {id(parameter) for parameter in model.parameters()}
+            found = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+            self.optimizers[optimizer] = len(optimizer.param_groups), found
+        return found
 
     def note_unseen(self, what: str) -> None:
         """Note what is not inspected."""
@@ -235,7 +243,7 @@ class ModelHooks:
                 call.outputs.append(call.own_flag[0])
         if not seen and not isinstance(output, _WITHOUT_TENSORS):
             call.unseen = type(output).__name__
-            self.note_unseen(f"the output of {_label(call)}, a {call.unseen}")
+            self.note_unseen(f"the output of {call.module.label}, a {call.unseen}")
         for name, parameter in module._parameters.items():
             if parameter is not None and self.record.suspect and not self.backward:
                 self.observe(call.state, parameter, call, "parameter", name)
@@ -265,11 +273,11 @@ class ModelHooks:
             observation = known[2]
         else:
             if torch._C._are_functorch_transforms_active():
-                self.note_unseen(f"what {_label(call)} computes under torch.func's transforms")
+                self.note_unseen(f"what {call.module.label} computes under torch.func's transforms")
                 return
             local = tensor if type(tensor) in PLAIN else _local(tensor)
             if local is None:
-                self.note_unseen(f"{name} of {_label(call)}, a {type(tensor).__name__}")
+                self.note_unseen(f"{name} of {call.module.label}, a {type(tensor).__name__}")
                 return
             self.inspected += 1
             observation = Observation(call, role, name, path, tensor.dtype)
@@ -439,10 +447,6 @@ class _Restore:
         """Put it back."""
         if (module := self.module()) is not None:
             module._compiled_call_impl = self.compiled
-
-
-def _label(call: ModuleCall) -> str:
-    return f"module {call.module.name!r}" if call.module.name else "the model"
 
 
 def _frame_depth() -> int:

@@ -13,6 +13,11 @@ from initlab.kernels import NEGATIVE_INF, FlagBuffer
 from .._tree import Path
 
 
+def module_label(name: str) -> str:
+    """How a report calls a module by its name in the model, which is "" for the model itself."""
+    return f"module {name!r}" if name else "the model"
+
+
 class ModuleInfo(NamedTuple):
     """A watched module, without a reference to the module.
 
@@ -27,6 +32,11 @@ class ModuleInfo(NamedTuple):
     kind: str
     may_put_out_negative_inf: bool
     writes_flag: bool
+
+    @property
+    def label(self) -> str:
+        """How a report calls it."""
+        return module_label(self.name)
 
 
 class ModuleCall:
@@ -89,8 +99,7 @@ class Observation:
     @property
     def full_label(self) -> str:
         """The tensor's name within the model."""
-        name = self.call.module.name
-        return f"{self.label} of {f'module {name!r}' if name else 'the model'}"
+        return f"{self.label} of {self.call.module.label}"
 
     def may_be_fault(self) -> bool:
         """Whether its flag, not 0, may be a fault by itself."""

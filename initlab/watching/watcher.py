@@ -22,7 +22,7 @@ from ..distributed.groups import groups_of
 from ..models.naming import class_name, unwrapped, walk
 from ..models.patterns import compile_pattern
 from .hooks import ModelHooks
-from .record import ModuleInfo
+from .record import ModuleInfo, module_label
 from .report import WatchReport, merge
 
 Selector: TypeAlias = str | type[nn.Module] | nn.Module
@@ -198,14 +198,14 @@ def watch(
         hooks.count_steps()
         for module, name in names.items():
             if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
-                hooks.note_unseen(f"what runs inside {_label(name)}, which is TorchScript")
+                hooks.note_unseen(f"what runs inside {module_label(name)}, which is TorchScript")
             elif module not in inside and (module in watched or not name or module in compiled):
                 hooks.register(module, _info(module, name, module in allowed))
         for module in compiled:
             inner = unwrapped(module)
             if inner is not module:  # names has what torch.compile was given; its hooks run inside, if at all
                 hooks.register(module, _info(inner, names[inner], inner in allowed))
-            hooks.note_unseen(f"what runs inside {_label(names[inner])}, which is compiled")
+            hooks.note_unseen(f"what runs inside {module_label(names[inner])}, which is compiled")
     except BaseException:
         hooks.remove()
         raise
@@ -225,10 +225,6 @@ def _compiled(model: nn.Module) -> list[nn.Module]:
 def _info(module: nn.Module, name: str, may_put_out_negative_inf: bool) -> ModuleInfo:
     writes = callable(getattr(module, "write_flag_to", None))
     return ModuleInfo(name, class_name(module), may_put_out_negative_inf, writes)
-
-
-def _label(name: str) -> str:
-    return f"module {name!r}" if name else "the model"
 
 
 def _shards(names: Mapping[nn.Module, str]) -> dict[str, weakref.ref[Tensor]]:

@@ -106,7 +106,7 @@ SETS = [
 
 
 @pytest.fixture(scope="module", params=SETS)
-def judged(request):
+def judged(request, unhurried):
     faults, bounds = request.param
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -154,7 +154,7 @@ def test_nothing_is_called_tried_that_does_not_hold(judged):
 
 
 @pytest.mark.parametrize("model", [*HEALTHY, *HELD_OUT_HEALTHY, *THIRD_HEALTHY], ids=lambda model: model.name)
-def test_no_false_alarm(model):
+def test_no_false_alarm(model, unhurried):
     found = initlab.diagnose(*model.build(), steps=model.steps)
     assert found.causes == (), str(found)
     assert found.verdict == "healthy"

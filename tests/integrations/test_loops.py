@@ -15,21 +15,12 @@ from torch.nn import utils
 import initlab
 
 # Lightning, accelerate and transformers warn of small machines, short epochs and each other.
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 MAX_NORM = 0.1
 STEPS = 200
 BAD = (0, 7, 8, 120, 199)  # the first step too, in which optimizers make their state
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are small here; on a busy machine torch's threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def net(dtype):

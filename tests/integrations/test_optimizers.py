@@ -9,17 +9,11 @@ from torch.nn import utils
 
 import initlab
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("optimizers"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    *(pytest.mark.long, pytest.mark.xdist_group("optimizers"), pytest.mark.filterwarnings("ignore")),
+    pytest.mark.usefixtures("one_thread"),
+]
 MAX_NORM = 0.1
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are small here; on a busy machine torch's threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def of_package(name, **options):

@@ -38,11 +38,10 @@ def line_of(path, text):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
+def as_it_was(one_thread, unhurried):
+    """The scripts run in this process, and seed torch."""
+    state = torch.get_rng_state()
     yield
-    torch.set_num_threads(threads)
     torch.set_rng_state(state)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ..evidence import Evidence
+from ..outcomes import Outcome
 from ..report import Kind, Place, Severity
 from ..rewrites import Rewrite
 from ..safe_forms import SafeForm
@@ -39,6 +40,11 @@ class Finding:
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]
+
+
+def severity_of(run: Outcome) -> Severity:
+    """How bad a run is, where the run as it is is all there is to go by."""
+    return "broken" if run.effect in ("breaks", "rises") else "warning"
 
 
 def short(error: BaseException) -> str:

@@ -9,9 +9,9 @@ from .. import fixes
 from ..evidence import Evidence
 from ..limits import LIMITS
 from ..outcomes import Outcome
-from ..report import Place, Severity
+from ..report import Place
 from .data import STANDARDISED
-from .finding import Finding
+from .finding import Finding, severity_of
 
 
 def guesses(evidence: Evidence) -> list[Finding]:
@@ -33,7 +33,7 @@ def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             continue
         yield Finding(
             "input",
-            _severity(run),
+            severity_of(run),
             Place(tensor=leaf.code),
             f"{_course(run)}: {leaf.code} reaches the first weights, {arrival.parameter}, with a root mean square of "
             f"{rms:.3g}, and they expect about 1.",
@@ -55,7 +55,7 @@ def _targets(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             continue
         yield Finding(
             "target",
-            _severity(run),
+            severity_of(run),
             Place(tensor=leaf.code),
             f"{_course(run)}: {leaf.code} has a root mean square of {rms:.3g}, and the gradients grow with it.",
             {"root mean square": rms},
@@ -89,7 +89,7 @@ def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     for factor in factors:
         yield Finding(
             "learning rate",
-            _severity(run),
+            severity_of(run),
             Place(),
             why,
             {"rate": rate, "rate that was tried" if factor > 1 else "rate that would not diverge": rate * factor},
@@ -110,7 +110,7 @@ def _weights(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     _, worst = max(far, key=lambda pair: pair[0])
     yield Finding(
         "weights",
-        _severity(run),
+        severity_of(run),
         Place(module=worst.ref.module_name, parameter=worst.name),
         f"{_course(run)}; with fresh weights it falls. {worst.name} is furthest from what its layer wants.",
         {"standard deviation": worst.stats.std if worst.stats is not None else None, "wanted": worst.distribution},
@@ -118,10 +118,6 @@ def _weights(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         suspicion=True,
         change="fresh weights",
     )
-
-
-def _severity(run: Outcome) -> Severity:
-    return "broken" if run.effect in ("breaks", "rises") else "warning"
 
 
 def _course(run: Outcome) -> str:

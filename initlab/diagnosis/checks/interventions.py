@@ -16,8 +16,8 @@ from .. import fixes
 from ..evidence import Evidence, ParameterStats, half
 from ..limits import LIMITS
 from ..outcomes import Outcome
-from ..report import Kind, Place, Severity
-from .finding import Finding
+from ..report import Kind, Place
+from .finding import Finding, severity_of
 
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta")
 _MEANS = ("exp_avg", "momentum_buffer", "grad_avg")
@@ -46,7 +46,7 @@ def of_optimizer(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         parameter, name, ratio = stale
         yield Finding(
             "optimizer",
-            _severity(run),
+            severity_of(run),
             Place(module=parameter.ref.module_name, parameter=parameter.name),
             f"{_course(run)}; without the optimizer's state it falls. Its {name} of {parameter.name} is {ratio:.2g} "
             "times the gradient's size: it is of another scale of the loss, or of another run.",
@@ -76,7 +76,7 @@ def of_standstill(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 
 def _of_optimizer(run: Outcome, why: str, facts: dict[str, Any], change: str, code: str) -> Finding:
     text = f"{_course(run)}; with {change} it falls: {why}."
-    return Finding("optimizer", _severity(run), Place(), text, facts, [code], suspicion=True, change=change)
+    return Finding("optimizer", severity_of(run), Place(), text, facts, [code], suspicion=True, change=change)
 
 
 # Settings by their name in an optimizer's groups, with what torch gives them by default, or what is usual.
@@ -151,7 +151,7 @@ def _unregistered(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         first = next(iter(found))
         yield Finding(
             "optimizer",
-            _severity(run),
+            severity_of(run),
             Place(parameter=first),
             f"{_course(run)}; with {first} in the optimizer it falls: it wants a gradient, and is no nn.Parameter, so "
             "model.parameters() does not give it.",
@@ -231,7 +231,7 @@ def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             facts["saturated"] = saturated.edge
         yield Finding(
             "input",
-            _severity(run),
+            severity_of(run),
             Place(feature=feature, tensor=leaf.code),
             f"{_course(run)}; with {leaf.code} standardised it falls: {why}.",
             facts,
@@ -273,7 +273,7 @@ def _noise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
                 continue
             yield Finding(
                 "gradient",
-                _severity(run),
+                severity_of(run),
                 Place(module=path),
                 f"{_course(run)}; without dropout in {path!r} it falls: it drops {share:.0%} of what it gets, and of "
                 "the gradient.",
@@ -290,7 +290,7 @@ _NOISY = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
 def _of_parameter(kind: Kind, one: ParameterStats, run: Outcome, why: str, code: str, change: str) -> Finding:
     return Finding(
         kind,
-        _severity(run),
+        severity_of(run),
         Place(module=one.ref.module_name, parameter=one.name),
         f"{_course(run)}; with {change} it falls. {one.name}: {why}.",
         {"root mean square": one.stats.rms if one.stats is not None else None},
@@ -298,10 +298,6 @@ def _of_parameter(kind: Kind, one: ParameterStats, run: Outcome, why: str, code:
         suspicion=True,
         change=change,
     )
-
-
-def _severity(run: Outcome) -> Severity:
-    return "broken" if run.effect in ("breaks", "rises") else "warning"
 
 
 def _course(run: Outcome) -> str:
