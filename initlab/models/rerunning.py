@@ -60,10 +60,11 @@ def computed_starts(
             ]
             why = "" if may_run else f"{where} cannot be read"
             try:
-                with warnings.catch_warnings(), kept_generators(), torch.no_grad(), torch.device("meta"):
-                    warnings.simplefilter("ignore")
-                    with recording.modes():
-                        code() if may_run else None
+                if may_run:
+                    with warnings.catch_warnings(), kept_generators(), torch.no_grad(), torch.device("meta"):
+                        warnings.simplefilter("ignore")
+                        with recording.modes():
+                            code()
             except Exception as error:
                 why = f"{where} cannot be read: {error or type(error).__name__}".splitlines()[0]
             for tensors, name, tensor in places:
@@ -122,9 +123,7 @@ def _computed_mismatch(ref: TensorRef, program: Program, why: str, refs: Sequenc
     by_name = {name: other.tensor for other in refs for name in other.names}
 
     def start_of(other: Parameter) -> Tensor:
-        held = by_name[other.name].detach()
-        whole = held.full_tensor() if is_dtensor(held) else held  # type: ignore[attr-defined]
-        return whole.to("cpu", other.dtype)
+        return by_name[other.name].detach().to("cpu", other.dtype)
 
     if any(is_dtensor(by_name[name]) for name in program.parameters):
         return None  # to gather it is more than a check may cost
