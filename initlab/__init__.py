@@ -44,7 +44,7 @@ from .models import (  # noqa: E402
     record_build,
     swap,
 )
-from .nn import LinearReLU, fuse_linear_relu, linear_relu  # noqa: E402
+from .nn import LinearReLU, all_reduce_flags_, fuse_linear_relu, linear_relu  # noqa: E402
 from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
+    "all_reduce_flags_",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
