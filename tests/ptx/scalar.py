@@ -20,6 +20,7 @@ from .values import (
     divide,
     extreme,
     fma,
+    half_product,
     pairwise,
     shift_left,
     shift_right,
@@ -83,6 +84,9 @@ def complement(i):
 def arithmetic(i):
     f = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[i.parts[0]]
     kind, modifiers = i.kind, set(i.parts[1:-1])
+    if kind in _HALVES and modifiers <= {"rn"}:
+        i.require(i.parts[0] == "mul")
+        return elementwise(i, lambda a, b: half_product(a, b, kind), *readers(i.operands[1:], 16))
     if kind in _HALVES:  # of a half and a float32
         i.require(modifiers == {"rn", "f32"})
         a, b = reader(i.operands[1], 16), reader(i.operands[2], 32)
@@ -123,6 +127,8 @@ def multiply_add(i):
 @instruction("fma")
 def fused(i):
     kind = i.kind
+    if kind in _HALVES and i.parts[1:-1] == ["rn"]:  # where there is no product of its own: -0 is added
+        return elementwise(i, lambda a, b, c: _product_and_zero(i, a, b, c, kind), *readers(i.operands[1:], 16))
     if kind in _HALVES:  # halves, added to a float32
         i.require(i.parts[1:-1] == ["rn", "f32"])
         gets = [*readers(i.operands[1:3], 16), reader(i.operands[3], 32)]
@@ -137,6 +143,11 @@ def fused(i):
         return elementwise(i, lambda *x: pairwise(fma, *x), *gets)
     i.require(kind in ("f32", "f64"))
     return elementwise(i, lambda *x: to_bits(fma(*(y.view(REALS[kind]) for y in x)), kind), *gets)
+
+
+def _product_and_zero(i, a, b, c, kind):
+    i.require(bool((c == 0x8000).all()))
+    return half_product(a, b, kind)
 
 
 @instruction("div", "rem")
