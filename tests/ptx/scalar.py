@@ -10,6 +10,7 @@ from .values import (
     F32,
     REALS,
     SIGNED,
+    U16,
     U32,
     U64,
     UNSIGNED,
@@ -84,6 +85,9 @@ def complement(i):
 def arithmetic(i):
     f = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[i.parts[0]]
     kind, modifiers = i.kind, set(i.parts[1:-1])
+    if kind in ("f16x2", "bf16x2"):
+        i.require(i.parts[0] == "mul" and modifiers <= {"rn"})
+        return elementwise(i, lambda a, b: _two_products(a, b, kind[:-2]), *readers(i.operands[1:], 32))
     if kind in _HALVES and modifiers <= {"rn"}:
         i.require(i.parts[0] == "mul")
         return elementwise(i, lambda a, b: half_product(a, b, kind), *readers(i.operands[1:], 16))
@@ -143,6 +147,12 @@ def fused(i):
         return elementwise(i, lambda *x: pairwise(fma, *x), *gets)
     i.require(kind in ("f32", "f64"))
     return elementwise(i, lambda *x: to_bits(fma(*(y.view(REALS[kind]) for y in x)), kind), *gets)
+
+
+def _two_products(a, b, kind):
+    low = half_product(a.astype(U16), b.astype(U16), kind).astype(U32)
+    high = half_product((a >> U32(16)).astype(U16), (b >> U32(16)).astype(U16), kind).astype(U32)
+    return low | (high << U32(16))
 
 
 def _product_and_zero(i, a, b, c, kind):

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("numba")
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ptx import driver, launch, values
+from ptx import driver, launch, scalar, values
 from ptx.memory import Fault, SharedMemory
 
 HEAD = """
@@ -219,6 +219,9 @@ def test_products_of_halves_are_rounded_once(kind, dtype, digits, lowest):
     bits = np.random.default_rng(2).integers(0, 2**16, (2, 4000), dtype=np.uint16)
     with np.errstate(over="ignore", invalid="ignore"):
         found = values.as_real(values.half_product(*bits, kind), kind)
+        pairs = scalar._two_products(*(bits[:, ::2].astype(np.uint32) << 16 | bits[:, 1::2]), kind)
+        high, low = (values.as_real(half.astype(np.uint16), kind) for half in (pairs >> 16, pairs & 0xFFFF))
+    assert np.array_equal(np.stack([high, low], 1).ravel(), found, equal_nan=True)
     a, b = values.as_real(bits[0], kind), values.as_real(bits[1], kind)
     for x, y, z in zip(a.tolist(), b.tolist(), found.tolist(), strict=True):
         exact = x * y  # in float64
