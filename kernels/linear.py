@@ -27,7 +27,7 @@ from . import backends
 from .nonfinite import NAN as NAN  # for the backend too, which imports its own op alone
 from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
 from .nonfinite import POSITIVE_INF as POSITIVE_INF
-from .nonfinite import add_flag_, nonfinite_flag, small_magnitudes_below
+from .nonfinite import add_flag_, finite_at_a_look, nonfinite_flag, small_magnitudes_below
 from .tensors import PLAIN, all_plain, settled, wraps_tensors
 
 _MODULES = {"numba": None, "triton": "._linear_triton"}  # on a CPU nothing betters torch's GEMM
@@ -163,18 +163,21 @@ def _on_cpu(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | 
 
 def _add_flag_(flags: Tensor, y: Tensor, flag_square: bool) -> None:
     """Or the flag of y, plain, into `flags`, and if flag_square +inf where the square of ReLU overflows."""
+    y = y.detach() if y.requires_grad else y
     if flag_square:
         if not _squares_fit(y):
             flags.bitwise_or_(_square_flag(y))
-    elif not small_magnitudes_below(y):
+    elif not y.is_cpu or backends.requested() == "triton":
         add_flag_(flags, y)
+    elif not finite_at_a_look(y):
+        flags.bitwise_or_(nonfinite_flag(y))
 
 
 def _squares_fit(y: Tensor) -> bool:
     """Whether one cheap read finds squares finite, and so y: False where in doubt."""
     if not y.is_cpu:
         return False  # it would wait for the device
-    y, limit = y.detach(), _SQUARE_LIMITS[y.dtype]
+    limit = _SQUARE_LIMITS[y.dtype]
     if (below := small_magnitudes_below(y, limit)) is not None:
         return below
     if y.dtype == torch.float16:  # norms beyond 256 are common
@@ -185,7 +188,6 @@ def _squares_fit(y: Tensor) -> bool:
 
 def _square_flag(y: Tensor) -> Tensor:
     """The flag of y, and +inf where the square of ReLU overflows."""
-    y = y.detach()
     return nonfinite_flag(y) | (y >= _SQUARE_LIMITS[y.dtype]).any().to(torch.int32) * POSITIVE_INF
 
 
