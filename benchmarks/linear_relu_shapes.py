@@ -1,13 +1,14 @@
 """linear_relu on the CPU by shape: with flags and without, against the same step by torch's own functions.
 
-``python benchmarks/linear_relu_shapes.py [--threads 1] [--seconds 1.0]`` prints a table in Markdown. Contestants take
-turns, and each cell is a ratio of fastest times, torch's over ours: 1.00 is as fast, more is faster. (On a busy machine
-a median says what others did.) A shape is measured for `--seconds`, with five turns at least.
+``python benchmarks/linear_relu_shapes.py [--threads 1] [--seconds 1.0] [--largest 1e12]`` prints a table in Markdown.
+Contestants take turns, and each cell is a ratio of fastest times, torch's over ours: 1.00 is as fast, more is faster.
+(On a busy machine a median says what others did.) A shape is measured for `--seconds`, with five turns at least.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 
@@ -82,14 +83,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--activation", choices=ACTIVATIONS, action="append")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append")
+    parser.add_argument("--largest", type=float, default=1e12, help="leave out shapes of more multiplications")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print("| M x N x K | | | with flags | without | with flags, torch with isfinite |\n|---|---|---|---|---|---|")
     for activation in arguments.activation or ACTIVATIONS:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in [getattr(torch, name) for name in arguments.dtype or ("float32", "bfloat16")]:
             for train in (False, True):
                 what = f"{activation}, {str(dtype)[6:]}", "training" if train else "inference"
-                for shape in SHAPES:
+                for shape in [shape for shape in SHAPES if math.prod(shape) <= arguments.largest]:
                     cells = [f"{ratio:.2f}" for ratio in ratios(shape, dtype, activation, train, arguments.seconds)]
                     print(f"| {' x '.join(map(str, shape))} | {' | '.join([*what, *cells])} |", flush=True)
 

@@ -131,8 +131,9 @@ def multiply_add(i):
 @instruction("fma")
 def fused(i):
     kind = i.kind
-    if kind in _HALVES and i.parts[1:-1] == ["rn"]:  # where there is no product of its own: -0 is added
-        return elementwise(i, lambda a, b, c: _product_and_zero(i, a, b, c, kind), *readers(i.operands[1:], 16))
+    if kind in (*_HALVES, "f16x2", "bf16x2") and i.parts[1:-1] == ["rn"]:  # sm_80 has no product of bf16: -0 is added
+        gets = readers(i.operands[1:], WIDTHS[kind])
+        return elementwise(i, lambda a, b, c: _product_and_zero(i, a, b, c, kind), *gets)
     if kind in _HALVES:  # halves, added to a float32
         i.require(i.parts[1:-1] == ["rn", "f32"])
         gets = [*readers(i.operands[1:3], 16), reader(i.operands[3], 32)]
@@ -156,8 +157,9 @@ def _two_products(a, b, kind):
 
 
 def _product_and_zero(i, a, b, c, kind):
-    i.require(bool((c == 0x8000).all()))
-    return half_product(a, b, kind)
+    pair = kind.endswith("x2")
+    i.require(bool(np.all(c == (0x80008000 if pair else 0x8000))))
+    return _two_products(a, b, kind[:-2]) if pair else half_product(a, b, kind)
 
 
 @instruction("div", "rem")
