@@ -1,0 +1,369 @@
+"""Reads where the outputs of Linear layers go, by running each module's forward on symbols in place of tensors.
+
+torch.fx records what a forward does with symbols; the modules that it calls are not entered, each is read by itself.
+Where a condition depends on a symbol both ways are taken, so that every path is seen. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import inspect
+import itertools
+import os
+import sys
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node, Proxy, Tracer
+
+from .restoring import restored
+from .usage import (
+    QUESTIONS,
+    RELU,
+    RELU_FUNCTIONS,
+    RELU_METHODS,
+    RELU_SQUARED,
+    VIEWS,
+    Use,
+    called,
+    is_square_of,
+    name_of,
+)
+
+_PATHS = 64  # through one forward
+_DECISIONS = 32  # on a path
+_TORCH = os.path.dirname(torch.__file__)
+_HIDDEN = tuple(os.path.join(_TORCH, *parts) for parts in (("fx",), ("overrides.py",), ("_tensor.py",)))
+_HIDDEN += (os.path.join(_TORCH, "nn", "functional.py"), os.path.dirname(__file__))
+
+
+class _Path(NamedTuple):
+    """One way through a forward.
+
+    Args:
+        graph: what was done on it.
+        kept: outputs of modules that were still referred to where it ended, or that the model stored.
+        error: what ended it before its end; None where it went through.
+    """
+
+    graph: Graph
+    kept: frozenset[Node]
+    error: Exception | None
+
+
+class _Recorder(Tracer):
+    """Records one path: `decisions` are the answers to its first conditions, False answers the others."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, decisions: list[bool], make_arguments: Callable[[Tracer], tuple[list[Any], dict[str, Any]]]):
+        super().__init__()
+        self.decisions = decisions
+        self.asked = 0
+        self.make_arguments = make_arguments
+        self.outputs: list[tuple[weakref.ref[Proxy], Node]] = []
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        arguments, named = self.make_arguments(self)
+        root = self.root
+        return (lambda: root_fn(root, *arguments, **named)), []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: Node) -> Proxy:
+        symbol = super().proxy(node)
+        if node.op == "call_module":
+            self.outputs.append((weakref.ref(symbol), node))
+        return symbol
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if target in RELU_FUNCTIONS or (kind == "call_method" and target in RELU_METHODS):
+            frame = sys._getframe()
+            while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
+                frame = frame.f_back  # type: ignore[assignment]
+            node.meta["code"] = frame.f_code if frame is not None else None
+        return node
+
+    def alive(self) -> frozenset[Node]:
+        """The outputs of modules that something still refers to."""
+        return frozenset(node for symbol, node in self.outputs if symbol() is not None)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        self.asked += 1
+        if self.asked > _DECISIONS:
+            raise RuntimeError(f"more than {_DECISIONS} conditions depend on tensors")
+        if self.asked > len(self.decisions):
+            self.decisions.append(False)
+        return self.decisions[self.asked - 1]
+
+    def iter(self, obj: Proxy) -> Any:
+        raise RuntimeError("it goes through the items of a tensor or an argument")
+
+    def keys(self, obj: Proxy) -> Any:
+        return ()  # of **kwargs that are a symbol
+
+
+class Reader:
+    """Reads a model.
+
+    Attributes:
+        uses: by Linear layer, what is known of its output.
+        unread: by module, why no path through its forward could be read to its end.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.uses: dict[nn.Module, Use] = {m: Use() for m in model.modules() if isinstance(m, nn.Linear)}
+        self.unread: dict[nn.Module, str] = {}
+        self._executed: set[types.CodeType] = set()  # on paths that were read to their ends
+        self._kinds: dict[nn.Module, str | None] = {}
+        owners = [m for m in model.modules() if m not in self.uses and any(c in self.uses for c in m.modules())]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for owner in owners:
+                self._read(owner)
+        for owner in owners:
+            self._note_unread_calls(owner)
+
+    def activation(self, module: nn.Module) -> str | None:
+        """The kind of activation that a module applies: "relu", "relu_squared", or None."""
+        if module not in self._kinds:
+            self._kinds[module] = RELU if type(module) is nn.ReLU else _kind_of(module)
+        return self._kinds[module]
+
+    def _read(self, owner: nn.Module) -> None:
+        if type(owner).forward is nn.Module.forward:  # a list of modules
+            return
+        if "forward" in owner.__dict__:
+            self.unread[owner] = "its forward has been replaced"
+            return
+        errors = []
+        for path, executed in _paths(owner):
+            self._note(owner, path)
+            errors.append(path.error)
+            if path.error is None:
+                self._executed |= executed
+        if None not in errors:
+            self.unread[owner] = _first_line(errors[0])
+
+    def _note(self, owner: nn.Module, path: _Path) -> None:
+        """Add to what is known of each Linear that was called on a path."""
+        where = f"{type(owner).__name__}.forward"
+        for node in path.graph.nodes:
+            layer = owner.get_submodule(node.target) if node.op == "call_module" else None
+            if layer not in self.uses:
+                continue
+            use = self.uses[layer]
+            before = len(use.others)
+            found = list(self._consumers(owner, node, use))
+            if path.error is not None and (node in path.kept or (not found and len(use.others) == before)):
+                use.unknown[f"{where} cannot be followed: {_first_line(path.error)}"] = None
+            elif node in path.kept:
+                use.others[f"{where} keeps its output"] = None
+            elif not found and len(use.others) == before:
+                use.others["nothing reads its output"] = None
+            use.activations.update(found)
+
+    def _consumers(self, owner: nn.Module, node: Node, use: Use) -> Iterator[str]:
+        """The activations that read a tensor or a view of it; other readers are added to `use`."""
+        for user in sorted(node.users):
+            name = user.target if isinstance(user.target, str) else name_of(user.target)
+            reads_first = bool(user.args) and user.args[0] is node and user.all_input_nodes.count(node) == 1
+            in_place = False
+            if user.op == "call_module":
+                module = owner.get_submodule(str(user.target))
+                kind = self.activation(module) if reads_first else None
+                if kind is None:
+                    use.others[f"its output goes to a {type(module).__name__}"] = None
+                    continue
+                use.modules[module] = None
+                in_place = bool(getattr(module, "inplace", False))
+                yield kind
+            elif user.op == "output":
+                use.others[f"{type(owner).__name__}.forward returns its output"] = None
+            elif user.target in RELU_FUNCTIONS or (user.op == "call_method" and name in RELU_METHODS):
+                use.callers[owner, user.meta.get("code")] = None
+                in_place = name.endswith("_") or bool(user.kwargs.get("inplace", user.args[1:2] == (True,)))
+                yield RELU
+            elif name == "getattr" and user.args[1] in QUESTIONS:
+                continue
+            elif name in QUESTIONS:
+                continue
+            elif (name in VIEWS and reads_first) or (name == "getattr" and user.args[1] in VIEWS):
+                yield from self._consumers(owner, user, use)
+            else:
+                use.others[f"its output goes to {called(str(user.args[1]) if name == 'getattr' else name)}"] = None
+            if in_place:  # whoever reads it from here on reads what ReLU left
+                return
+
+    def _note_unread_calls(self, owner: nn.Module) -> None:
+        """A Linear must be left alone where code that was not run to its end may call it too."""
+        paths = {id(m): name for name, m in owner.named_modules() if m in self.uses}
+        functions = [f for f in _functions(type(owner)) if f not in self._executed]
+        for layer in owner.modules():
+            if layer not in self.uses or not paths.get(id(layer)):
+                continue
+            names = [part for part in paths[id(layer)].split(".") if not part.isdigit()]
+            for code in functions:
+                if names and names[-1] in _loaded(code) and {*names} <= {*_all_names(code)}:
+                    why = self.unread.get(owner, "it is not called by forward")
+                    name = getattr(code, "co_qualname", f"{type(owner).__name__}.{code.co_name}")
+                    self.uses[layer].unknown[f"{name} may call it, and cannot be followed: {why}"] = None
+
+
+def _first_line(error: Exception | None) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}{': ' * bool(text)}{text}"
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    """What a module without parameters computes of its one input, if that is ReLU or its square."""
+    if module._parameters or module._buffers or module._modules or "forward" in module.__dict__:
+        return None
+    paths = [path for path, _ in itertools.islice(_paths(module), 2 * _VARIANTS)]
+    if not paths or any(path.error for path in paths):
+        return None
+    kinds = {_kind_of_graph(path.graph) for path in paths}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _kind_of_graph(graph: Graph) -> str | None:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    others = [node for node in graph.nodes if node.op != "placeholder"]
+    if len(inputs) != 1 or len(others) not in (2, 3):
+        return None
+    first, last = others[0], others[-1]
+    is_relu = first.target in RELU_FUNCTIONS or (first.op == "call_method" and first.target in RELU_METHODS)
+    if not is_relu or first.args[0] is not inputs[0] or last.args[0] is not others[-2]:
+        return None
+    return RELU if len(others) == 2 else RELU_SQUARED if is_square_of(others[1], first) else None
+
+
+_VARIANTS = 8  # of arguments: parameters that are None by default, or not
+
+
+def _paths(owner: nn.Module) -> Iterator[tuple[_Path, set[types.CodeType]]]:
+    """Every path through a module's forward, with the code that ran on it."""
+    parameters = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+    optional = [p.name for p in parameters if p.default is not p.empty]
+    left_out: list[set[str]] = [set(), *({name} for name in optional[: _VARIANTS - 2]), {*optional}]
+    seen: list[set[str]] = []
+    training = owner.training
+    for names in left_out:
+        if names in seen:
+            continue
+        seen.append(names)
+        for mode in (training, not training) if not names else (training,):
+            for count, decisions in enumerate(_decisions()):
+                if count == _PATHS:
+                    error = RuntimeError(f"more than {_PATHS} paths lead through it")
+                    yield _Path(Graph(), frozenset(), error), set()
+                    break
+                yield _record(owner, decisions, parameters, names, mode)
+
+
+def _decisions() -> Iterator[list[bool]]:
+    """Lists of answers, to which a path adds those that it needed; the next one turns the last False."""
+    decisions: list[bool] = []
+    while True:
+        yield decisions
+        while decisions and decisions[-1]:
+            decisions.pop()
+        if not decisions:
+            return
+        decisions[-1] = True
+
+
+def _record(
+    owner: nn.Module, decisions: list[bool], parameters: list[inspect.Parameter], left_out: set[str], training: bool
+) -> tuple[_Path, set[types.CodeType]]:
+    """Follow one path, and put the module back as it was."""
+
+    def make_arguments(tracer: Tracer) -> tuple[list[Any], dict[str, Any]]:
+        symbols: list[Any] = []
+        named = {}
+        for parameter in parameters:
+            if parameter.name in left_out or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            symbol = tracer.create_proxy("placeholder", parameter.name, (), {})
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                named[parameter.name] = symbol
+            else:
+                symbols.append(symbol)
+        return symbols, named
+
+    recorder = _Recorder(decisions, make_arguments)
+    executed: set[types.CodeType] = set()
+    kept: frozenset[Node] = frozenset()
+    failure: Exception | None = None
+    with restored(owner) as stored, _collecting(executed):
+        owner.__dict__["training"] = training
+        try:
+            recorder.trace(owner)
+        except Exception as error:
+            failure = error
+            kept = recorder.alive()  # while the traceback holds what the forward's variables referred to
+            error.__traceback__ = None
+        else:
+            ids = {id(value) for value in stored()}
+            kept = frozenset(node for symbol, node in recorder.outputs if symbol() is not None and id(symbol()) in ids)
+    return _Path(recorder.graph, kept, failure), executed
+
+
+@contextlib.contextmanager
+def _collecting(into: set[types.CodeType]) -> Iterator[None]:
+    """Collect the code that runs in this thread."""
+    before = sys.getprofile()
+
+    def note(frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            into.add(frame.f_code)
+
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def _functions(kind: type) -> Iterator[types.CodeType]:
+    """The code of the functions that a class of modules and those above it define, torch's own left out."""
+    for base in kind.__mro__:
+        if base is nn.Module:
+            return
+        if base.__module__.startswith("torch.nn.modules.container"):
+            continue
+        for value in vars(base).values():
+            value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            code = getattr(inspect.unwrap(value) if callable(value) else None, "__code__", None)
+            if isinstance(code, types.CodeType):
+                yield code
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _nested(constant)
+
+
+def _all_names(code: types.CodeType) -> set[str]:
+    return {name for part in _nested(code) for name in part.co_names}
+
+
+def _loaded(code: types.CodeType) -> set[str]:
+    """Attributes that code reads, but for those of which it only reads another attribute, such as a weight."""
+    found = set()
+    for part in _nested(code):
+        instructions = [i for i in dis.get_instructions(part) if i.opname not in ("CACHE", "EXTENDED_ARG")]
+        for one, after in itertools.pairwise(instructions):
+            if one.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.opname not in ("LOAD_ATTR", "STORE_ATTR"):
+                found.add(one.argval)
+    return found
