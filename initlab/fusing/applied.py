@@ -23,12 +23,20 @@ _MARK = "_initlab_applied"
 
 
 class FusedLinear(LinearReLU):
-    """The LinearReLU in the place of an nn.Linear."""
+    """The LinearReLU in the place of an nn.Linear.
+
+    Attributes:
+        in_place: whether the ReLU after it works in place.
+    """
+
+    in_place = False
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
         if not torch.compiler.is_compiling():
             setattr(y, _MARK, _version(y))
+        elif self.in_place:  # where ReLU runs once more, on what the gradient of the first one needs
+            y = y.clone()
         return y
 
     def _get_name(self) -> str:
@@ -110,9 +118,7 @@ def can_be_spliced(function: Any, code: Any) -> bool:
 @functools.lru_cache(maxsize=512)
 def _with_relu_applied(function: types.FunctionType) -> types.FunctionType:
     names = _Names(function.__globals__)
-    copy = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 

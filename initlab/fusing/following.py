@@ -6,7 +6,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
-from types import CodeType
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ from .restoring import restored
 from .usage import QUESTIONS, RELU, RELU_FUNCTIONS, VIEWS, Use, called, name_of
 
 _TORCH = os.path.dirname(torch.__file__)
-_HIDDEN = (os.path.join(_TORCH, "overrides.py"), os.path.join(_TORCH, "_tensor.py"), os.path.dirname(__file__))
-_HIDDEN += (os.path.join(_TORCH, "nn", "functional.py"), os.path.join(_TORCH, "utils", ""))
+_HIDDEN = tuple(os.path.join(_TORCH, *parts) for parts in (("overrides.py",), ("_tensor.py",), ("utils", "")))
+_HIDDEN += (os.path.join(_TORCH, "nn", "functional.py"), os.path.dirname(__file__))
 
 
 class Followed(NamedTuple):
@@ -70,8 +70,8 @@ class _Follow(TorchFunctionMode):
 
     def note_call(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Begin to follow what a Linear put out."""
-        use = self.uses.setdefault(module, Use())
-        self.flops[module] = self.flops.get(module, 0) + 2 * output.numel() * int(module.in_features)  # type: ignore[arg-type]
+        self.uses.setdefault(module, Use())
+        self.flops[module] = self.flops.get(module, 0) + 2 * output.numel() * args[0].shape[-1]
         self.follow(output, module)
 
     def follow(self, tensor: Tensor, module: nn.Module) -> None:
@@ -95,9 +95,11 @@ class _Follow(TorchFunctionMode):
             if func in RELU_FUNCTIONS:
                 use.activations.add(RELU)
                 self.note_caller(use)
+                use.in_place |= result is tensor
                 if result is tensor:  # in place: whoever reads it from here on reads what ReLU left
                     del self.known[id(tensor)]
             elif name in VIEWS and args and args[0] is tensor and isinstance(result, Tensor):
+                use.viewed = True
                 self.follow(result, module)
             else:
                 use.others[f"its output goes to {called(name)}"] = None
@@ -105,18 +107,16 @@ class _Follow(TorchFunctionMode):
 
     def note_caller(self, use: Use) -> None:
         """Note the module and the code that applied ReLU."""
-        frame = sys._getframe()
+        frame: FrameType | None = sys._getframe()
         while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
-            frame = frame.f_back  # type: ignore[assignment]
-        if frame is None:
+            frame = frame.f_back
+        owner = None if frame is None else frame.f_locals.get("self")
+        if frame is None or not isinstance(owner, nn.Module):
             return
-        owner = frame.f_locals.get("self")
-        code: CodeType = frame.f_code
-        if isinstance(owner, nn.Module):
-            if type(owner) is nn.ReLU or owner.__class__.__name__ == "ReLU":
-                use.modules[owner] = None
-            else:
-                use.callers[owner, code] = None
+        if type(owner) is nn.ReLU:
+            use.modules[owner] = None
+        else:
+            use.callers[owner, frame.f_code] = None
 
     def finish(self, output: Any) -> None:
         """What is left of the outputs at the end is returned by the model, or kept by it."""

@@ -22,9 +22,8 @@ class FuseReport:
     share: float
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.fused)} fused, {len(self.skipped)} left alone; {self.share:.0%} of the matrix products are flagged"
-        ]
+        counts = f"{len(self.fused)} fused, {len(self.skipped)} left alone"
+        lines = [f"{counts}; {self.share:.0%} of the matrix products are flagged"]
         for name in self.fused:
             note = self.notes.get(name)
             lines.append(f"  {name}: LinearReLU" + (f"; {note}" if note else ""))

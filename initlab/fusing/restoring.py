@@ -34,7 +34,9 @@ def restored(model: nn.Module, values: bool = False) -> Iterator[Callable[[], li
         flat: list[Any] = []
         for module in modules:
             for value in module.__dict__.values():
-                flat.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,))
+                flat.extend(
+                    value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
+                )
         return flat
 
     with torch.random.fork_rng():

@@ -82,13 +82,15 @@ def fuse_linear_relu(model: nn.Module, example: Any = None) -> FuseReport:
     for linear, use in fused.items():
         again = [name for module in use.modules if (name := _pass_on_module(model, reader, module, names))]
         again += [name for owner, code in use.callers if (name := _pass_on_calls(owner, code))]
+        again += ["a view of its output"] if use.viewed else []
         if again:
-            notes[names[linear][0]] = f"its ReLU runs once more in {', '.join(dict.fromkeys(again))}, and changes nothing"
+            where = ", ".join(dict.fromkeys(again))
+            notes[names[linear][0]] = f"its ReLU runs once more in {where}, and changes nothing"
     return FuseReport(tuple(names[linear][0] for linear in fused), skipped, notes, share)
 
 
 def unfuse(model: nn.Module) -> None:
-    """Put nn.Linear layers and activations back where fuse_linear_relu swapped them, in this model or one it was copied from.
+    """Put nn.Linear layers and activations back where fuse_linear_relu swapped them, in this model or its original.
 
     The Linear layers get the parameters, the mode and the attributes that the fused ones have by now.
 
@@ -186,7 +188,10 @@ def _hooks(module: nn.Module) -> list[str]:
     found = []
     for name, hooks in module.__dict__.items():
         if name.endswith("_hooks") and hooks:
-            found += [f"{getattr(h, '__module__', None)}.{getattr(h, '__qualname__', type(h).__name__)}" for h in hooks.values()]
+            found += [
+                f"{getattr(h, '__module__', None)}.{getattr(h, '__qualname__', type(h).__name__)}"
+                for h in hooks.values()
+            ]
     return found
 
 
@@ -195,11 +200,13 @@ def _own(module: nn.Module, kind: type[nn.Module]) -> set[str]:
     return {*module.__dict__} - {*kind(1, 1, device="meta").__dict__}
 
 
-def _fused(linear: nn.Linear, use: Use) -> FusedLinear:
+def _fused(linear: nn.Module, use: Use) -> FusedLinear:
+    assert isinstance(linear, nn.Linear)
     (kind,) = use.activations
     more = {} if kind == RELU else {"activation": kind}
     bias = linear._parameters["bias"] is not None
     fused = FusedLinear(linear.in_features, linear.out_features, bias, device="meta", **more)
+    fused.in_place = use.in_place
     return _taking_over(fused, linear, nn.Linear)
 
 
@@ -211,7 +218,7 @@ def _linear(fused: FusedLinear) -> nn.Linear:
 def _taking_over(new: Any, old: nn.Module, kind: type[nn.Module]) -> Any:
     """A module with another's parameters, mode, hooks and attributes of its own."""
     new._parameters.update(old._parameters)
-    own = _own(old, kind)
+    own = _own(old, kind) - {"in_place"}
     new.__dict__.update({name: value for name, value in old.__dict__.items() if name in own or "_hooks" in name})
     return new.train(old.training)
 
@@ -223,7 +230,9 @@ def _swap_modules(model: nn.Module, others: dict[nn.Module, Any]) -> None:
                 module._modules[key] = others[child]
 
 
-def _pass_on_module(model: nn.Module, reader: Reader, module: nn.Module, names: dict[nn.Module, list[str]]) -> str | None:
+def _pass_on_module(
+    model: nn.Module, reader: Reader, module: nn.Module, names: dict[nn.Module, list[str]]
+) -> str | None:
     """Let an activation module pass on what is done; the name of one that must stay as it is."""
     if isinstance(module, AppliedActivation):
         return None

@@ -192,14 +192,14 @@ class Reader:
                 use.callers[owner, user.meta.get("code")] = None
                 in_place = name.endswith("_") or bool(user.kwargs.get("inplace", user.args[1:2] == (True,)))
                 yield RELU
-            elif name == "getattr" and user.args[1] in QUESTIONS:
-                continue
-            elif name in QUESTIONS:
+            elif (name == "getattr" and user.args[1] in QUESTIONS) or name in QUESTIONS:
                 continue
             elif (name in VIEWS and reads_first) or (name == "getattr" and user.args[1] in VIEWS):
+                use.viewed = True
                 yield from self._consumers(owner, user, use)
             else:
                 use.others[f"its output goes to {called(str(user.args[1]) if name == 'getattr' else name)}"] = None
+            use.in_place |= in_place
             if in_place:  # whoever reads it from here on reads what ReLU left
                 return
 
@@ -334,13 +334,18 @@ def _collecting(into: set[types.CodeType]) -> Iterator[None]:
 
 
 def _functions(kind: type) -> Iterator[types.CodeType]:
-    """The code of the functions that a class of modules and those above it define, torch's own left out."""
+    """The code of the methods of a class of modules, but for those of nn.Module and of torch's containers."""
+    names: set[str] = set()
     for base in kind.__mro__:
         if base is nn.Module:
             return
         if base.__module__.startswith("torch.nn.modules.container"):
             continue
-        for value in vars(base).values():
+        own = {
+            name: value for name, value in vars(base).items() if name not in names
+        }  # what is overridden is not called
+        names.update(own)
+        for value in own.values():
             value = getattr(value, "fget", None) or getattr(value, "__func__", value)
             code = getattr(inspect.unwrap(value) if callable(value) else None, "__code__", None)
             if isinstance(code, types.CodeType):

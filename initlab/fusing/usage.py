@@ -20,7 +20,18 @@ RELU_METHODS = ("relu", "relu_")
 # By the names of tensors' methods, attributes and torch's functions.
 VIEWS = frozenset(
     {
-        *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "transpose", "swapaxes", "permute"),
+        *(
+            "view",
+            "view_as",
+            "reshape",
+            "reshape_as",
+            "flatten",
+            "unflatten",
+            "ravel",
+            "transpose",
+            "swapaxes",
+            "permute",
+        ),
         *("squeeze", "unsqueeze", "contiguous", "movedim", "t", "mT"),
     }
 )
@@ -28,10 +39,21 @@ QUESTIONS = frozenset(
     {
         *("shape", "size", "dim", "ndim", "dtype", "device", "numel", "nelement", "is_cuda", "is_floating_point"),
         *("stride", "element_size", "get_device", "requires_grad", "is_contiguous", "layout", "itemsize", "nbytes"),
-        *("is_nested", "is_sparse", "is_quantized", "is_meta", "is_inference", "is_complex", "names", "grad_fn", "type"),
-        *("__len__", "_version", "is_mkldnn", "is_xpu", "is_leaf", "is_cpu", "is_mps"),
+        *(
+            "is_nested",
+            "is_sparse",
+            "is_quantized",
+            "is_meta",
+            "is_inference",
+            "is_complex",
+            "names",
+            "grad_fn",
+            "type",
+        ),
+        *("__len__", "_version", "is_mkldnn", "is_xpu", "is_leaf", "is_cpu", "is_mps", "type"),
     }
 )
+
 
 @dataclass
 class Use:
@@ -40,20 +62,26 @@ class Use:
     Attributes:
         activations: the kinds of activation that its output was seen to go to, and nowhere else.
         modules: the activation modules among them.
-        callers: classes whose code applies its ReLU as a function, and that code.
+        in_place: whether one of them works in place.
+        viewed: whether one of them reads a view.
+        callers: modules whose code applies its ReLU as a function, and that code.
         others: what else its output goes to, in words.
         unknown: why it may go elsewhere too, in words: code that could not be followed.
     """
 
     activations: set[str] = field(default_factory=set)
     modules: dict[nn.Module, None] = field(default_factory=dict)
+    in_place: bool = False
+    viewed: bool = False
     callers: dict[tuple[nn.Module, Any], None] = field(default_factory=dict)
     others: dict[str, None] = field(default_factory=dict)
     unknown: dict[str, None] = field(default_factory=dict)
 
+
 def called(name: str) -> str:
     """What a function is called in a sentence."""
     return {"getitem": "indexing", "truediv": "div", "iadd": "add", "imul": "mul"}.get(name, name).strip("_")
+
 
 def name_of(function: Callable[..., Any]) -> str:
     """The name of a function or of a property of Tensor, whose getters are called `__get__`."""
@@ -62,9 +90,10 @@ def name_of(function: Callable[..., Any]) -> str:
         name = getattr(getattr(function, "__self__", None), "__name__", name)
     return name
 
+
 def is_square_of(node: torch.fx.Node, source: torch.fx.Node) -> bool:
     """Whether a node of a graph is another's square, and reads nothing else."""
-    name = node.target if isinstance(node.target, str) else name_of(node.target)  # type: ignore[arg-type]
+    name = node.target if isinstance(node.target, str) else name_of(node.target)
     if node.kwargs or node.op not in ("call_function", "call_method") or not name:
         return False
     if name.strip("_") == "square":
