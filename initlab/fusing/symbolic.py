@@ -6,8 +6,8 @@ Where a condition depends on a symbol both ways are taken, so that every path is
 
 from __future__ import annotations
 
-import contextlib
 import dis
+import functools
 import inspect
 import itertools
 import os
@@ -15,13 +15,14 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+from .._contents import CONTAINERS
 from .restoring import restored
 from .usage import (
     QUESTIONS,
@@ -86,10 +87,9 @@ class _Recorder(Tracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(kind, target, *args, **kwargs)
         if target in RELU_FUNCTIONS or (kind == "call_method" and target in RELU_METHODS):
-            frame = sys._getframe()
-            while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
-                frame = frame.f_back  # type: ignore[assignment]
-            node.meta["code"] = frame.f_code if frame is not None else None
+            node.meta["code"] = next(_codes())
+        elif kind == "call_module":
+            node.meta["codes"] = {*_codes()}
         return node
 
     def alive(self) -> frozenset[Node]:
@@ -111,6 +111,29 @@ class _Recorder(Tracer):
         return ()  # of **kwargs that are a symbol
 
 
+def _codes() -> Iterator[types.CodeType]:
+    """The code that is running, from the innermost outwards, without torch's and ours."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_HIDDEN):
+            yield frame.f_code
+        frame = frame.f_back
+
+
+class _Reading(NamedTuple):
+    """What the paths through one forward show.
+
+    Args:
+        owner: the module that was run.
+        uses: by the names of Linear layers in it.
+        why_not: why no path could be read to its end; None where one could.
+    """
+
+    owner: nn.Module
+    uses: dict[str, Use]
+    why_not: str | None
+
+
 class Reader:
     """Reads a model.
 
@@ -122,8 +145,8 @@ class Reader:
     def __init__(self, model: nn.Module) -> None:
         self.uses: dict[nn.Module, Use] = {m: Use() for m in model.modules() if isinstance(m, nn.Linear)}
         self.unread: dict[nn.Module, str] = {}
-        self._executed: set[types.CodeType] = set()  # on paths that were read to their ends
         self._kinds: dict[nn.Module, str | None] = {}
+        self._readings: dict[Any, _Reading] = {}
         owners = [m for m in model.modules() if m not in self.uses and any(c in self.uses for c in m.modules())]
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -139,28 +162,42 @@ class Reader:
         return self._kinds[module]
 
     def _read(self, owner: nn.Module) -> None:
-        if type(owner).forward is nn.Module.forward:  # a list of modules
+        """Read one module's forward; one like a module that was read before is not run again."""
+        reachable = _reachable(owner, self.uses)
+        if not reachable:
             return
         if "forward" in owner.__dict__:
             self.unread[owner] = "its forward has been replaced"
             return
-        errors = []
-        for path, executed in _paths(owner):
-            self._note(owner, path)
-            errors.append(path.error)
-            if path.error is None:
-                self._executed |= executed
-        if None not in errors:
-            self.unread[owner] = _first_line(errors[0])
+        key = _likeness(owner)
+        if key not in self._readings:
+            self._readings[key] = self._run(owner, reachable)
+        reading = self._readings[key]
+        if reading.why_not is not None:
+            self.unread[owner] = reading.why_not
+        for name, use in reading.uses.items():
+            self.uses[owner.get_submodule(name)].add(use, reading.owner, owner)
 
-    def _note(self, owner: nn.Module, path: _Path) -> None:
+    def _run(self, owner: nn.Module, reachable: dict[nn.Module, list[types.CodeType]]) -> _Reading:
+        reading = _Reading(owner, {name: Use() for name, m in owner.named_modules() if m in reachable}, None)
+        errors = []
+        for path in _paths(owner):
+            self._note(reading, path)
+            errors.append(path.error)
+            if all(use.others for use in reading.uses.values()):
+                break  # nothing is left to be learned
+        if None not in errors:
+            reading = reading._replace(why_not=_first_line(errors[0]))
+        return reading
+
+    def _note(self, reading: _Reading, path: _Path) -> None:
         """Add to what is known of each Linear that was called on a path."""
+        owner = reading.owner
         where = f"{type(owner).__name__}.forward"
         for node in path.graph.nodes:
-            layer = owner.get_submodule(node.target) if node.op == "call_module" else None
-            if layer not in self.uses:
+            if node.op != "call_module" or owner.get_submodule(node.target) not in self.uses:
                 continue
-            use = self.uses[layer]
+            use = reading.uses.setdefault(node.target, Use())
             before = len(use.others)
             found = list(self._consumers(owner, node, use))
             if path.error is not None and (node in path.kept or (not found and len(use.others) == before)):
@@ -170,6 +207,8 @@ class Reader:
             elif not found and len(use.others) == before:
                 use.others["nothing reads its output"] = None
             use.activations.update(found)
+            if path.error is None:
+                use.followed |= node.meta["codes"]
 
     def _consumers(self, owner: nn.Module, node: Node, use: Use) -> Iterator[str]:
         """The activations that read a tensor or a view of it; other readers are added to `use`."""
@@ -205,14 +244,9 @@ class Reader:
 
     def _note_unread_calls(self, owner: nn.Module) -> None:
         """A Linear must be left alone where code that was not run to its end may call it too."""
-        paths = {id(m): name for name, m in owner.named_modules() if m in self.uses}
-        functions = [f for f in _functions(type(owner)) if f not in self._executed]
-        for layer in owner.modules():
-            if layer not in self.uses or not paths.get(id(layer)):
-                continue
-            names = [part for part in paths[id(layer)].split(".") if not part.isdigit()]
+        for layer, functions in _reachable(owner, self.uses).items():
             for code in functions:
-                if names and names[-1] in _loaded(code) and {*names} <= {*_all_names(code)}:
+                if code not in self.uses[layer].followed:
                     why = self.unread.get(owner, "it is not called by forward")
                     name = getattr(code, "co_qualname", f"{type(owner).__name__}.{code.co_name}")
                     self.uses[layer].unknown[f"{name} may call it, and cannot be followed: {why}"] = None
@@ -227,8 +261,8 @@ def _kind_of(module: nn.Module) -> str | None:
     """What a module without parameters computes of its one input, if that is ReLU or its square."""
     if module._parameters or module._buffers or module._modules or "forward" in module.__dict__:
         return None
-    paths = [path for path, _ in itertools.islice(_paths(module), 2 * _VARIANTS)]
-    if not paths or any(path.error for path in paths):
+    paths = [*itertools.islice(_paths(module), _VARIANTS)]
+    if not 0 < len(paths) < _VARIANTS or any(path.error for path in paths):
         return None
     kinds = {_kind_of_graph(path.graph) for path in paths}
     return kinds.pop() if len(kinds) == 1 else None
@@ -249,11 +283,12 @@ def _kind_of_graph(graph: Graph) -> str | None:
 _VARIANTS = 8  # of arguments: parameters that are None by default, or not
 
 
-def _paths(owner: nn.Module) -> Iterator[tuple[_Path, set[types.CodeType]]]:
-    """Every path through a module's forward, with the code that ran on it."""
+def _paths(owner: nn.Module) -> Iterator[_Path]:
+    """Every path through a module's forward."""
     parameters = list(inspect.signature(type(owner).forward).parameters.values())[1:]
-    optional = [p.name for p in parameters if p.default is not p.empty]
-    left_out: list[set[str]] = [set(), *({name} for name in optional[: _VARIANTS - 2]), {*optional}]
+    optional = {p.name for p in parameters if p.default is not p.empty}
+    missing = [p.name for p in parameters if p.default is None]
+    left_out: list[set[str]] = [set(), optional, *({name} for name in missing[: _VARIANTS - 2])]
     seen: list[set[str]] = []
     training = owner.training
     for names in left_out:
@@ -264,7 +299,7 @@ def _paths(owner: nn.Module) -> Iterator[tuple[_Path, set[types.CodeType]]]:
             for count, decisions in enumerate(_decisions()):
                 if count == _PATHS:
                     error = RuntimeError(f"more than {_PATHS} paths lead through it")
-                    yield _Path(Graph(), frozenset(), error), set()
+                    yield _Path(Graph(), frozenset(), error)
                     break
                 yield _record(owner, decisions, parameters, names, mode)
 
@@ -283,7 +318,7 @@ def _decisions() -> Iterator[list[bool]]:
 
 def _record(
     owner: nn.Module, decisions: list[bool], parameters: list[inspect.Parameter], left_out: set[str], training: bool
-) -> tuple[_Path, set[types.CodeType]]:
+) -> _Path:
     """Follow one path, and put the module back as it was."""
 
     def make_arguments(tracer: Tracer) -> tuple[list[Any], dict[str, Any]]:
@@ -300,10 +335,9 @@ def _record(
         return symbols, named
 
     recorder = _Recorder(decisions, make_arguments)
-    executed: set[types.CodeType] = set()
     kept: frozenset[Node] = frozenset()
     failure: Exception | None = None
-    with restored(owner) as stored, _collecting(executed):
+    with restored(owner) as stored:
         owner.__dict__["training"] = training
         try:
             recorder.trace(owner)
@@ -314,42 +348,69 @@ def _record(
         else:
             ids = {id(value) for value in stored()}
             kept = frozenset(node for symbol, node in recorder.outputs if symbol() is not None and id(symbol()) in ids)
-    return _Path(recorder.graph, kept, failure), executed
+    return _Path(recorder.graph, kept, failure)
 
 
-@contextlib.contextmanager
-def _collecting(into: set[types.CodeType]) -> Iterator[None]:
-    """Collect the code that runs in this thread."""
-    before = sys.getprofile()
+def _reachable(owner: nn.Module, layers: Container[nn.Module]) -> dict[nn.Module, list[types.CodeType]]:
+    """By Linear layer in a module, the module's code that may call it, going by the names that the code reads."""
+    forward = type(owner).forward
+    if forward is nn.Module.forward:  # a list of modules
+        return {}
+    if forward.__module__.startswith("torch.nn.modules.container"):  # it calls its children
+        return {child: [] for child in owner.children() if child in layers}
+    functions = _functions(type(owner))
+    of_items = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    found: dict[nn.Module, list[types.CodeType]] = {}
+    for path, layer in owner.named_modules():
+        if layer not in layers:
+            continue
+        names = [part for part in path.split(".") if not part.isdigit()]
+        callers = [code for code, loaded, others in functions if names and names[-1] in loaded and others >= {*names}]
+        by_any_name = of_items or any(others & _ANY_CHILD for _, _, others in functions)
+        if callers or (by_any_name and path in owner._modules):
+            found[layer] = callers
+    return found
 
-    def note(frame: types.FrameType, event: str, argument: Any) -> None:
-        if event == "call":
-            into.add(frame.f_code)
 
-    sys.setprofile(note)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
+def _likeness(owner: nn.Module) -> Any:
+    """What modules have in common whose forwards do the same: classes, settings, the kinds of modules in them."""
+    settings = []
+    for name, value in owner.__dict__.items():
+        plain = isinstance(value, int | float | str | None | torch.dtype)
+        settings.append((name, value if plain else type(value) if isinstance(value, CONTAINERS) else id(value)))
+    parameters = [(name, p is None) for name, p in (*owner._parameters.items(), *owner._buffers.items())]
+    inside = [
+        (name, type(m), getattr(m, "inplace", None), "forward" in m.__dict__) for name, m in owner.named_modules()
+    ]
+    return type(owner), tuple(settings), tuple(parameters), tuple(inside)
 
 
-def _functions(kind: type) -> Iterator[types.CodeType]:
-    """The code of the methods of a class of modules, but for those of nn.Module and of torch's containers."""
+# Names by which code may reach any child of its module.
+_ANY_CHILD = {"children", "named_children", "_modules", "getattr"}
+
+
+@functools.lru_cache(maxsize=512)
+def _functions(kind: type) -> tuple[tuple[types.CodeType, frozenset[str], frozenset[str]], ...]:
+    """The code of a class's methods, but for nn.Module's: each with the attributes it reads and all names in it."""
+    codes = []
     names: set[str] = set()
     for base in kind.__mro__:
         if base is nn.Module:
-            return
+            break
         if base.__module__.startswith("torch.nn.modules.container"):
             continue
-        own = {
-            name: value for name, value in vars(base).items() if name not in names
-        }  # what is overridden is not called
+        # What is overridden is called by super() alone, in code that was followed then.
+        own = {name: value for name, value in vars(base).items() if name not in names and name not in _SETTING_UP}
         names.update(own)
         for value in own.values():
             value = getattr(value, "fget", None) or getattr(value, "__func__", value)
             code = getattr(inspect.unwrap(value) if callable(value) else None, "__code__", None)
             if isinstance(code, types.CodeType):
-                yield code
+                codes.append(code)
+    return tuple((code, frozenset(_loaded(code)), frozenset(_all_names(code))) for code in codes)
+
+
+_SETTING_UP = {"__init__", "reset_parameters", "_reset_parameters", "init_weights", "_init_weights", "extra_repr"}
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
