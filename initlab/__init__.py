@@ -45,7 +45,7 @@ from .models import (  # noqa: E402
     record_build,
     swap,
 )
-from .nn import LinearReLU, linear_relu  # noqa: E402
+from .nn import LinearReLU, all_reduce_flags_, linear_relu  # noqa: E402
 from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
+    "all_reduce_flags_",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",

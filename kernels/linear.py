@@ -1,12 +1,12 @@
 """linear_relu: a linear layer and its ReLU, or squared ReLU, and a flag for what is not finite between the two.
 
-Without flags it is torch's linear and an in-place ReLU. With flags, three ways lead to the same values:
+Without flags it is torch's linear and an in-place ReLU. With flags, four ways lead to the same values:
 
 - eagerly on the CPU, torch's GEMM, one cheap read (`add_flag_`), ReLU in place; autograd is torch's own;
 - eagerly on a GPU, the kernels of _linear_triton.py, forward and backward;
 - where a compiler, a transform of torch.func or a dispatch mode intercepts operations, the registered op
-  `initlab::linear_relu`, which changes nothing in place: it returns (y, flag), and the wrapper ors flag into `flags`.
-
+  `initlab::linear_relu`, which changes nothing in place: it returns (y, flag), and the wrapper ors flag into `flags`;
+- operands that wrap other tensors (DTensor, quantised weights): their own linear and ReLU, and the flag of the product.
 
 Gradients of squared ReLU need ReLU's value r: a root of the rounded square has lost what underflowed and overflowed.
 So where gradients are asked for r is what is kept; elsewhere the GPU's epilogue stores the square alone.
@@ -14,25 +14,30 @@ So where gradients are asked for r is what is kept; elsewhere the GPU's epilogue
 
 from __future__ import annotations
 
-import functools
 import math
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backends
 from .nonfinite import NAN as NAN  # for the backend too, which imports its own op alone
 from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
 from .nonfinite import POSITIVE_INF as POSITIVE_INF
 from .nonfinite import add_flag_, nonfinite_flag
-from .tensors import all_plain
+from .tensors import all_plain, settled, wraps_tensors
 
 _MODULES = {"numba": None, "triton": "._linear_triton"}  # on a CPU nothing betters torch's GEMM
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# The smallest number of a dtype whose square is rounded to an infinity: 2^(e/2), where its numbers end at 2^e. That
+# before it, smaller by a part s, has a square that is smaller by 2s - s^2, more than half a step.
+_SQUARE_LIMITS = {
+    dtype: 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] // 2) for dtype in (*_TRITON_DTYPES, torch.float64)
+}
 
 
 def linear_relu(
@@ -63,7 +68,9 @@ def linear_relu(
     Raises:
         ValueError: if the shapes do not fit, flags has another dtype, shape or device, or activation is unknown.
         TypeError: if input is not real and floating, or is float8.
-        NotImplementedError: if flags is given for tensors that wrap others, such as DTensor.
+        NotImplementedError: if flags is given and the product wraps other tensors in a way that is not known here.
+            DTensors are known: each rank flags the elements that it holds, and sums over ranks (Partial) are reduced
+            before ReLU, as DTensor's own ReLU has it.
         RuntimeError: if dtypes or devices differ, as torch.nn.functional.linear has it, or INITLAB_BACKEND names a
             backend that this op does not have.
 
@@ -93,10 +100,16 @@ def linear_relu(
     _check_shapes(input, weight, bias, flags)
     if needs_registered_op(input, weight, bias):
         if flags is None:
-            r = F.linear(input, weight, bias).relu_()
+            r = F.linear(input, weight, bias).relu()
+        elif any(map(wraps_tensors, (input, weight, bias))):
+            r, held = settled(F.linear(input, weight, bias))
+            _add_flag_(flags, held.detach(), squared)
+            r = r.relu()
         else:
             op = _FunctorchLinearReLU.apply if torch._C._are_functorch_transforms_active() else _op
             r, flag = op(*_operands(input, weight, bias), squared)
+            if not torch.compiler.is_compiling() and torch._C._is_tracing():
+                warnings.warn("torch.jit.trace drops flags that are no input of what it traces", stacklevel=2)
             flags.bitwise_or_(flag)
         return r.square() if squared else r
     if backends.load(input.device, _MODULES).module is not None:
@@ -119,7 +132,7 @@ def _add_flag_(flags: Tensor, y: Tensor, flag_square: bool) -> None:
     """Or the flag of y into `flags`, and if flag_square +inf where the square of ReLU overflows."""
     if not flag_square:
         add_flag_(flags, y)
-    elif not _squares_fit(y):
+    elif needs_registered_op(y) or not _squares_fit(y):
         flags.bitwise_or_(_square_flag(y))
 
 
@@ -130,24 +143,15 @@ def _squares_fit(y: Tensor) -> bool:
     y = y.detach()
     if y.dtype == torch.float16:  # norms beyond 256 are common
         low, high = y.aminmax() if y.numel() > 0 else (y.sum(), y.sum())
-        return math.isfinite(low.item()) and high.item() < _square_limit(y.dtype)
+        return math.isfinite(low.item()) and high.item() < _SQUARE_LIMITS[y.dtype]
     norm: float = torch.linalg.vector_norm(y).item()
-    return norm < _square_limit(y.dtype)
+    return norm < _SQUARE_LIMITS[y.dtype]
 
 
 def _square_flag(y: Tensor) -> Tensor:
     """The flag of y, and +inf where the square of ReLU overflows."""
     y = y.detach()
-    return nonfinite_flag(y) | (y >= _square_limit(y.dtype)).any().to(torch.int32) * POSITIVE_INF
-
-
-@functools.cache
-def _square_limit(dtype: torch.dtype) -> float:
-    """The smallest number of a dtype whose square is rounded to an infinity: 2^(e/2), where its numbers end at 2^e.
-
-    The number before it has a square that is rounded to less than 2^e: (1 - s)^2 = 1 - 2s + s^2, s a step.
-    """
-    return 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] // 2)
+    return nonfinite_flag(y) | (y >= _SQUARE_LIMITS[y.dtype]).any().to(torch.int32) * POSITIVE_INF
 
 
 def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> None:
@@ -178,6 +182,7 @@ def needs_registered_op(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
         or not all_plain(tensors)
     )
 
@@ -190,11 +195,6 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[assignment]
     for t in tensors:
-        if bool(is_traceable_wrapper_subclass(t)):
-            raise NotImplementedError(
-                f"flags do not work with a {type(t).__name__}, which wraps other tensors; "
-                "leave flags out, or call linear_relu on the tensors inside"
-            )
         if t.dtype != tensors[0].dtype or t.device != input.device:
             raise RuntimeError(
                 f"input is {tensors[0].dtype} on {input.device}, weight or bias {t.dtype} on {t.device}; "

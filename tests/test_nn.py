@@ -34,6 +34,54 @@ def test_he_distribution_from_the_stream():
     assert x.square().mean().item() == pytest.approx(1.0, rel=0.05)  # it keeps the signal's mean square
 
 
+def test_squared_relu_is_shown_initialised_and_refused():
+    layer = LinearReLU(400, 300, activation="relu_squared")
+    assert repr(layer) == "LinearReLU(in_features=400, out_features=300, bias=True, activation='relu_squared')"
+    x = torch.randn(2000, 400)
+    assert torch.equal(layer(x), torch.relu(torch.nn.functional.linear(x, layer.weight, layer.bias)).square())
+    assert layer(x).square().mean().item() == pytest.approx(1.0, rel=0.1)  # it keeps the signal's mean square
+    with pytest.raises(ValueError, match="""activation is 'gelu'; it must be "relu" or "relu_squared\""""):
+        LinearReLU(2, 2, activation="gelu")
+
+
+@pytest.mark.parametrize("recipe", ["own", "auto", "torch"])
+def test_recipes_know_squared_relu(recipe):
+    model = nn.Sequential(LinearReLU(400, 400, activation="relu_squared"), nn.Linear(400, 400))
+    initlab.init_model_(model, seed=0, recipe=recipe)
+    assert model[0].weight.std().item() == pytest.approx((2 / 3) ** 0.25 / 20, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "relu_squared"])
+def test_torchscript(activation, bias, tmp_path):
+    """Values and flags, after a round trip through a file too, which needs no initlab."""
+    layer = LinearReLU(4, 4, bias, activation=activation)
+    layer.flags = torch.zeros(1, dtype=torch.int32)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4))
+    torch.jit.script(layer).save(tmp_path / "layer.pt")
+    scripted = torch.jit.load(tmp_path / "layer.pt")
+    for planted in (1.0, float("nan"), float("inf"), float("-inf"), 2.0**64, -(2.0**64)):
+        x = torch.randn(3, 4)
+        x[1, 2] = planted
+        layer.flags.zero_()
+        scripted.flags.zero_()
+        torch.testing.assert_close(scripted(x), layer(x), equal_nan=True)
+        assert int(scripted.flags) == int(layer.flags), planted
+    layer.flags = None
+    assert torch.equal(torch.jit.script(layer)(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz:DeprecationWarning", "ignore:.*quantiz:UserWarning")
+def test_what_quantisation_passes_over_is_said():
+    model = nn.Sequential(LinearReLU(4, 3), nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match="does not know LinearReLU and leaves it as it is; put Linear and ReLU back"):
+        quantised = torch.ao.quantization.quantize_dynamic(model)
+    assert type(quantised[0]) is LinearReLU
+    assert quantised(torch.randn(2, 4)).shape == (2, 2)
+
+
 def test_where_and_in_what():
     layer = LinearReLU(4, 3, device="meta", dtype=torch.bfloat16)
     assert layer.weight.is_meta

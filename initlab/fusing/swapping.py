@@ -13,7 +13,7 @@ from .applied import AppliedActivation, AppliedFunction, AppliedMethod, FusedLin
 from .following import Followed, follow
 from .report import FuseReport
 from .symbolic import Reader
-from .usage import RELU, RELU_FUNCTIONS, Use
+from .usage import RELU_FUNCTIONS, Use
 
 
 def fuse_linear_relu(model: nn.Module, example: Any = None) -> FuseReport:
@@ -203,9 +203,8 @@ def _own(module: nn.Module, kind: type[nn.Module]) -> set[str]:
 def _fused(linear: nn.Module, use: Use) -> FusedLinear:
     assert isinstance(linear, nn.Linear)
     (kind,) = use.activations
-    more = {} if kind == RELU else {"activation": kind}
     bias = linear._parameters["bias"] is not None
-    fused = FusedLinear(linear.in_features, linear.out_features, bias, device="meta", **more)
+    fused = FusedLinear(linear.in_features, linear.out_features, bias, device="meta", activation=kind)
     fused.in_place = use.in_place
     return _taking_over(fused, linear, nn.Linear)
 

@@ -6,6 +6,7 @@ The torch backend serves the CPU; triton runs in its interpreter there, and on t
 import itertools
 import math
 import threading
+import warnings
 
 import pytest
 import torch
@@ -348,7 +349,7 @@ def test_square_limits_of_every_16_bit_number(dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite() & (x > 0)]
     overflows = x.square().isinf()
-    assert torch.equal(x >= linear_op._square_limit(dtype), overflows)
+    assert torch.equal(x >= linear_op._SQUARE_LIMITS[dtype], overflows)
     assert torch.equal(x.float().view(torch.int32) >= epilogue.SQUARE_LIMITS[dtype], overflows)
     # And of float32 accumulators, before they are rounded: every one within two steps of the limit.
     step = 1 << (16 if dtype == torch.bfloat16 else 13)
@@ -359,7 +360,7 @@ def test_square_limits_of_every_16_bit_number(dtype):
 
 def test_square_limits_of_the_larger_types():
     for dtype in (torch.float32, torch.float64):
-        limit = torch.tensor(linear_op._square_limit(dtype), dtype=dtype)
+        limit = torch.tensor(linear_op._SQUARE_LIMITS[dtype], dtype=dtype)
         assert limit.square().isinf()
         assert limit.nextafter(torch.zeros((), dtype=dtype)).square().isfinite()
     assert torch.tensor(epilogue.SQUARE_LIMITS[torch.float32], dtype=torch.int32).view(torch.float32) == 2.0**64
@@ -592,6 +593,28 @@ def test_subclasses():
         linear_relu(both, w, flags=flags)
     with pytest.raises(NotImplementedError, match="TwoTensor"):
         linear_relu(x, w, TwoTensor(b, b), flags=flags)
+    assert int(flags) == 0
+
+
+def test_nested_tensors():
+    """A jagged batch wraps its values: they are read, and no padding is."""
+    w, flags = torch.randn(4, 5), torch.zeros(1, dtype=torch.int32)
+    parts = [torch.randn(2, 5), torch.full((3, 5), INF)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    y = linear_relu(jagged, w, flags=flags, activation="relu_squared")
+    torch.testing.assert_close(y.values(), F.relu(F.linear(torch.cat(parts), w)).square(), equal_nan=True)
+    assert int(flags) == kinds(F.linear(torch.cat(parts), w))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_call_says_that_it_keeps_no_flags():
+    w, flags = torch.randn(4, 5), torch.zeros(1, dtype=torch.int32)
+    with pytest.warns(UserWarning, match="drops flags that are no input"):
+        torch.jit.trace(lambda x: linear_relu(x, w, flags=flags), torch.randn(2, 5))
+    with warnings.catch_warnings(action="ignore"):  # it says so here too, where they are
+        traced = torch.jit.trace(lambda x, flags: (linear_relu(x, w, flags=flags), flags), (torch.randn(2, 5), flags))
+    traced(torch.full((2, 5), NAN), flags)
+    assert int(flags) == 1
 
 
 def test_threads():
