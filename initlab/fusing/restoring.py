@@ -39,7 +39,8 @@ def restored(model: nn.Module, values: bool = False) -> Iterator[Callable[[], li
                 )
         return flat
 
-    with torch.random.fork_rng():
+    devices = {t.device for t in (*model.parameters(), *model.buffers())} if values else set()
+    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         try:
             yield stored
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -77,7 +78,8 @@ def fuse_linear_relu(model: nn.Module, example: Any = None) -> FuseReport:
             skipped[places[0]] = why
     share = _share(names, fused, followed)
     notes = {}
-    swapped = {linear: _fused(linear, use) for linear, use in fused.items()}
+    with torch.random.fork_rng(devices=[]):  # a layer draws its start before it takes over another's parameters
+        swapped = {linear: _fused(linear, use) for linear, use in fused.items()}
     _swap_modules(model, swapped)
     for linear, use in fused.items():
         again = [name for module in use.modules if (name := _pass_on_module(model, reader, module, names))]
@@ -115,11 +117,12 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, FusedLinear | AppliedActivation) and (hooks := _hooks(module)):
             raise RuntimeError(f"{name} has got hooks since it was fused ({hooks[0]}); remove them first")
     originals: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
-        if isinstance(module, FusedLinear):
-            originals[module] = _linear(module)
-        elif isinstance(module, AppliedActivation):
-            originals[module] = module.original.train(module.training)
+    with torch.random.fork_rng(devices=[]):
+        for module in model.modules():
+            if isinstance(module, FusedLinear):
+                originals[module] = _linear(module)
+            elif isinstance(module, AppliedActivation):
+                originals[module] = module.original.train(module.training)
     _swap_modules(model, originals)
     for module in model.modules():
         for key, value in list(module.__dict__.items()):

@@ -356,7 +356,7 @@ def _reachable(owner: nn.Module, layers: Container[nn.Module]) -> dict[nn.Module
     forward = type(owner).forward
     if forward is nn.Module.forward:  # a list of modules
         return {}
-    if forward.__module__.startswith("torch.nn.modules.container"):  # it calls its children
+    if (forward.__module__ or "").startswith("torch.nn.modules.container"):  # it calls its children
         return {child: [] for child in owner.children() if child in layers}
     functions = _functions(type(owner))
     of_items = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
@@ -376,7 +376,7 @@ def _likeness(owner: nn.Module) -> Any:
     """What modules have in common whose forwards do the same: classes, settings, the kinds of modules in them."""
     settings = []
     for name, value in owner.__dict__.items():
-        plain = isinstance(value, int | float | str | None | torch.dtype)
+        plain = value is None or isinstance(value, int | float | str | torch.dtype)
         settings.append((name, value if plain else type(value) if isinstance(value, CONTAINERS) else id(value)))
     parameters = [(name, p is None) for name, p in (*owner._parameters.items(), *owner._buffers.items())]
     inside = [
@@ -390,14 +390,14 @@ _ANY_CHILD = {"children", "named_children", "_modules", "getattr"}
 
 
 @functools.lru_cache(maxsize=512)
-def _functions(kind: type) -> tuple[tuple[types.CodeType, frozenset[str], frozenset[str]], ...]:
+def _functions(kind: Any) -> tuple[tuple[types.CodeType, frozenset[str], frozenset[str]], ...]:
     """The code of a class's methods, but for nn.Module's: each with the attributes it reads and all names in it."""
     codes = []
     names: set[str] = set()
     for base in kind.__mro__:
         if base is nn.Module:
             break
-        if base.__module__.startswith("torch.nn.modules.container"):
+        if (base.__module__ or "").startswith("torch.nn.modules.container"):
             continue
         # What is overridden is called by super() alone, in code that was followed then.
         own = {name: value for name, value in vars(base).items() if name not in names and name not in _SETTING_UP}
