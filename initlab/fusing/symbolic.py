@@ -51,11 +51,13 @@ class _Path(NamedTuple):
         graph: what was done on it.
         kept: outputs of modules that were still referred to where it ended, or that the model stored.
         error: what ended it before its end; None where it went through.
+        codes: the code that ran on it.
     """
 
     graph: Graph
     kept: frozenset[Node]
     error: Exception | None
+    codes: set[types.CodeType]
 
 
 class _Recorder(Tracer):
@@ -67,6 +69,7 @@ class _Recorder(Tracer):
         super().__init__()
         self.decisions = decisions
         self.asked = 0
+        self.codes: set[types.CodeType] = set()
         self.make_arguments = make_arguments
         self.outputs: list[tuple[weakref.ref[Proxy], Node]] = []
 
@@ -88,8 +91,7 @@ class _Recorder(Tracer):
         node = super().create_node(kind, target, *args, **kwargs)
         if target in RELU_FUNCTIONS or (kind == "call_method" and target in RELU_METHODS):
             node.meta["code"] = next(_codes())
-        elif kind == "call_module":
-            node.meta["codes"] = {*_codes()}
+        self.codes.update(_codes())
         return node
 
     def alive(self) -> frozenset[Node]:
@@ -146,6 +148,7 @@ class Reader:
         self.uses: dict[nn.Module, Use] = {m: Use() for m in model.modules() if isinstance(m, nn.Linear)}
         self.unread: dict[nn.Module, str] = {}
         self._kinds: dict[nn.Module, str | None] = {}
+        self._followed: set[types.CodeType] = set()  # code that ran on paths that were read to their ends
         self._readings: dict[Any, _Reading] = {}
         owners = [m for m in model.modules() if m not in self.uses and any(c in self.uses for c in m.modules())]
         with torch.no_grad(), warnings.catch_warnings():
@@ -184,6 +187,8 @@ class Reader:
         for path in _paths(owner):
             self._note(reading, path)
             errors.append(path.error)
+            if path.error is None:
+                self._followed |= path.codes
             if all(use.others for use in reading.uses.values()):
                 break  # nothing is left to be learned
         if None not in errors:
@@ -207,8 +212,6 @@ class Reader:
             elif not found and len(use.others) == before:
                 use.others["nothing reads its output"] = None
             use.activations.update(found)
-            if path.error is None:
-                use.followed |= node.meta["codes"]
 
     def _consumers(self, owner: nn.Module, node: Node, use: Use) -> Iterator[str]:
         """The activations that read a tensor or a view of it; other readers are added to `use`."""
@@ -246,7 +249,7 @@ class Reader:
         """A Linear must be left alone where code that was not run to its end may call it too."""
         for layer, functions in _reachable(owner, self.uses).items():
             for code in functions:
-                if code not in self.uses[layer].followed:
+                if code not in self._followed:
                     why = self.unread.get(owner, "it is not called by forward")
                     name = getattr(code, "co_qualname", f"{type(owner).__name__}.{code.co_name}")
                     self.uses[layer].unknown[f"{name} may call it, and cannot be followed: {why}"] = None
@@ -299,7 +302,7 @@ def _paths(owner: nn.Module) -> Iterator[_Path]:
             for count, decisions in enumerate(_decisions()):
                 if count == _PATHS:
                     error = RuntimeError(f"more than {_PATHS} paths lead through it")
-                    yield _Path(Graph(), frozenset(), error)
+                    yield _Path(Graph(), frozenset(), error, set())
                     break
                 yield _record(owner, decisions, parameters, names, mode)
 
@@ -348,7 +351,7 @@ def _record(
         else:
             ids = {id(value) for value in stored()}
             kept = frozenset(node for symbol, node in recorder.outputs if symbol() is not None and id(symbol()) in ids)
-    return _Path(recorder.graph, kept, failure)
+    return _Path(recorder.graph, kept, failure, recorder.codes)
 
 
 def _reachable(owner: nn.Module, layers: Container[nn.Module]) -> dict[nn.Module, list[types.CodeType]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import CodeType
 from typing import Any
 
 import torch
@@ -66,7 +65,6 @@ class Use:
         in_place: whether one of them works in place.
         viewed: whether one of them reads a view.
         callers: modules whose code applies its ReLU as a function, and that code.
-        followed: code that called it on a path that was followed to its end.
         others: what else its output goes to, in words.
         unknown: why it may go elsewhere too, in words: code that could not be followed.
     """
@@ -76,7 +74,6 @@ class Use:
     in_place: bool = False
     viewed: bool = False
     callers: dict[tuple[nn.Module, Any], None] = field(default_factory=dict)
-    followed: set[CodeType] = field(default_factory=set)
     others: dict[str, None] = field(default_factory=dict)
     unknown: dict[str, None] = field(default_factory=dict)
 
@@ -85,7 +82,6 @@ class Use:
         self.activations |= other.activations
         self.in_place |= other.in_place
         self.viewed |= other.viewed
-        self.followed |= other.followed
         self.others |= other.others
         self.unknown |= other.unknown
         self.callers |= {(owner, code): None for _, code in other.callers}

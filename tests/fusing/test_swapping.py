@@ -429,6 +429,18 @@ def test_what_is_left_alone(case):
         assert [dict(m.__dict__) for m in modules] == dicts  # reading leaves no trace
 
 
+def test_a_container_inside():
+    class VGG(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classifier = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.classifier(torch.flatten(x, 1))
+
+    assert fuse_linear_relu(VGG()).fused == ("classifier.0",)
+
+
 def test_a_caller_around_the_owner():
     report = fuse_linear_relu(Outer())
     assert report.skipped["block.up"] == "its output goes to tanh"
