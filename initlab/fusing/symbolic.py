@@ -361,18 +361,28 @@ def _reachable(owner: nn.Module, layers: Container[nn.Module]) -> dict[nn.Module
         return {}
     if (forward.__module__ or "").startswith("torch.nn.modules.container"):  # it calls its children
         return {child: [] for child in owner.children() if child in layers}
-    functions = _functions(type(owner))
+    functions = _functions(type(owner))  # type: ignore[arg-type]
     of_items = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     found: dict[nn.Module, list[types.CodeType]] = {}
     for path, layer in owner.named_modules():
-        if layer not in layers:
-            continue
-        names = [part for part in path.split(".") if not part.isdigit()]
-        callers = [code for code, loaded, others in functions if names and names[-1] in loaded and others >= {*names}]
-        by_any_name = of_items or any(others & _ANY_CHILD for _, _, others in functions)
-        if callers or (by_any_name and path in owner._modules):
-            found[layer] = callers
+        if layer in layers:
+            names = _attributes(owner, path)
+            callers = [f for f in functions if names and names[-1] in f.loaded and f.names >= {*names}]
+            by_any_name = of_items or any(f.names & _ANY_CHILD for f in functions)
+            if callers or (by_any_name and path in owner._modules):
+                # What is overridden is called by super() alone, in code that is followed then.
+                found[layer] = [f.code for f in callers if not f.overridden]
     return found
+
+
+def _attributes(owner: nn.Module, path: str) -> list[str]:
+    """The attributes by which code reaches a module: its path, without the keys of lists and dicts of modules."""
+    module, names = owner, []
+    for part in path.split("."):
+        if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            names.append(part)
+        module = getattr(module, part) if not isinstance(module, nn.ModuleDict) else module[part]
+    return names
 
 
 def _likeness(owner: nn.Module) -> Any:
@@ -392,25 +402,32 @@ def _likeness(owner: nn.Module) -> Any:
 _ANY_CHILD = {"children", "named_children", "_modules", "getattr"}
 
 
+class _Function(NamedTuple):
+    """A method's code, the attributes that it reads, all names in it, and whether a class below overrides it."""
+
+    code: types.CodeType
+    loaded: frozenset[str]
+    names: frozenset[str]
+    overridden: bool
+
+
 @functools.lru_cache(maxsize=512)
-def _functions(kind: Any) -> tuple[tuple[types.CodeType, frozenset[str], frozenset[str]], ...]:
-    """The code of a class's methods, but for nn.Module's: each with the attributes it reads and all names in it."""
-    codes = []
-    names: set[str] = set()
+def _functions(kind: Any) -> tuple[_Function, ...]:
+    """The methods of a class, but for nn.Module's."""
+    found = []
+    names = {*_SETTING_UP}
     for base in kind.__mro__:
         if base is nn.Module:
             break
         if (base.__module__ or "").startswith("torch.nn.modules.container"):
             continue
-        # What is overridden is called by super() alone, in code that was followed then.
-        own = {name: value for name, value in vars(base).items() if name not in names and name not in _SETTING_UP}
-        names.update(own)
-        for value in own.values():
+        for name, value in vars(base).items():
             value = getattr(value, "fget", None) or getattr(value, "__func__", value)
             code = getattr(inspect.unwrap(value) if callable(value) else None, "__code__", None)
             if isinstance(code, types.CodeType):
-                codes.append(code)
-    return tuple((code, frozenset(_loaded(code)), frozenset(_all_names(code))) for code in codes)
+                found.append(_Function(code, frozenset(_loaded(code)), frozenset(_all_names(code)), name in names))
+        names.update(vars(base))
+    return tuple(found)
 
 
 _SETTING_UP = {"__init__", "reset_parameters", "_reset_parameters", "init_weights", "_init_weights", "extra_repr"}

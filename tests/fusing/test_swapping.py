@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import initlab
 from initlab import LinearReLU, fuse_linear_relu, unfuse
@@ -91,6 +92,38 @@ class Loop(nn.Module):
         return x
 
 
+class Named(nn.Module):
+    """Layers by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({"first": nn.Linear(6, 6), "last": nn.Linear(6, 6)})
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = F.relu(layer(x))
+        return x
+
+
+class Numbered(nn.Module):
+    """Layers by computed names."""
+
+    def __init__(self):
+        super().__init__()
+        self.up0, self.up1 = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, *args):
+        x = args[0]
+        for i in range(2):
+            x = F.relu(getattr(self, f"up{i}")(x))
+        return x
+
+
+class Checkpointed(Block):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
 class Branches(Block):
     """Conditions that only values decide, and arguments that may be missing."""
 
@@ -151,6 +184,9 @@ FUSED = {  # model, names of fused layers, whether ReLU runs once more
     "views": (Views, ("up",), True),
     "one module twice": (Twice, ("up", "again"), False),
     "a loop": (Loop, ("layers.0", "layers.1"), False),
+    "a dict": (Named, ("layers.first", "layers.last"), False),
+    "computed names": (Numbered, ("up0", "up1"), False),
+    "checkpointing": (Checkpointed, ("up",), False),
     "branches": (Branches, ("up",), False),
     "a helper": (Wrapped, ("up",), True),
     "a squaring module": (Squaring, ("up",), False),
