@@ -27,8 +27,8 @@ from . import backends
 from .nonfinite import NAN as NAN  # for the backend too, which imports its own op alone
 from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
 from .nonfinite import POSITIVE_INF as POSITIVE_INF
-from .nonfinite import add_flag_, nonfinite_flag
-from .tensors import all_plain, settled, wraps_tensors
+from .nonfinite import add_flag_, finite_at_a_look, nonfinite_flag, small_magnitudes_below
+from .tensors import PLAIN, all_plain, settled, wraps_tensors
 
 _MODULES = {"numba": None, "triton": "._linear_triton"}  # on a CPU nothing betters torch's GEMM
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,20 +90,25 @@ def linear_relu(
         >>> linear_relu(torch.tensor([1.0, 2.0]), torch.ones(3, 2), activation="relu_squared")
         tensor([9., 9., 9.])
     """
+    squared = activation == "relu_squared"
+    if not squared and activation != "relu":
+        raise ValueError(f'activation is {activation!r}; it must be "relu" or "relu_squared"')
+    if _is_ordinary(input, weight, bias, flags):
+        return _on_cpu(input, weight, bias, flags, squared)
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             linear_relu, (input, weight, bias), input, weight, bias, flags=flags, activation=activation
         )
-    squared = activation == "relu_squared"
-    if not squared and activation != "relu":
-        raise ValueError(f'activation is {activation!r}; it must be "relu" or "relu_squared"')
-    _check_shapes(input, weight, bias, flags)
+    _check_operands(input, weight, bias, flags)
     if needs_registered_op(input, weight, bias):
         if flags is None:
             r = F.linear(input, weight, bias).relu()
         elif any(map(wraps_tensors, (input, weight, bias))):
             r, held = settled(F.linear(input, weight, bias))
-            _add_flag_(flags, held.detach(), squared)
+            if needs_registered_op(held):
+                flags.bitwise_or_(_square_flag(held) if squared else nonfinite_flag(held))
+            else:
+                _add_flag_(flags, held, squared)
             r = r.relu()
         else:
             op = _FunctorchLinearReLU.apply if torch._C._are_functorch_transforms_active() else _op
@@ -119,7 +124,35 @@ def linear_relu(
                 y: Tensor = _TritonLinearReLU.apply(input, weight, bias, flags, squared)[0]
                 return y
             return _triton_forward(input, weight, bias, flags, squared, squared)
-    y = F.linear(input, weight, bias)
+    return _on_cpu(input, weight, bias, flags, squared)
+
+
+def _is_ordinary(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> bool:
+    """Whether nothing stands between plain tensors on the CPU and torch's linear, which finds what else is wrong.
+
+    Most calls go this way, and small ones are as long as what Python asks before them: so each thing is asked once.
+    """
+    return (
+        not _is_intercepted()
+        and type(input) in PLAIN
+        and type(weight) in PLAIN
+        and input.is_cpu
+        and weight.is_cpu
+        and weight.dim() == 2
+        and input.is_floating_point()
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dim() == 1 and bias.numel() > 1))
+        and (flags is None or (flags.dtype == torch.int32 and flags.is_cpu and flags.dim() == 1 and flags.numel() == 1))
+        and backends.requested() != "triton"
+    )
+
+
+def _on_cpu(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None, squared: bool) -> Tensor:
+    """By torch's GEMM, which nothing betters there, and torch's autograd; on other devices, where Triton is absent."""
+    try:
+        y = F.linear(input, weight, bias)
+    except RuntimeError:
+        _check_operands(input, weight, bias, flags)  # which may say more clearly what is wrong
+        raise
     if flags is not None:
         _add_flag_(flags, y, squared)
     r = y.relu_()
@@ -129,32 +162,36 @@ def linear_relu(
 
 
 def _add_flag_(flags: Tensor, y: Tensor, flag_square: bool) -> None:
-    """Or the flag of y into `flags`, and if flag_square +inf where the square of ReLU overflows."""
-    if not flag_square:
+    """Or the flag of y, plain, into `flags`, and if flag_square +inf where the square of ReLU overflows."""
+    y = y.detach() if y.requires_grad else y
+    if flag_square:
+        if not _squares_fit(y):
+            flags.bitwise_or_(_square_flag(y))
+    elif not y.is_cpu or backends.requested() == "triton":
         add_flag_(flags, y)
-    elif needs_registered_op(y) or not _squares_fit(y):
-        flags.bitwise_or_(_square_flag(y))
+    elif not finite_at_a_look(y):
+        flags.bitwise_or_(nonfinite_flag(y))
 
 
 def _squares_fit(y: Tensor) -> bool:
     """Whether one cheap read finds squares finite, and so y: False where in doubt."""
-    if y.device.type != "cpu":
+    if not y.is_cpu:
         return False  # it would wait for the device
-    y = y.detach()
+    limit = _SQUARE_LIMITS[y.dtype]
+    if (below := small_magnitudes_below(y, limit)) is not None:
+        return below
     if y.dtype == torch.float16:  # norms beyond 256 are common
-        low, high = y.aminmax() if y.numel() > 0 else (y.sum(), y.sum())
-        return math.isfinite(low.item()) and high.item() < _SQUARE_LIMITS[y.dtype]
+        return y.numel() == 0 or max(abs(extreme.item()) for extreme in y.aminmax()) < limit
     norm: float = torch.linalg.vector_norm(y).item()
-    return norm < _SQUARE_LIMITS[y.dtype]
+    return norm < limit
 
 
 def _square_flag(y: Tensor) -> Tensor:
     """The flag of y, and +inf where the square of ReLU overflows."""
-    y = y.detach()
     return nonfinite_flag(y) | (y >= _SQUARE_LIMITS[y.dtype]).any().to(torch.int32) * POSITIVE_INF
 
 
-def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> None:
+def _check_operands(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> None:
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"input is {tuple(input.shape)} and weight {tuple(weight.shape)}; they must be (..., K) and (N, K)"
@@ -178,12 +215,15 @@ def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Ten
 
 def needs_registered_op(*tensors: Tensor | None) -> bool:
     """Whether a compiler, a transform, a dispatch mode or a subclass intercepts operations and must see the op."""
+    return _is_intercepted() or not all_plain(tensors)
+
+
+def _is_intercepted() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
-        or not all_plain(tensors)
     )
 
 

@@ -64,7 +64,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["numba", "triton"])  # numba looks at small tensors
 def either(request, serving):
     with serving(request.param):
         yield request.param
@@ -223,13 +223,14 @@ def test_overflow_is_what_the_output_holds(either, dtype, sign):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_false_flags(serving, dtype):
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_no_false_flags(serving, dtype, backend):
     """2,500 cases for each dtype, most of them with values next to its largest, whose sums overflow."""
     torch.manual_seed(0)
     largest = torch.finfo(dtype).max
     w, flags = torch.ones(1, 1, dtype=dtype), torch.zeros(1, dtype=torch.int32)
     scales = [1.0, 0.99, 0.5, 1e-3]
-    with serving("torch"):
+    with serving(backend):
         for case in range(2500):
             rows = (1, 2, 5, 17, 64)[case % 5]  # few, since the CPU's library compiles for each in 16 bits
             x = torch.rand(rows, 1, dtype=torch.float64) * 2 - 1 if case % 7 else torch.ones(rows, 1).double()
@@ -251,8 +252,14 @@ def test_no_false_flags_of_the_kernels(serving, dtype):
     assert int(flags) == 0
 
 
-def test_the_sum_is_not_trusted_where_it_overflows():
-    x = torch.full((100, 1), 3e38)
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("rows", [100, 20_000])  # a small tensor, and one that is read by its sum
+def test_the_sum_is_not_trusted_where_it_overflows(serving, backend, rows):
+    with serving(backend):
+        check_the_sum(torch.full((rows, 1), 3e38))
+
+
+def check_the_sum(x):
     flags = torch.zeros(1, dtype=torch.int32)
     linear_relu(x, torch.ones(1, 1), flags=flags)
     assert int(flags) == 0
@@ -316,8 +323,14 @@ def test_gradients_of_squares_that_are_no_longer_numbers(either):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_squared_flags(either, dtype, grad):
+@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+def test_squared_flags(serving, backend, dtype, grad):
     """+inf exactly where the square is an infinity, beside what the value before ReLU is; -2^200 is harmless."""
+    with serving(backend):
+        check_squared_flags(dtype, grad)
+
+
+def check_squared_flags(dtype, grad):
     limit = 2.0 ** {torch.float64: 512, torch.float16: 8}.get(dtype, 64)
     below = math.nextafter(limit, 0) if dtype == torch.float64 else limit * (1 - torch.finfo(dtype).eps / 2)
     large = -torch.finfo(dtype).max / 2
@@ -336,8 +349,8 @@ def test_squared_flags(either, dtype, grad):
 
 def test_squared_flags_of_many_ordinary_values():
     """A norm beyond the limit is no proof: the squares of 0.9 of it fit, a hundred of them."""
-    for dtype, limit in ((torch.float32, 2.0**64), (torch.float16, 256.0)):
-        x = torch.full((100, 1), 0.9 * limit, dtype=dtype)
+    for rows, dtype in itertools.product((100, 20_000), (torch.float32, torch.float16)):
+        x = torch.full((rows, 1), 0.9 * {torch.float32: 2.0**64, torch.float16: 256.0}[dtype], dtype=dtype)
         flags = torch.zeros(1, dtype=torch.int32)
         linear_relu(x, torch.ones(1, 1, dtype=dtype), flags=flags, activation="relu_squared")
         assert int(flags) == 0
