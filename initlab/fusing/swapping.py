@@ -172,7 +172,7 @@ def _why_not(linear: nn.Linear) -> str | None:
     """Why a Linear cannot be swapped by itself; None if it can."""
     if type(linear) is not nn.Linear:
         return f"a {type(linear).__name__} is more than an nn.Linear"
-    if hooks := [hook for hook in _hooks(linear) if not hook.startswith("torch.distributed.tensor.")]:
+    if hooks := _hooks(linear):
         return f"it has hooks ({hooks[0]})"
     if own := sorted(name for name in _own(linear, nn.Linear) if callable(linear.__dict__.get(name))):
         return f"it has attributes of its own that can be called: {', '.join(own)}"
@@ -187,14 +187,13 @@ def _why_not(linear: nn.Linear) -> str | None:
 
 
 def _hooks(module: nn.Module) -> list[str]:
-    """The hooks on a module, by where they come from."""
+    """The hooks on a module by where they come from, without those of tensor parallelism, which are taken over."""
     found = []
     for name, hooks in module.__dict__.items():
-        if name.endswith("_hooks") and hooks:
-            found += [
-                f"{getattr(h, '__module__', None)}.{getattr(h, '__qualname__', type(h).__name__)}"
-                for h in hooks.values()
-            ]
+        for hook in hooks.values() if name.endswith("_hooks") and hooks else ():
+            origin = getattr(hook, "__module__", None) or ""
+            if not origin.startswith("torch.distributed.tensor."):
+                found.append(f"{origin}.{getattr(hook, '__qualname__', type(hook).__name__)}")
     return found
 
 
