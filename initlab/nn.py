@@ -1,11 +1,8 @@
-"""Linear layers with their ReLU: the function, the module, and the swap of Linear + ReLU pairs in a model."""
+"""Linear layers with their ReLU: the function and the module. fusing/ puts it into models."""
 
-import itertools
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +14,7 @@ from . import init
 from .distributed.dtensors import settle
 from .distributed.flags import all_reduce_flags_
 
-__all__ = ["FuseReport", "LinearReLU", "all_reduce_flags_", "fuse_linear_relu", "linear_relu"]
+__all__ = ["LinearReLU", "all_reduce_flags_", "linear_relu"]
 
 register_wrapper(settle)  # linear_relu can read DTensors
 
@@ -146,151 +143,3 @@ class LinearReLU(nn.Module):
     def extra_repr(self) -> str:
         shown = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return shown if self.activation == "relu" else f"{shown}, activation={self.activation!r}"
-
-
-class _Pair(NamedTuple):
-    """A Linear and the ReLU after it, and what has taken their places."""
-
-    container: nn.Sequential
-    name: str  # the Linear's, within the model
-    places: tuple[str, str]  # within the container
-    before: tuple[nn.Linear, nn.ReLU]
-    after: tuple[LinearReLU, nn.Identity]
-
-
-@dataclass
-class FuseReport:
-    """What fuse_linear_relu did to a model.
-
-    Attributes:
-        fused: names of the Linear layers that are LinearReLU layers now.
-        skipped: by the name of a Linear layer that a ReLU follows, why it was left alone.
-    """
-
-    fused: tuple[str, ...]
-    skipped: dict[str, str]
-    _pairs: list[_Pair] = field(repr=False)
-
-    def undo(self) -> None:
-        """Put the Linear and ReLU layers back, with the parameters and the mode that the fused ones have by now.
-
-        Raises:
-            RuntimeError: if a fused layer is no longer in its place, or has got hooks since; nothing is put back.
-        """
-        for pair in self._pairs:
-            if tuple(pair.container._modules.get(place) for place in pair.places) != pair.after:
-                raise RuntimeError(f"{pair.name} has been replaced since it was fused; put the LinearReLU back first")
-            if any(map(_has_hooks, pair.after)):
-                raise RuntimeError(f"{pair.name} has got hooks since it was fused; remove them first")
-        for pair in self._pairs:
-            for place, before, after in zip(pair.places, pair.before, pair.after, strict=True):
-                before.training = after.training
-                for name, parameter in after._parameters.items():  # load_state_dict(assign=True) makes new ones
-                    before.register_parameter(name, parameter)
-                pair.container._modules[place] = before
-        self._pairs = []
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.fused)} fused, {len(self.skipped)} left alone"]
-        lines += [f"  {name}: LinearReLU" for name in self.fused]
-        lines += [f"  {name}: left alone, {why}" for name, why in self.skipped.items()]
-        return "\n".join(lines)
-
-
-def fuse_linear_relu(model: nn.Module) -> FuseReport:
-    """Swap every nn.Linear that an nn.ReLU follows in an nn.Sequential for a LinearReLU.
-
-    The LinearReLU takes the Linear's place and parameters, the same objects, so that optimizers and the names in the
-    state dict stay as they are; an nn.Identity takes the ReLU's place. A pair is left alone if swapping it could
-    change what the model does: if one of the two is of a subclass (parametrised, quantised, wrapped), has hooks, a
-    forward or attributes of its own, if the Linear appears elsewhere in the model too, or if the container's forward
-    is not nn.Sequential's. Code that calls a container's layers one by one cannot be seen here: check for it yourself.
-
-    Args:
-        model: changed in place; it may itself be an nn.Sequential.
-
-    Returns:
-        The report, whose `undo()` takes everything back.
-
-    Raises:
-        TypeError: if the model is no nn.Module.
-
-    Example:
-        >>> import torch, initlab
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> report = initlab.fuse_linear_relu(model)
-        >>> print(report)
-        1 fused, 0 left alone
-          0: LinearReLU
-        >>> report.undo()
-        >>> model[1]
-        ReLU()
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse_linear_relu got a {type(model).__name__}; it needs an nn.Module")
-    places: dict[nn.Module, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        places[module] = places.get(module, 0) + 1
-    pairs: list[_Pair] = []
-    skipped: dict[str, str] = {}
-    for container_name, container, first, second in list(_candidates(model)):
-        linear, relu = container._modules[first], container._modules[second]
-        assert isinstance(linear, nn.Linear)
-        assert isinstance(relu, nn.ReLU)
-        name = f"{container_name}.{first}" if container_name else first
-        why = _why_not(container, linear, relu, places[linear])
-        if why is not None:
-            skipped[name] = why
-        else:
-            pairs.append(_Pair(container, name, (first, second), (linear, relu), (_fused(linear), _identity(relu))))
-    for pair in pairs:
-        pair.container._modules.update(zip(pair.places, pair.after, strict=True))
-    return FuseReport(tuple(pair.name for pair in pairs), skipped, pairs)
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Sequential, str, str]]:
-    """(name of the container, container, name of a Linear in it, of the ReLU after it), subclasses included."""
-    for container_name, container in model.named_modules():
-        if isinstance(container, nn.Sequential):
-            for (first, layer), (second, after) in itertools.pairwise(container._modules.items()):
-                if isinstance(layer, nn.Linear) and isinstance(after, nn.ReLU):
-                    yield container_name, container, first, second
-
-
-def _why_not(container: nn.Sequential, linear: nn.Linear, relu: nn.ReLU, places: int) -> str | None:
-    """Why a pair must be left alone; None if it can be swapped."""
-    if type(container).forward is not nn.Sequential.forward or "forward" in container.__dict__:
-        return f"its container, a {type(container).__name__}, has a forward of its own"
-    for module, kind in ((linear, nn.Linear), (relu, nn.ReLU)):
-        if type(module) is not kind:
-            return f"a {type(module).__name__} is more than a {kind.__name__}"
-        if _has_hooks(module):
-            return f"the {kind.__name__} has hooks"
-        if own := sorted(_attributes(module) - _default_attributes(kind)):
-            return f"the {kind.__name__} has attributes of its own: {', '.join(own)}"
-    if places > 1:
-        return f"the Linear appears in {places} places"
-    return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(value for name, value in module.__dict__.items() if name.endswith("_hooks"))
-
-
-def _attributes(module: nn.Module) -> set[str]:
-    return {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
-
-
-def _default_attributes(kind: type[nn.Module]) -> set[str]:
-    return _attributes(nn.Linear(1, 1, device="meta") if kind is nn.Linear else kind())
-
-
-def _fused(linear: nn.Linear) -> LinearReLU:
-    bias: nn.Parameter | None = linear.bias  # annotated as never None
-    fused = LinearReLU(linear.in_features, linear.out_features, bias is not None, device="meta")
-    fused._parameters.update(linear._parameters)
-    return fused.train(linear.training)
-
-
-def _identity(relu: nn.ReLU) -> nn.Identity:
-    return nn.Identity().train(relu.training)

@@ -1,5 +1,6 @@
 """linear_relu with DTensor weights, and its flags: compared with one process, flagged on the rank that holds it."""
 
+import copy
 import functools
 import math
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import initlab
 
@@ -142,3 +144,26 @@ def watched() -> None:
     fault = watch.report().fault
     assert fault is not None
     assert fault.module == "0"
+
+
+@on(2, 3)
+def a_parallelized_model_is_fused() -> None:
+    """Tensor parallelism's hooks on the Linear go on around the LinearReLU, and its way back."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6))
+    many = copy.deepcopy(one)
+    parallelize_module(many, mesh(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    assert initlab.fuse_linear_relu(many).fused == ("0",)
+    many[0].flags = new_flags()
+    x = torch.randn(4, 6)
+    for _ in range(2):
+        expected, y = one(x), many(x)
+        torch.testing.assert_close(y, expected)
+        for model, out in ((one, expected), (many, y)):
+            model.zero_grad()
+            out.square().sum().backward()
+        for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+            torch.testing.assert_close(whole(ours.grad), theirs.grad)
+        initlab.unfuse(many)
+        assert type(many[0]) is nn.Linear
+    assert initlab.fuse_linear_relu(fully_shard(one, mesh=mesh())).skipped["0"].startswith("a FSDPSequential around it")
