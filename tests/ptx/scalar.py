@@ -21,6 +21,7 @@ from .values import (
     divide,
     extreme,
     fma,
+    half_fma,
     half_product,
     pairwise,
     shift_left,
@@ -87,7 +88,7 @@ def arithmetic(i):
     kind, modifiers = i.kind, set(i.parts[1:-1])
     if kind in ("f16x2", "bf16x2"):
         i.require(i.parts[0] == "mul" and modifiers <= {"rn"})
-        return elementwise(i, lambda a, b: _two_products(a, b, kind[:-2]), *readers(i.operands[1:], 32))
+        return elementwise(i, lambda a, b: _of_both(half_product, a, b, kind[:-2]), *readers(i.operands[1:], 32))
     if kind in _HALVES and modifiers <= {"rn"}:
         i.require(i.parts[0] == "mul")
         return elementwise(i, lambda a, b: half_product(a, b, kind), *readers(i.operands[1:], 16))
@@ -131,9 +132,9 @@ def multiply_add(i):
 @instruction("fma")
 def fused(i):
     kind = i.kind
-    if kind in (*_HALVES, "f16x2", "bf16x2") and i.parts[1:-1] == ["rn"]:  # sm_80 has no product of bf16: -0 is added
-        gets = readers(i.operands[1:], WIDTHS[kind])
-        return elementwise(i, lambda a, b, c: _product_and_zero(i, a, b, c, kind), *gets)
+    if i.parts[1:-1] == ["rn"] and kind in ("bf16", "bf16x2"):
+        f = half_fma if kind == "bf16" else lambda *x: _of_both(half_fma, *x)
+        return elementwise(i, lambda *x: f(*x, "bf16"), *readers(i.operands[1:], WIDTHS[kind]))
     if kind in _HALVES:  # halves, added to a float32
         i.require(i.parts[1:-1] == ["rn", "f32"])
         gets = [*readers(i.operands[1:3], 16), reader(i.operands[3], 32)]
@@ -150,19 +151,11 @@ def fused(i):
     return elementwise(i, lambda *x: to_bits(fma(*(y.view(REALS[kind]) for y in x)), kind), *gets)
 
 
-def _two_products(a, b, kind):
-    low = half_product(a.astype(U16), b.astype(U16), kind).astype(U32)
-    high = half_product((a >> U32(16)).astype(U16), (b >> U32(16)).astype(U16), kind).astype(U32)
+def _of_both(f, *pairs_and_kind):
+    *pairs, kind = pairs_and_kind
+    low = f(*(x.astype(U16) for x in pairs), kind).astype(U32)
+    high = f(*((x >> U32(16)).astype(U16) for x in pairs), kind).astype(U32)
     return low | (high << U32(16))
-
-
-def _product_and_zero(i, a, b, c, kind):
-    """a * b + c, c being zeros: their sign is that of a sum that is 0."""
-    if kind.endswith("x2"):
-        i.require(bool(np.all(c == 0x80008000)))
-        return _two_products(a, b, kind[:-2])
-    i.require(bool(np.all(c & U16(0x7FFF) == 0)))
-    return half_product(a, b, kind) & np.where(half_product(a, b, kind) == 0x8000, c, U16(0xFFFF))
 
 
 @instruction("div", "rem")

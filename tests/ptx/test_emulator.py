@@ -219,7 +219,7 @@ def test_products_of_halves_are_rounded_once(kind, dtype, digits, lowest):
     bits = np.random.default_rng(2).integers(0, 2**16, (2, 4000), dtype=np.uint16)
     with np.errstate(over="ignore", invalid="ignore"):
         found = values.as_real(values.half_product(*bits, kind), kind)
-        pairs = scalar._two_products(*(bits[:, ::2].astype(np.uint32) << 16 | bits[:, 1::2]), kind)
+        pairs = scalar._of_both(values.half_product, *(bits[:, ::2].astype(np.uint32) << 16 | bits[:, 1::2]), kind)
         high, low = (values.as_real(half.astype(np.uint16), kind) for half in (pairs >> 16, pairs & 0xFFFF))
     assert np.array_equal(np.stack([high, low], 1).ravel(), found, equal_nan=True)
     a, b = values.as_real(bits[0], kind), values.as_real(bits[1], kind)
@@ -233,6 +233,17 @@ def test_products_of_halves_are_rounded_once(kind, dtype, digits, lowest):
             assert abs(exact) >= torch.finfo(dtype).max + unit / 2
         else:
             assert abs(Fraction(z) - Fraction(exact)) <= Fraction(unit) / 2, (x, y)
+
+
+def test_fused_multiply_adds_of_bfloat16_are_rounded_once():
+    a, b, c = np.random.default_rng(3).integers(0x3000, 0x4800, (3, 4000), dtype=np.uint16)
+    c[:1000] |= 0x8000
+    found = values.as_real(values.half_fma(a, b, c, "bf16"), "bf16").tolist()
+    for x, y, z, w in zip(*(values.as_real(bits, "bf16").tolist() for bits in (a, b, c)), found, strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        assert abs(Fraction(w) - exact) <= Fraction(2) ** (math.frexp(float(exact))[1] - 8) / 2, (x, y, z)
+    zero = np.full_like(a, 0x8000)
+    assert np.array_equal(values.half_fma(a, b, zero, "bf16"), values.half_product(a, b, "bf16"))
 
 
 def test_minima_maxima_and_divisions():

@@ -67,7 +67,22 @@ def to_bits(x, kind):
 
 def half_product(a, b, kind):
     """The bits of the product of two halves, which float64 holds exactly, rounded once."""
-    exact = as_real(a, kind).astype(F64) * as_real(b, kind).astype(F64)
+    return _half(as_real(a, kind).astype(F64) * as_real(b, kind).astype(F64), kind)
+
+
+def half_fma(a, b, c, kind):
+    """The bits of a * b + c of halves, rounded once: the sum is rounded to odd in float64, by what it has lost."""
+    product, c = as_real(a, kind).astype(F64) * as_real(b, kind).astype(F64), as_real(c, kind).astype(F64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = np.asarray(product + c)
+        rest = total - product
+        lost = (product - (total - rest)) + (c - rest)
+        move = np.isfinite(total) & (lost != 0) & (total.view(U64) & U64(1) == 0)
+        return _half(np.where(move, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total), kind)
+
+
+def _half(exact, kind):
+    """float64 to the bits of a half, rounded once."""
     if kind == "f16":
         return to_bits(exact, kind)
     rounded = np.asarray(exact.astype(F32))  # to odd: then a second rounding gives what one would have given
