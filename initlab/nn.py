@@ -30,9 +30,9 @@ class LinearReLU(nn.Module):
     (nn.Linear draws both uniformly, the weights with std = 1 / sqrt(3 in_features).)
 
     It is not a subclass of nn.Linear: code that replaces every nn.Linear in a model would lose the ReLU. So such code
-    passes over it. Quantisation leaves it as it is: put Linear and ReLU back before (`unfuse(model)`), or
-    convert the parameter (torchao's tensor subclasses as `weight` are served). torch.ao.quantization's eager mode is
-    warned about; torchao's `quantize_` asks for nn.Linear and cannot be. torch.jit.script compiles it, flags included.
+    passes over it. Quantisation leaves it as it is: put Linear and ReLU back before (`unfuse(model)`).
+    torch.ao.quantization's eager mode is warned about; torchao's `quantize_` asks for nn.Linear and cannot be.
+    torch.jit.script compiles it, flags included.
 
     Args:
         in_features: K, the size of the input's last dimension.
