@@ -14,7 +14,7 @@ from ..models.activations import ACTIVATIONS
 from ..models.fans import compute_fans
 from ..models.naming import TensorRef
 from .batch import Leaf
-from .graph import FunctionCall
+from .graph import SilentNode
 from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
@@ -123,7 +123,8 @@ class Evidence:
     standardised: Replay | None = None
     bad_update: BadUpdate | None = None
     movement: Movement | None = None  # of the first step that an optimizer took
-    silent: tuple[str, FunctionCall] | None = None  # the operation that makes a gradient of 0 of one that is not
+    silent: list[SilentNode] = field(default_factory=list)  # operations that make a gradient of 0 of one that is not
+    nodes: set[str] = field(default_factory=set)  # names of the nodes of the loss's graph, where a second one is taken
     untreated: Outcome | None = None  # the run as it is, in as many steps as a trial has
 
     @property

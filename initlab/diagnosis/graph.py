@@ -77,6 +77,24 @@ class BadNode:
         return {"made": describe(self.flag), "largest gradient before it": self.largest}
 
 
+@dataclass
+class SilentNode:
+    """A node that makes a gradient of nothing but 0 of one that is not.
+
+    Args:
+        op: the function that was called; of a torch.autograd.Function the class's name.
+        call: that made it.
+        leaves: ids of the tensors that its gradient would have reached.
+    """
+
+    op: str
+    call: FunctionCall
+    leaves: set[int]
+
+
+_MOST_SILENT = 64
+
+
 class Graph:
     """The nodes of a graph, by the calls that made them."""
 
@@ -102,23 +120,24 @@ class Graph:
         self._backward(loss, lambda node: self._watcher(node, found))
         return found[0] if found else None
 
-    def silent(self, loss: Tensor) -> tuple[str, FunctionCall] | None:
-        """The first operation that makes a gradient of nothing but 0 of one that is not; runs the pass."""
-        found: list[tuple[str, FunctionCall]] = []
+    def silent(self, loss: Tensor) -> list[SilentNode]:
+        """The operations that make a gradient of nothing but 0 of one that is not, the first first; runs the pass."""
+        found: list[SilentNode] = []
 
         def watch(node: Any) -> Any:
             def inspect(to_inputs: Any, from_outputs: Any) -> None:
                 made = [g for g in to_inputs if isinstance(g, Tensor)]
                 given = any(isinstance(g, Tensor) and bool(g.any()) for g in from_outputs)
-                if not found and made and given and not any(bool(g.any()) for g in made):
+                if len(found) < _MOST_SILENT and made and given and not any(bool(g.any()) for g in made):
                     op = _function_of(node).__name__ if is_custom(node) else names.of_node(node.name())
                     call = self.calls.get(node) or FunctionCall("", None)
-                    found.append((op if is_custom(node) or not call.name else call.name, call))
+                    op = op if is_custom(node) or not call.name else call.name
+                    found.append(SilentNode(op, call, {id(one) for one in _leaves_behind(node)}))
 
             return inspect
 
         self._backward(loss, watch)
-        return found[0] if found else None
+        return found
 
     def _backward(self, loss: Tensor, watcher: Callable[[Any], Any]) -> None:
         """Runs the pass with a hook on each node."""
@@ -152,6 +171,31 @@ class Graph:
                 found.append(BadNode(op, custom, call, flag, dtype, max(before, default=0.0)))
 
         return inspect
+
+
+def names_of_nodes(loss: Tensor) -> set[str]:
+    """The names of all nodes behind a loss."""
+    found, seen, stack = set(), set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.add(node.name())
+            stack += [n for n, _ in node.next_functions]
+    return found
+
+
+def _leaves_behind(node: Any) -> Iterable[Tensor]:
+    """The leaf tensors that a node's gradients go to."""
+    seen, stack = set(), [node]
+    while stack:
+        one = stack.pop()
+        if one is None or one in seen:
+            continue
+        seen.add(one)
+        if one.name() == _LEAF:
+            yield one.variable
+        stack += [n for n, _ in one.next_functions]
 
 
 def is_custom(node: Any) -> bool:

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from . import trials
+from . import emulation, trials
 from .budget import Budget
-from .checks import Finding, guesses, of_rise, of_standstill
+from .checks import Finding, guesses, of_little, of_rise, of_standstill
 from .evidence import Evidence
 from .fixes import smaller_rate
 from .limits import LIMITS
@@ -35,6 +35,7 @@ class Tried:
     remedy: str = ""
     outcome: Outcome = _NOTHING
     rewritten: bool = False
+    emulated: bool = False
 
     @property
     def cures(self) -> bool:
@@ -80,9 +81,10 @@ def judge(
         training_step.snapshot.restore()
         setting = _first_clear(training_step, of_rise(evidence, untreated), untreated, budget)
         kept = results = [*setting, *(one for one in results if not setting or one.finding.kind not in _HIDES)]
-    elif still and not cured and not any(not one.suspicion for one in found):
+    elif (still or _learns_little(untreated)) and not cured and not any(not one.suspicion for one in found):
         training_step.snapshot.restore()
-        moving = _first_clear(training_step, of_standstill(evidence, untreated), untreated, budget)
+        changes = of_standstill if still else of_little
+        moving = _first_clear(training_step, changes(evidence, untreated), untreated, budget)
         if moving:
             return [_cause(moving[0], untreated)]
     if not untreated.fails:
@@ -123,6 +125,11 @@ def _stands_still(untreated: Outcome, baseline: float | None) -> bool:
         return False
     rise = max(untreated.losses) - first
     return untreated.fallen < LIMITS.stands_still and rise < LIMITS.stands_still * abs(first)
+
+
+def _learns_little(untreated: Outcome) -> bool:
+    """Whether a run falls so little that what holds it back may show."""
+    return untreated.steps >= LIMITS.trial_steps and abs(untreated.fallen) < LIMITS.learns
 
 
 def _first_clear(
@@ -184,6 +191,10 @@ def _try(training_step: TrainingStep, found: Finding, untreated: Outcome, budget
     same = [code for rewrite in found.rewrites if (code := trials.same_objective(training_step, rewrite))]
     best = Tried(found)
     codes = [code for code in (*same, *found.remedies) if trials.is_code(code)]
+    if not codes and found.suspicion and found.form is not None and found.place.op is not None:
+        module = found.within or found.place.module
+        outcome = emulation.run(training_step, module, found.place.op, found.form, budget)
+        return Tried(found, "", outcome, emulated=True)
     for code in codes[: LIMITS.tried]:
         if not budget.allows_a_run():
             break
@@ -294,8 +305,9 @@ def _cause(one: Tried, untreated: Outcome, change: str | None = None) -> Cause:
         found.explanation,
         found.evidence,
         remedy,
-        one.cures,
-        one.outcome.losses if one.cures else (),
+        one.cures and not one.emulated,
+        one.outcome.losses if one.cures and not one.emulated else (),
         untreated.losses if one.cures else (),
         found.change if change is None else change,
+        one.outcome.losses if one.cures and one.emulated else (),
     )

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.naming import tensor_refs
-from . import movement
+from . import graph, movement
 from .batch import Leaf, features, leaves, mapped, standardised
 from .evidence import (
     BadUpdate,
@@ -157,6 +157,8 @@ def observe_steps(
             if first:
                 with evidence.trace:
                     loss = training_step.loss()
+                if evidence.trace.differentiates:
+                    evidence.nodes = graph.names_of_nodes(loss)
             else:
                 loss = training_step.loss()
             step.before = float(loss)
@@ -405,7 +407,7 @@ def _or_inf(loss: float | None) -> float:
 
 
 def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
-    """Look for the operation whose derivative is 0, where all gradients are."""
+    """Look for the operations whose derivative is 0."""
     training_step.snapshot.restore()
     training_step.clear_gradients()
     search = Search(training_step.model, {}, {})
@@ -414,7 +416,7 @@ def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
     except _FOR_THE_CALLER:
         raise
     except Exception:  # it is evidence only where it runs
-        evidence.silent = None
+        evidence.silent = []
     finally:
         training_step.snapshot.restore()
 

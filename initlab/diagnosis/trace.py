@@ -30,6 +30,7 @@ _PASSING = frozenset(
         *("max_pool2d", "mul", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view", "max_pool1d"),
     )
 )
+_DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
 _HINGES = frozenset(("relu", "clamp", "clamp_min", "maximum"))
 ACTIVATIONS = frozenset(
     (
@@ -132,6 +133,8 @@ class Trace(TorchFunctionMode):
         failed: (module, operation) that ran when an exception was raised.
         arguments: of that operation.
         low: 16-bit dtypes that modules put out.
+        dropped: (module, function, share) of calls of dropout outside its modules.
+        differentiates: whether the loss takes a gradient itself, to be differentiated again.
     """
 
     def __init__(
@@ -147,6 +150,8 @@ class Trace(TorchFunctionMode):
         self.failed: tuple[str | None, str] | None = None
         self.arguments: list[Any] = []
         self.low: set[torch.dtype] = set()
+        self.dropped: list[tuple[str | None, str, float]] = []
+        self.differentiates = False
         self._raised: Exception | None = None
         self._open: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
@@ -210,6 +215,11 @@ class Trace(TorchFunctionMode):
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call
 
+    @property
+    def _module(self) -> nn.Module | None:
+        """The innermost module that runs."""
+        return self._open[-1].module if self._open else None
+
     # Functions
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -238,6 +248,13 @@ class Trace(TorchFunctionMode):
             if layer is not None:
                 self.calls.append(layer)
                 self._makers[id(out)] = weakref.ref(out), layer
+        if name == "grad":
+            self.differentiates = True
+        elif name in _DROPOUTS and not isinstance(self._module, nn.modules.dropout._DropoutNd):
+            training = args[2] if len(args) > 2 else kwargs.get("training", True)
+            share = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            if training and share:
+                self.dropped.append((self.modules.current, name, float(share)))
         if name in ACTIVATIONS or name in _PASSING:
             self._follow(name, args[0] if args else kwargs.get("input"), out)
         elif name in ("linear", "matmul") and isinstance(out, Tensor):

@@ -228,7 +228,7 @@ def _probe_further(
         probes.search_rates(training_step, evidence)
         if not symptoms.blew_up(evidence) and len(evidence.losses) <= 3:
             evidence.further = list(trials.run_untreated(training_step, budget, 3).losses)
-    if not broke and evidence.steps and evidence.steps[0].gradient == 0 and evidence.first_loss:
+    if not broke and evidence.steps and evidence.first_loss and symptoms.silent(evidence):
         on_stage("searching the operation whose derivative is 0")
         probes.find_silent(training_step, evidence)
     if evidence.movement is not None and evidence.movement.without and not broke:

@@ -22,7 +22,9 @@ class Finding:
         rewrites: loss functions that come before them where they are the user's own objective.
         suspicion: whether it needs an experiment to be believed: its remedy has to make a difference.
         change: what the first remedy does, in a few words, as "targets standardised".
-        form: the safe form of the operation at the place, for the user's own code.
+        form: the safe form of the operation at the place, for the user's own code. Of a suspicion without code it is
+            the experiment: the run is emulated with it.
+        within: where the form is put: at the place, or `safe_forms.EVERYWHERE`.
         rescales: what the remedy divides the loss by, where it gives it another scale; 0 where it does not.
     """
 
@@ -37,6 +39,7 @@ class Finding:
     change: str = ""
     rescales: float = 0.0
     form: SafeForm | None = None
+    within: str | None = None
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]
@@ -45,6 +48,11 @@ Check: TypeAlias = Callable[[Evidence], Finding | None]
 def severity_of(run: Outcome) -> Severity:
     """How bad a run is, where the run as it is is all there is to go by."""
     return "broken" if run.effect in ("breaks", "rises") else "warning"
+
+
+def course(run: Outcome) -> str:
+    """How the run as it is went, as a clause."""
+    return f"the loss went {run}" if run.effect in ("breaks", "rises") else f"the loss hardly falls, {run}"
 
 
 def short(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from .. import fixes
 from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Place
+from .cutoffs import STEPS
 from .finding import Finding
 
 
@@ -136,8 +137,8 @@ def no_gradient(evidence: Evidence) -> Finding | None:
     first = next((one for one in evidence.parameters if one.grad_norm is not None), None)
     if first is None or not evidence.first_loss:
         return None
-    if evidence.silent is not None:
-        op, call = evidence.silent
+    if evidence.silent:
+        op, call = evidence.silent[0].op, evidence.silent[0].call
         where = f"{call.module!r}" if call.module else "the model's own code" if call.module == "" else "the loss"
         return Finding(
             "gradient",
@@ -148,7 +149,7 @@ def no_gradient(evidence: Evidence) -> Finding | None:
             {"loss": evidence.first_loss, **({"line": call.line} if call.line else {})},
             [
                 f"# in {where}: something with a derivative in place of {op}"
-                + (f", or x + ({op}(x) - x).detach()" if op in _STEPS else "")
+                + (f", or x + ({op}(x) - x).detach()" if op in STEPS else "")
             ],
         )
     return Finding(
@@ -158,9 +159,6 @@ def no_gradient(evidence: Evidence) -> Finding | None:
         "all gradients are exactly 0: no step changes anything.",
         {"loss": evidence.first_loss},
     )
-
-
-_STEPS = ("round", "floor", "ceil", "trunc", "sign", "heaviside")  # constant between their jumps
 
 
 def _has_no_rate(evidence: Evidence) -> bool:
