@@ -312,6 +312,11 @@ def usual_rates(optimizer: Any) -> list[str]:
     ]
 
 
+def planned_rate() -> str:
+    """The rate that an optimizer had before a schedule changed it."""
+    return 'for group in optimizer.param_groups:\n    group["lr"] = group["initial_lr"]'
+
+
 def minimise() -> str:
     """An optimizer that goes down."""
     return set_in_groups("maximize", False)

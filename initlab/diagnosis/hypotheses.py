@@ -17,7 +17,7 @@ from .checks import Finding, guesses, of_little, of_rise, of_standstill
 from .evidence import Evidence
 from .fixes import smaller_rate
 from .limits import LIMITS
-from .outcomes import Outcome, much_better, settled
+from .outcomes import Outcome, falls, much_better, settled
 from .probes import TrainingStep
 from .report import Cause
 
@@ -68,6 +68,8 @@ def judge(
         if not found:
             return []
         untreated = evidence.untreated = _untreated(training_step, evidence, found, budget)
+    if _is_to_rise(evidence, untreated):
+        return [_cause(Tried(one), untreated) for one in found if not one.suspicion]
     if not settled(untreated.losses) and not any(one.suspicion for one in found):
         untreated = evidence.untreated = untreated._replace(constant=False)  # it may just have begun
     baseline = evidence.baseline
@@ -102,6 +104,16 @@ def judge(
     return [first, *rest, *(one for one in behind if one.kind not in {c.kind for c in (first, *rest)})]
 
 
+def _is_to_rise(evidence: Evidence, untreated: Outcome) -> bool:
+    """Whether an optimizer maximises what is no loss function, and it rises: a reward, a likelihood."""
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    if not groups or not all(group.get("maximize") for group in groups):
+        return False
+    if evidence.trace.slopes.wrong is None and (evidence.negated or evidence.trace.losses):
+        return False
+    return untreated.effect == "rises" and falls([-x for x in untreated.losses])
+
+
 _HIDES = ("learning rate", "gradient")  # what a smaller step makes up for, beside a setting that drives a run off
 
 
@@ -118,7 +130,7 @@ def _near_the_floor(untreated: Outcome, baseline: float | None) -> bool:
 
 def _stands_still(untreated: Outcome, baseline: float | None) -> bool:
     """Whether a run that has something left to fall hardly moves."""
-    if untreated.steps < 2 or untreated.effect == "breaks" or untreated.constant:
+    if untreated.steps < 2 or untreated.effect == "breaks":
         return False
     first = untreated.losses[0]
     if abs(first) < (LIMITS.floor * baseline if baseline else LIMITS.nothing_left):
@@ -221,8 +233,9 @@ def _supported(one: Tried, untreated: Outcome, baseline: float | None) -> bool:
 
 
 def _learns(untreated: Outcome, usual: float) -> bool:
-    """Whether a run falls well, and below what a model has that knows nothing."""
-    return untreated.fallen > LIMITS.learns and untreated.losses[-1] < LIMITS.below * usual
+    """Whether a run falls well, and well below what a model has that knows nothing."""
+    start = min(untreated.losses[0], usual) if usual > 0 else untreated.losses[0]
+    return untreated.fallen > LIMITS.learns and untreated.losses[-1] < start - LIMITS.learns * abs(start)
 
 
 def _starts_better(treated: Outcome, untreated: Outcome, baseline: float | None) -> bool:

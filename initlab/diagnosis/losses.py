@@ -27,6 +27,7 @@ class LossCall:
         options: its keyword arguments that are no tensors and not None.
         classes: how many the prediction has; 0 where it has none.
         spread: standard deviation of a row's logits over the classes.
+        value: what it gave; NaN where it gave no single number.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LossCall:
     options: dict[str, Any] = field(default_factory=dict)
     classes: int = 0
     spread: float = 0.0
+    value: float = math.nan
 
 
 def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:

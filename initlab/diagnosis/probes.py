@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..models.naming import tensor_refs
 from . import graph, movement
 from .batch import Leaf, features, leaves, mapped, standardised
+from .cuts import Cuts
 from .evidence import (
     BadUpdate,
     Evidence,
@@ -157,6 +158,7 @@ def observe_steps(
             if first:
                 with evidence.trace:
                     loss = training_step.loss()
+                evidence.negated = graph.is_negated(loss)
                 if evidence.trace.differentiates:
                     evidence.nodes = graph.names_of_nodes(loss)
             else:
@@ -170,6 +172,9 @@ def observe_steps(
             if first:
                 _roles(evidence)
             return
+        finally:
+            if first:
+                evidence.trace.slopes.close()
         del loss
         gradients = training_step.gradients()
         step.gradient = norm_of(list(gradients.values()))
@@ -446,6 +451,12 @@ def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
         if depends and (group is not groups[0] or len(groups) == 2):
             moves.detached += group
     training_step.snapshot.restore()
+    if moves.detached:
+        cuts = Cuts(model, [model.get_parameter(name) for name in moves.detached])
+        with cuts:
+            training_step.loss()
+        evidence.cut = next(iter(cuts.found), None)
+        training_step.snapshot.restore()
 
 
 def _nearly_equal(loss: float | None, other: float | None) -> bool:

@@ -18,6 +18,7 @@ from ..models.naming import walk
 from . import names
 from .limits import LIMITS
 from .losses import LossCall, Stopped, hinge_of_bits, loss_call, multiplies, shapes
+from .slopes import Slopes
 from .stats import Stats, edge_share, measure, physical
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class Trace(TorchFunctionMode):
         arguments: of that operation.
         low: 16-bit dtypes that modules put out.
         dropped: (module, function, share) of calls of dropout outside its modules.
+        slopes: of what the loss is to make smaller, once the backward pass has run.
         differentiates: whether the loss takes a gradient itself, to be differentiated again.
     """
 
@@ -142,6 +144,9 @@ class Trace(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.flow = flow
+        self.slopes = Slopes()
+        if flow is not None:
+            flow.slopes = self.slopes
         self.modules = Modules(model)
         self.calls: list[Call] = []
         self.losses: list[LossCall] = []
@@ -241,6 +246,13 @@ class Trace(TorchFunctionMode):
             self.failed, self._raised = (self.modules.current, name), error
             self.arguments = [*args, *kwargs.values()]
             raise
+        if loss is not None and isinstance(out, Tensor) and out.numel() == 1 and not out.is_meta:
+            with torch._C.DisableTorchFunction():
+                loss.value = float(out.detach())
+                self.slopes.of_loss(loss.name, out)
+        if not wrapped:
+            with torch._C.DisableTorchFunction():
+                self.slopes.called(name, args, out)
         if self.flow is not None:
             with torch._C.DisableTorchFunction():
                 within = bool(self._open) and self._open[-1].is_layer

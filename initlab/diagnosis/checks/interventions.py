@@ -33,8 +33,15 @@ def of_optimizer(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """
     groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
     rises = run.effect in ("breaks", "rises", "plateau")
-    if any(group.get("maximize") for group in groups) and rises and _blows_up(run):
-        yield _of_optimizer(run, "the optimizer maximises", {"maximize": True}, "maximize=False", fixes.minimise())
+    turned = _blows_up(run) or (evidence.negated and run.losses[-1] > max(0.0, run.losses[0]))
+    if any(group.get("maximize") for group in groups) and rises and turned:
+        yield _of_optimizer(
+            run,
+            f"the optimizer maximises{', and the loss has a minus in front' * evidence.negated}",
+            {"maximize": True},
+            "maximize=False",
+            fixes.minimise(),
+        )
     for name, usual in _USUAL.items():
         given = [group[name] for group in groups if name in group]
         odd = next((value for value in given if _is_odd(name, value)), None)
@@ -59,8 +66,14 @@ def _stale_state(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             "optimizer",
             severity_of(run),
             Place(module=parameter.ref.module_name, parameter=parameter.name),
-            f"{course(run)}; without the optimizer's state it falls. Its {name} of {parameter.name} is {ratio:.2g} "
-            "times the gradient's size: it is of another scale of the loss, or of another run.",
+            f"{course(run)}; without the optimizer's state it falls. "
+            + (
+                f"Its {name} of {parameter.name} is {ratio:.2g} times the gradient's size: it is of another scale "
+                "of the loss, or of another run."
+                if ratio
+                else f"Its {name} of {parameter.name} is all 0, and its mean of the gradients is not: an update "
+                "divides by it. It was lost, or saved in 16 bits."
+            ),
             {"state against gradient": ratio},
             ["optimizer.state.clear()"],
             suspicion=True,
@@ -122,6 +135,8 @@ def _stale(evidence: Evidence) -> tuple[ParameterStats, str, float] | None:
                 size = float(x.mean().clamp_min(0).sqrt() if name in _SQUARES else x.square().mean().sqrt())
                 if math.isfinite(size) and size > LIMITS.stale * one.grad.rms:
                     found.append((one, name, size / one.grad.rms))
+                elif name in _SQUARES[:3] and not size and held.get("exp_avg", value).any():
+                    found.append((one, name, 0.0))
     return max(found, key=lambda each: each[2], default=None)
 
 
@@ -188,7 +203,7 @@ def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         return  # slow, and as many tune a trained model
     codes = [(x * rate, fixes.smaller_rate(x, optimizer)) for x in (10.0, 100.0, 1e3) if x * rate <= 1.0]
     if planned > rate:
-        codes.append((planned, 'for group in optimizer.param_groups:\n    group["lr"] = group["initial_lr"]'))
+        codes.append((planned, fixes.planned_rate()))
     known = fixes.usual_rates(optimizer)
     codes += [(usual, code) for code in known[:1] if (usual := float(code.rpartition(" ")[2])) > 1e3 * rate]
     whence = f", of {planned:g} that its schedule begins or began with," if planned > rate else ""
@@ -256,10 +271,16 @@ def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 def _weights(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """Fresh starts of single parameters: constant ones, dead ones, and those far from their distribution."""
     suspects: list[tuple[float, ParameterStats, str]] = []
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    held = {id(p) for group in groups for p in group["params"]}
     for one in evidence.parameters:
         stats, wide = one.stats, one.ref.tensor.dim() > 1
-        if stats is None or not stats.finite or not one.ref.tensor.requires_grad:
+        if stats is None or not stats.finite:
             continue
+        if wide and not stats.largest and not one.ref.tensor.requires_grad and one.ref.tensor.shape[-1] > 1:
+            suspects.append((math.inf, one, "all of it is 0, and it is frozen"))
+        if not one.ref.tensor.requires_grad or id(one.ref.tensor) not in held:
+            continue  # of another network, or as it was trained
         far = abs(math.log(stats.rms / one.distribution)) if one.distribution and stats.rms else 0.0
         if wide and stats.numel > 1 and not stats.std:
             suspects.append((math.inf, one, f"all of it is {stats.mean:g}"))

@@ -10,7 +10,7 @@ from ..evidence import Evidence
 from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range, target_scale
 from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
-from .objective import apart, broadcast, empty_reduction, unreachable, wrong_space
+from .objective import apart, broadcast, empty_reduction, pushes_away, unreachable, wrong_space
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow, vanished_eps
 from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
@@ -35,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
     unreachable,
     broadcast,
     empty_reduction,
+    pushes_away,
     scale,
     target_scale,
     symmetric,
