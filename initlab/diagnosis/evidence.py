@@ -123,6 +123,7 @@ class Evidence:
     further: list[float] = field(default_factory=list)  # losses of steps beyond those asked for
     standardised: Replay | None = None
     bad_update: BadUpdate | None = None
+    mixed: list[str] = field(default_factory=list)  # layers that take the batch for time
     cut: Cut | None = None  # the first operation that a gradient should pass and does not
     negated: bool = False  # whether the loss begins with a minus
     movement: Movement | None = None  # of the first step that an optimizer took

@@ -207,7 +207,7 @@ def _try(training_step: TrainingStep, found: Finding, untreated: Outcome, budget
         module = found.within or found.place.module
         outcome = emulation.run(training_step, module, found.place.op, found.form, budget)
         return Tried(found, "", outcome, emulated=True)
-    for code in codes[: LIMITS.tried]:
+    for code in codes[: max(found.tries, LIMITS.tried)]:
         if not budget.allows_a_run():
             break
         outcome = trials.run(training_step, code, budget, rewritten=code in same)

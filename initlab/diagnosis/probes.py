@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._tree import tensors_in
 from ..models.naming import tensor_refs
 from . import graph, movement
 from .batch import Leaf, features, leaves, mapped, standardised
@@ -424,6 +425,53 @@ def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
         evidence.silent = []
     finally:
         training_step.snapshot.restore()
+
+
+def find_mixed(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Layers that take the batch for time: whether the output of one row changes with another row of the input.
+
+    It is looked at in eval mode, where neither dropout nor statistics of the batch are at work.
+    """
+    rows = {len(leaf.tensor) for leaf in evidence.leaves if leaf.tensor.dim()}
+    if len(rows) != 1 or (count := rows.pop()) < 2:
+        return
+    paths = [
+        call.path
+        for call in evidence.trace.calls
+        if call.takes_time_first and call.shape is not None and len(call.shape) == 3
+        and call.shape[0] == count != call.shape[1]
+    ]  # fmt: skip
+    inputs = [leaf for leaf in evidence.leaves if not leaf.is_target and leaf.tensor.dim() > 1]
+    if not paths or not inputs:
+        return
+    kept: list[Tensor] = []
+    training_step.snapshot.restore()
+    hook = training_step.model.register_forward_hook(lambda module, args, out: kept.extend(tensors_in(out)))
+    try:
+        training_step.model.eval()
+        with torch.no_grad():
+            training_step.loss()
+            changed = {id(leaf.source): _first_row_changed(leaf) for leaf in inputs}
+            batch = mapped(training_step.batch, lambda x: changed.get(id(x), x))
+            training_step.snapshot.random.restore()
+            training_step.loss_fn(training_step.model, batch)
+    except Exception:
+        kept.clear()
+    finally:
+        hook.remove()
+        training_step.snapshot.restore()
+    outputs = [x for x in kept if x.dim() and len(x) == count and x.is_floating_point()]
+    if len(outputs) > 1 and outputs[0].shape == outputs[-1].shape:
+        before, after = outputs[0][1:].float(), outputs[len(outputs) // 2][1:].float()
+        if float((before - after).abs().max()) > LIMITS.response * float(before.abs().max()):
+            evidence.mixed = list(dict.fromkeys(paths))
+
+
+def _first_row_changed(leaf: Leaf) -> Any:
+    """An input whose first row is its last: what comes later in time sees it too."""
+    x = leaf.tensor.detach().clone()
+    x[0] = x[-1]
+    return x if leaf.source is leaf.tensor else x.numpy()
 
 
 def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:

@@ -68,6 +68,8 @@ class Call:
         self.recorded = True
         self.reads_batch: list[tuple[Any, ...]] = []
         self.steps = 1
+        self.takes_time_first = getattr(module, "batch_first", True) is False
+        self.shape: torch.Size | None = None  # of its first input, where it takes time first
 
     @property
     def kind(self) -> str:
@@ -198,6 +200,8 @@ class Trace(TorchFunctionMode):
                 leaf = self._batch.get(storage_of(tensor))
                 if leaf is not None:
                     call.reads_batch.append(leaf)
+                if call.takes_time_first and call.shape is None:
+                    call.shape = tensor.shape
                 if call.input is None and call.is_layer:
                     call.input = measure(tensor)
                     if isinstance(module, nn.RNNBase) and tensor.dim() > 1:

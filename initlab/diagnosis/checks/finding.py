@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ..evidence import Evidence
+from ..limits import LIMITS
 from ..outcomes import Outcome
 from ..report import Kind, Place, Severity
 from ..rewrites import Rewrite
@@ -24,6 +25,7 @@ class Finding:
         change: what the first remedy does, in a few words, as "targets standardised".
         form: the safe form of the operation at the place, for the user's own code. Of a suspicion without code it is
             the experiment: the run is emulated with it.
+        tries: how many of the remedies are tried.
         within: where the form is put: at the place, or `safe_forms.EVERYWHERE`.
         rescales: what the remedy divides the loss by, where it gives it another scale; 0 where it does not.
     """
@@ -40,6 +42,7 @@ class Finding:
     rescales: float = 0.0
     form: SafeForm | None = None
     within: str | None = None
+    tries: int = LIMITS.tried
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]

@@ -22,14 +22,15 @@ def no_rate(evidence: Evidence) -> Finding | None:
     if not groups or any(float(group["lr"]) != 0 for group in groups) or evidence.movement.moved:
         return None
     planned = max(float(group.get("initial_lr", 0.0)) for group in groups)
+    if planned and not optimizer.state:
+        return None  # a warm-up begins there: a note says so
     if planned:
-        began = "has come to its end" if optimizer.state else "begins at 0"
         return Finding(
             "learning rate",
             "warning",
             Place(),
-            f"the learning rate is 0: its schedule {began}, and no step changes anything until scheduler.step() raises "
-            f"it. The optimizer was made with {planned:g}.",
+            "the learning rate is 0: its schedule has come to its end, and no step changes anything. The optimizer was "
+            f"made with {planned:g}.",
             {"rate": 0.0, "rate it was made with": planned},
             [fixes.planned_rate(), *fixes.usual_rates(optimizer)],
             change=f"rate {planned:g}",
