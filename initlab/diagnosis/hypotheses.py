@@ -255,6 +255,8 @@ def _ranked(kept: list[Tried], untreated: Outcome, baseline: float | None) -> li
 
     def order(one: Tried) -> tuple[bool, int]:
         found = one.finding
+        if found.kind == "input" and not found.suspicion:
+            return False, -1  # no weights expect such numbers, whatever else helps a little
         if not found.suspicion and not any(trials.is_code(code) for code in found.remedies):
             return broken and found.severity != "broken", 0
         shifts = one in tried and found.suspicion and not found.rescales

@@ -89,6 +89,22 @@ def not_smooth(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     )
 
 
+def forgets_gradient(evidence: Evidence) -> Finding | None:
+    """A torch.autograd.Function of the user's whose backward() does not depend on the gradient that it gets."""
+    if evidence.forgetful is None:
+        return None
+    op, call = evidence.forgetful
+    return Finding(
+        "gradient",
+        "broken" if evidence.broke_at is not None else "warning",
+        Place(module=call.module, op=op),
+        f"backward() of {op} gives the same for a gradient that is a thousandth as large: it forgets to multiply by "
+        "grad_output. All gradients behind it are wrong.",
+        {"line": call.line} if call.line else {},
+        [f"# in {op}.backward(): return grad_output * the derivative"],
+    )
+
+
 def noise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """Dropout that leaves nearly nothing: of a module, or of a function that a forward() calls."""
     for path, module in evidence.model.named_modules():

@@ -53,6 +53,11 @@ def severity_of(run: Outcome) -> Severity:
     return "broken" if run.effect in ("breaks", "rises") else "warning"
 
 
+def severity_of_step(evidence: Evidence) -> Severity:
+    """How bad a step is, where it breaks or does not."""
+    return "warning" if evidence.broke_at is None else "broken"
+
+
 def course(run: Outcome) -> str:
     """How the run as it is went, as a clause."""
     return f"the loss went {run}" if run.effect in ("breaks", "rises") else f"the loss hardly falls, {run}"

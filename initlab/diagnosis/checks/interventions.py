@@ -135,7 +135,7 @@ def _stale(evidence: Evidence) -> tuple[ParameterStats, str, float] | None:
                 size = float(x.mean().clamp_min(0).sqrt() if name in _SQUARES else x.square().mean().sqrt())
                 if math.isfinite(size) and size > LIMITS.stale * one.grad.rms:
                     found.append((one, name, size / one.grad.rms))
-                elif name in _SQUARES[:3] and not size and held.get("exp_avg", value).any():
+                elif name in _SQUARES[:3] and not size and bool((held or {}).get("exp_avg", value).any()):
                     found.append((one, name, 0.0))
     return max(found, key=lambda each: each[2], default=None)
 

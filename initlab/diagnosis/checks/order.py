@@ -7,10 +7,11 @@ operations, the step.
 from __future__ import annotations
 
 from ..evidence import Evidence
+from .cutoffs import forgets_gradient
 from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range, target_scale
 from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
-from .layout import batch_as_time, refused_shape
+from .layout import batch_as_time, refused_shape, softmax_over_rows
 from .objective import apart, broadcast, empty_reduction, pushes_away, unreachable, wrong_space
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow, vanished_eps
@@ -38,6 +39,7 @@ CHECKS: tuple[Check, ...] = (
     unreachable,
     broadcast,
     empty_reduction,
+    softmax_over_rows,
     pushes_away,
     scale,
     target_scale,
@@ -54,6 +56,7 @@ CHECKS: tuple[Check, ...] = (
     no_rate,
     other_parameters,
     upside_down,
+    forgets_gradient,
     detached,
     shrinking,
     sure_of_nothing,
