@@ -17,6 +17,22 @@ from .origin import Search
 from .probes import FOR_THE_CALLER, TrainingStep, value_of
 
 
+def find_cut(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Where the graph ends, of a loss that no gradient leaves."""
+    training_step.snapshot.restore()
+    cuts = Cuts(training_step.model, [p for p in training_step.model.parameters() if p.requires_grad])
+    try:
+        with cuts:
+            training_step.loss()
+    except FOR_THE_CALLER:
+        raise
+    except Exception:  # it is evidence only where it runs
+        cuts.found.clear()
+    finally:
+        training_step.snapshot.restore()
+    evidence.cut = next(iter(cuts.found), None)
+
+
 def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
     """Look for the operations whose derivative is 0."""
     training_step.snapshot.restore()

@@ -224,6 +224,8 @@ def _supported(one: Tried, untreated: Outcome, baseline: float | None) -> bool:
     """Whether the experiment speaks for a finding."""
     if not one.cures:
         return False
+    if one.finding.structural and untreated.losses:
+        return untreated.effect == "breaks" or one.outcome.losses[-1] < untreated.losses[-1]
     if untreated.effect == "stays":
         return one.outcome.fallen > LIMITS.slow_fall
     if untreated.fails or _starts_better(one.outcome, untreated, baseline):

@@ -226,7 +226,7 @@ class Trace(TorchFunctionMode):
                 self.low.add(tensor.dtype)
             node: Any = tensor.grad_fn
             if isinstance(node, BackwardCFunction):
-                self.makers.setdefault(node._forward_cls, call.path)
+                self.makers.setdefault(getattr(node, "_forward_cls"), call.path)  # noqa: B009
             call.recorded = tensor.requires_grad or physical(tensor).requires_grad
             call.output = measure(tensor)
             if call.is_layer:

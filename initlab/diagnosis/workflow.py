@@ -237,6 +237,8 @@ def _probe_further(
     if not broke and evidence.steps and evidence.first_loss and symptoms.silent(evidence):
         on_stage("searching the operation whose derivative is 0")
         connections.find_silent(training_step, evidence)
+    if evidence.error is not None and "does not require grad" in str(evidence.error):
+        connections.find_cut(training_step, evidence)
     if evidence.movement is not None and evidence.movement.without and not broke:
         on_stage("moving the parameters that no gradient reaches")
         connections.find_detached(training_step, evidence)

@@ -191,6 +191,7 @@ def softmax_over_rows(evidence: Evidence) -> Finding | None:
         {"shape": tuple(shape)},
         [code],
         suspicion=True,
+        structural=True,
         change="softmax over the last dimension",
         form=None if of_module else SafeForm(f"{op}(x, dim=-1)", _over_last),
     )

@@ -7,10 +7,11 @@ operations, the step.
 from __future__ import annotations
 
 from ..evidence import Evidence
-from .cutoffs import forgets_gradient
+from .cutoffs import flat, forgets_gradient, much_noise, not_smooth
 from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range, target_scale
 from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
+from .interventions import lost_moments
 from .layout import batch_as_time, refused_shape, softmax_over_rows
 from .objective import apart, broadcast, empty_reduction, pushes_away, unreachable, wrong_space
 from .operations import raised, unexplained, unsafe
@@ -41,6 +42,10 @@ CHECKS: tuple[Check, ...] = (
     empty_reduction,
     softmax_over_rows,
     pushes_away,
+    flat,
+    not_smooth,
+    much_noise,
+    lost_moments,
     scale,
     target_scale,
     symmetric,
@@ -74,6 +79,8 @@ def findings(evidence: Evidence) -> list[Finding]:
     found: list[Finding] = []
     for check in CHECKS:
         one = check(evidence)
+        if check is no_gradient and any(other.kind == "gradient" for other in found):
+            continue
         if check in (no_gradient, unexplained) and any(other.severity == "broken" for other in found):
             continue
         if check is sure_of_nothing and any(other.kind in _MAKE_SURE and not other.suspicion for other in found):
