@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..models.activations import ACTIVATIONS
 from ..models.initialization import plan_model
 from .batch import Leaf
+from .cuts import Cut
 from .evidence import Evidence, ParameterStats, half
 from .flow import ParameterCall
 from .narrow import LostConstant
@@ -246,17 +247,36 @@ def drop_state(parameters: Sequence[ParameterStats]) -> str:
 def advice(form: SafeForm | None, op: str, module: str | None) -> list[str]:
     """The safe form of an operation, as a comment for the user's own code."""
     code = form.code if form is not None else DEFAULT.get(op, "")
-    return [f"# in {_code_of(module)}: {code}"] if code else []
+    return [f"# in {code_of(module)}: {code}"] if code else []
 
 
 def larger_constant(lost: LostConstant, module: str | None) -> str:
     """A constant that a 16-bit dtype can hold, in place of one that is 0 there."""
     return (
-        f"# in {_code_of(module)}: {small(lost.dtype):g} in place of {lost.value:g}, or that part in float32: x.float()"
+        f"# in {code_of(module)}: {small(lost.dtype):g} in place of {lost.value:g}, or that part in float32: x.float()"
     )
 
 
-def _code_of(module: str | None) -> str:
+def passing_on(cut: Cut) -> str:
+    """What passes a gradient on, in place of a function that does not."""
+    instead = "take out torch.no_grad()" if cut.no_grad else f"take out {cut.op}"
+    return f"# in {code_of(cut.module)}: {_INSTEAD.get(cut.op, instead)}"
+
+
+_INSTEAD = {
+    "sample": "rsample() in place of sample(), which no gradient passes",
+    "argmax": "softmax, or torch.nn.functional.gumbel_softmax(x, hard=True), in place of argmax",
+    "item": "the tensor itself in place of .item()",
+    "tolist": "the tensor itself in place of .tolist()",
+    "numpy": "the tensor itself in place of .numpy()",
+    "tensor": "the tensor itself: torch.tensor(x) makes a copy without a gradient",
+    "multinomial": "torch.nn.functional.gumbel_softmax(x, hard=True), or the log-probability of what is drawn",
+    "bernoulli": "x + (torch.bernoulli(x) - x).detach(), or the log-probability of what is drawn",
+}
+
+
+def code_of(module: str | None) -> str:
+    """The user's own code that runs in a module, or outside the model."""
     return "the loss function" if module is None else f"forward() of {module!r}" if module else "the model's forward()"
 
 
@@ -309,6 +329,11 @@ def usual_rates(optimizer: Any) -> list[str]:
         f'for group in optimizer.param_groups:\n    group["lr"] = {x}'
         for x in ((1e-3, 1e-4) if adaptive else (1e-2, 1e-3))
     ]
+
+
+def planned_rate() -> str:
+    """The rate that an optimizer had before a schedule changed it."""
+    return 'for group in optimizer.param_groups:\n    group["lr"] = group["initial_lr"]'
 
 
 def minimise() -> str:

@@ -16,8 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._tree import tensors_in
 from ..models.naming import tensor_refs
-from . import movement
+from . import graph, movement
 from .batch import Leaf, features, leaves, mapped, standardised
 from .evidence import (
     BadUpdate,
@@ -34,7 +35,6 @@ from .evidence import (
     zero_share,
 )
 from .flow import Flow, ParameterCall
-from .limits import LIMITS
 from .origin import Search
 from .ranks import CommunicatesError
 from .state import Snapshot, referenced_modules
@@ -88,7 +88,7 @@ class UsageError(TypeError):
     """The arguments of diagnose break its contract: raised to the caller, never a diagnosis."""
 
 
-_FOR_THE_CALLER = (CommunicatesError, UsageError)
+FOR_THE_CALLER = (CommunicatesError, UsageError)
 
 
 @contextmanager
@@ -129,6 +129,7 @@ def observe_at_rest(training_step: TrainingStep) -> Evidence:
         training_step.leaves,
         both,
         Trace(training_step.model, storages, Flow(training_step.model, training_step.leaves)),
+        fresh_optimizer=training_step.optimizer is None or not training_step.optimizer.state,
     )
 
 
@@ -157,17 +158,25 @@ def observe_steps(
             if first:
                 with evidence.trace:
                     loss = training_step.loss()
+                evidence.negated = graph.is_negated(loss)
+                evidence.custom = graph.has_custom(loss)
+                if evidence.trace.differentiates:
+                    evidence.nodes = graph.names_of_nodes(loss)
             else:
                 loss = training_step.loss()
             step.before = float(loss)
             loss.backward()
-        except _FOR_THE_CALLER:
+        except FOR_THE_CALLER:
             raise
         except Exception as error:
             evidence.error, evidence.broke_at = error, number
+            evidence.kept_graph = _with_a_graph(training_step.model)
             if first:
                 _roles(evidence)
             return
+        finally:
+            if first:
+                evidence.trace.slopes.close()
         del loss
         gradients = training_step.gradients()
         step.gradient = norm_of(list(gradients.values()))
@@ -182,15 +191,25 @@ def observe_steps(
         driven = _driven(training_step, evidence)
         try:
             take_step(training_step.optimizer, training_step.loss_with_gradients)
-        except _FOR_THE_CALLER:
+        except FOR_THE_CALLER:
             raise
         except Exception as error:
             evidence.error, evidence.broke_at = error, number
             return
         step.update = _update(training_step, evidence, driven)
-    evidence.after = _value(training_step)
+    evidence.after = value_of(training_step)
     if evidence.after is None or not math.isfinite(evidence.after):
         evidence.broke_at = len(evidence.steps) + 1
+
+
+def _with_a_graph(model: nn.Module) -> str:
+    """The first tensor that a module keeps with the graph that made it, by name; "" if there is none."""
+    for path, module in model.named_modules():
+        for name, held in (*module._buffers.items(), *vars(module).items()):
+            tensors = [held] if isinstance(held, Tensor) else tensors_in(held, 2) if name[0] != "_" else []
+            if any(x.grad_fn is not None for x in tensors):
+                return f"{path}.{name}".lstrip(".")
+    return ""
 
 
 def _roles(evidence: Evidence) -> None:
@@ -273,11 +292,11 @@ def take_step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> None:
         optimizer.step()
 
 
-def _value(training_step: TrainingStep) -> float | None:
+def value_of(training_step: TrainingStep) -> float | None:
     """The loss as it is now; None where an error is raised."""
     try:
         return float(training_step.loss())
-    except _FOR_THE_CALLER:
+    except FOR_THE_CALLER:
         raise
     except Exception:
         return None
@@ -392,7 +411,7 @@ def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
         with torch.no_grad():
             for p, before, move in zip(parameters, start, moved, strict=True):
                 p.copy_(before + factor * move)
-        evidence.rates.append((factor, _or_inf(_value(training_step))))
+        evidence.rates.append((factor, _or_inf(value_of(training_step))))
         first = evidence.first_loss
         if first is not None and evidence.rates[-1][1] < first:
             break
@@ -402,51 +421,3 @@ def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
 def _or_inf(loss: float | None) -> float:
     """A loss that compares as it should: none and NaN are larger than any."""
     return math.inf if loss is None or math.isnan(loss) else loss
-
-
-def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
-    """Look for the operation whose derivative is 0, where all gradients are."""
-    training_step.snapshot.restore()
-    training_step.clear_gradients()
-    search = Search(training_step.model, {}, {})
-    try:
-        evidence.silent = search.graph.silent(search.forward(training_step.loss))
-    except _FOR_THE_CALLER:
-        raise
-    except Exception:  # it is evidence only where it runs
-        evidence.silent = None
-    finally:
-        training_step.snapshot.restore()
-
-
-def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
-    """Which of the parameters that got no gradient the loss depends on: it is run again with them moved.
-
-    Modules under no_grad(), or in eval mode in a model that trains, are left alone: teachers, and frozen bodies.
-    """
-    moves = evidence.movement
-    assert moves is not None
-    model = training_step.model
-    ran = {call.path for call in evidence.trace.calls if call.recorded and call.module.training == model.training}
-    names = [n for n in moves.without if n.rpartition(".")[0] in ran]
-    training_step.snapshot.restore()
-    if not names or _value(training_step) != evidence.first_loss:  # it is not the same twice
-        training_step.snapshot.restore()
-        return
-    training_step.loss_with_gradients()
-    groups = list(movement.groups_to_disturb(model, names))
-    for group in groups:
-        training_step.snapshot.restore()
-        movement.disturb([model.get_parameter(name) for name in group])
-        depends = not _nearly_equal(_value(training_step), evidence.first_loss)
-        if group is groups[0] and not depends:
-            break
-        if depends and (group is not groups[0] or len(groups) == 2):
-            moves.detached += group
-    training_step.snapshot.restore()
-
-
-def _nearly_equal(loss: float | None, other: float | None) -> bool:
-    if loss is None or other is None:
-        return loss is other
-    return abs(loss - other) <= LIMITS.response * abs(other)

@@ -229,7 +229,7 @@ class Diagnosis:
             where = str(cause.place) or _WHERE.get(cause.kind, "the model")
             lines += ["", f"{number}. {cause.kind} ({cause.severity}): {where}", f"   {cause.explanation}"]
             if cause.emulated:
-                lines.append(f"   with the safe form of {cause.place.op}: {in_words(cause.emulated)}")
+                lines.append(f"   {_emulated(cause)}")
             if cause.trial:
                 lines.append(f"   {_compared(cause)}")
             if cause.evidence:
@@ -283,6 +283,12 @@ def _compared(cause: Cause) -> str:
     """The run as it is, and with the remedy."""
     as_it_is = f"as it is: {in_words(cause.untreated)}; " if cause.untreated else ""
     return f"{as_it_is}{cause.change or 'with the remedy'}: {in_words(cause.trial)}"
+
+
+def _emulated(cause: Cause) -> str:
+    """The run with another form of an operation, and as it is where that is a comparison."""
+    as_it_is = f"as it is: {in_words(cause.untreated)}; " if cause.untreated and cause.change else ""
+    return f"{as_it_is}{cause.change or f'with the safe form of {cause.place.op}'}: {in_words(cause.emulated)}"
 
 
 def _shown(layers: Sequence[LayerRow]) -> list[int]:

@@ -9,7 +9,7 @@ from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Kind, Place, Severity
 from ..symptoms import diverges
-from .finding import Finding
+from .finding import Finding, parameters_held
 
 _PROBLEMS = {
     "cross_entropy, probabilities": "cross_entropy takes logits and gets probabilities: a softmax of a softmax.",
@@ -108,14 +108,54 @@ def broadcast(evidence: Evidence) -> Finding | None:
         if call.problem == "shapes":
             prediction, target = call.facts["prediction"], call.facts["target"]
             leaf = next((one for one in evidence.leaves if tuple(one.tensor.shape) == target), None)
+            name = "the difference" if call.name == "sub" else call.name
             why = (
-                f"{call.name} gets shapes {prediction} and {target}, which broadcast to {call.facts['broadcast']}: "
-                "every row's prediction is compared with every row's target."
+                f"{name} gets shapes {prediction} and {target}, which broadcast to {call.facts['broadcast']}: every "
+                "row's prediction is compared with every row's target."
             )
             severity: Severity = "warning" if evidence.broke_at is None else "broken"
             written = fixes.reshape(leaf, evidence.batch, prediction)
             return Finding("loss", severity, Place(op=call.name), why, dict(call.facts), written)
     return None
+
+
+def pushes_away(evidence: Evidence) -> Finding | None:
+    """A loss that asks for more of what it is to make smaller: a sign is wrong."""
+    held = parameters_held(evidence)
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    if any(group.get("maximize") for group in groups):
+        return None
+    wrong = evidence.trace.slopes.wrong
+    others = any(one.grad_norm and id(one.ref.tensor) not in held for one in evidence.parameters)
+    if (
+        wrong is None or evidence.broke_at == 1 or (others and wrong.what == "loss")
+    ):  # a generator, against a discriminator that is not trained
+        return None
+    run = evidence.untreated
+    fails = evidence.broke_at is not None or (run is not None and run.fails)
+    what, advice = _AWAY[wrong.what]
+    return Finding(
+        "loss",
+        "broken" if fails else "warning",
+        Place(op=wrong.op),
+        what.format(op=wrong.op) + ": it falls without end, and nothing is learned. A sign is wrong.",
+        {"loss": evidence.first_loss},
+        [f"# in the loss function: {advice.format(op=wrong.op)}"],
+    )
+
+
+_AWAY = {
+    "distance": (
+        "the loss pushes what the model puts out away from the targets",
+        "add the square of the difference, or minus the log-likelihood",
+    ),
+    "loss": ("the loss subtracts the result of {op}", "add {op}"),
+    "likelihood": ("the loss adds the log-probability of the labels", "a minus in front of the log-probability"),
+    "divergence": (
+        "the loss subtracts the divergence of the Gaussians, whose terms are 1 + log(v) - m ** 2 - v",
+        "kl = -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum(), and loss = reconstruction + kl",
+    ),
+}
 
 
 def empty_reduction(evidence: Evidence) -> Finding | None:
