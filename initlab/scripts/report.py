@@ -21,7 +21,8 @@ class ScriptReport:
         script: its path.
         steps: backward passes that were seen.
         first, last: losses; NaN where there were none.
-        stopped: why it was stopped, in words; empty where it ran to its end.
+        stopped: why it was stopped, or what is wrong with it, in words; empty where nothing is.
+        over: whether it ran to its end.
         place: file and line of the user's code at which it was stopped.
         diagnosis: of the step that failed; None where there was none, or the step could not be run again.
         preamble: code that gives the remedy's names their values in the script.
@@ -34,6 +35,7 @@ class ScriptReport:
     first: float = math.nan
     last: float = math.nan
     stopped: str = ""
+    over: bool = False
     place: tuple[str, int] = ("", 0)
     diagnosis: Diagnosis | None = None
     preamble: str = ""
@@ -56,6 +58,7 @@ class ScriptReport:
             "first_loss": plain_data(self.first),
             "last_loss": plain_data(self.last),
             "stopped": self.stopped,
+            "over": self.over,
             "file": self.place[0] or None,
             "line": self.place[1] or None,
             "diagnosis": None if self.diagnosis is None else self.diagnosis.to_dict(),
@@ -74,7 +77,8 @@ class ScriptReport:
             said = "no backward pass was seen" if not self.steps else f"{self.steps} steps{fell}, nothing to report"
             return "\n".join([f"{name}: {said}", *self.notes])
         file, line = self.place
-        lines = [f"{name}: stopped in step {self.steps}: {self.stopped}"]
+        when = f"ended after {self.steps} steps" if self.over else f"stopped in step {self.steps}"
+        lines = [f"{name}: {when}: {self.stopped}"]
         if line:
             lines.append(f"  {Path(file).name}:{line}: {linecache.getline(file, line).strip()}")
         lines += [f"  {note}" for note in self.notes]
