@@ -175,8 +175,6 @@ def test_the_first_cause(tmp_path, name):
     assert report.diagnosis is not None, str(report)
     cause = report.diagnosis.causes[0]
     assert (cause.kind, said in cause.explanation) == (kind, True), str(report)
-        report
-    )
     assert report.verdict != "healthy"
 
 
