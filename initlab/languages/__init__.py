@@ -1,5 +1,5 @@
 """Reports in other languages than English."""
 
-from .catalogue import LANGUAGES, Catalogue, translator
+from .catalogue import LANGUAGES, Catalogue, Say, translator
 
-__all__ = ["LANGUAGES", "Catalogue", "translator"]
+__all__ = ["LANGUAGES", "Catalogue", "Say", "translator"]

@@ -1,8 +1,8 @@
 """A catalogue of messages: English templates, and what they are in another language.
 
 A message is an English string, and stays one in a diagnosis, in JSON, in a pickle and from another rank. The catalogue
-has the template of each: "the loss went {}: the rate {} is too low", as its f-string is written, with {} for every field.
-Only who prints in another language looks the message's template up, and puts its fields into the translation: {0} as it
+has the template of each, as its f-string is written, with {} for every field: "the loss went {}: the rate {} is too
+low". Who prints in another language looks the message's template up, and puts its fields into the translation: {0} as it
 is, a number or a name; {0:t} translated in turn, where it is a message itself. What has no template stays English.
 
 tests/test_languages.py reads the f-strings from the source: each has its translation, and no translation is left over.
@@ -17,10 +17,12 @@ import re
 import tokenize
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 LANGUAGES = ("en", "zh")
+_TELLING = 8  # characters of a template that are more than a word between two names, as in "{} in {}"
 _FIELD = re.compile(r"\{(\d+)(:t)?\}")
-_JOINTS = {"; ": "；", ". ": "。", ": ": "：", ", ": "，"}  # between messages; the first ones separate most
+_JOINTS = {"; ": "\uff1b", ". ": "\u3002", ": ": "\uff1a", ", ": "\uff0c"}  # between messages, as Chinese has them
 
 
 class Catalogue:
@@ -39,12 +41,14 @@ class Catalogue:
     def __init__(self, entries: Mapping[str, str]) -> None:
         self.exact = {english: text for english, text in entries.items() if "{}" not in english}
         templates = sorted((english for english in entries if "{}" in english), key=_literal, reverse=True)
-        self.patterns = [(_pattern(english), entries[english]) for english in templates]
+        patterns = [(_pattern(english), entries[english]) for english in templates]
+        telling = sum(_literal(english) >= _TELLING for english in templates)
+        self.patterns, self.last = patterns[:telling], patterns[telling:]
         self._known = functools.lru_cache(maxsize=4096)(self._translated)
 
     def __call__(self, message: str) -> str:
         """A message in the other language; what is not in the catalogue as it is."""
-        return self._known(message) if message else message
+        return self._known(message) or message
 
     def code(self, code: str) -> str:
         """Code whose comments are messages: they are translated, and nothing else is."""
@@ -53,10 +57,13 @@ class Catalogue:
     def _translated(self, message: str) -> str:
         if message in self.exact:
             return self.exact[message]
-        for pattern, text in self.patterns:
+        return self._matched(message, self.patterns) or self._joined(message) or self._matched(message, self.last)
+
+    def _matched(self, message: str, patterns: list[tuple[re.Pattern[str], str]]) -> str:
+        for pattern, text in patterns:
             if (match := pattern.fullmatch(message)) is not None:
                 return self._filled(text, match.groups())
-        return self._joined(message)
+        return ""
 
     def _filled(self, text: str, fields: tuple[str, ...]) -> str:
         def field(match: re.Match[str]) -> str:
@@ -66,7 +73,7 @@ class Catalogue:
         return _FIELD.sub(field, text)
 
     def _joined(self, message: str) -> str:
-        """A message made of two, of which at least one is known."""
+        """A message made of two; "" where one of them is not known."""
         for joint, mark in _JOINTS.items():
             at = message.find(joint)
             while at >= 0:
@@ -75,7 +82,7 @@ class Catalogue:
                 if ours[0] != left and ours[1] != right:
                     return f"{ours[0].removesuffix('。')}{mark}{ours[1]}"
                 at = message.find(joint, at + 1)
-        return message
+        return ""
 
     def _line(self, line: str) -> str:
         at = _comment(line)
@@ -88,7 +95,8 @@ def _literal(template: str) -> int:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile("(.*?)".join(map(re.escape, template.split("{}"))), re.DOTALL)
+    field = "(.*?)" if _literal(template) >= _TELLING else r"(\S*?)"
+    return re.compile(field.join(map(re.escape, template.split("{}"))), re.DOTALL)
 
 
 def _comment(line: str) -> int:
@@ -109,6 +117,14 @@ def _catalogue(language: str) -> Catalogue:
     return Catalogue(json.loads(Path(__file__).with_name(f"{language}.json").read_text(encoding="utf-8")))
 
 
+class Say(Protocol):
+    """What translates messages, and the comments of code."""
+
+    def __call__(self, message: str) -> str: ...
+
+    def code(self, code: str) -> str: ...
+
+
 class _English:
     """What is written."""
 
@@ -119,22 +135,19 @@ class _English:
         return code
 
 
-def translator(language: str) -> Catalogue | _English:
+def translator(language: str) -> Say:
     """What translates messages into a language.
 
     Args:
         language: "en", which changes nothing, or "zh", Chinese.
-
-    Returns:
-        A function of a message; its `code` translates the comments of code.
 
     Raises:
         ValueError: for another language.
 
     Example:
         >>> from initlab.languages import translator
-        >>> translator("zh")("the learning rate is 0: no step changes anything.")
-        '学习率为 0：任何一步都不会改变参数。'
+        >>> translator("zh")("all zero"), translator("en")("all zero")
+        ('全为零', 'all zero')
     """
     if language not in LANGUAGES:
         raise ValueError(f"lang is {language!r}; it must be one of {', '.join(map(repr, LANGUAGES))}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from .._console import plain_data
 from ..diagnosis import Diagnosis
+from ..languages import translator
 
 
 @dataclass
@@ -71,19 +72,32 @@ class ScriptReport:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, lang: str = "en", width: int | None = None) -> str:
+        """The report as it is printed.
+
+        Args:
+            lang, width: as of `Diagnosis.text`.
+        """
+        say = translator(lang)
         name = Path(self.script).name
+        notes = [say(note) for note in self.notes]
         if not self.stopped:
+            if not self.steps:
+                return "\n".join([say(f"{name}: no backward pass was seen"), *notes])
             fell = f", loss {self.first:.4g} -> {self.last:.4g}" if math.isfinite(self.first) else ""
-            said = "no backward pass was seen" if not self.steps else f"{self.steps} steps{fell}, nothing to report"
-            return "\n".join([f"{name}: {said}", *self.notes])
+            return "\n".join([say(f"{name}: {self.steps} steps{fell}, nothing to report"), *notes])
         file, line = self.place
-        when = f"ended after {self.steps} steps" if self.over else f"stopped in step {self.steps}"
-        lines = [f"{name}: {when}: {self.stopped}"]
+        if self.over:
+            lines = [say(f"{name}: ended after {self.steps} steps: {self.stopped}")]
+        else:
+            lines = [say(f"{name}: stopped in step {self.steps}: {self.stopped}")]
         if line:
             lines.append(f"  {Path(file).name}:{line}: {linecache.getline(file, line).strip()}")
-        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  {note}" for note in notes]
         if self.diagnosis is not None:
-            lines += ["", str(self.diagnosis)]
+            lines += ["", self.diagnosis.text(lang, width)]
             if self.preamble and any(cause.remedy for cause in self.diagnosis.causes):
-                lines += ["", "In the script, the names of the remedy are:", f"    {self.preamble}"]
+                lines += ["", say("In the script, the names of the remedy are:"), f"    {self.preamble}"]
         return "\n".join(lines)
