@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import initlab
-from initlab.languages import LANGUAGES, Catalogue, translator
+from initlab.languages import LANGUAGES, translator
 
 PACKAGE = Path(initlab.__file__).parent
 ENTRIES = json.loads((PACKAGE / "languages" / "zh.json").read_text(encoding="utf-8"))

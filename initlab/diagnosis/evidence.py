@@ -14,7 +14,8 @@ from ..models.activations import ACTIVATIONS
 from ..models.fans import compute_fans
 from ..models.naming import TensorRef
 from .batch import Leaf
-from .graph import FunctionCall
+from .cuts import Cut
+from .graph import SilentNode
 from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
@@ -122,8 +123,12 @@ class Evidence:
     further: list[float] = field(default_factory=list)  # losses of steps beyond those asked for
     standardised: Replay | None = None
     bad_update: BadUpdate | None = None
+    mixed: list[str] = field(default_factory=list)  # layers that take the batch for time
+    cut: Cut | None = None  # the first operation that a gradient should pass and does not
+    negated: bool = False  # whether the loss begins with a minus
     movement: Movement | None = None  # of the first step that an optimizer took
-    silent: tuple[str, FunctionCall] | None = None  # the operation that makes a gradient of 0 of one that is not
+    silent: list[SilentNode] = field(default_factory=list)  # operations that make a gradient of 0 of one that is not
+    nodes: set[str] = field(default_factory=set)  # names of the nodes of the loss's graph, where a second one is taken
     untreated: Outcome | None = None  # the run as it is, in as many steps as a trial has
 
     @property
@@ -160,7 +165,16 @@ class Evidence:
     def baseline(self) -> float | None:
         """The loss of a model that knows nothing, where the loss function tells."""
         known = [call.baseline for call in self.trace.losses if call.baseline]
-        return sum(known) if known else None
+        return sum(known) * self._share if known else None
+
+    @property
+    def _share(self) -> float:
+        """What the loss is of the only loss function in it, where that is divided: by accumulated batches, say."""
+        loss = self.first_loss
+        if len(self.trace.losses) != 1 or loss is None or not loss > 0 or not self.trace.losses[0].value > 0:
+            return 1.0
+        share = loss / self.trace.losses[0].value
+        return share if share < LIMITS.divided else 1.0
 
     @property
     def excess(self) -> float:

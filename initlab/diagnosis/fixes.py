@@ -246,17 +246,18 @@ def drop_state(parameters: Sequence[ParameterStats]) -> str:
 def advice(form: SafeForm | None, op: str, module: str | None) -> list[str]:
     """The safe form of an operation, as a comment for the user's own code."""
     code = form.code if form is not None else DEFAULT.get(op, "")
-    return [f"# in {_code_of(module)}: {code}"] if code else []
+    return [f"# in {code_of(module)}: {code}"] if code else []
 
 
 def larger_constant(lost: LostConstant, module: str | None) -> str:
     """A constant that a 16-bit dtype can hold, in place of one that is 0 there."""
     return (
-        f"# in {_code_of(module)}: {small(lost.dtype):g} in place of {lost.value:g}, or that part in float32: x.float()"
+        f"# in {code_of(module)}: {small(lost.dtype):g} in place of {lost.value:g}, or that part in float32: x.float()"
     )
 
 
-def _code_of(module: str | None) -> str:
+def code_of(module: str | None) -> str:
+    """The user's own code that runs in a module, or outside the model."""
     return "the loss function" if module is None else f"forward() of {module!r}" if module else "the model's forward()"
 
 
@@ -309,6 +310,11 @@ def usual_rates(optimizer: Any) -> list[str]:
         f'for group in optimizer.param_groups:\n    group["lr"] = {x}'
         for x in ((1e-3, 1e-4) if adaptive else (1e-2, 1e-3))
     ]
+
+
+def planned_rate() -> str:
+    """The rate that an optimizer had before a schedule changed it."""
+    return 'for group in optimizer.param_groups:\n    group["lr"] = group["initial_lr"]'
 
 
 def minimise() -> str:

@@ -18,6 +18,7 @@ from .._tree import tensors_in
 from ..models.activations import ACTIVATIONS
 from .batch import Features, Leaf, features
 from .losses import last_activation
+from .slopes import Slopes
 from .stats import Stats, measure, physical
 from .trace import Call, storage_of
 
@@ -131,6 +132,7 @@ class Flow:
 
     def __init__(self, model: nn.Module, leaves: Sequence[Leaf]) -> None:
         self.model = model
+        self.slopes: Slopes | None = None
         self.arrivals: list[Arrival] = []
         self.compared: dict[Path, Comparison] = {}
         self.read: set[Path] = set()
@@ -169,7 +171,9 @@ class Flow:
         elif name in _LOOKUPS:
             self._lookup(tensors, entries)
         elif name in _DISTANCES or name in _LOSSES:
-            self._comparison(name, tensors, entries)
+            compares = self._comparison(name, tensors, entries)
+            if compares and name in ("sub", "rsub") and self.slopes is not None:
+                self.slopes.compared(name, made[0])
         known = [entry for entry in entries if entry is not None]
         paths = frozenset().union(*(entry.paths for entry in known)) if known else frozenset()
         self.read |= paths
@@ -223,16 +227,20 @@ class Flow:
             if name is not None and entry is not None and entry.raw and not tensor.is_floating_point():
                 self.arrivals.append(Arrival(name, entry.paths, None, None, tensor.shape))
 
-    def _comparison(self, op: str, tensors: list[Tensor], entries: list[Any]) -> None:
+    def _comparison(self, op: str, tensors: list[Tensor], entries: list[Any]) -> bool:
+        """Whether a tensor of the batch is compared with what the model puts out."""
         sides = [(physical(t), e) for t, e in zip(tensors, entries, strict=True) if e is not None][:2]
         if len(sides) < 2:
-            return
+            return False
+        compares = False
         for (target, entry), (prediction, other) in (sides, sides[::-1]):
             if entry.raw and not entry.weights and other.weights and not other.raw:
+                compares = True
                 for path in entry.paths:
                     known = self.compared.get(path)
                     if known is None or (known.op not in _DISTANCES and op in _DISTANCES):
                         self.compared[path] = _compare(op, target, prediction)
+        return compares
 
 
 _RANGES = {

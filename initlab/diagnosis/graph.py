@@ -77,6 +77,26 @@ class BadNode:
         return {"made": describe(self.flag), "largest gradient before it": self.largest}
 
 
+@dataclass
+class SilentNode:
+    """A node that makes a gradient of nothing but 0 of one that is not, for some of its inputs.
+
+    Args:
+        op: the function that was called; of a torch.autograd.Function the class's name.
+        call: that made it.
+        whole: whether it does so for all of its inputs.
+        leaves: ids of the tensors that these gradients would have reached.
+    """
+
+    op: str
+    call: FunctionCall
+    whole: bool
+    leaves: set[int]
+
+
+_MOST_SILENT = 64
+
+
 class Graph:
     """The nodes of a graph, by the calls that made them."""
 
@@ -102,23 +122,25 @@ class Graph:
         self._backward(loss, lambda node: self._watcher(node, found))
         return found[0] if found else None
 
-    def silent(self, loss: Tensor) -> tuple[str, FunctionCall] | None:
-        """The first operation that makes a gradient of nothing but 0 of one that is not; runs the pass."""
-        found: list[tuple[str, FunctionCall]] = []
+    def silent(self, loss: Tensor) -> list[SilentNode]:
+        """The operations that make a gradient of nothing but 0 of one that is not, the first first; runs the pass."""
+        found: list[SilentNode] = []
 
         def watch(node: Any) -> Any:
             def inspect(to_inputs: Any, from_outputs: Any) -> None:
-                made = [g for g in to_inputs if isinstance(g, Tensor)]
+                made = [(n, g) for (n, _), g in zip(node.next_functions, to_inputs, strict=False) if g is not None]
                 given = any(isinstance(g, Tensor) and bool(g.any()) for g in from_outputs)
-                if not found and made and given and not any(bool(g.any()) for g in made):
+                silent = [n for n, g in made if n is not None and not bool(g.any())]
+                if len(found) < _MOST_SILENT and silent and given:
                     op = _function_of(node).__name__ if is_custom(node) else names.of_node(node.name())
                     call = self.calls.get(node) or FunctionCall("", None)
-                    found.append((op if is_custom(node) or not call.name else call.name, call))
+                    op = op if is_custom(node) or not call.name else call.name
+                    found.append(SilentNode(op, call, len(silent) == len(made), _leaves_behind(silent)))
 
             return inspect
 
         self._backward(loss, watch)
-        return found[0] if found else None
+        return found
 
     def _backward(self, loss: Tensor, watcher: Callable[[Any], Any]) -> None:
         """Runs the pass with a hook on each node."""
@@ -152,6 +174,52 @@ class Graph:
                 found.append(BadNode(op, custom, call, flag, dtype, max(before, default=0.0)))
 
         return inspect
+
+
+def is_negated(loss: Tensor) -> bool:
+    """Whether a loss begins with a minus: its first term does, up to factors and means.
+
+    Example:
+        >>> import torch
+        >>> from initlab.diagnosis.graph import is_negated
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> is_negated(-x.mean() - 0.1 * x.sum()), is_negated(x.mean() - x.sum())
+        (True, False)
+    """
+    node = loss.grad_fn
+    while node is not None and node.name() != _LEAF:
+        if node.name().startswith("NegBackward"):
+            return True
+        if not node.name().startswith(("Sub", "Add", "Mul", "Div", "Mean", "Sum", "Squeeze", "View")):
+            return False
+        node = node.next_functions[0][0] if node.next_functions else None
+    return False
+
+
+def names_of_nodes(loss: Tensor) -> set[str]:
+    """The names of all nodes behind a loss."""
+    found, seen, stack = set(), set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.add(node.name())
+            stack += [n for n, _ in node.next_functions]
+    return found
+
+
+def _leaves_behind(nodes: Iterable[Any]) -> set[int]:
+    """The ids of the leaf tensors that the gradients of some nodes go to."""
+    found, seen, stack = set(), set(), list(nodes)
+    while stack:
+        one = stack.pop()
+        if one is None or one in seen:
+            continue
+        seen.add(one)
+        if one.name() == _LEAF:
+            found.add(id(one.variable))
+        stack += [n for n, _ in one.next_functions]
+    return found
 
 
 def is_custom(node: Any) -> bool:

@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from . import trials
+from . import emulation, trials
 from .budget import Budget
-from .checks import Finding, guesses, of_rise, of_standstill
+from .checks import Finding, guesses, of_little, of_rise, of_standstill
 from .evidence import Evidence
 from .fixes import smaller_rate
 from .limits import LIMITS
-from .outcomes import Outcome, much_better, settled
+from .outcomes import Outcome, falls, much_better, settled
 from .probes import TrainingStep
 from .report import Cause
 
@@ -35,6 +35,7 @@ class Tried:
     remedy: str = ""
     outcome: Outcome = _NOTHING
     rewritten: bool = False
+    emulated: bool = False
 
     @property
     def cures(self) -> bool:
@@ -67,6 +68,8 @@ def judge(
         if not found:
             return []
         untreated = evidence.untreated = _untreated(training_step, evidence, found, budget)
+    if _is_to_rise(evidence, untreated):
+        return [_cause(Tried(one), untreated) for one in found if not one.suspicion]
     if not settled(untreated.losses) and not any(one.suspicion for one in found):
         untreated = evidence.untreated = untreated._replace(constant=False)  # it may just have begun
     baseline = evidence.baseline
@@ -80,9 +83,10 @@ def judge(
         training_step.snapshot.restore()
         setting = _first_clear(training_step, of_rise(evidence, untreated), untreated, budget)
         kept = results = [*setting, *(one for one in results if not setting or one.finding.kind not in _HIDES)]
-    elif still and not cured and not any(not one.suspicion for one in found):
+    elif (still or _learns_little(untreated)) and not cured and not any(not one.suspicion for one in found):
         training_step.snapshot.restore()
-        moving = _first_clear(training_step, of_standstill(evidence, untreated), untreated, budget)
+        changes = of_standstill if still else of_little
+        moving = _first_clear(training_step, changes(evidence, untreated), untreated, budget)
         if moving:
             return [_cause(moving[0], untreated)]
     if not untreated.fails:
@@ -98,6 +102,16 @@ def judge(
     # Beside a first cause whose remedy is enough, suspicions are what it leads to.
     rest = [_cause(one, untreated) for one in ranked[1:] if not (first.tried and one.finding.suspicion)]
     return [first, *rest, *(one for one in behind if one.kind not in {c.kind for c in (first, *rest)})]
+
+
+def _is_to_rise(evidence: Evidence, untreated: Outcome) -> bool:
+    """Whether an optimizer maximises what is no loss function, and it rises: a reward, a likelihood."""
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    if not groups or not all(group.get("maximize") for group in groups):
+        return False
+    if evidence.trace.slopes.wrong is None and (evidence.negated or evidence.trace.losses):
+        return False
+    return untreated.effect == "rises" and falls([-x for x in untreated.losses])
 
 
 _HIDES = ("learning rate", "gradient")  # what a smaller step makes up for, beside a setting that drives a run off
@@ -116,13 +130,18 @@ def _near_the_floor(untreated: Outcome, baseline: float | None) -> bool:
 
 def _stands_still(untreated: Outcome, baseline: float | None) -> bool:
     """Whether a run that has something left to fall hardly moves."""
-    if untreated.steps < 2 or untreated.effect == "breaks" or untreated.constant:
+    if untreated.steps < 2 or untreated.effect == "breaks":
         return False
     first = untreated.losses[0]
     if abs(first) < (LIMITS.floor * baseline if baseline else LIMITS.nothing_left):
         return False
     rise = max(untreated.losses) - first
     return untreated.fallen < LIMITS.stands_still and rise < LIMITS.stands_still * abs(first)
+
+
+def _learns_little(untreated: Outcome) -> bool:
+    """Whether a run falls so little that what holds it back may show."""
+    return untreated.steps >= LIMITS.trial_steps and abs(untreated.fallen) < LIMITS.learns
 
 
 def _first_clear(
@@ -184,7 +203,11 @@ def _try(training_step: TrainingStep, found: Finding, untreated: Outcome, budget
     same = [code for rewrite in found.rewrites if (code := trials.same_objective(training_step, rewrite))]
     best = Tried(found)
     codes = [code for code in (*same, *found.remedies) if trials.is_code(code)]
-    for code in codes[: LIMITS.tried]:
+    if not codes and found.suspicion and found.form is not None and found.place.op is not None:
+        module = found.within or found.place.module
+        outcome = emulation.run(training_step, module, found.place.op, found.form, budget)
+        return Tried(found, "", outcome, emulated=True)
+    for code in codes[: max(found.tries, LIMITS.tried)]:
         if not budget.allows_a_run():
             break
         outcome = trials.run(training_step, code, budget, rewritten=code in same)
@@ -210,8 +233,9 @@ def _supported(one: Tried, untreated: Outcome, baseline: float | None) -> bool:
 
 
 def _learns(untreated: Outcome, usual: float) -> bool:
-    """Whether a run falls well, and below what a model has that knows nothing."""
-    return untreated.fallen > LIMITS.learns and untreated.losses[-1] < LIMITS.below * usual
+    """Whether a run falls well, and well below what a model has that knows nothing."""
+    start = min(untreated.losses[0], usual) if usual > 0 else untreated.losses[0]
+    return untreated.fallen > LIMITS.learns and untreated.losses[-1] < start - LIMITS.learns * abs(start)
 
 
 def _starts_better(treated: Outcome, untreated: Outcome, baseline: float | None) -> bool:
@@ -294,8 +318,9 @@ def _cause(one: Tried, untreated: Outcome, change: str | None = None) -> Cause:
         found.explanation,
         found.evidence,
         remedy,
-        one.cures,
-        one.outcome.losses if one.cures else (),
+        one.cures and not one.emulated,
+        one.outcome.losses if one.cures and not one.emulated else (),
         untreated.losses if one.cures else (),
         found.change if change is None else change,
+        one.outcome.losses if one.cures and one.emulated else (),
     )

@@ -60,7 +60,6 @@ class Limits(NamedTuple):
     faster: float = 5.0  # times the fall without a remedy
     shifts: float = 3.0  # times the lowest end of all: a loss that ends there has only been shifted
     learns: float = 0.2  # of the first loss, gone in a trial: such a run needs no change
-    below: float = 0.95  # times the loss of knowing nothing: a run that ends above has learned nothing yet
     above: float = 1.5  # likewise, of a run whose start was mended
     target_rms: float = 10.0  # of targets; prices, ages and counts exceed it
     target_offset: float = 3.0  # likewise, where all of them are far from 0: temperatures in kelvin, years
@@ -101,6 +100,8 @@ class Limits(NamedTuple):
     # The first loss
     sure_loss: float = 5.0  # against knowing nothing; a model that starts wrong about some rows stays below
     sure_spread: float = 3.0  # of the logits: their largest probability is then near 1
+
+    divided: float = 0.6  # of a loss function's value, the loss: a half at most where something divides it
 
     # Low precision
     headroom: float = 8.0  # three bits: what a few steps, or a less ordinary batch, use up

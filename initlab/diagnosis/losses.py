@@ -21,12 +21,13 @@ class LossCall:
         name: of the function.
         baseline: its value for a model that knows nothing about the inputs; None where that is not known.
         problem: what is wrong with it: "classes", "range", "empty", "probabilities", "logits", "shapes", "one unit",
-            "several classes", "no distribution", "squashed", "one class", "signs"; "" if nothing.
+            "several classes", "no distribution", "squashed", "one class", "signs", "order"; "" if nothing.
         facts: numbers about the problem.
         fatal: whether the call cannot succeed.
         options: its keyword arguments that are no tensors and not None.
         classes: how many the prediction has; 0 where it has none.
         spread: standard deviation of a row's logits over the classes.
+        value: what it gave; NaN where it gave no single number.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LossCall:
     options: dict[str, Any] = field(default_factory=dict)
     classes: int = 0
     spread: float = 0.0
+    value: float = math.nan
 
 
 def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
@@ -67,6 +69,13 @@ def _classes(name: str, prediction: Tensor, target: Tensor, args: Any, kwargs: A
     call = LossCall(name, baseline=math.log(count) if count > 1 else None, classes=count)
     if count > 1 and prediction.numel():
         call.spread = float(prediction[:_ROWS].detach().float().std(dim).mean())
+    last_is_classes = (
+        target.dim() > 1 and target.shape == prediction.shape[:-1] != prediction.shape[:1] + prediction.shape[2:]
+    )
+    if not target.is_floating_point() and last_is_classes:
+        call.problem, call.fatal = "order", True
+        call.facts = {"prediction": tuple(prediction.shape), "target": tuple(target.shape)}
+        return call
     if not target.is_floating_point():
         ignored = _argument(args, kwargs, 4, "ignore_index", -100)
         kept = target[target != ignored]

@@ -16,9 +16,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._tree import tensors_in
 from ..models.naming import tensor_refs
-from . import movement
+from . import graph, movement
 from .batch import Leaf, features, leaves, mapped, standardised
+from .cuts import Cuts
 from .evidence import (
     BadUpdate,
     Evidence,
@@ -157,6 +159,9 @@ def observe_steps(
             if first:
                 with evidence.trace:
                     loss = training_step.loss()
+                evidence.negated = graph.is_negated(loss)
+                if evidence.trace.differentiates:
+                    evidence.nodes = graph.names_of_nodes(loss)
             else:
                 loss = training_step.loss()
             step.before = float(loss)
@@ -168,6 +173,9 @@ def observe_steps(
             if first:
                 _roles(evidence)
             return
+        finally:
+            if first:
+                evidence.trace.slopes.close()
         del loss
         gradients = training_step.gradients()
         step.gradient = norm_of(list(gradients.values()))
@@ -405,7 +413,7 @@ def _or_inf(loss: float | None) -> float:
 
 
 def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
-    """Look for the operation whose derivative is 0, where all gradients are."""
+    """Look for the operations whose derivative is 0."""
     training_step.snapshot.restore()
     training_step.clear_gradients()
     search = Search(training_step.model, {}, {})
@@ -414,9 +422,56 @@ def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
     except _FOR_THE_CALLER:
         raise
     except Exception:  # it is evidence only where it runs
-        evidence.silent = None
+        evidence.silent = []
     finally:
         training_step.snapshot.restore()
+
+
+def find_mixed(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Layers that take the batch for time: whether the output of one row changes with another row of the input.
+
+    It is looked at in eval mode, where neither dropout nor statistics of the batch are at work.
+    """
+    rows = {len(leaf.tensor) for leaf in evidence.leaves if leaf.tensor.dim()}
+    if len(rows) != 1 or (count := rows.pop()) < 2:
+        return
+    paths = [
+        call.path
+        for call in evidence.trace.calls
+        if call.takes_time_first and call.shape is not None and len(call.shape) == 3
+        and call.shape[0] == count != call.shape[1]
+    ]  # fmt: skip
+    inputs = [leaf for leaf in evidence.leaves if not leaf.is_target and leaf.tensor.dim() > 1]
+    if not paths or not inputs:
+        return
+    kept: list[Tensor] = []
+    training_step.snapshot.restore()
+    hook = training_step.model.register_forward_hook(lambda module, args, out: kept.extend(tensors_in(out)))
+    try:
+        training_step.model.eval()
+        with torch.no_grad():
+            training_step.loss()
+            changed = {id(leaf.source): _first_row_changed(leaf) for leaf in inputs}
+            batch = mapped(training_step.batch, lambda x: changed.get(id(x), x))
+            training_step.snapshot.random.restore()
+            training_step.loss_fn(training_step.model, batch)
+    except Exception:
+        kept.clear()
+    finally:
+        hook.remove()
+        training_step.snapshot.restore()
+    outputs = [x for x in kept if x.dim() and len(x) == count and x.is_floating_point()]
+    if len(outputs) > 1 and outputs[0].shape == outputs[-1].shape:
+        before, after = outputs[0][1:].float(), outputs[len(outputs) // 2][1:].float()
+        if float((before - after).abs().max()) > LIMITS.response * float(before.abs().max()):
+            evidence.mixed = list(dict.fromkeys(paths))
+
+
+def _first_row_changed(leaf: Leaf) -> Any:
+    """An input whose first row is its last: what comes later in time sees it too."""
+    x = leaf.tensor.detach().clone()
+    x[0] = x[-1]
+    return x if leaf.source is leaf.tensor else x.numpy()
 
 
 def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
@@ -444,6 +499,12 @@ def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
         if depends and (group is not groups[0] or len(groups) == 2):
             moves.detached += group
     training_step.snapshot.restore()
+    if moves.detached:
+        cuts = Cuts(model, [model.get_parameter(name) for name in moves.detached])
+        with cuts:
+            training_step.loss()
+        evidence.cut = next(iter(cuts.found), None)
+        training_step.snapshot.restore()
 
 
 def _nearly_equal(loss: float | None, other: float | None) -> bool:

@@ -244,9 +244,9 @@ class Diagnosis:
             lines += ["", f"{number}. {say(cause.kind)} ({say(cause.severity)}): {say(where)}"]
             lines.append(f"   {say(cause.explanation)}")
             if cause.emulated:
-                lines.append(f"   {say(f'with the safe form of {cause.place.op}: {in_words(cause.emulated)}')}")
+                lines.append(f"   {say(_emulated(cause))}")
             if cause.trial:
-                lines.append(f"   {_compared(cause, say)}")
+                lines.append(f"   {say(_compared(cause))}")
             if cause.evidence:
                 said = {name: _short(value) for name, value in cause.evidence.items() if name != "error"}
                 lines += (
@@ -297,10 +297,16 @@ class Diagnosis:
         return table([*map(say, head)], rows, "lll" + "r" * (len(head) - 3), width=width, spare=spare)
 
 
-def _compared(cause: Cause, say: Say) -> str:
+def _compared(cause: Cause) -> str:
     """The run as it is, and with the remedy."""
-    treated = f"{cause.change or 'with the remedy'}: {in_words(cause.trial)}"
-    return say(f"as it is: {in_words(cause.untreated)}; {treated}" if cause.untreated else treated)
+    as_it_is = f"as it is: {in_words(cause.untreated)}; " if cause.untreated else ""
+    return f"{as_it_is}{cause.change or 'with the remedy'}: {in_words(cause.trial)}"
+
+
+def _emulated(cause: Cause) -> str:
+    """The run with another form of an operation, and as it is where that is a comparison."""
+    as_it_is = f"as it is: {in_words(cause.untreated)}; " if cause.untreated and cause.change else ""
+    return f"{as_it_is}{cause.change or f'with the safe form of {cause.place.op}'}: {in_words(cause.emulated)}"
 
 
 def _shown(layers: Sequence[LayerRow]) -> list[int]:

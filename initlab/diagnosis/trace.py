@@ -18,6 +18,7 @@ from ..models.naming import walk
 from . import names
 from .limits import LIMITS
 from .losses import LossCall, Stopped, hinge_of_bits, loss_call, multiplies, shapes
+from .slopes import Slopes
 from .stats import Stats, edge_share, measure, physical
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _PASSING = frozenset(
         *("max_pool2d", "mul", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view", "max_pool1d"),
     )
 )
+_DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
 _HINGES = frozenset(("relu", "clamp", "clamp_min", "maximum"))
 ACTIVATIONS = frozenset(
     (
@@ -66,6 +68,8 @@ class Call:
         self.recorded = True
         self.reads_batch: list[tuple[Any, ...]] = []
         self.steps = 1
+        self.takes_time_first = getattr(module, "batch_first", True) is False
+        self.shape: torch.Size | None = None  # of its first input, where it takes time first
 
     @property
     def kind(self) -> str:
@@ -132,6 +136,9 @@ class Trace(TorchFunctionMode):
         failed: (module, operation) that ran when an exception was raised.
         arguments: of that operation.
         low: 16-bit dtypes that modules put out.
+        dropped: (module, function, share) of calls of dropout outside its modules.
+        slopes: of what the loss is to make smaller, once the backward pass has run.
+        differentiates: whether the loss takes a gradient itself, to be differentiated again.
     """
 
     def __init__(
@@ -139,6 +146,9 @@ class Trace(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.flow = flow
+        self.slopes = Slopes()
+        if flow is not None:
+            flow.slopes = self.slopes
         self.modules = Modules(model)
         self.calls: list[Call] = []
         self.losses: list[LossCall] = []
@@ -147,6 +157,8 @@ class Trace(TorchFunctionMode):
         self.failed: tuple[str | None, str] | None = None
         self.arguments: list[Any] = []
         self.low: set[torch.dtype] = set()
+        self.dropped: list[tuple[str | None, str, float]] = []
+        self.differentiates = False
         self._raised: Exception | None = None
         self._open: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
@@ -188,6 +200,8 @@ class Trace(TorchFunctionMode):
                 leaf = self._batch.get(storage_of(tensor))
                 if leaf is not None:
                     call.reads_batch.append(leaf)
+                if call.takes_time_first and call.shape is None:
+                    call.shape = tensor.shape
                 if call.input is None and call.is_layer:
                     call.input = measure(tensor)
                     if isinstance(module, nn.RNNBase) and tensor.dim() > 1:
@@ -210,6 +224,11 @@ class Trace(TorchFunctionMode):
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call
 
+    @property
+    def _module(self) -> nn.Module | None:
+        """The innermost module that runs."""
+        return self._open[-1].module if self._open else None
+
     # Functions
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -231,6 +250,13 @@ class Trace(TorchFunctionMode):
             self.failed, self._raised = (self.modules.current, name), error
             self.arguments = [*args, *kwargs.values()]
             raise
+        if loss is not None and isinstance(out, Tensor) and out.numel() == 1 and not out.is_meta:
+            with torch._C.DisableTorchFunction():
+                loss.value = float(out.detach())
+                self.slopes.of_loss(loss.name, out)
+        if not wrapped:
+            with torch._C.DisableTorchFunction():
+                self.slopes.called(name, args, out)
         if self.flow is not None:
             with torch._C.DisableTorchFunction():
                 within = bool(self._open) and self._open[-1].is_layer
@@ -238,6 +264,13 @@ class Trace(TorchFunctionMode):
             if layer is not None:
                 self.calls.append(layer)
                 self._makers[id(out)] = weakref.ref(out), layer
+        if name == "grad":
+            self.differentiates = True
+        elif name in _DROPOUTS and not isinstance(self._module, nn.modules.dropout._DropoutNd):
+            training = args[2] if len(args) > 2 else kwargs.get("training", True)
+            share = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            if training and share:
+                self.dropped.append((self.modules.current, name, float(share)))
         if name in ACTIVATIONS or name in _PASSING:
             self._follow(name, args[0] if args else kwargs.get("input"), out)
         elif name in ("linear", "matmul") and isinstance(out, Tensor):

@@ -171,7 +171,13 @@ def diagnose_alone(
         gradient_norm=evidence.steps[0].gradient if evidence.steps else None,
         broke_at=evidence.broke_at,
         layers=tuple(_rows(evidence)),
-        notes=(*notes, *_bad_gradients(evidence), *_without_gradients(evidence), *_close_calls(evidence)),
+        notes=(
+            *notes,
+            *_begins_at_0(evidence),
+            *_bad_gradients(evidence),
+            *_without_gradients(evidence),
+            *_close_calls(evidence),
+        ),
     )
 
 
@@ -228,16 +234,30 @@ def _probe_further(
         probes.search_rates(training_step, evidence)
         if not symptoms.blew_up(evidence) and len(evidence.losses) <= 3:
             evidence.further = list(trials.run_untreated(training_step, budget, 3).losses)
-    if not broke and evidence.steps and evidence.steps[0].gradient == 0 and evidence.first_loss:
+    if not broke and evidence.steps and evidence.first_loss and symptoms.silent(evidence):
         on_stage("searching the operation whose derivative is 0")
         probes.find_silent(training_step, evidence)
     if evidence.movement is not None and evidence.movement.without and not broke:
         on_stage("moving the parameters that no gradient reaches")
         probes.find_detached(training_step, evidence)
+    if any(call.takes_time_first for call in evidence.trace.calls):
+        on_stage("changing one row of the batch")
+        probes.find_mixed(training_step, evidence)
     odd = symptoms.odd_scale(evidence)
     if odd is not None and (odd.strong or evidence.broke_at is not None):
         on_stage("running on standardised inputs")
         probes.replay_standardised(training_step, evidence, odd.leaf)
+
+
+def _begins_at_0(evidence: Evidence) -> Iterator[str]:
+    """A warm-up that stands at 0."""
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    planned = max((float(group.get("initial_lr", 0.0)) for group in groups), default=0.0)
+    if planned and not any(float(group.get("lr", 1.0)) for group in groups):
+        yield (
+            f"the learning rate is 0, where a schedule may begin; it was made with {planned:g}. No step changes "
+            "anything until scheduler.step() raises it: call it after every optimizer.step()"
+        )
 
 
 def _bad_gradients(evidence: Evidence) -> Iterator[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ..evidence import Evidence
+from ..limits import LIMITS
 from ..outcomes import Outcome
 from ..report import Kind, Place, Severity
 from ..rewrites import Rewrite
@@ -22,7 +23,10 @@ class Finding:
         rewrites: loss functions that come before them where they are the user's own objective.
         suspicion: whether it needs an experiment to be believed: its remedy has to make a difference.
         change: what the first remedy does, in a few words, as "targets standardised".
-        form: the safe form of the operation at the place, for the user's own code.
+        form: the safe form of the operation at the place, for the user's own code. Of a suspicion without code it is
+            the experiment: the run is emulated with it.
+        tries: how many of the remedies are tried.
+        within: where the form is put: at the place, or `safe_forms.EVERYWHERE`.
         rescales: what the remedy divides the loss by, where it gives it another scale; 0 where it does not.
     """
 
@@ -37,6 +41,8 @@ class Finding:
     change: str = ""
     rescales: float = 0.0
     form: SafeForm | None = None
+    within: str | None = None
+    tries: int = LIMITS.tried
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]
@@ -45,6 +51,11 @@ Check: TypeAlias = Callable[[Evidence], Finding | None]
 def severity_of(run: Outcome) -> Severity:
     """How bad a run is, where the run as it is is all there is to go by."""
     return "broken" if run.effect in ("breaks", "rises") else "warning"
+
+
+def course(run: Outcome) -> str:
+    """How the run as it is went, as a clause."""
+    return f"the loss went {run}" if run.effect in ("breaks", "rises") else f"the loss hardly falls, {run}"
 
 
 def short(error: BaseException) -> str:

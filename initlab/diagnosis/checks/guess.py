@@ -101,6 +101,10 @@ def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 
 def _weights(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     far = []
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    held = {id(p) for group in groups for p in group["params"]}
+    if held and any(one.ref.tensor.dim() > 1 and id(one.ref.tensor) not in held for one in evidence.parameters):
+        return  # other networks, or layers that are as they were trained: a fresh start would hide what is wrong
     for call in evidence.layers:
         for one in evidence.weights_of(call.path):
             if one.distribution and one.stats is not None and one.stats.finite and one.stats.rms:

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import fixes
 from ..evidence import Evidence, ParameterStats, half
 from ..limits import LIMITS
 from ..outcomes import Outcome
 from ..report import Kind, Place
-from .finding import Finding, severity_of
+from .cutoffs import flat, noise, not_smooth
+from .finding import Finding, course, severity_of
 
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta")
 _MEANS = ("exp_avg", "momentum_buffer", "grad_avg")
@@ -32,8 +33,15 @@ def of_optimizer(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """
     groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
     rises = run.effect in ("breaks", "rises", "plateau")
-    if any(group.get("maximize") for group in groups) and rises and _blows_up(run):
-        yield _of_optimizer(run, "the optimizer maximises", {"maximize": True}, "maximize=False", fixes.minimise())
+    turned = _blows_up(run) or (evidence.negated and run.losses[-1] > max(0.0, run.losses[0]))
+    if any(group.get("maximize") for group in groups) and rises and turned:
+        yield _of_optimizer(
+            run,
+            f"the optimizer maximises{', and the loss has a minus in front' * evidence.negated}",
+            {"maximize": True},
+            "maximize=False",
+            fixes.minimise(),
+        )
     for name, usual in _USUAL.items():
         given = [group[name] for group in groups if name in group]
         odd = next((value for value in given if _is_odd(name, value)), None)
@@ -41,20 +49,7 @@ def of_optimizer(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             change = f"{name}={usual}"
             why = f"{name} is {odd}, which lets the steps grow or holds them back"
             yield _of_optimizer(run, why, {name: odd}, change, fixes.set_in_groups(name, usual))
-    stale = _stale(evidence)
-    if stale is not None:
-        parameter, name, ratio = stale
-        yield Finding(
-            "optimizer",
-            severity_of(run),
-            Place(module=parameter.ref.module_name, parameter=parameter.name),
-            f"{_course(run)}; without the optimizer's state it falls. Its {name} of {parameter.name} is {ratio:.2g} "
-            "times the gradient's size: it is of another scale of the loss, or of another run.",
-            {"state against gradient": ratio},
-            ["optimizer.state.clear()"],
-            suspicion=True,
-            change="the optimizer's state cleared",
-        )
+    yield from _stale_state(evidence, run)
     decay = max((float(group.get("weight_decay") or 0.0) for group in groups), default=0.0)
     if decay and (not rises or _outweighs(evidence, decay)):
         why = f"weight_decay is {decay:g}, and outweighs the gradients"
@@ -62,20 +57,50 @@ def of_optimizer(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         yield _of_optimizer(run, why, {"weight decay": decay}, "weight_decay=0", code)
 
 
+def _stale_state(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """State of the optimizer that does not fit the gradients."""
+    stale = _stale(evidence)
+    if stale is not None:
+        parameter, name, ratio = stale
+        yield Finding(
+            "optimizer",
+            severity_of(run),
+            Place(module=parameter.ref.module_name, parameter=parameter.name),
+            f"{course(run)}; without the optimizer's state it falls. "
+            + (
+                f"Its {name} of {parameter.name} is {ratio:.2g} times the gradient's size: it is of another scale "
+                "of the loss, or of another run."
+                if ratio
+                else f"Its {name} of {parameter.name} is all 0, and its mean of the gradients is not: an update "
+                "divides by it. It was lost, or saved in 16 bits."
+            ),
+            {"state against gradient": ratio},
+            ["optimizer.state.clear()"],
+            suspicion=True,
+            change="the optimizer's state cleared",
+        )
+
+
 def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may drive a run off, and a smaller rate only hides: settings of the optimizer, and extreme noise."""
     yield from of_optimizer(evidence, run)
-    yield from _noise(evidence, run)
+    yield from noise(evidence, run)
 
 
 def of_standstill(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may set a run going: tensors to learn, the rate, the optimizer, precision, inputs, weights, noise."""
-    for part in (_unregistered, _rates, of_optimizer, _precision, _inputs, _weights, _noise):
+    for part in (_unregistered, flat, not_smooth, _rates, of_optimizer, _precision, _inputs, _weights, noise):
+        yield from part(evidence, run)
+
+
+def of_little(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """What may hold a run back that learns a little: only where something shows that part of the model stays still."""
+    for part in (_unregistered, flat, not_smooth, _stale_state, _precision, noise):
         yield from part(evidence, run)
 
 
 def _of_optimizer(run: Outcome, why: str, facts: dict[str, Any], change: str, code: str) -> Finding:
-    text = f"{_course(run)}; with {change} it falls: {why}."
+    text = f"{course(run)}; with {change} it falls: {why}."
     return Finding("optimizer", severity_of(run), Place(), text, facts, [code], suspicion=True, change=change)
 
 
@@ -110,6 +135,8 @@ def _stale(evidence: Evidence) -> tuple[ParameterStats, str, float] | None:
                 size = float(x.mean().clamp_min(0).sqrt() if name in _SQUARES else x.square().mean().sqrt())
                 if math.isfinite(size) and size > LIMITS.stale * one.grad.rms:
                     found.append((one, name, size / one.grad.rms))
+                elif name in _SQUARES[:3] and not size and held.get("exp_avg", value).any():
+                    found.append((one, name, 0.0))
     return max(found, key=lambda each: each[2], default=None)
 
 
@@ -153,7 +180,7 @@ def _unregistered(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             "optimizer",
             severity_of(run),
             Place(parameter=first),
-            f"{_course(run)}; with {first} in the optimizer it falls: it wants a gradient, and is no nn.Parameter, so "
+            f"{course(run)}; with {first} in the optimizer it falls: it wants a gradient, and is no nn.Parameter, so "
             "model.parameters() does not give it.",
             {"tensors": len(found)},
             [f'optimizer.add_param_group({{"params": [{", ".join(found.values())}]}})  # or make them nn.Parameters'],
@@ -176,7 +203,7 @@ def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         return  # slow, and as many tune a trained model
     codes = [(x * rate, fixes.smaller_rate(x, optimizer)) for x in (10.0, 100.0, 1e3) if x * rate <= 1.0]
     if planned > rate:
-        codes.append((planned, 'for group in optimizer.param_groups:\n    group["lr"] = group["initial_lr"]'))
+        codes.append((planned, fixes.planned_rate()))
     known = fixes.usual_rates(optimizer)
     codes += [(usual, code) for code in known[:1] if (usual := float(code.rpartition(" ")[2])) > 1e3 * rate]
     whence = f", of {planned:g} that its schedule begins or began with," if planned > rate else ""
@@ -185,7 +212,7 @@ def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             "learning rate",
             "warning",
             Place(),
-            f"{_course(run)}: the rate {rate:g}{whence} is too low, a step hardly changes the weights.",
+            f"{course(run)}: the rate {rate:g}{whence} is too low, a step hardly changes the weights.",
             {"rate": rate, "rate that was tried": new},
             [code],
             suspicion=True,
@@ -233,7 +260,7 @@ def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             "input",
             severity_of(run),
             Place(feature=feature, tensor=leaf.code),
-            f"{_course(run)}; with {leaf.code} standardised it falls: {why}.",
+            f"{course(run)}; with {leaf.code} standardised it falls: {why}.",
             facts,
             [fixes.standardise(leaf, evidence.batch)],
             suspicion=True,
@@ -244,10 +271,16 @@ def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 def _weights(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """Fresh starts of single parameters: constant ones, dead ones, and those far from their distribution."""
     suspects: list[tuple[float, ParameterStats, str]] = []
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    held = {id(p) for group in groups for p in group["params"]}
     for one in evidence.parameters:
         stats, wide = one.stats, one.ref.tensor.dim() > 1
-        if stats is None or not stats.finite or not one.ref.tensor.requires_grad:
+        if stats is None or not stats.finite:
             continue
+        if wide and not stats.largest and not one.ref.tensor.requires_grad and one.ref.tensor.shape[-1] > 1:
+            suspects.append((math.inf, one, "all of it is 0, and it is frozen"))
+        if not one.ref.tensor.requires_grad or id(one.ref.tensor) not in held:
+            continue  # of another network, or as it was trained
         far = abs(math.log(stats.rms / one.distribution)) if one.distribution and stats.rms else 0.0
         if wide and stats.numel > 1 and not stats.std:
             suspects.append((math.inf, one, f"all of it is {stats.mean:g}"))
@@ -265,40 +298,14 @@ def _weights(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         yield _of_parameter("weights", one, run, why, code, f"a fresh {one.name}")
 
 
-def _noise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
-    for path, module in evidence.model.named_modules():
-        for name in ("p", "dropout"):
-            share = getattr(module, name, None)
-            if not isinstance(module, _NOISY) or not isinstance(share, float) or share < LIMITS.much_noise:
-                continue
-            yield Finding(
-                "gradient",
-                severity_of(run),
-                Place(module=path),
-                f"{_course(run)}; without dropout in {path!r} it falls: it drops {share:.0%} of what it gets, and of "
-                "the gradient.",
-                {"dropped": share},
-                [f"model.get_submodule({path!r}).{name} = 0.0  # 0.1 to 0.5 is usual"],
-                suspicion=True,
-                change=f"no dropout in {path}",
-            )
-
-
-_NOISY = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
-
-
 def _of_parameter(kind: Kind, one: ParameterStats, run: Outcome, why: str, code: str, change: str) -> Finding:
     return Finding(
         kind,
         severity_of(run),
         Place(module=one.ref.module_name, parameter=one.name),
-        f"{_course(run)}; with {change} it falls. {one.name}: {why}.",
+        f"{course(run)}; with {change} it falls. {one.name}: {why}.",
         {"root mean square": one.stats.rms if one.stats is not None else None},
         [code],
         suspicion=True,
         change=change,
     )
-
-
-def _course(run: Outcome) -> str:
-    return f"the loss went {run}" if run.effect in ("breaks", "rises") else f"the loss hardly falls, {run}"

@@ -118,6 +118,43 @@ def broadcast(evidence: Evidence) -> Finding | None:
     return None
 
 
+def pushes_away(evidence: Evidence) -> Finding | None:
+    """A loss that asks for more of what it is to make smaller: a sign is wrong."""
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    held = {id(p) for group in groups for p in group["params"]}
+    if any(group.get("maximize") for group in groups):
+        return None
+    wrong = evidence.trace.slopes.wrong
+    others = any(one.grad_norm and id(one.ref.tensor) not in held for one in evidence.parameters)
+    if wrong is None or (others and wrong.what == "loss"):  # a generator, against a discriminator that is not trained
+        return None
+    run = evidence.untreated
+    fails = evidence.broke_at is not None or (run is not None and run.fails)
+    what, advice = _AWAY[wrong.what]
+    return Finding(
+        "loss",
+        "broken" if fails else "warning",
+        Place(op=wrong.op),
+        what.format(op=wrong.op) + ": a smaller loss asks for more of it, without end. Its sign is wrong.",
+        {"loss": evidence.first_loss},
+        [f"# in the loss function: {advice.format(op=wrong.op)}"],
+    )
+
+
+_AWAY = {
+    "distance": (
+        "the loss pushes what the model puts out away from the targets, from which {op} takes it",
+        "add the square of the difference, or minus the log-likelihood",
+    ),
+    "loss": ("the loss subtracts the result of {op}", "add {op}"),
+    "likelihood": ("the loss adds the log-probability of the labels", "a minus in front of the log-probability"),
+    "divergence": (
+        "the loss subtracts the divergence of the Gaussians, whose terms are 1 + log(v) - m ** 2 - v",
+        "kl = -0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum(), and loss = reconstruction + kl",
+    ),
+}
+
+
 def empty_reduction(evidence: Evidence) -> Finding | None:
     """A mean over nothing."""
     if evidence.broke_at is None:

@@ -10,7 +10,8 @@ from ..evidence import Evidence
 from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range, target_scale
 from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
-from .objective import apart, broadcast, empty_reduction, unreachable, wrong_space
+from .layout import batch_as_time, refused_shape
+from .objective import apart, broadcast, empty_reduction, pushes_away, unreachable, wrong_space
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow, vanished_eps
 from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
@@ -25,6 +26,8 @@ CHECKS: tuple[Check, ...] = (
     spoilt_state,
     bad_input,
     bad_index,
+    refused_shape,
+    batch_as_time,
     bad_target,
     target_out_of_range,
     vanished_eps,
@@ -35,6 +38,7 @@ CHECKS: tuple[Check, ...] = (
     unreachable,
     broadcast,
     empty_reduction,
+    pushes_away,
     scale,
     target_scale,
     symmetric,

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from .. import fixes
 from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Place
+from .cutoffs import STEPS
 from .finding import Finding
 
 
 def no_rate(evidence: Evidence) -> Finding | None:
-    """A learning rate of 0, that no schedule is about to raise."""
+    """A learning rate of 0: its own, or a schedule's."""
     optimizer = evidence.optimizer
     if optimizer is None or evidence.movement is None:
         return None
     groups = [group for group in optimizer.param_groups if "lr" in group]
-    if not groups or any(float(group["lr"]) != 0 or float(group.get("initial_lr", 0.0)) != 0 for group in groups):
+    if not groups or any(float(group["lr"]) != 0 for group in groups) or evidence.movement.moved:
         return None
+    planned = max(float(group.get("initial_lr", 0.0)) for group in groups)
+    if planned and not optimizer.state:
+        return None  # a warm-up begins there: a note says so
+    if planned:
+        return Finding(
+            "learning rate",
+            "warning",
+            Place(),
+            "the learning rate is 0: its schedule has come to its end, and no step changes anything. The optimizer was "
+            f"made with {planned:g}.",
+            {"rate": 0.0, "rate it was made with": planned},
+            [fixes.planned_rate(), *fixes.usual_rates(optimizer)],
+            change=f"rate {planned:g}",
+        )
     return Finding(
         "learning rate",
         "broken",
@@ -34,6 +50,8 @@ def other_parameters(evidence: Evidence) -> Finding | None:
     moves = evidence.movement
     if moves is None or not moves.left_out or (moves.driven and not moves.strange):
         return None
+    if moves.detached and not moves.strange:
+        return None  # it has the right ones: the gradient does not reach them
     names = {one.name: one.ref.module_name for one in evidence.parameters}
     first = moves.left_out[0]
     what = "nothing that the optimizer has gets a gradient" if not moves.driven else "the optimizer has old parameters"
@@ -98,15 +116,34 @@ def detached(evidence: Evidence) -> Finding | None:
     names = {one.name: one.ref.module_name for one in evidence.parameters}
     first = moves.detached[0]
     where = repr(names[first]) if names[first] else "the model itself"
+    why, advice = "something after it is detached, or runs under no_grad()", ""
+    cut = evidence.cut
+    facts: dict[str, Any] = {"parameters without a gradient": len(moves.without)}
+    if cut is not None:
+        inside = " under no_grad()" if cut.no_grad else ""
+        why = f"{cut.op} in {fixes.code_of(cut.module)} passes none on{inside}"
+        advice = f"# in {fixes.code_of(cut.module)}: {_INSTEAD.get(cut.op, f'take out {cut.op}')}"
+        facts |= {"line": cut.line} if cut.line else {}
     return Finding(
         "gradient",
         "broken" if not moves.driven else "warning",
-        Place(module=names[first], parameter=first),
-        f"the loss depends on {first}, which the optimizer has, and no gradient reaches it: something after it is "
-        "detached, or runs under no_grad().",
-        {"parameters without a gradient": len(moves.without)},
-        [f"# take out .detach(), .data, .item() or torch.no_grad() behind {where}"],
+        Place(module=names[first], parameter=first, op=cut.op if cut is not None else None),
+        f"the loss depends on {first}, which the optimizer has, and no gradient reaches it: {why}.",
+        facts,
+        [advice or f"# take out .detach(), .data, .item() or torch.no_grad() behind {where}"],
     )
+
+
+_INSTEAD = {
+    "sample": "rsample() in place of sample(), which no gradient passes",
+    "argmax": "softmax, or torch.nn.functional.gumbel_softmax(x, hard=True), in place of argmax",
+    "item": "the tensor itself in place of .item()",
+    "tolist": "the tensor itself in place of .tolist()",
+    "numpy": "the tensor itself in place of .numpy()",
+    "tensor": "the tensor itself: torch.tensor(x) makes a copy without a gradient",
+    "multinomial": "torch.nn.functional.gumbel_softmax(x, hard=True), or the log-probability of what is drawn",
+    "bernoulli": "x + (torch.bernoulli(x) - x).detach(), or the log-probability of what is drawn",
+}
 
 
 def too_slow(evidence: Evidence) -> Finding | None:
@@ -136,8 +173,9 @@ def no_gradient(evidence: Evidence) -> Finding | None:
     first = next((one for one in evidence.parameters if one.grad_norm is not None), None)
     if first is None or not evidence.first_loss:
         return None
-    if evidence.silent is not None:
-        op, call = evidence.silent
+    silent = next((one for one in evidence.silent if one.whole), None)
+    if silent is not None:
+        op, call = silent.op, silent.call
         where = f"{call.module!r}" if call.module else "the model's own code" if call.module == "" else "the loss"
         return Finding(
             "gradient",
@@ -148,7 +186,7 @@ def no_gradient(evidence: Evidence) -> Finding | None:
             {"loss": evidence.first_loss, **({"line": call.line} if call.line else {})},
             [
                 f"# in {where}: something with a derivative in place of {op}"
-                + (f", or x + ({op}(x) - x).detach()" if op in _STEPS else "")
+                + (f", or x + ({op}(x) - x).detach()" if op in STEPS else "")
             ],
         )
     return Finding(
@@ -158,9 +196,6 @@ def no_gradient(evidence: Evidence) -> Finding | None:
         "all gradients are exactly 0: no step changes anything.",
         {"loss": evidence.first_loss},
     )
-
-
-_STEPS = ("round", "floor", "ceil", "trunc", "sign", "heaviside")  # constant between their jumps
 
 
 def _has_no_rate(evidence: Evidence) -> bool:

@@ -1,0 +1,122 @@
+"""Where the gradient ends: operations whose derivative is 0, noise that drops nearly all, second derivatives of ReLU.
+
+Part of a model stays as it is, and the rest makes the loss fall a little. Each is tried in the user's own run: the same
+operation with a derivative of 1, without the noise, or a smooth one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .. import fixes, safe_forms
+from ..evidence import Evidence
+from ..limits import LIMITS
+from ..outcomes import Outcome
+from ..report import Place
+from ..safe_forms import EVERYWHERE, SafeForm
+from .finding import Finding, course, severity_of
+
+STEPS = ("round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside", "frac", "fix")  # constant between their jumps
+_ENDS = ("clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "relu6", "hardsigmoid", "hardswish", "threshold")
+_OF_ONE = ("layer_norm", "group_norm", "instance_norm", "batch_norm", "softmax", "log_softmax")
+_NOT_SMOOTH = ("ThresholdBackwardBackward", "LeakyReluBackwardBackward", "HardtanhBackwardBackward")
+_NOT_SMOOTH_MODULES = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh)
+
+
+_LEFT_OUT = SafeForm("x", lambda func, args, kwargs: args[0] if args else kwargs["input"])
+
+
+def flat(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Operations whose derivative is 0 for all that they get, with parameters behind them that get no other."""
+    silent = {id(one.ref.tensor): one.name for one in evidence.parameters if one.grad_norm == 0}
+    seen: dict[str, list[str | None]] = {}
+    for one in evidence.silent:
+        behind = [name for key, name in silent.items() if key in one.leaves]
+        if not behind or one.op not in (*STEPS, *_ENDS, *_OF_ONE):
+            continue
+        modules = seen.setdefault(one.op, [])
+        modules.append(one.call.module)
+        if len(modules) > 1:
+            continue
+        everywhere = sum(other.op == one.op and other.call.module != one.call.module for other in evidence.silent)
+        where = fixes.code_of(one.call.module)
+        why, instead = _of_flat(one.op)
+        yield Finding(
+            "gradient",
+            severity_of(run),
+            Place(module=one.call.module, op=one.op),
+            f"{course(run)}. The derivative of {one.op} is 0 for all that it gets: {why}. No gradient reaches "
+            f"{behind[0]}" + (f" and {len(behind) - 1} more." if behind[1:] else "."),
+            {"parameters behind it": len(behind), **({"line": one.call.line} if one.call.line else {})},
+            [f"# in {where}: {instead}"],
+            suspicion=True,
+            change=f"{one.op} with a derivative of 1" if one.op in STEPS else f"without {one.op}",
+            form=SafeForm("x + (f(x) - x).detach()", safe_forms.passing_on) if one.op in STEPS else _LEFT_OUT,
+            within=EVERYWHERE if everywhere else None,
+        )
+
+
+def _of_flat(op: str) -> tuple[str, str]:
+    """Why such a derivative is 0, and what to write in its place."""
+    if op in STEPS:
+        return "it is constant between its jumps", f"x + ({op}(x) - x).detach(), or something else with a derivative"
+    if op in _ENDS:
+        return "all of that is beyond its ends", f"leave {op} out, or give it ends that its values lie between"
+    return "it runs over one element", f"leave {op} out: over one element its result does not depend on x"
+
+
+def not_smooth(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """A loss of second derivatives, of a model whose activations have none."""
+    if not any(name.startswith(_NOT_SMOOTH) for name in evidence.nodes):
+        return
+    modules = [path for path, module in evidence.model.named_modules() if isinstance(module, _NOT_SMOOTH_MODULES)]
+    op = next((c.activation for c in evidence.layers if c.activation in ("relu", "leaky_relu", "relu6")), "relu")
+    code = f"for path in {modules!r}:\n    model.set_submodule(path, torch.nn.Tanh())"
+    yield Finding(
+        "gradient",
+        severity_of(run),
+        Place(module=modules[0] if modules else "", op=op),
+        f"{course(run)}. The loss takes derivatives of the model's derivatives, and the second derivative of {op} is 0 "
+        "everywhere: no gradient comes of that part of the loss.",
+        {"activation": op},
+        [code] if modules else [f"# in the model's forward(): torch.tanh(x), or another smooth one, in place of {op}"],
+        suspicion=True,
+        change=f"tanh in place of {op}",
+        form=None if modules else SafeForm("torch.tanh(x)", lambda func, args, kwargs: args[0].tanh()),
+        within=EVERYWHERE,
+    )
+
+
+def noise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Dropout that leaves nearly nothing: of a module, or of a function that a forward() calls."""
+    for path, module in evidence.model.named_modules():
+        for name in ("p", "dropout"):
+            share = getattr(module, name, None)
+            if not isinstance(module, _NOISY) or not isinstance(share, float) or share < LIMITS.much_noise:
+                continue
+            code = f"model.get_submodule({path!r}).{name} = 0.0  # 0.1 to 0.5 is usual"
+            yield _noise(run, Place(module=path), repr(path), share, [code], None)
+    for where, op, share in evidence.trace.dropped:
+        if share >= LIMITS.much_noise:
+            code = f"# in {fixes.code_of(where)}: {op} with p of 0.1 to 0.5, and training=self.training"
+            yield _noise(run, Place(module=where, op=op), fixes.code_of(where), share, [code], _LEFT_OUT)
+
+
+_NOISY = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
+
+
+def _noise(run: Outcome, place: Place, where: str, share: float, written: list[str], form: SafeForm | None) -> Finding:
+    return Finding(
+        "gradient",
+        severity_of(run),
+        place,
+        f"{course(run)}; without dropout in {where} it falls: it drops {share:.0%} of what it gets, and of the "
+        "gradient.",
+        {"dropped": share},
+        written,
+        suspicion=True,
+        change=f"no dropout in {where}",
+        form=form,
+    )

@@ -1,0 +1,160 @@
+"""Checks of the order of dimensions: tensors that torch refuses for their shape, batches that are read as time.
+
+What is proposed is run: another order of the dimensions of the batch, or of what the model puts out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..batch import Leaf
+from ..evidence import Evidence
+from ..report import Kind, Place
+from .finding import Finding, short
+
+_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+_TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_REFUSED = ("shape", "size", "dimension", "channels", "expected input", "batches", "target tensor")
+
+
+def refused_shape(evidence: Evidence) -> Finding | None:
+    """A shape that torch refuses, where another order of dimensions, or one more, fits."""
+    error, failed = evidence.error, evidence.trace.failed
+    order = next((call for call in evidence.trace.losses if call.problem == "order"), None)
+    if order is not None and failed is not None:
+        return _of_loss(evidence, ValueError("its classes have to be dimension 1, and are the last"))
+    if not isinstance(error, RuntimeError | ValueError | IndexError | AssertionError) or failed is None:
+        return None
+    if not any(words in str(error).lower() for words in _REFUSED):
+        return None
+    if failed[0] is None:
+        return _of_loss(evidence, error)
+    codes: dict[str, str] = {}
+    for leaf in evidence.leaves:
+        if leaf.is_target or not leaf.tensor.is_floating_point():
+            continue
+        for expression, change in _orders(evidence, leaf, *failed):
+            codes.setdefault(leaf.rebind(evidence.batch, f"{leaf.value}{expression}"), f"{leaf.code}{change}")
+    if not codes:
+        return None
+    return Finding(
+        "input",
+        "broken",
+        Place(module=failed[0], op=failed[1] or None),
+        f"{failed[1] or 'it'} in {failed[0] or 'the model itself'!r} does not take the shape that it gets: "
+        f"{short(error)}",
+        {"error": short(error), **{leaf.code: tuple(leaf.tensor.shape) for leaf in evidence.leaves}},
+        [*codes],
+        tries=len(codes),
+        change="its dimensions in another order",
+    )
+
+
+def _orders(evidence: Evidence, leaf: Leaf, path: str | None, op: str) -> Iterator[tuple[str, str]]:
+    """Expressions that give a tensor the shape that the operation takes, the smallest change first."""
+    shape, dims = tuple(leaf.tensor.shape), leaf.tensor.dim()
+    wanted, place, rank = _wanted(evidence, path, op)
+    if wanted is None:
+        return
+    place = place % rank if rank else dims - 1
+    if rank and dims == rank - 1 and wanted == 1:
+        yield f".unsqueeze({place})", " with a dimension of channels"
+    if rank and dims == rank and shape[place] == 1 != wanted:
+        sizes = ", ".join(str(wanted) if d == place else "-1" for d in range(dims))
+        yield f".expand({sizes})", f" with its one channel {wanted} times"
+    if not rank or dims == rank:
+        for d in (*range(dims - 1, 0, -1), 0):
+            if d != place and shape[d] == wanted:
+                yield f".movedim({d}, {place})", f" with dimension {d} at place {place}"
+    for d in range(1, dims - 1) if not rank else ():
+        if math.prod(shape[d:]) == wanted:
+            yield f".flatten({d})", " flattened"
+    if rank and dims == 2 and shape[1] % wanted == 0:
+        yield (f".reshape(-1, {wanted}, {shape[1] // wanted})" if rank == 3 else ""), " as channels"
+
+
+def _wanted(evidence: Evidence, path: str | None, op: str) -> tuple[int | None, int, int]:
+    """The size that an operation wants of a dimension, which one it is, and how many there are; 0 where any number."""
+    weight = next((x for x in evidence.trace.arguments[1:2] if isinstance(x, Tensor) and x.is_floating_point()), None)
+    module = evidence.model.get_submodule(path) if path else evidence.model
+    if op in _CONVOLUTIONS and weight is not None:
+        groups = next((x for x in evidence.trace.arguments[6:7] if isinstance(x, int)), 1)
+        return weight.shape[1] * groups, 1, _CONVOLUTIONS[op] + 2
+    if op in _TRANSPOSED and weight is not None:
+        return weight.shape[0], 1, _TRANSPOSED[op] + 2
+    if op == "linear" and weight is not None:
+        return weight.shape[-1], -1, 0
+    if isinstance(module, nn.RNNBase):
+        return module.input_size, -1, 0
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.num_features, 1, {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}.get(type(module), 3)
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1], -1, 0
+    return None, 0, 0
+
+
+def _of_loss(evidence: Evidence, error: BaseException) -> Finding | None:
+    """A loss function that does not take the model's output beside the target."""
+    tensors: list[Any] = [x for x in evidence.trace.arguments if isinstance(x, Tensor)][:2]
+    op = evidence.trace.failed[1] if evidence.trace.failed is not None else ""
+    if len(tensors) < 2:
+        return None
+    prediction, target = tensors
+    leaf = next((one for one in evidence.leaves if one.is_target and one.tensor.numel() == target.numel()), None)
+    codes: list[str] = []
+    kind: Kind = "loss"
+    if prediction.numel() == target.numel() and leaf is not None and prediction.shape != target.shape:
+        sizes = ", ".join(map(str, (-1, *prediction.shape[1:])))
+        codes.append(leaf.rebind(evidence.batch, f"{leaf.value}.reshape({sizes})"))
+        kind = "target"
+    whole = not target.is_floating_point()
+    if op in ("cross_entropy", "nll_loss") and whole and prediction.dim() == target.dim() + 1 and target.dim() > 1:
+        hook = "model.register_forward_hook(lambda module, args, out: out.movedim(-1, 1))"
+        codes.append(f"{hook}  # or in the loss: classes are dimension 1")
+    if op in ("cross_entropy", "nll_loss") and whole and leaf is not None and target.dim() > 1:
+        one = next((d for d in range(1, target.dim()) if target.shape[d] == 1), None)
+        if one is not None:
+            codes.insert(0, leaf.rebind(evidence.batch, f"{leaf.value}.squeeze({one})"))
+            kind = "target"
+        elif target.dim() == prediction.dim() == 2 and bool((target.sum(1) == 1).all()):
+            codes.insert(
+                0, leaf.rebind(evidence.batch, f"{leaf.value}.argmax(1)") + "  # class numbers of one-hot rows"
+            )
+            kind = "target"
+    if not codes:
+        return None
+    shapes = f"{tuple(prediction.shape)} of the model and {tuple(target.shape)} of the target"
+    return Finding(
+        kind,
+        "broken",
+        Place(op=op or None),
+        f"{op or 'the loss'} does not take the shapes {shapes} together: {short(error)}",
+        {"error": short(error)},
+        codes,
+        tries=len(codes),
+        change="the shapes made to fit",
+    )
+
+
+def batch_as_time(evidence: Evidence) -> Finding | None:
+    """A recurrent or attention layer that takes dimension 0 for time, and gets the batch there."""
+    if not evidence.mixed:
+        return None
+    paths = evidence.mixed
+    kind = type(evidence.model.get_submodule(paths[0])).__name__
+    code = f"for path in {paths!r}:\n    model.get_submodule(path).batch_first = True"
+    return Finding(
+        "input",
+        "warning" if evidence.broke_at is None else "broken",
+        Place(module=paths[0]),
+        f"{kind} in {paths[0]!r} takes dimension 0 for time (batch_first=False), and gets the batch there: what the "
+        "model puts out for one row changes with the other rows of the batch.",
+        {"layers": len(paths)},
+        [code],
+        change="batch_first=True",
+    )
