@@ -1,9 +1,9 @@
 """A catalogue of messages: English templates, and what they are in another language.
 
 A message is an English string, and stays one in a diagnosis, in JSON, in a pickle and from another rank. The catalogue
-has the template of each, as its f-string is written, with {} for every field: "the loss went {}: the rate {} is too
-low". Who prints in another language looks the message's template up, and puts its fields into the translation: {0} as it
-is, a number or a name; {0:t} translated in turn, where it is a message itself. What has no template stays English.
+has the template of each, as its f-string is written, with {} for every field: "the rate {} is too large". Who prints in
+another language looks the message's template up, and puts its fields into the translation: {0} as it is, a number or a
+name; {0:t} translated in turn, where it is a message itself. What has no template stays English.
 
 tests/test_languages.py reads the f-strings from the source: each has its translation, and no translation is left over.
 """
@@ -15,14 +15,56 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 LANGUAGES = ("en", "zh")
-_TELLING = 8  # characters of a template that are more than a word between two names, as in "{} in {}"
+_SURE = 12  # characters that a template fixes: no other message has them by chance
+_PROSE = re.compile(r"[a-z]{2,} [a-z]{2,}")
 _FIELD = re.compile(r"\{(\d+)(:t)?\}")
-_JOINTS = {"; ": "\uff1b", ". ": "\u3002", ": ": "\uff1a", ", ": "\uff0c"}  # between messages, as Chinese has them
+_STOP = "\u3002"
+_JOINTS = {"; ": "\uff1b", ". ": _STOP, ": ": "\uff1a", ", ": "\uff0c", " and ": "\uff0c\u5e76"}  # between two messages
+_GAP = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9fff\uff00-\uffef])")  # Chinese has none
+
+
+class _Template:
+    """A message with fields, and its translation."""
+
+    def __init__(self, english: str, text: str) -> None:
+        self.english, self.text = english, text
+        self.literals = english.split("{}")
+        self.mark = max(self.literals, key=len)
+        self.messages = {int(number) for number, translated in _FIELD.findall(text) if translated}
+
+    def filled(self, fields: Sequence[str]) -> str:
+        """The translation with its fields."""
+        return _FIELD.sub(lambda match: fields[int(match[1])], self.text)
+
+    def readings(
+        self, message: str, field: Callable[[int, str], str | None], number: int = 0, begin: int = -1
+    ) -> Iterator[tuple[str, ...]]:
+        """The ways to read a message, the shortest fields first.
+
+        Args:
+            field: what is made of a field; None where it cannot be that one.
+        """
+        if begin < 0:
+            if not message.startswith(self.literals[0]):
+                return
+            begin = len(self.literals[0])
+        literal = self.literals[number + 1]
+        if number + 2 == len(self.literals):
+            end = len(message) - len(literal)
+            if end >= begin and message.endswith(literal) and (made := field(number, message[begin:end])) is not None:
+                yield (made,)
+            return
+        at = message.find(literal, begin)
+        while at >= 0:
+            if (made := field(number, message[begin:at])) is not None:
+                for others in self.readings(message, field, number + 1, at + len(literal)):
+                    yield (made, *others)
+            at = message.find(literal, at + 1)
 
 
 class Catalogue:
@@ -41,36 +83,42 @@ class Catalogue:
     def __init__(self, entries: Mapping[str, str]) -> None:
         self.exact = {english: text for english, text in entries.items() if "{}" not in english}
         templates = sorted((english for english in entries if "{}" in english), key=_literal, reverse=True)
-        patterns = [(_pattern(english), entries[english]) for english in templates]
-        telling = sum(_literal(english) >= _TELLING for english in templates)
-        self.patterns, self.last = patterns[:telling], patterns[telling:]
-        self._known = functools.lru_cache(maxsize=4096)(self._translated)
+        self.templates = [_Template(english, entries[english]) for english in templates]
+        self._known = functools.lru_cache(maxsize=4096)(self._found)
 
     def __call__(self, message: str) -> str:
         """A message in the other language; what is not in the catalogue as it is."""
-        return self._known(message) or message
+        # What is left has a text of somebody else's for a field, as an error's.
+        text = self._known(message) or self._matched(message, self._as_given) or message
+        return _GAP.sub("", text)
 
     def code(self, code: str) -> str:
         """Code whose comments are messages: they are translated, and nothing else is."""
         return "\n".join(self._line(line) for line in code.splitlines())
 
-    def _translated(self, message: str) -> str:
-        if message in self.exact:
-            return self.exact[message]
-        return self._matched(message, self.patterns) or self._joined(message) or self._matched(message, self.last)
+    def _found(self, message: str) -> str:
+        """The translation; "" where there is none."""
+        return self.exact.get(message) or self._matched(message, self._as_meant) or self._joined(message)
 
-    def _matched(self, message: str, patterns: list[tuple[re.Pattern[str], str]]) -> str:
-        for pattern, text in patterns:
-            if (match := pattern.fullmatch(message)) is not None:
-                return self._filled(text, match.groups())
+    def _matched(self, message: str, fields_of: Callable[[_Template, str], Sequence[str] | None]) -> str:
+        for template in self.templates:
+            if template.mark in message and (fields := fields_of(template, message)) is not None:
+                return template.filled(fields)
         return ""
 
-    def _filled(self, text: str, fields: tuple[str, ...]) -> str:
-        def field(match: re.Match[str]) -> str:
-            value = fields[int(match[1])]
-            return self(value) if match[2] else value
+    def _as_meant(self, template: _Template, message: str) -> Sequence[str] | None:
+        """The fields, translated, of the first way to read a message by a template that leaves no prose unknown."""
 
-        return _FIELD.sub(field, text)
+        def field(number: int, given: str) -> str | None:
+            said = self._known(given) if number in template.messages else ""
+            return said or (None if _PROSE.search(given) else given)
+
+        return next(template.readings(message, field), None)
+
+    def _as_given(self, template: _Template, message: str) -> Sequence[str] | None:
+        if _literal(template.english) < _SURE:
+            return None
+        return next(template.readings(message, lambda number, given: self(given)), None)
 
     def _joined(self, message: str) -> str:
         """A message made of two; "" where one of them is not known."""
@@ -78,9 +126,9 @@ class Catalogue:
             at = message.find(joint)
             while at >= 0:
                 left, right = message[:at], message[at + len(joint) :]
-                ours = self(left), self(right)
-                if ours[0] != left and ours[1] != right:
-                    return f"{ours[0].removesuffix('。')}{mark}{ours[1]}"
+                ours = self._known(left)
+                if ours and (others := self._known(right)):
+                    return f"{ours.removesuffix(_STOP)}{mark}{others}"
                 at = message.find(joint, at + 1)
         return ""
 
@@ -92,11 +140,6 @@ class Catalogue:
 def _literal(template: str) -> int:
     """How many characters a template fixes: of two that fit, the one that says more is meant."""
     return len(template.replace("{}", ""))
-
-
-def _pattern(template: str) -> re.Pattern[str]:
-    field = "(.*?)" if _literal(template) >= _TELLING else r"(\S*?)"
-    return re.compile(field.join(map(re.escape, template.split("{}"))), re.DOTALL)
 
 
 def _comment(line: str) -> int:
