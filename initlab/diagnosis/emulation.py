@@ -45,8 +45,9 @@ def emulated(training_step: TrainingStep, found: list[Finding], causes: list[Cau
     if finding is None or finding.form is None or finding.form.call is None or first.place.op is None:
         return causes
     module, op = first.place.module, first.place.op
-    outcome = run(training_step, module, op, finding.form, budget)
+    outcome = run(training_step, finding.within or module, op, finding.form, budget)
     if outcome.effect != "falls":
         return causes
-    (remedy, *_) = fixes.advice(finding.form, op, module)
+    (advice, *_) = fixes.advice(finding.form, op, module)
+    remedy = first.remedy if finding.change and not trials.is_code(first.remedy) else advice
     return [dataclasses.replace(first, remedy=remedy, emulated=outcome.losses), *causes[1:]]

@@ -15,7 +15,7 @@ from ..models.fans import compute_fans
 from ..models.naming import TensorRef
 from .batch import Leaf
 from .cuts import Cut
-from .graph import SilentNode
+from .graph import FunctionCall, SilentNode
 from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
@@ -124,6 +124,9 @@ class Evidence:
     standardised: Replay | None = None
     bad_update: BadUpdate | None = None
     mixed: list[str] = field(default_factory=list)  # layers that take the batch for time
+    custom: bool = False  # whether the graph has a torch.autograd.Function of the user's
+    forgetful: tuple[str, FunctionCall] | None = None  # an autograd.Function that ignores the gradient that it gets
+    kept_graph: str = ""  # a tensor of a module that has a graph of an earlier step
     cut: Cut | None = None  # the first operation that a gradient should pass and does not
     negated: bool = False  # whether the loss begins with a minus
     movement: Movement | None = None  # of the first step that an optimizer took

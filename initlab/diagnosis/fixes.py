@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..models.activations import ACTIVATIONS
 from ..models.initialization import plan_model
 from .batch import Leaf
+from .cuts import Cut
 from .evidence import Evidence, ParameterStats, half
 from .flow import ParameterCall
 from .narrow import LostConstant
@@ -254,6 +255,24 @@ def larger_constant(lost: LostConstant, module: str | None) -> str:
     return (
         f"# in {code_of(module)}: {small(lost.dtype):g} in place of {lost.value:g}, or that part in float32: x.float()"
     )
+
+
+def passing_on(cut: Cut) -> str:
+    """What passes a gradient on, in place of a function that does not."""
+    instead = "take out torch.no_grad()" if cut.no_grad else f"take out {cut.op}"
+    return f"# in {code_of(cut.module)}: {_INSTEAD.get(cut.op, instead)}"
+
+
+_INSTEAD = {
+    "sample": "rsample() in place of sample(), which no gradient passes",
+    "argmax": "softmax, or torch.nn.functional.gumbel_softmax(x, hard=True), in place of argmax",
+    "item": "the tensor itself in place of .item()",
+    "tolist": "the tensor itself in place of .tolist()",
+    "numpy": "the tensor itself in place of .numpy()",
+    "tensor": "the tensor itself: torch.tensor(x) makes a copy without a gradient",
+    "multinomial": "torch.nn.functional.gumbel_softmax(x, hard=True), or the log-probability of what is drawn",
+    "bernoulli": "x + (torch.bernoulli(x) - x).detach(), or the log-probability of what is drawn",
+}
 
 
 def code_of(module: str | None) -> str:

@@ -196,6 +196,57 @@ def is_negated(loss: Tensor) -> bool:
     return False
 
 
+def has_custom(loss: Tensor) -> bool:
+    """Whether a torch.autograd.Function of the user's is behind a loss."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if is_custom(node):
+            return True
+        seen.add(node)
+        stack += [n for n, _ in node.next_functions]
+    return False
+
+
+def forgetful(loss: Tensor, makers: dict[type, str]) -> tuple[str, FunctionCall] | None:
+    """The first torch.autograd.Function of the user's whose backward() gives the same whatever it gets.
+
+    Args:
+        makers: paths of modules by the functions whose results they put out.
+    """
+    seen, stack, known = set(), [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [n for n, _ in node.next_functions]
+        if not is_custom(node) or _function_of(node) in known:
+            continue
+        known.add(_function_of(node))
+        if _ignores_gradient(node):
+            return _function_of(node).__name__, FunctionCall("", makers.get(_function_of(node)))
+    return None
+
+
+def _ignores_gradient(node: Any) -> bool:
+    """Whether a node's gradients are the same, and not 0, for a gradient that is a thousandth as large."""
+    try:
+        with torch.no_grad():
+            ones = [torch.ones(m.shape, dtype=m.dtype, device=m.device) for m in node._input_metadata]
+            made = [_as_tuple(node.apply(*(x * size for x in ones))) for size in (1.0, 1e-3)]
+            large, small = ([g for g in each if isinstance(g, Tensor)] for each in made)
+            return bool(large) and all(bool(a.any()) and torch.equal(a, b) for a, b in zip(large, small, strict=True))
+    except Exception:  # a backward() that takes other gradients than these
+        return False
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 def names_of_nodes(loss: Tensor) -> set[str]:
     """The names of all nodes behind a loss."""
     found, seen, stack = set(), set(), [loss.grad_fn]

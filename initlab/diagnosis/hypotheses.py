@@ -224,6 +224,8 @@ def _supported(one: Tried, untreated: Outcome, baseline: float | None) -> bool:
     """Whether the experiment speaks for a finding."""
     if not one.cures:
         return False
+    if one.finding.structural and untreated.losses:
+        return untreated.effect == "breaks" or one.outcome.losses[-1] < untreated.losses[-1]
     if untreated.effect == "stays":
         return one.outcome.fallen > LIMITS.slow_fall
     if untreated.fails or _starts_better(one.outcome, untreated, baseline):
@@ -255,6 +257,8 @@ def _ranked(kept: list[Tried], untreated: Outcome, baseline: float | None) -> li
 
     def order(one: Tried) -> tuple[bool, int]:
         found = one.finding
+        if found.kind == "input" and not found.suspicion:
+            return False, -1  # no weights expect such numbers, whatever else helps a little
         if not found.suspicion and not any(trials.is_code(code) for code in found.remedies):
             return broken and found.severity != "broken", 0
         shifts = one in tried and found.suspicion and not found.rescales

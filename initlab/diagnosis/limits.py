@@ -95,6 +95,7 @@ class Limits(NamedTuple):
     large_decay: float = 0.01  # of the weights, gone in one step; usual is 1e-4 or less
     large_bias: float = 5.0  # beside signals near 1, it decides alone
     restarted: int = 3  # parameters that are drawn anew one by one
+    nearly_all: float = 0.9  # of a signal, dropped: nobody means it
     much_noise: float = 0.8  # of a signal, dropped; 0.1 to 0.5 is usual
 
     # The first loss

@@ -89,6 +89,7 @@ class Origin:
 
 
 _HUGE = 1e15  # no ordinary activation; its square is near float32's largest
+_SELECTING = ("index", "select", "slice", "gather", "max", "min", "amax", "amin", "split", "narrow", "unbind")
 _COUNTS = ("sum", "count_nonzero", "bincount")
 
 
@@ -122,6 +123,7 @@ class Search:
         self.graph = Graph()
         self.call = FunctionCall("", None)
         self.first: Origin | None = None  # the first that is no mask, whether or not it reached the loss
+        self.summed: Origin | None = None  # the first that adds up what a mask holds
         self.largest = 0.0  # magnitude in a 16-bit tensor before the first infinity
         self.lost: list[LostConstant] = []
         for name, tensor in leaves.items():
@@ -183,6 +185,8 @@ class Search:
         """Where the loss's own value, not finite, comes from."""
         entry = self._find(loss)
         found = entry.origin if entry is not None else None
+        if found is not None and found.intended and self.summed is not None:
+            return self.summed
         return found or self.first
 
     def inspect(self, operation: Operation, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -223,10 +227,30 @@ class Search:
             inherited = next((origin for _, origin in bad if not origin.intended), None)
             if inherited is None and bad and _still_masks(bad[0][1], flag):
                 inherited = bad[0][1]
+                if self.summed is None and out.numel() < bad[0][0].numel() and op not in _SELECTING:
+                    self.summed = self._summed(op, bad[0][1], out, flag)
             elif inherited is None and bad and _is_no_mask(op, bad[0][1]):
                 inherited = replace(bad[0][1], intended=False)
             entry.origin = inherited or self._made(operation, func, inputs, out, flag, sources, weights, bad)
             self._note(entry.origin)
+
+    def _summed(self, op: str, mask: Origin, out: Tensor, flag: int) -> Origin:
+        """An operation that adds up what a mask holds."""
+        call = self.call
+        facts = {"made": describe(flag), "-inf made by": mask.op, **({"line": call.line} if call.line else {})}
+        why = Reason("adds up numbers among which a mask wrote -inf", safe_forms.SUM_OF_MASKED)
+        function = call.name or op
+        return replace(
+            mask,
+            op=function,
+            module=self.modules.current,
+            flag=flag,
+            dtype=out.dtype,
+            facts=facts,
+            intended=False,
+            reason=why,
+            objective=names.is_loss(function),
+        )
 
     def _note(self, origin: Origin | None) -> None:
         """The call that is running has met what an operation made."""

@@ -20,7 +20,6 @@ from .._tree import tensors_in
 from ..models.naming import tensor_refs
 from . import graph, movement
 from .batch import Leaf, features, leaves, mapped, standardised
-from .cuts import Cuts
 from .evidence import (
     BadUpdate,
     Evidence,
@@ -36,7 +35,6 @@ from .evidence import (
     zero_share,
 )
 from .flow import Flow, ParameterCall
-from .limits import LIMITS
 from .origin import Search
 from .ranks import CommunicatesError
 from .state import Snapshot, referenced_modules
@@ -90,7 +88,7 @@ class UsageError(TypeError):
     """The arguments of diagnose break its contract: raised to the caller, never a diagnosis."""
 
 
-_FOR_THE_CALLER = (CommunicatesError, UsageError)
+FOR_THE_CALLER = (CommunicatesError, UsageError)
 
 
 @contextmanager
@@ -160,16 +158,18 @@ def observe_steps(
                 with evidence.trace:
                     loss = training_step.loss()
                 evidence.negated = graph.is_negated(loss)
+                evidence.custom = graph.has_custom(loss)
                 if evidence.trace.differentiates:
                     evidence.nodes = graph.names_of_nodes(loss)
             else:
                 loss = training_step.loss()
             step.before = float(loss)
             loss.backward()
-        except _FOR_THE_CALLER:
+        except FOR_THE_CALLER:
             raise
         except Exception as error:
             evidence.error, evidence.broke_at = error, number
+            evidence.kept_graph = _with_a_graph(training_step.model)
             if first:
                 _roles(evidence)
             return
@@ -190,15 +190,25 @@ def observe_steps(
         driven = _driven(training_step, evidence)
         try:
             take_step(training_step.optimizer, training_step.loss_with_gradients)
-        except _FOR_THE_CALLER:
+        except FOR_THE_CALLER:
             raise
         except Exception as error:
             evidence.error, evidence.broke_at = error, number
             return
         step.update = _update(training_step, evidence, driven)
-    evidence.after = _value(training_step)
+    evidence.after = value_of(training_step)
     if evidence.after is None or not math.isfinite(evidence.after):
         evidence.broke_at = len(evidence.steps) + 1
+
+
+def _with_a_graph(model: nn.Module) -> str:
+    """The first tensor that a module keeps with the graph that made it, by name; "" if there is none."""
+    for path, module in model.named_modules():
+        for name, held in (*module._buffers.items(), *vars(module).items()):
+            tensors = [held] if isinstance(held, Tensor) else tensors_in(held, 2) if name[0] != "_" else []
+            if any(x.grad_fn is not None for x in tensors):
+                return f"{path}.{name}".lstrip(".")
+    return ""
 
 
 def _roles(evidence: Evidence) -> None:
@@ -281,11 +291,11 @@ def take_step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> None:
         optimizer.step()
 
 
-def _value(training_step: TrainingStep) -> float | None:
+def value_of(training_step: TrainingStep) -> float | None:
     """The loss as it is now; None where an error is raised."""
     try:
         return float(training_step.loss())
-    except _FOR_THE_CALLER:
+    except FOR_THE_CALLER:
         raise
     except Exception:
         return None
@@ -400,7 +410,7 @@ def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
         with torch.no_grad():
             for p, before, move in zip(parameters, start, moved, strict=True):
                 p.copy_(before + factor * move)
-        evidence.rates.append((factor, _or_inf(_value(training_step))))
+        evidence.rates.append((factor, _or_inf(value_of(training_step))))
         first = evidence.first_loss
         if first is not None and evidence.rates[-1][1] < first:
             break
@@ -410,104 +420,3 @@ def search_rates(training_step: TrainingStep, evidence: Evidence) -> None:
 def _or_inf(loss: float | None) -> float:
     """A loss that compares as it should: none and NaN are larger than any."""
     return math.inf if loss is None or math.isnan(loss) else loss
-
-
-def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
-    """Look for the operations whose derivative is 0."""
-    training_step.snapshot.restore()
-    training_step.clear_gradients()
-    search = Search(training_step.model, {}, {})
-    try:
-        evidence.silent = search.graph.silent(search.forward(training_step.loss))
-    except _FOR_THE_CALLER:
-        raise
-    except Exception:  # it is evidence only where it runs
-        evidence.silent = []
-    finally:
-        training_step.snapshot.restore()
-
-
-def find_mixed(training_step: TrainingStep, evidence: Evidence) -> None:
-    """Layers that take the batch for time: whether the output of one row changes with another row of the input.
-
-    It is looked at in eval mode, where neither dropout nor statistics of the batch are at work.
-    """
-    rows = {len(leaf.tensor) for leaf in evidence.leaves if leaf.tensor.dim()}
-    if len(rows) != 1 or (count := rows.pop()) < 2:
-        return
-    paths = [
-        call.path
-        for call in evidence.trace.calls
-        if call.takes_time_first and call.shape is not None and len(call.shape) == 3
-        and call.shape[0] == count != call.shape[1]
-    ]  # fmt: skip
-    inputs = [leaf for leaf in evidence.leaves if not leaf.is_target and leaf.tensor.dim() > 1]
-    if not paths or not inputs:
-        return
-    kept: list[Tensor] = []
-    training_step.snapshot.restore()
-    hook = training_step.model.register_forward_hook(lambda module, args, out: kept.extend(tensors_in(out)))
-    try:
-        training_step.model.eval()
-        with torch.no_grad():
-            training_step.loss()
-            changed = {id(leaf.source): _first_row_changed(leaf) for leaf in inputs}
-            batch = mapped(training_step.batch, lambda x: changed.get(id(x), x))
-            training_step.snapshot.random.restore()
-            training_step.loss_fn(training_step.model, batch)
-    except Exception:
-        kept.clear()
-    finally:
-        hook.remove()
-        training_step.snapshot.restore()
-    outputs = [x for x in kept if x.dim() and len(x) == count and x.is_floating_point()]
-    if len(outputs) > 1 and outputs[0].shape == outputs[-1].shape:
-        before, after = outputs[0][1:].float(), outputs[len(outputs) // 2][1:].float()
-        if float((before - after).abs().max()) > LIMITS.response * float(before.abs().max()):
-            evidence.mixed = list(dict.fromkeys(paths))
-
-
-def _first_row_changed(leaf: Leaf) -> Any:
-    """An input whose first row is its last: what comes later in time sees it too."""
-    x = leaf.tensor.detach().clone()
-    x[0] = x[-1]
-    return x if leaf.source is leaf.tensor else x.numpy()
-
-
-def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
-    """Which of the parameters that got no gradient the loss depends on: it is run again with them moved.
-
-    Modules under no_grad(), or in eval mode in a model that trains, are left alone: teachers, and frozen bodies.
-    """
-    moves = evidence.movement
-    assert moves is not None
-    model = training_step.model
-    ran = {call.path for call in evidence.trace.calls if call.recorded and call.module.training == model.training}
-    names = [n for n in moves.without if n.rpartition(".")[0] in ran]
-    training_step.snapshot.restore()
-    if not names or _value(training_step) != evidence.first_loss:  # it is not the same twice
-        training_step.snapshot.restore()
-        return
-    training_step.loss_with_gradients()
-    groups = list(movement.groups_to_disturb(model, names))
-    for group in groups:
-        training_step.snapshot.restore()
-        movement.disturb([model.get_parameter(name) for name in group])
-        depends = not _nearly_equal(_value(training_step), evidence.first_loss)
-        if group is groups[0] and not depends:
-            break
-        if depends and (group is not groups[0] or len(groups) == 2):
-            moves.detached += group
-    training_step.snapshot.restore()
-    if moves.detached:
-        cuts = Cuts(model, [model.get_parameter(name) for name in moves.detached])
-        with cuts:
-            training_step.loss()
-        evidence.cut = next(iter(cuts.found), None)
-        training_step.snapshot.restore()
-
-
-def _nearly_equal(loss: float | None, other: float | None) -> bool:
-    if loss is None or other is None:
-        return loss is other
-    return abs(loss - other) <= LIMITS.response * abs(other)

@@ -198,7 +198,10 @@ def _exponential(op: Operation, backward: bool) -> Reason | None:
     text = (
         f"gets numbers up to {_number(float(size.max()))}{counted(large)}, and {dtype} ends at {op.name} of {limit:g}"
     )
-    return Reason(text, safe_forms.exponential(op.name, op.dtype), {"largest": float(size.max())})
+    parameter = op.parameters.get(0)
+    if parameter is not None:
+        text = f"gets the parameter {parameter!r}, which is {float(size.max()):.4g}, and {dtype} ends at {limit:g}"
+    return Reason(text, safe_forms.exponential(op.name, op.dtype), {"largest": float(size.max())}, parameter)
 
 
 def _softmax(op: Operation, backward: bool) -> Reason | None:

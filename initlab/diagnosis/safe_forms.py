@@ -73,6 +73,11 @@ class Substitution(TorchFunctionMode):
         return self.form.call(func, args, kwargs)
 
 
+SUM_OF_MASKED = SafeForm(
+    "sum over what is not masked; label smoothing sums over all classes, so mask with -1e4 in place of -inf there"
+)
+
+
 def is_reversed(func: Any) -> bool:
     """Whether a function is Python's reflected operator, whose operands are the other way round."""
     return getattr(func, "__name__", "").strip("_") in ("rdiv", "rtruediv", "rpow", "rsub", "reciprocal", "rsqrt")

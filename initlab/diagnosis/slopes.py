@@ -134,8 +134,10 @@ class Slopes:
                 continue
             rest = 1 + log.double() - value.double()
             for square in self._squares:
-                whole = rest - square.double() if square.shape == x.shape else None
-                for factor in _FACTORS if whole is not None else ():
+                if square.shape != x.shape:
+                    continue
+                whole = rest - square.double()
+                for factor in _FACTORS:
                     if torch.allclose(x, factor * whole, rtol=1e-3, atol=1e-5):
                         return -1.0 if factor > 0 else 1.0
         return 0.0

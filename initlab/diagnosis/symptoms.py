@@ -188,7 +188,4 @@ def silent(evidence: Evidence) -> bool:
     """Whether no gradient reaches any parameter; or some weights, of a run that does not learn."""
     if evidence.steps[0].gradient == 0:
         return True
-    run = evidence.untreated
-    if run is not None and run.fallen > LIMITS.learns:
-        return False
     return any(one.grad_norm == 0 and one.ref.tensor.dim() > 1 and not is_zero(one) for one in evidence.parameters)

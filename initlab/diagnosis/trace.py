@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from .._tree import tensors_in
@@ -137,6 +138,8 @@ class Trace(TorchFunctionMode):
         arguments: of that operation.
         low: 16-bit dtypes that modules put out.
         dropped: (module, function, share) of calls of dropout outside its modules.
+        makers: of torch.autograd.Functions, the path of the first module that puts out what one gives.
+        over_rows: (module, function, shape) of each softmax over dimension 0 of several columns.
         slopes: of what the loss is to make smaller, once the backward pass has run.
         differentiates: whether the loss takes a gradient itself, to be differentiated again.
     """
@@ -159,6 +162,8 @@ class Trace(TorchFunctionMode):
         self.low: set[torch.dtype] = set()
         self.dropped: list[tuple[str | None, str, float]] = []
         self.differentiates = False
+        self.makers: dict[type, str] = {}
+        self.over_rows: list[tuple[str | None, str, torch.Size]] = []
         self._raised: Exception | None = None
         self._open: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
@@ -219,6 +224,9 @@ class Trace(TorchFunctionMode):
                 return
             if tensor.dtype in (torch.float16, torch.bfloat16):
                 self.low.add(tensor.dtype)
+            node: Any = tensor.grad_fn
+            if isinstance(node, BackwardCFunction):
+                self.makers.setdefault(getattr(node, "_forward_cls"), call.path)  # noqa: B009
             call.recorded = tensor.requires_grad or physical(tensor).requires_grad
             call.output = measure(tensor)
             if call.is_layer:
@@ -266,6 +274,10 @@ class Trace(TorchFunctionMode):
                 self._makers[id(out)] = weakref.ref(out), layer
         if name == "grad":
             self.differentiates = True
+        elif name in ("softmax", "log_softmax") and isinstance(out, Tensor) and out.dim() > 1 and out.requires_grad:
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            if dim in (0, -out.dim()) and out.shape[-1] > 1:
+                self.over_rows.append((self.modules.current, name, out.shape))
         elif name in _DROPOUTS and not isinstance(self._module, nn.modules.dropout._DropoutNd):
             training = args[2] if len(args) > 2 else kwargs.get("training", True)
             share = args[1] if len(args) > 1 else kwargs.get("p", 0.5)

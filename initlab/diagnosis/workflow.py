@@ -17,7 +17,7 @@ from .._console import inline_listing
 from ..distributed.collectives import all_gather_object
 from ..distributed.groups import groups_of
 from ..models.naming import unwrapped
-from . import checks, hypotheses, loaders, probes, ranks, symptoms, trials
+from . import checks, connections, hypotheses, loaders, probes, ranks, symptoms, trials
 from .batch import leaves
 from .budget import Budget
 from .emulation import emulated
@@ -236,13 +236,19 @@ def _probe_further(
             evidence.further = list(trials.run_untreated(training_step, budget, 3).losses)
     if not broke and evidence.steps and evidence.first_loss and symptoms.silent(evidence):
         on_stage("searching the operation whose derivative is 0")
-        probes.find_silent(training_step, evidence)
+        connections.find_silent(training_step, evidence)
+    if evidence.error is not None and "does not require grad" in str(evidence.error):
+        connections.find_cut(training_step, evidence)
     if evidence.movement is not None and evidence.movement.without and not broke:
         on_stage("moving the parameters that no gradient reaches")
-        probes.find_detached(training_step, evidence)
+        connections.find_detached(training_step, evidence)
+    run = evidence.untreated
+    if evidence.custom and (broke or run is None or run.fallen < LIMITS.learns):
+        on_stage("running backward() of autograd functions")
+        connections.find_forgetful(training_step, evidence)
     if any(call.takes_time_first for call in evidence.trace.calls):
         on_stage("changing one row of the batch")
-        probes.find_mixed(training_step, evidence)
+        connections.find_mixed(training_step, evidence)
     odd = symptoms.odd_scale(evidence)
     if odd is not None and (odd.strong or evidence.broke_at is not None):
         on_stage("running on standardised inputs")

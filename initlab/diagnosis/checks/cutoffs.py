@@ -16,7 +16,7 @@ from ..limits import LIMITS
 from ..outcomes import Outcome
 from ..report import Place
 from ..safe_forms import EVERYWHERE, SafeForm
-from .finding import Finding, course, severity_of
+from .finding import Finding, parameters_held, severity_of, severity_of_step
 
 STEPS = ("round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside", "frac", "fix")  # constant between their jumps
 _ENDS = ("clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "relu6", "hardsigmoid", "hardswish", "threshold")
@@ -28,34 +28,38 @@ _NOT_SMOOTH_MODULES = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh)
 _LEFT_OUT = SafeForm("x", lambda func, args, kwargs: args[0] if args else kwargs["input"])
 
 
-def flat(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
-    """Operations whose derivative is 0 for all that they get, with parameters behind them that get no other."""
-    silent = {id(one.ref.tensor): one.name for one in evidence.parameters if one.grad_norm == 0}
-    seen: dict[str, list[str | None]] = {}
+def flat(evidence: Evidence) -> Finding | None:
+    """An operation whose derivative is 0 for all that it gets, with parameters behind it that get no other."""
+    if not evidence.steps or evidence.steps[0].gradient == 0:
+        return None
+    held = parameters_held(evidence)
+    silent = {
+        id(one.ref.tensor): one.name
+        for one in evidence.parameters
+        if one.grad_norm == 0 and (not held or id(one.ref.tensor) in held)
+    }
     for one in evidence.silent:
         behind = [name for key, name in silent.items() if key in one.leaves]
         if not behind or one.op not in (*STEPS, *_ENDS, *_OF_ONE):
             continue
-        modules = seen.setdefault(one.op, [])
-        modules.append(one.call.module)
-        if len(modules) > 1:
-            continue
-        everywhere = sum(other.op == one.op and other.call.module != one.call.module for other in evidence.silent)
+        everywhere = any(other.op == one.op and other.call.module != one.call.module for other in evidence.silent)
         where = fixes.code_of(one.call.module)
         why, instead = _of_flat(one.op)
-        yield Finding(
+        return Finding(
             "gradient",
-            severity_of(run),
+            severity_of_step(evidence),
             Place(module=one.call.module, op=one.op),
-            f"{course(run)}. The derivative of {one.op} is 0 for all that it gets: {why}. No gradient reaches "
-            f"{behind[0]}" + (f" and {len(behind) - 1} more." if behind[1:] else "."),
+            f"the derivative of {one.op} is 0 for all that it gets: {why}. No gradient reaches {behind[0]}"
+            + (f" and {len(behind) - 1} more." if behind[1:] else "."),
             {"parameters behind it": len(behind), **({"line": one.call.line} if one.call.line else {})},
             [f"# in {where}: {instead}"],
-            suspicion=True,
+            suspicion=one.op not in STEPS,
             change=f"{one.op} with a derivative of 1" if one.op in STEPS else f"without {one.op}",
             form=SafeForm("x + (f(x) - x).detach()", safe_forms.passing_on) if one.op in STEPS else _LEFT_OUT,
             within=EVERYWHERE if everywhere else None,
+            structural=True,
         )
+    return None
 
 
 def _of_flat(op: str) -> tuple[str, str]:
@@ -64,21 +68,27 @@ def _of_flat(op: str) -> tuple[str, str]:
         return "it is constant between its jumps", f"x + ({op}(x) - x).detach(), or something else with a derivative"
     if op in _ENDS:
         return "all of that is beyond its ends", f"leave {op} out, or give it ends that its values lie between"
+    if "softmax" in op:
+        return "it puts out nothing but 0 and 1", "smaller numbers before the softmax, or more than one of them"
     return "it runs over one element", f"leave {op} out: over one element its result does not depend on x"
 
 
-def not_smooth(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
-    """A loss of second derivatives, of a model whose activations have none."""
-    if not any(name.startswith(_NOT_SMOOTH) for name in evidence.nodes):
-        return
+def not_smooth(evidence: Evidence) -> Finding | None:
+    """A loss of second derivatives, of a model whose activations have none, where the run hardly learns from it."""
+    run = evidence.untreated
+    if evidence.broke_at is not None or not any(name.startswith(_NOT_SMOOTH) for name in evidence.nodes):
+        return None
+    if run is not None and run.fallen > LIMITS.learns:
+        return None
     modules = [path for path, module in evidence.model.named_modules() if isinstance(module, _NOT_SMOOTH_MODULES)]
     op = next((c.activation for c in evidence.layers if c.activation in ("relu", "leaky_relu", "relu6")), "relu")
     code = f"for path in {modules!r}:\n    model.set_submodule(path, torch.nn.Tanh())"
-    yield Finding(
+    stuck = bool(evidence.steps) and evidence.steps[0].gradient == 0
+    return Finding(
         "gradient",
-        severity_of(run),
+        "broken" if stuck else "warning",
         Place(module=modules[0] if modules else "", op=op),
-        f"{course(run)}. The loss takes derivatives of the model's derivatives, and the second derivative of {op} is 0 "
+        f"the loss takes derivatives of the model's derivatives, and the second derivative of {op} is 0 "
         "everywhere: no gradient comes of that part of the loss.",
         {"activation": op},
         [code] if modules else [f"# in the model's forward(): torch.tanh(x), or another smooth one, in place of {op}"],
@@ -87,6 +97,33 @@ def not_smooth(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         form=None if modules else SafeForm("torch.tanh(x)", lambda func, args, kwargs: args[0].tanh()),
         within=EVERYWHERE,
     )
+
+
+def forgets_gradient(evidence: Evidence) -> Finding | None:
+    """A torch.autograd.Function of the user's whose backward() does not depend on the gradient that it gets."""
+    if evidence.forgetful is None:
+        return None
+    op, call = evidence.forgetful
+    return Finding(
+        "gradient",
+        "broken" if evidence.broke_at is not None else "warning",
+        Place(module=call.module, op=op),
+        f"backward() of {op} gives the same for a gradient that is a thousandth as large: it forgets to multiply by "
+        "grad_output. All gradients behind it are wrong.",
+        {"line": call.line} if call.line else {},
+        [f"# in {op}.backward(): return grad_output * the derivative"],
+    )
+
+
+def much_noise(evidence: Evidence) -> Finding | None:
+    """Dropout of nine in ten and more, which a few steps with one and the same mask need not show."""
+    if evidence.broke_at is not None:
+        return None
+    found = next(iter(noise(evidence, evidence.untreated or Outcome())), None)
+    if found is None or found.evidence["dropped"] < LIMITS.nearly_all:
+        return None
+    found.structural = True
+    return found
 
 
 def noise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
@@ -112,8 +149,7 @@ def _noise(run: Outcome, place: Place, where: str, share: float, written: list[s
         "gradient",
         severity_of(run),
         place,
-        f"{course(run)}; without dropout in {where} it falls: it drops {share:.0%} of what it gets, and of the "
-        "gradient.",
+        f"dropout in {where} drops {share:.0%} of what it gets, and of the gradient.",
         {"dropped": share},
         written,
         suspicion=True,

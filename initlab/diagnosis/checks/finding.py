@@ -25,6 +25,7 @@ class Finding:
         change: what the first remedy does, in a few words, as "targets standardised".
         form: the safe form of the operation at the place, for the user's own code. Of a suspicion without code it is
             the experiment: the run is emulated with it.
+        structural: of a suspicion: whether what it says holds in any case, and the experiment only has to end no worse.
         tries: how many of the remedies are tried.
         within: where the form is put: at the place, or `safe_forms.EVERYWHERE`.
         rescales: what the remedy divides the loss by, where it gives it another scale; 0 where it does not.
@@ -42,6 +43,7 @@ class Finding:
     rescales: float = 0.0
     form: SafeForm | None = None
     within: str | None = None
+    structural: bool = False
     tries: int = LIMITS.tried
 
 
@@ -51,6 +53,17 @@ Check: TypeAlias = Callable[[Evidence], Finding | None]
 def severity_of(run: Outcome) -> Severity:
     """How bad a run is, where the run as it is is all there is to go by."""
     return "broken" if run.effect in ("breaks", "rises") else "warning"
+
+
+def severity_of_step(evidence: Evidence) -> Severity:
+    """How bad a step is, where it breaks or does not."""
+    return "warning" if evidence.broke_at is None else "broken"
+
+
+def parameters_held(evidence: Evidence) -> set[int]:
+    """The ids of what the optimizer has; none without one."""
+    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
+    return {id(p) for group in groups for p in group["params"]}
 
 
 def course(run: Outcome) -> str:

@@ -11,7 +11,7 @@ from ..limits import LIMITS
 from ..outcomes import Outcome
 from ..report import Place
 from .data import STANDARDISED
-from .finding import Finding, severity_of
+from .finding import Finding, parameters_held, severity_of
 
 
 def guesses(evidence: Evidence) -> list[Finding]:
@@ -101,8 +101,7 @@ def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 
 def _weights(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     far = []
-    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
-    held = {id(p) for group in groups for p in group["params"]}
+    held = parameters_held(evidence)
     if held and any(one.ref.tensor.dim() > 1 and id(one.ref.tensor) not in held for one in evidence.parameters):
         return  # other networks, or layers that are as they were trained: a fresh start would hide what is wrong
     for call in evidence.layers:

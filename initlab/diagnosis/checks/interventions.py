@@ -17,8 +17,8 @@ from ..evidence import Evidence, ParameterStats, half
 from ..limits import LIMITS
 from ..outcomes import Outcome
 from ..report import Kind, Place
-from .cutoffs import flat, noise, not_smooth
-from .finding import Finding, course, severity_of
+from .cutoffs import noise
+from .finding import Finding, course, parameters_held, severity_of
 
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta")
 _MEANS = ("exp_avg", "momentum_buffer", "grad_avg")
@@ -81,6 +81,16 @@ def _stale_state(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
         )
 
 
+def lost_moments(evidence: Evidence) -> Finding | None:
+    """Second moments of 0 beside a mean of the gradients that is not: the first update divides by eps."""
+    stale = _stale(evidence)
+    if stale is None or stale[2] or evidence.broke_at == 1:
+        return None
+    found = next(iter(_stale_state(evidence, evidence.untreated or Outcome())))
+    found.structural = True
+    return found
+
+
 def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may drive a run off, and a smaller rate only hides: settings of the optimizer, and extreme noise."""
     yield from of_optimizer(evidence, run)
@@ -89,13 +99,13 @@ def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 
 def of_standstill(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may set a run going: tensors to learn, the rate, the optimizer, precision, inputs, weights, noise."""
-    for part in (_unregistered, flat, not_smooth, _rates, of_optimizer, _precision, _inputs, _weights, noise):
+    for part in (_unregistered, _rates, of_optimizer, _precision, _inputs, _weights, noise):
         yield from part(evidence, run)
 
 
 def of_little(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may hold a run back that learns a little: only where something shows that part of the model stays still."""
-    for part in (_unregistered, flat, not_smooth, _stale_state, _precision, noise):
+    for part in (_unregistered, _stale_state, _precision, noise):
         yield from part(evidence, run)
 
 
@@ -135,7 +145,7 @@ def _stale(evidence: Evidence) -> tuple[ParameterStats, str, float] | None:
                 size = float(x.mean().clamp_min(0).sqrt() if name in _SQUARES else x.square().mean().sqrt())
                 if math.isfinite(size) and size > LIMITS.stale * one.grad.rms:
                     found.append((one, name, size / one.grad.rms))
-                elif name in _SQUARES[:3] and not size and held.get("exp_avg", value).any():
+                elif name in _SQUARES[:3] and not size and bool((held or {}).get("exp_avg", value).any()):
                     found.append((one, name, 0.0))
     return max(found, key=lambda each: each[2], default=None)
 
@@ -271,8 +281,7 @@ def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 def _weights(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """Fresh starts of single parameters: constant ones, dead ones, and those far from their distribution."""
     suspects: list[tuple[float, ParameterStats, str]] = []
-    groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
-    held = {id(p) for group in groups for p in group["params"]}
+    held = parameters_held(evidence)
     for one in evidence.parameters:
         stats, wide = one.stats, one.ref.tensor.dim() > 1
         if stats is None or not stats.finite:

@@ -11,15 +11,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import fixes
 from ..batch import Leaf
 from ..evidence import Evidence
 from ..report import Kind, Place
-from .finding import Finding, short
+from ..safe_forms import SafeForm
+from .finding import Finding, severity_of_step, short
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-_REFUSED = ("shape", "size", "dimension", "channels", "expected input", "batches", "target tensor")
+_REFUSED = (
+    "shape",
+    "size",
+    "dimension",
+    "channels",
+    "expected input",
+    "batches",
+    "target tensor",
+    "class probabilities",
+)
 
 
 def refused_shape(evidence: Evidence) -> Finding | None:
@@ -92,7 +103,8 @@ def _wanted(evidence: Evidence, path: str | None, op: str) -> tuple[int | None, 
     if isinstance(module, nn.RNNBase):
         return module.input_size, -1, 0
     if isinstance(module, nn.modules.batchnorm._NormBase):
-        return module.num_features, 1, {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}.get(type(module), 3)
+        dims = 4 if isinstance(module, nn.BatchNorm2d) else 5 if isinstance(module, nn.BatchNorm3d) else 3
+        return module.num_features, 1, dims
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape[-1], -1, 0
     return None, 0, 0
@@ -150,11 +162,46 @@ def batch_as_time(evidence: Evidence) -> Finding | None:
     code = f"for path in {paths!r}:\n    model.get_submodule(path).batch_first = True"
     return Finding(
         "input",
-        "warning" if evidence.broke_at is None else "broken",
+        severity_of_step(evidence),
         Place(module=paths[0]),
         f"{kind} in {paths[0]!r} takes dimension 0 for time (batch_first=False), and gets the batch there: what the "
         "model puts out for one row changes with the other rows of the batch.",
         {"layers": len(paths)},
         [code],
         change="batch_first=True",
+    )
+
+
+def softmax_over_rows(evidence: Evidence) -> Finding | None:
+    """A softmax over the batch: the numbers of a row depend on the other rows, and do not sum to 1."""
+    rows = {len(leaf.tensor) for leaf in evidence.leaves if leaf.tensor.dim()}
+    found = [one for one in evidence.trace.over_rows if rows == {one[2][0]} and one[2][0] != one[2][1]]
+    if not found:
+        return None
+    path, op, shape = found[0]
+    module = evidence.model.get_submodule(path) if path else None
+    of_module = isinstance(module, nn.Softmax | nn.LogSoftmax)
+    code = f"model.get_submodule({path!r}).dim = -1" if of_module else f"# in {fixes.code_of(path)}: {op}(x, dim=-1)"
+    return Finding(
+        "loss" if path is None else "operation",
+        severity_of_step(evidence),
+        Place(module=path, op=op),
+        f"{op} in {fixes.code_of(path)} runs over dimension 0 of {tuple(shape)}, the batch: the numbers of a row "
+        "depend on the other rows, and do not sum to 1. Over the classes it is dim=-1.",
+        {"shape": tuple(shape)},
+        [code],
+        suspicion=True,
+        structural=True,
+        change="softmax over the last dimension",
+        form=None if of_module else SafeForm(f"{op}(x, dim=-1)", _over_last),
+    )
+
+
+def _over_last(func: Any, args: Any, kwargs: Any) -> Any:
+    """A softmax over the last dimension, whichever it was called for."""
+    return func(
+        *args[:1],
+        *((-1,) if len(args) > 1 else ()),
+        *args[2:],
+        **({**kwargs, "dim": -1} if "dim" in kwargs else kwargs),
     )

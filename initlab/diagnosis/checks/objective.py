@@ -9,7 +9,7 @@ from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Kind, Place, Severity
 from ..symptoms import diverges
-from .finding import Finding
+from .finding import Finding, parameters_held
 
 _PROBLEMS = {
     "cross_entropy, probabilities": "cross_entropy takes logits and gets probabilities: a softmax of a softmax.",
@@ -120,8 +120,8 @@ def broadcast(evidence: Evidence) -> Finding | None:
 
 def pushes_away(evidence: Evidence) -> Finding | None:
     """A loss that asks for more of what it is to make smaller: a sign is wrong."""
+    held = parameters_held(evidence)
     groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
-    held = {id(p) for group in groups for p in group["params"]}
     if any(group.get("maximize") for group in groups):
         return None
     wrong = evidence.trace.slopes.wrong

@@ -23,7 +23,7 @@ def unsafe(evidence: Evidence) -> Finding | None:
     parameter = why.parameter if why is not None else None
     written = [*_bias_of_head(evidence, origin.op), *fixes.advice(form, origin.op, origin.module)]
     if parameter is not None:
-        written = [*_restarted(evidence, parameter), *written]
+        written = [*_restarted(evidence, parameter, origin.op), *written]
     return Finding(
         kind,
         "broken",
@@ -79,11 +79,13 @@ def _facts(origin: Origin) -> dict[str, Any]:
     return {name: value for name, value in origin.facts.items() if not name.startswith("input ")}
 
 
-def _restarted(evidence: Evidence, name: str) -> list[str]:
-    """A new start for a parameter that is 0 where it must not be."""
+def _restarted(evidence: Evidence, name: str, op: str) -> list[str]:
+    """A new start for a parameter that is 0 where it must not be, or too large for its exponential."""
     found = [one for one in evidence.parameters if name in one.ref.names]
     if not found or found[0].ref.tensor.dim() > 1:
         return [fixes.fresh(evidence, found)] if found else []
+    if op == "exp":
+        return [f"model.get_parameter({name!r}).data.log_()  # what its exponential is to be"]
     return [f"torch.nn.init.ones_(model.get_parameter({name!r}))"]
 
 
@@ -116,6 +118,8 @@ def raised(evidence: Evidence) -> Finding | None:
         written = [fixes.drop_batch_statistics(module)] if module else []
     kind: Kind = "loss" if module is None else "operation"
     why = f"{type(error).__name__}: {text}"
+    if "backward through the graph a second time" in text:
+        return _kept_graph(evidence, text)
     if "does not require grad" in text:
         return _without_gradients(evidence, text)
     leaf, casts = fixes.casts(evidence, text)
@@ -127,6 +131,21 @@ def raised(evidence: Evidence) -> Finding | None:
     return Finding(kind, "broken", Place(module=module, op=op or None), why, {"error": text}, written)
 
 
+def _kept_graph(evidence: Evidence, text: str) -> Finding:
+    """A tensor that is kept from one step to the next, with the graph that made it."""
+    held = evidence.kept_graph
+    name = held or "something"
+    return Finding(
+        "gradient",
+        "broken",
+        Place(module=held.rpartition(".")[0] if held else None, parameter=held or None),
+        f"{name} is kept from one step to the next with the graph that made it, and the second step's gradient goes "
+        "back through the first, whose graph is gone.",
+        {"error": text},
+        [f"# where {name} is kept: .detach(), so that a step ends there; or retain_graph=True, where it is meant"],
+    )
+
+
 def _without_gradients(evidence: Evidence, text: str) -> Finding:
     """A loss that no parameter can learn from."""
     frozen = [one for one in evidence.parameters if not one.ref.tensor.requires_grad]
@@ -135,6 +154,13 @@ def _without_gradients(evidence: Evidence, text: str) -> Finding:
         first = frozen[0]
         place = Place(module=first.ref.module_name, parameter=first.name)
         return Finding("gradient", "broken", place, why, {"error": text}, ["model.requires_grad_(True)"])
+    cut = evidence.cut
+    if cut is not None and cut.module is not None:
+        learning = [one.name for one in evidence.parameters if one.ref.tensor.requires_grad]
+        place = Place(module=cut.module, parameter=next(iter(learning), None), op=cut.op)
+        why = f"the loss has no gradient: {cut.op} in {fixes.code_of(cut.module)} passes none on."
+        facts = {"error": text, **({"line": cut.line} if cut.line else {})}
+        return Finding("gradient", "broken", place, why, facts, [fixes.passing_on(cut)])
     why = "the loss has no gradient: it is detached from every parameter."
     advice = "# in the loss function or forward(): take out .detach(), .item(), .data or torch.no_grad()"
     return Finding("loss", "broken", Place(), why, {"error": text}, [advice])

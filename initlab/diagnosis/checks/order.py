@@ -7,10 +7,12 @@ operations, the step.
 from __future__ import annotations
 
 from ..evidence import Evidence
+from .cutoffs import flat, forgets_gradient, much_noise, not_smooth
 from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range, target_scale
 from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
-from .layout import batch_as_time, refused_shape
+from .interventions import lost_moments
+from .layout import batch_as_time, refused_shape, softmax_over_rows
 from .objective import apart, broadcast, empty_reduction, pushes_away, unreachable, wrong_space
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow, vanished_eps
@@ -38,7 +40,12 @@ CHECKS: tuple[Check, ...] = (
     unreachable,
     broadcast,
     empty_reduction,
+    softmax_over_rows,
     pushes_away,
+    flat,
+    not_smooth,
+    much_noise,
+    lost_moments,
     scale,
     target_scale,
     symmetric,
@@ -54,6 +61,7 @@ CHECKS: tuple[Check, ...] = (
     no_rate,
     other_parameters,
     upside_down,
+    forgets_gradient,
     detached,
     shrinking,
     sure_of_nothing,
@@ -71,6 +79,8 @@ def findings(evidence: Evidence) -> list[Finding]:
     found: list[Finding] = []
     for check in CHECKS:
         one = check(evidence)
+        if check is no_gradient and any(other.kind == "gradient" for other in found):
+            continue
         if check in (no_gradient, unexplained) and any(other.severity == "broken" for other in found):
             continue
         if check is sure_of_nothing and any(other.kind in _MAKE_SURE and not other.suspicion for other in found):

@@ -122,7 +122,7 @@ def detached(evidence: Evidence) -> Finding | None:
     if cut is not None:
         inside = " under no_grad()" if cut.no_grad else ""
         why = f"{cut.op} in {fixes.code_of(cut.module)} passes none on{inside}"
-        advice = f"# in {fixes.code_of(cut.module)}: {_INSTEAD.get(cut.op, f'take out {cut.op}')}"
+        advice = fixes.passing_on(cut)
         facts |= {"line": cut.line} if cut.line else {}
     return Finding(
         "gradient",
@@ -132,18 +132,6 @@ def detached(evidence: Evidence) -> Finding | None:
         facts,
         [advice or f"# take out .detach(), .data, .item() or torch.no_grad() behind {where}"],
     )
-
-
-_INSTEAD = {
-    "sample": "rsample() in place of sample(), which no gradient passes",
-    "argmax": "softmax, or torch.nn.functional.gumbel_softmax(x, hard=True), in place of argmax",
-    "item": "the tensor itself in place of .item()",
-    "tolist": "the tensor itself in place of .tolist()",
-    "numpy": "the tensor itself in place of .numpy()",
-    "tensor": "the tensor itself: torch.tensor(x) makes a copy without a gradient",
-    "multinomial": "torch.nn.functional.gumbel_softmax(x, hard=True), or the log-probability of what is drawn",
-    "bernoulli": "x + (torch.bernoulli(x) - x).detach(), or the log-probability of what is drawn",
-}
 
 
 def too_slow(evidence: Evidence) -> Finding | None:

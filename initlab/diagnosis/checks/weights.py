@@ -71,21 +71,34 @@ def dead(evidence: Evidence) -> Finding | None:
         if bias is not None and bias.stats is not None and bias.stats.std == 0 and bias.stats.mean < 0:
             by_bias = True
         weight = next(iter(evidence.weights_of(call.path)), None)
-        blamed = bias if by_bias else weight
+        closed = _closed_norms(evidence)
+        blamed = closed[0] if closed else bias if by_bias else weight
         return Finding(
             "weights",
             "broken" if evidence.steps[0].gradient == 0 else "warning",
             _place(call, blamed),
-            f"{out.dead:.0%} of the units after {call.path!r} are zero for every row, as are their gradients.",
+            f"{out.dead:.0%} of the units after {call.path!r} are zero for every row, as are their gradients"
+            + (f": the weights of the normalisation, {closed[0].name}, are all 0." if closed else "."),
             {"dead": out.dead, "mean of bias": bias.stats.mean if bias is not None and bias.stats is not None else 0.0},
             [
+                *([_opened(closed)] if closed else []),
                 *([fixes.fresh(evidence, [bias])] if by_bias and bias is not None else []),
                 *fixes.restart(evidence),
             ],
             suspicion=True,
-            change="fresh weights",
+            change="weights of 1 in the normalisation" if closed else "fresh weights",
         )
     return None
+
+
+def _closed_norms(evidence: Evidence) -> list[ParameterStats]:
+    """Weights of normalisation layers that are all 0: nothing passes."""
+    of_norms = [one for one in evidence.parameters if one.ref.attribute == "weight" and one.ref.tensor.dim() == 1]
+    return [one for one in of_norms if one.stats is not None and not one.stats.largest]
+
+
+def _opened(closed: list[ParameterStats]) -> str:
+    return "\n".join(f"torch.nn.init.ones_(model.get_parameter({one.name!r}))" for one in closed)
 
 
 def growing(evidence: Evidence) -> Finding | None:

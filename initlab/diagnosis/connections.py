@@ -1,0 +1,149 @@
+"""What is connected with what: parameters with the loss, rows with one another, gradients with what made them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._tree import tensors_in
+from . import graph, movement
+from .batch import Leaf, mapped
+from .cuts import Cuts
+from .evidence import Evidence
+from .limits import LIMITS
+from .origin import Search
+from .probes import FOR_THE_CALLER, TrainingStep, value_of
+
+
+def find_cut(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Where the graph ends, of a loss that no gradient leaves."""
+    training_step.snapshot.restore()
+    cuts = Cuts(training_step.model, [p for p in training_step.model.parameters() if p.requires_grad])
+    try:
+        with cuts:
+            training_step.loss()
+    except FOR_THE_CALLER:
+        raise
+    except Exception:  # it is evidence only where it runs
+        cuts.found.clear()
+    finally:
+        training_step.snapshot.restore()
+    evidence.cut = next(iter(cuts.found), None)
+
+
+def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Look for the operations whose derivative is 0."""
+    training_step.snapshot.restore()
+    training_step.clear_gradients()
+    search = Search(training_step.model, {}, {})
+    try:
+        evidence.silent = search.graph.silent(search.forward(training_step.loss))
+    except FOR_THE_CALLER:
+        raise
+    except Exception:  # it is evidence only where it runs
+        evidence.silent = []
+    finally:
+        training_step.snapshot.restore()
+
+
+def find_forgetful(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Look for a torch.autograd.Function of the user's whose backward() ignores the gradient that it gets."""
+    training_step.snapshot.restore()
+    training_step.clear_gradients()
+    try:
+        with evidence.trace.modules.hooked():
+            evidence.forgetful = graph.forgetful(training_step.loss(), evidence.trace.makers)
+    except FOR_THE_CALLER:
+        raise
+    except Exception:
+        evidence.forgetful = None
+    finally:
+        training_step.snapshot.restore()
+
+
+def find_mixed(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Layers that take the batch for time: whether the output of one row changes with another row of the input.
+
+    It is looked at in eval mode, where neither dropout nor statistics of the batch are at work.
+    """
+    rows = {len(leaf.tensor) for leaf in evidence.leaves if leaf.tensor.dim()}
+    if len(rows) != 1 or (count := rows.pop()) < 2:
+        return
+    paths = [
+        call.path
+        for call in evidence.trace.calls
+        if call.takes_time_first and call.shape is not None and len(call.shape) == 3
+        and call.shape[0] == count != call.shape[1]
+    ]  # fmt: skip
+    inputs = [leaf for leaf in evidence.leaves if not leaf.is_target and leaf.tensor.dim() > 1]
+    if not paths or not inputs:
+        return
+    kept: list[Tensor] = []
+    training_step.snapshot.restore()
+    hook = training_step.model.register_forward_hook(lambda module, args, out: kept.extend(tensors_in(out)))
+    try:
+        training_step.model.eval()
+        with torch.no_grad():
+            training_step.loss()
+            changed = {id(leaf.source): _first_row_changed(leaf) for leaf in inputs}
+            batch = mapped(training_step.batch, lambda x: changed.get(id(x), x))
+            training_step.snapshot.random.restore()
+            training_step.loss_fn(training_step.model, batch)
+    except Exception:
+        kept.clear()
+    finally:
+        hook.remove()
+        training_step.snapshot.restore()
+    outputs = [x for x in kept if x.dim() and len(x) == count and x.is_floating_point()]
+    if len(outputs) > 1 and outputs[0].shape == outputs[-1].shape:
+        before, after = outputs[0][1:].float(), outputs[len(outputs) // 2][1:].float()
+        if float((before - after).abs().max()) > LIMITS.response * float(before.abs().max()):
+            evidence.mixed = list(dict.fromkeys(paths))
+
+
+def _first_row_changed(leaf: Leaf) -> Any:
+    """An input whose first row is its last: what comes later in time sees it too."""
+    x = leaf.tensor.detach().clone()
+    x[0] = x[-1]
+    return x if leaf.source is leaf.tensor else x.numpy()
+
+
+def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Which of the parameters that got no gradient the loss depends on: it is run again with them moved.
+
+    Modules under no_grad(), or in eval mode in a model that trains, are left alone: teachers, and frozen bodies.
+    """
+    moves = evidence.movement
+    assert moves is not None
+    model = training_step.model
+    ran = {call.path for call in evidence.trace.calls if call.recorded and call.module.training == model.training}
+    names = [n for n in moves.without if n.rpartition(".")[0] in ran]
+    training_step.snapshot.restore()
+    if not names or value_of(training_step) != evidence.first_loss:  # it is not the same twice
+        training_step.snapshot.restore()
+        return
+    training_step.loss_with_gradients()
+    groups = list(movement.groups_to_disturb(model, names))
+    for group in groups:
+        training_step.snapshot.restore()
+        movement.disturb([model.get_parameter(name) for name in group])
+        depends = not _nearly_equal(value_of(training_step), evidence.first_loss)
+        if group is groups[0] and not depends:
+            break
+        if depends and (group is not groups[0] or len(groups) == 2):
+            moves.detached += group
+    training_step.snapshot.restore()
+    if moves.detached:
+        cuts = Cuts(model, [model.get_parameter(name) for name in moves.detached])
+        with cuts:
+            training_step.loss()
+        evidence.cut = next(iter(cuts.found), None)
+        training_step.snapshot.restore()
+
+
+def _nearly_equal(loss: float | None, other: float | None) -> bool:
+    if loss is None or other is None:
+        return loss is other
+    return abs(loss - other) <= LIMITS.response * abs(other)
