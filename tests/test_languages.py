@@ -35,6 +35,8 @@ NO_MESSAGES = {
     "shapes cannot be multiplied",
     "expected input",
     "target tensor",
+    "class probabilities",
+    "backward through the graph a second time",
     "GLOBAL (\\S+)|it calls (\\S+)",
     "no pickle that torch.load(weights_only=True) reads",
     # values of `problem`, and keys made of them
