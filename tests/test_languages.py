@@ -3,12 +3,17 @@
 import ast
 import json
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import initlab
 from initlab.languages import LANGUAGES, translator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from faults import FAULTS
 
 PACKAGE = Path(initlab.__file__).parent
 ENTRIES = json.loads((PACKAGE / "languages" / "zh.json").read_text(encoding="utf-8"))
@@ -165,6 +170,24 @@ def test_names_and_code_are_untouched():
     assert second == "y = x"
     assert translator("en").code(code) == code
     assert say("something nobody wrote") == "something nobody wrote"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(4))
+def test_what_the_doctor_says_of_planted_faults(part, unhurried, one_thread):
+    """No English is left in what it explains, but what torch's own errors say."""
+    say, left = translator("zh"), []
+    for fault in FAULTS[part * 5 :: 29]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of some of the mistakes
+            found = initlab.diagnose(*fault.build(), steps=fault.steps)
+        assert "\u7ed3\u8bba" in found.text(lang="zh")
+        for cause in found.causes:
+            comments = [line.partition("# ")[2] for line in say.code(cause.remedy).splitlines()]
+            texts = [say(cause.explanation), say(cause.change), *comments, *map(say, found.notes)]
+            error = cause.evidence.get("error", "")
+            left += [text for text in texts if re.search("[a-z]{2,} [a-z]{2,} [a-z]{2,}", text.replace(error, ""))]
+    assert not left
 
 
 def test_unknown_languages_are_refused():

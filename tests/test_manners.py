@@ -161,3 +161,9 @@ def test_a_real_pipe(commands, name):
     assert done.returncode in (status, 141)
     assert "Traceback" not in done.stderr
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_completion_without_shtab_is_64(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 64
+    assert "pip install shtab" in capsys.readouterr().err
