@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from initlab.kernels import all_finite_fast
 
@@ -136,27 +136,40 @@ class _Run:
 
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             run.seeing(run.before_step, optimizer)
+            if not any(map(callable, (*args, *kwargs.values()))):  # a closure is a step of its own
+                run.tape.rest()
 
-        handle = register_optimizer_step_pre_hook(before_step)
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            run.tape.resume()
+
+        handles = register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)
         torch.autograd.backward = watched
         try:
             with self.tape.module_calls(), self.tape:
-                yield
+                try:
+                    yield
+                finally:
+                    self.tape.resume()  # an error in an optimizer's step
         finally:
             torch.autograd.backward = backward
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     # One step
 
     def seeing(self, look: Callable[[Any], None], at: Any) -> None:
         """Look at a part of a step. A fault of the watch's own ends the watch, and not the script."""
+        self.tape.resume()  # where a step raised an error that the script has caught
         if self.examining or self.fault is not None:
             return
+        lifted = self.tape.lift()  # what the watch calls is no part of the step
         try:
             look(at)
         except Exception as error:
             self.fault = error
-            self.tape.paused = True
+        finally:
+            self.tape.lay(lifted)
+            self.tape.paused = self.fault is not None
 
     def before_backward(self, tensors: Any) -> None:
         """Look at a loss."""

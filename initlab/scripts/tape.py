@@ -64,6 +64,7 @@ class Tape(TorchFunctionMode):
         self.thread = threading.get_ident()
         self.inside = False  # a module's call
         self.paused = False
+        self.resting = self.lifted = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -128,6 +129,17 @@ class Tape(TorchFunctionMode):
         if lifted:
             torch.overrides._push_mode(self)
         self.paused = False
+
+    def rest(self) -> None:
+        """Record nothing until `resume`: while an optimizer takes its step."""
+        if not self.resting and not self.inside and not self.paused:
+            self.lifted, self.resting = self.lift(), True
+
+    def resume(self) -> None:
+        """Record again."""
+        if self.resting:
+            self.resting = False
+            self.lay(self.lifted)
 
     @contextlib.contextmanager
     def module_calls(self) -> Iterator[None]:

@@ -245,3 +245,25 @@ def test_a_fault_of_the_watch_does_not_end_the_script(tmp_path, monkeypatch, cap
     out, err = capsys.readouterr()
     assert "the end" in out
     assert "a fault of ours" in err
+
+
+def test_a_step_that_raises_an_error(tmp_path):
+    body = """
+        model = net(1)
+        class Failing(torch.optim.SGD):
+            def step(self):
+                raise ArithmeticError("no step")
+        opt = Failing(model.parameters(), lr=0.1)
+        for a, b, _ in batches(3):
+            F.mse_loss(model(a), b).backward()
+            try:
+                opt.step()
+            except ArithmeticError:
+                pass
+        (model(x).sum() * float("nan")).backward()
+        """
+    report = run_script(script(tmp_path, body))
+    assert report.stopped == "the loss is nan"
+    report = run_script(script(tmp_path, body.replace("except ArithmeticError:", "except KeyError:")))
+    assert isinstance(report.error, ArithmeticError)
+    assert not torch._C._len_torch_function_stack()
