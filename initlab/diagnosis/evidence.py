@@ -123,6 +123,7 @@ class Evidence:
     further: list[float] = field(default_factory=list)  # losses of steps beyond those asked for
     standardised: Replay | None = None
     bad_update: BadUpdate | None = None
+    fresh_optimizer: bool = True  # whether it had taken no step before
     mixed: list[str] = field(default_factory=list)  # layers that take the batch for time
     custom: bool = False  # whether the graph has a torch.autograd.Function of the user's
     forgetful: tuple[str, FunctionCall] | None = None  # an autograd.Function that ignores the gradient that it gets

@@ -39,8 +39,8 @@ class Tried:
 
     @property
     def cures(self) -> bool:
-        """Whether the loss falls with it."""
-        return self.outcome.effect == "falls"
+        """Whether the loss falls with it, to where it may begin to learn."""
+        return self.outcome.effect == "falls" and not self.outcome.fails
 
     @property
     def helps(self) -> bool:
@@ -109,7 +109,8 @@ def _is_to_rise(evidence: Evidence, untreated: Outcome) -> bool:
     groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
     if not groups or not all(group.get("maximize") for group in groups):
         return False
-    if evidence.trace.slopes.wrong is None and (evidence.negated or evidence.trace.losses):
+    unclear = evidence.negated or evidence.trace.losses or min(untreated.losses) >= 0
+    if evidence.trace.slopes.wrong is None and unclear:
         return False
     return untreated.effect == "rises" and falls([-x for x in untreated.losses])
 

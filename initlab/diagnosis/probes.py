@@ -129,6 +129,7 @@ def observe_at_rest(training_step: TrainingStep) -> Evidence:
         training_step.leaves,
         both,
         Trace(training_step.model, storages, Flow(training_step.model, training_step.leaves)),
+        fresh_optimizer=training_step.optimizer is None or not training_step.optimizer.state,
     )
 
 

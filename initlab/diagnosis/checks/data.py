@@ -138,7 +138,7 @@ def scale(evidence: Evidence) -> Finding | None:
         facts["loss"] = evidence.first_loss
         facts["loss if standardised"] = replay.loss
     place = Place(feature=odd.features[0] if len(odd.features) == 1 else odd.features or None, tensor=odd.leaf.code)
-    leads_to = "numbers as large as these make the first steps too long."
+    leads_to = "numbers as large as these make the first steps too large."
     if odd.spread >= LIMITS.scale_spread:
         leads_to = "the largest decide the first steps, and the others hardly count."
     elif odd.rms < 1:

@@ -17,6 +17,7 @@ from ..evidence import Evidence, ParameterStats, half
 from ..limits import LIMITS
 from ..outcomes import Outcome
 from ..report import Kind, Place
+from ..stats import stored
 from .cutoffs import noise
 from .finding import Finding, course, parameters_held, severity_of
 
@@ -141,11 +142,11 @@ def _stale(evidence: Evidence) -> tuple[ParameterStats, str, float] | None:
         for name, value in held.items() if isinstance(held, dict) else ():
             if name in (*_SQUARES, *_MEANS) and isinstance(value, Tensor) and value.numel():
                 assert one.grad is not None
-                x = value.detach().float()
+                x = stored(value.detach()).float()
                 size = float(x.mean().clamp_min(0).sqrt() if name in _SQUARES else x.square().mean().sqrt())
                 if math.isfinite(size) and size > LIMITS.stale * one.grad.rms:
                     found.append((one, name, size / one.grad.rms))
-                elif name in _SQUARES[:3] and not size and bool((held or {}).get("exp_avg", value).any()):
+                elif name in _SQUARES[:3] and not size and bool(stored((held or {}).get("exp_avg", value)).any()):
                     found.append((one, name, 0.0))
     return max(found, key=lambda each: each[2], default=None)
 

@@ -41,7 +41,8 @@ def refused_shape(evidence: Evidence) -> Finding | None:
         return _of_loss(evidence, ValueError("its classes have to be dimension 1, and are the last"))
     if not isinstance(error, RuntimeError | ValueError | IndexError | AssertionError) or failed is None:
         return None
-    if not any(words in str(error).lower() for words in _REFUSED):
+    text = str(error).lower()
+    if not any(words in text for words in _REFUSED) or "more than 1 value per channel" in text:
         return None
     if failed[0] is None:
         return _of_loss(evidence, error)

@@ -108,9 +108,10 @@ def broadcast(evidence: Evidence) -> Finding | None:
         if call.problem == "shapes":
             prediction, target = call.facts["prediction"], call.facts["target"]
             leaf = next((one for one in evidence.leaves if tuple(one.tensor.shape) == target), None)
+            name = "the difference" if call.name == "sub" else call.name
             why = (
-                f"{call.name} gets shapes {prediction} and {target}, which broadcast to {call.facts['broadcast']}: "
-                "every row's prediction is compared with every row's target."
+                f"{name} gets shapes {prediction} and {target}, which broadcast to {call.facts['broadcast']}: every "
+                "row's prediction is compared with every row's target."
             )
             severity: Severity = "warning" if evidence.broke_at is None else "broken"
             written = fixes.reshape(leaf, evidence.batch, prediction)
@@ -126,7 +127,9 @@ def pushes_away(evidence: Evidence) -> Finding | None:
         return None
     wrong = evidence.trace.slopes.wrong
     others = any(one.grad_norm and id(one.ref.tensor) not in held for one in evidence.parameters)
-    if wrong is None or (others and wrong.what == "loss"):  # a generator, against a discriminator that is not trained
+    if (
+        wrong is None or evidence.broke_at == 1 or (others and wrong.what == "loss")
+    ):  # a generator, against a discriminator that is not trained
         return None
     run = evidence.untreated
     fails = evidence.broke_at is not None or (run is not None and run.fails)
@@ -135,7 +138,7 @@ def pushes_away(evidence: Evidence) -> Finding | None:
         "loss",
         "broken" if fails else "warning",
         Place(op=wrong.op),
-        what.format(op=wrong.op) + ": a smaller loss asks for more of it, without end. Its sign is wrong.",
+        what.format(op=wrong.op) + ": it falls without end, and nothing is learned. A sign is wrong.",
         {"loss": evidence.first_loss},
         [f"# in the loss function: {advice.format(op=wrong.op)}"],
     )
@@ -143,7 +146,7 @@ def pushes_away(evidence: Evidence) -> Finding | None:
 
 _AWAY = {
     "distance": (
-        "the loss pushes what the model puts out away from the targets, from which {op} takes it",
+        "the loss pushes what the model puts out away from the targets",
         "add the square of the difference, or minus the log-likelihood",
     ),
     "loss": ("the loss subtracts the result of {op}", "add {op}"),

@@ -85,7 +85,7 @@ def _restarted(evidence: Evidence, name: str, op: str) -> list[str]:
     if not found or found[0].ref.tensor.dim() > 1:
         return [fixes.fresh(evidence, found)] if found else []
     if op == "exp":
-        return [f"model.get_parameter({name!r}).data.log_()  # what its exponential is to be"]
+        return [f"model.get_parameter({name!r}).data.log_()  # it is a logarithm: forward() takes its exponential"]
     return [f"torch.nn.init.ones_(model.get_parameter({name!r}))"]
 
 

@@ -22,7 +22,7 @@ def no_rate(evidence: Evidence) -> Finding | None:
     if not groups or any(float(group["lr"]) != 0 for group in groups) or evidence.movement.moved:
         return None
     planned = max(float(group.get("initial_lr", 0.0)) for group in groups)
-    if planned and not optimizer.state:
+    if planned and evidence.fresh_optimizer:
         return None  # a warm-up begins there: a note says so
     if planned:
         return Finding(
