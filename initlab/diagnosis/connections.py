@@ -75,7 +75,7 @@ def find_mixed(training_step: TrainingStep, evidence: Evidence) -> None:
         call.path
         for call in evidence.trace.calls
         if call.takes_time_first and call.shape is not None and len(call.shape) == 3
-        and call.shape[0] == count != call.shape[1]
+        and call.shape[0] == count != call.shape[1] > 1
     ]  # fmt: skip
     inputs = [leaf for leaf in evidence.leaves if not leaf.is_target and leaf.tensor.dim() > 1]
     if not paths or not inputs:

@@ -109,8 +109,10 @@ def _is_to_rise(evidence: Evidence, untreated: Outcome) -> bool:
     groups = evidence.optimizer.param_groups if evidence.optimizer is not None else []
     if not groups or not all(group.get("maximize") for group in groups):
         return False
-    unclear = evidence.negated or evidence.trace.losses or min(untreated.losses) >= 0
-    if evidence.trace.slopes.wrong is None and unclear:
+    first, last = untreated.losses[0], untreated.losses[-1]
+    turned = evidence.negated and last > max(0.0, first)
+    blows_up = min(untreated.losses) >= 0 and last > LIMITS.blow_up * first
+    if evidence.trace.slopes.wrong is None and (turned or blows_up or evidence.trace.losses):
         return False
     return untreated.effect == "rises" and falls([-x for x in untreated.losses])
 
