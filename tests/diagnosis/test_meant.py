@@ -93,8 +93,8 @@ class ReZero(nn.Module):
 
     def forward(s, x):
         x = s.i(x)
-        for a, l in zip(s.a, s.l):
-            x = x + a * l(x).relu()
+        for a, layer in zip(s.a, s.l, strict=True):
+            x = x + a * layer(x).relu()
         return s.o(x)
 
 
