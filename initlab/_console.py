@@ -8,9 +8,10 @@ rich is imported where it is used: `import initlab` does not load it.
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -23,8 +24,15 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
-    """An aligned table: the head, a rule, the rows. Never wrapped, cut or coloured, whatever the terminal.
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    align: str = "",
+    *,
+    width: int | None = None,
+    spare: Collection[str] = (),
+) -> str:
+    """An aligned table: the head, a rule, the rows. Never wrapped or coloured, and cut only to a width that is given.
 
     Columns are as wide as their widest cell, by the cells that a terminal gives to each character. rich.table.Table
     would take milliseconds for a row, and models have thousands.
@@ -33,6 +41,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -
         head: names of the columns.
         rows: cells, as many in each row as the head has.
         align: one letter for each column, "l" or "r"; columns without a letter are aligned left.
+        width: cells that a line may take. Columns of `spare` are left out, then text is shortened in its middle.
+        spare: names of columns that may be left out, the first ones first.
 
     Returns:
         Lines joined by newlines, without trailing spaces.
@@ -47,20 +57,87 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -
     """
     from rich.cells import cell_len
 
-    lines = [head, *rows]
+    lines = [list(line) for line in (head, *rows)]
     sizes = [[cell_len(cell) for cell in line] for line in lines]
     widths = [max(column) for column in zip(*sizes, strict=True)]
     right = [letter == "r" for letter in align.ljust(len(widths))]
+    if width is not None:
+        kept = _kept(head, widths, right, width, spare)
+        lines = [[line[at] for at in kept] for line in lines]
+        widths, right = [widths[at] for at in kept], [right[at] for at in kept]
+        _narrow(widths, right, width)
+        lines = [[shortened(cell, room) for cell, room in zip(line, widths, strict=True)] for line in lines]
+        sizes = [[cell_len(cell) for cell in line] for line in lines]
 
     def aligned(line: Sequence[str], size: Sequence[int]) -> str:
         cells = []
-        for cell, used, width, to_right in zip(line, size, widths, right, strict=True):
-            blank = " " * (width - used)
+        for cell, used, wide, to_right in zip(line, size, widths, right, strict=True):
+            blank = " " * (wide - used)
             cells.append(blank + cell if to_right else cell + blank)
         return "  ".join(cells).rstrip()
 
     first, *others = map(aligned, lines, sizes)
-    return "\n".join([first, "  ".join("-" * width for width in widths), *others])
+    return "\n".join([first, "  ".join("-" * wide for wide in widths), *others])
+
+
+_READABLE = 24  # cells that a name needs to be told from others
+
+
+def _kept(head: Sequence[str], widths: list[int], right: list[bool], width: int, spare: Collection[str]) -> list[int]:
+    """Which columns a table of that width has room for."""
+    kept = list(range(len(head)))
+    for name in spare:
+        least = sum(widths[at] if right[at] else min(widths[at], _READABLE) for at in kept) + 2 * (len(kept) - 1)
+        if least <= width:
+            break
+        kept = [at for at in kept if head[at] != name]
+    return kept
+
+
+def _narrow(widths: list[int], right: list[bool], width: int) -> None:
+    """Take from the widest column of text until a line fits, or none is wide any more."""
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        at = max(range(len(widths)), key=lambda place: 0 if right[place] else widths[place])
+        if widths[at] <= 4 or right[at]:
+            return
+        widths[at] -= 1
+
+
+def shortened(text: str, width: int) -> str:
+    """A text in at most so many cells of a terminal: its middle gives way, of a dotted name that of its longest parts.
+
+    Example:
+        >>> from initlab._console import shortened
+        >>> shortened("encoder.layers.11.attention.weight", 28)
+        'encod….layers.11.att….weight'
+    """
+    from rich.cells import cell_len
+
+    if cell_len(text) <= width:
+        return text
+    parts = text.split(".") if " " not in text else [text]
+    rooms = [cell_len(part) for part in parts]
+    while sum(rooms) + len(rooms) - 1 > width:
+        longest = max(range(len(rooms)), key=rooms.__getitem__)
+        if rooms[longest] <= 3:  # many short parts: the name as a whole
+            return _middle_cut(text, width)
+        rooms[longest] -= 1
+    return ".".join(map(_middle_cut, parts, rooms))
+
+
+def _middle_cut(text: str, width: int) -> str:
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= width:
+        return text
+    left = width // 2
+    back = set_cell_size(text[::-1], width - 1 - left).rstrip()[::-1]
+    return f"{set_cell_size(text, left).rstrip()}\u2026{back}"
+
+
+def line_width() -> int:
+    """Cells of a line where a command prints: COLUMNS, else the terminal's, else 80."""
+    return shutil.get_terminal_size().columns
 
 
 def listing(lines: Sequence[str], limit: int = 20) -> str:

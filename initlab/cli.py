@@ -16,6 +16,7 @@ import os
 import pkgutil
 import platform
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from ._console import say
+from ._console import line_width, say
+from .languages import LANGUAGES, translator
 
 EX_FAILED, EX_BROKEN, EX_USAGE, EX_SOFTWARE = 1, 2, 64, 70
 EX_PIPE = 141  # 128 + SIGPIPE, as of a command that the signal ends
@@ -58,11 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     parser = _Parser(prog="initlab", description="Numeric kernels for the fragile moments of a training run.")
+    shared = _Parser(add_help=False)  # what every report takes
+    shared.add_argument("--json", action="store_true", help="print JSON instead of text")
+    shared.add_argument("--lang", choices=LANGUAGES, default="en", help="of the text: en (the default) or zh, Chinese")
     parser.add_argument("--version", action="version", version=f"initlab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser("demo", help="bad starts, a good one and equal bits, on real data")
     demo.add_argument("--seed", type=_seed, default=0, help="of every draw in the demo (default: 0)")
-    plan = commands.add_parser("plan", help="which distribution each parameter of a model gets, without touching it")
+    plan = commands.add_parser(
+        "plan", parents=[shared], help="which distribution each parameter of a model gets, without touching it"
+    )
     plan.add_argument(
         "function",
         metavar="PATH:FUNCTION",
@@ -77,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--seed", type=_seed, default=0, help="of the keys (default: 0)")
     plan.add_argument("--only", action="append", metavar="PATTERN", help="name pattern; may be given several times")
     plan.add_argument("--meta", action="store_true", help="build the model on the meta device: no memory, no time")
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    doctor = commands.add_parser("doctor", help="why is the loss inf or NaN: run a script or a step, and say")
+    doctor = commands.add_parser(
+        "doctor", parents=[shared], help="why is the loss inf or NaN: run a script or a step, and say"
+    )
     doctor.add_argument("--steps", type=_positive, help="of training to take and undo (default: 25, or what fits)")
     doctor.add_argument("--budget", type=_seconds, default=15.0, help="seconds for all runs together (default: 15)")
     doctor.add_argument("--patience", type=_positive, help="steps of a script in which its loss should have fallen")
-    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.add_argument(
         "function",
         metavar="SCRIPT or PATH:FUNCTION",
@@ -90,14 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "batch, loss_fn) or (model, batch, loss_fn, optimizer); loss_fn(model, batch) returns the loss",
     )
     doctor.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
-    scan = commands.add_parser("scan", help="which tensors of a checkpoint are NaN, inf, huge, zero or untouched")
+    scan = commands.add_parser(
+        "scan", parents=[shared], help="which tensors of a checkpoint are NaN, inf, huge, zero or untouched"
+    )
     scan.add_argument(
         "path", metavar="FILE_OR_FOLDER", help="of safetensors, torch.save or torch.distributed.checkpoint"
     )
     scan.add_argument("--since", metavar="OLDER", help="an older checkpoint of the same run, to compare with")
-    scan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    env = commands.add_parser("env", help="versions, devices and backends, for a bug report")
-    env.add_argument("--json", action="store_true", help="print JSON instead of text")
+    commands.add_parser("env", parents=[shared], help="versions, devices and backends, for a bug report")
     completion = commands.add_parser("completion", help="print a shell's completion script (needs the package shtab)")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     arguments = parser.parse_args(argv)
@@ -144,7 +151,7 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if arguments.command == "completion":
         return _completion(arguments.shell, parser)
     if arguments.command == "env":
-        return _env(arguments.json)
+        return _env(arguments)
     if arguments.command == "plan":
         return _plan(arguments)
     if arguments.command == "doctor":
@@ -221,15 +228,17 @@ def _plan(arguments: argparse.Namespace) -> int:
         report = plan_model(model, arguments.seed, recipe, only=arguments.only)
     except (NotImplementedError, TypeError, ValueError) as error:
         return _failed("plan", error, EX_FAILED)
-    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report.text(arguments.lang, line_width()))
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from .diagnosis import CommunicatesError, UsageError, diagnose_alone
 
+    translate = translator(arguments.lang)
+
     def on_stage(stage: str) -> None:
-        say(f"initlab doctor: {stage}", "dim", stderr=True)
+        say(f"initlab doctor: {translate(stage)}", "dim", stderr=True)
 
     if arguments.function.endswith(".py"):
         return _doctor_script(arguments, on_stage)
@@ -251,7 +260,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
             diagnosis = diagnose_alone(*returned, steps=arguments.steps, budget=arguments.budget, on_stage=on_stage)
     except (CommunicatesError, UsageError) as error:
         return _failed("doctor", error, EX_USAGE)
-    return _judged(diagnosis, arguments.json)
+    return _judged(diagnosis, arguments)
 
 
 def _doctor_script(arguments: argparse.Namespace, on_stage: Callable[[str], None]) -> int:
@@ -271,7 +280,7 @@ def _doctor_script(arguments: argparse.Namespace, on_stage: Callable[[str], None
         if not isinstance(report.error, SystemExit):
             traceback.print_exception(report.error)
         return _failed("doctor", f"{arguments.function} ended with {report.error!r}", EX_USAGE)
-    return _judged(report, arguments.json)
+    return _judged(report, arguments)
 
 
 def _scan(arguments: argparse.Namespace) -> int:
@@ -282,18 +291,18 @@ def _scan(arguments: argparse.Namespace) -> int:
         report = scan_checkpoint(arguments.path, arguments.since)
     except (CheckpointError, OSError) as error:
         return _failed("scan", error, EX_USAGE)
-    return _judged(report, arguments.json)
+    return _judged(report, arguments)
 
 
-def _judged(report: Any, as_json: bool) -> int:
+def _judged(report: Any, arguments: argparse.Namespace) -> int:
     """Print a report that has a verdict; its exit status."""
     status, style = {"healthy": (0, "green"), "warning": (EX_FAILED, "yellow"), "broken": (EX_BROKEN, "bold red")}[
         report.verdict
     ]
-    if as_json:
+    if arguments.json:
         print(report.to_json())
     else:
-        headline, _, rest = str(report).partition("\n")
+        headline, _, rest = report.text(arguments.lang, line_width()).partition("\n")
         say(headline, style)
         if rest:
             print(rest)
@@ -343,7 +352,7 @@ def _function(place: str) -> Callable[[], Any]:
     return build
 
 
-def _env(as_json: bool = False) -> int:
+def _env(arguments: argparse.Namespace) -> int:
     import torch
 
     from initlab.kernels import STREAM_VERSION, backend_of
@@ -367,11 +376,13 @@ def _env(as_json: bool = False) -> int:
         facts += [("cuda", "no device")]
     for gpu in gpus:
         facts += [(str(gpu), torch.cuda.get_device_name(gpu)), (f"{gpu} backend", backend(gpu))]
-    if as_json:
+    if arguments.json:
         print(json.dumps(dict(facts), indent=2))
         return 0
+    translate, room = translator(arguments.lang), max(20, line_width() - 17)
     for name, fact in facts:
-        print(f"{name:<17}{fact}")
+        lines = textwrap.wrap(translate(fact), room, break_long_words=False, break_on_hyphens=False)
+        print("\n".join(f"{name if not number else '':<17}{line}" for number, line in enumerate(lines)))
     return 0
 
 

@@ -202,7 +202,8 @@ def sources(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["models.py:build", "models:build", "models:with_batch", "{0}/models.py:build"])
-def test_plan(place, sources, capsys):
+def test_plan(place, sources, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["plan", place.format(sources), "--recipe", "auto", "--seed", "7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["name", "shape", "dtype", "distribution", "fan", "std", "key", "why"]

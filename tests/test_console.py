@@ -29,6 +29,20 @@ def test_tables_are_neither_wrapped_nor_cut_nor_coloured(monkeypatch):
     assert _console.table(["a", "b", "c", "d"], rows) == before
 
 
+def test_a_table_of_a_width():
+    names = [f"encoder.layers.{number}.self_attention.output_projection.weight" for number in (3, 11)]
+    rows = [[name, "float32", "1.5"] for name in names]
+    whole = _console.table(["name", "dtype", "std"], rows, "llr")
+    assert _console.table(["name", "dtype", "std"], rows, "llr", width=200) == whole
+    for width in (60, 40, 32):
+        lines = _console.table(["name", "dtype", "std"], rows, "llr", width=width, spare=["dtype"]).splitlines()
+        assert max(map(len, lines)) <= width
+        assert ("dtype" in lines[0]) == (width > 32)
+        assert all(f".{number}." in line for number, line in zip((3, 11), lines[2:], strict=True))
+    assert _console.shortened("層" * 30, 11) == "層層…層層"
+    assert _console.shortened("a.b.c.d.e.f.g.h", 7) == "a.b…g.h"
+
+
 def test_a_table_without_rows():
     assert _console.table(["a", "bc"], []) == "a  bc\n-  --"
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from .._console import listing, plain_data, table
+from ..languages import translator
 
 _ROWS = 40  # of a table; .rows has them all
 
@@ -95,29 +96,44 @@ class CheckpointReport:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, lang: str = "en", width: int | None = None) -> str:
+        """The report as it is printed.
+
+        Args:
+            lang, width: as of `Diagnosis.text`.
+        """
+        say = translator(lang)
         elements = sum(math.prod(row.shape) for row in self.rows)
         names = len({row.name for row in self.rows})
         problems = self.problems
-        text = f"verdict: {self.verdict}, {names:,} tensors, {elements:,} elements, {len(problems):,} with faults"
+        text = say(f"verdict: {self.verdict}, {names:,} tensors, {elements:,} elements, {len(problems):,} with faults")
         noted = [row for row in self.rows if row.notes and not row.faults]
         if shown := [*problems, *noted][:_ROWS]:
             files = len({row.file for row in self.rows}) > 1
             head = ["tensor", *(["file"] if files else []), "rms", "what"]
             cells = [
-                [_label(row), *([row.file] if files else []), f"{row.rms:.3g}", "; ".join((*row.faults, *row.notes))]
+                [
+                    _label(row),
+                    *([row.file] if files else []),
+                    f"{row.rms:.3g}",
+                    "; ".join(map(say, (*row.faults, *row.notes))),
+                ]
                 for row in shown
             ]
-            text += "\n\n" + table(head, cells, "llrl" if files else "lrl")
+            text += "\n\n" + table([*map(say, head)], cells, "llrl" if files else "lrl", width=width)
             if (more := len(problems) + len(noted) - len(shown)) > 0:
-                text += f"\n... and {more:,} more rows"
+                text += "\n" + say(f"... and {more:,} more rows")
         if self.since is not None:
             changes = [row.change for row in self.rows if row.change is not None and math.isfinite(row.change)]
             if changes:
-                text += f"\n\nsince {self.since}: the largest relative change of a tensor is {max(changes):.3g}"
+                largest = say(f"since {self.since}: the largest relative change of a tensor is {max(changes):.3g}")
+                text += f"\n\n{largest}"
             if self.missing:
-                text += f"\nonly in {self.since}:" + listing(self.missing)
+                text += "\n" + say(f"only in {self.since}:") + listing(self.missing)
         if self.refused:
-            text += "\n\nnot read:" + listing(list(self.refused.values()))
+            text += "\n\n" + say("not read:") + listing([*map(say, self.refused.values())])
         return text
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .._console import plain_data, table
+from ..languages import translator
 
 _ROWS = 30  # of a table; .columns has them all
 
@@ -105,19 +106,30 @@ class DataReport:
         return importlib.import_module("pandas").DataFrame([vars(row) for row in self.columns])
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, lang: str = "en", width: int | None = None) -> str:
+        """The report as it is printed.
+
+        Args:
+            lang, width: as of `Diagnosis.text`.
+        """
+        say = translator(lang)
         part = "" if self.complete else " (the budget ended before the data)"
-        text = f"verdict: {self.verdict}, {self.batches:,} batches{part}, {self.rows:,} rows"
+        text = say(f"verdict: {self.verdict}, {self.batches:,} batches{part}, {self.rows:,} rows")
         for number, fault in enumerate(self.faults, 1):
-            text += f"\n\n{number}. {fault.kind} ({fault.severity}): {fault.code}\n   {fault.explanation}"
+            text += f"\n\n{number}. {say(fault.kind)} ({say(fault.severity)}): {say(fault.code)}"
+            text += f"\n   {say(fault.explanation)}"
         if self.columns:
             cells = [
                 [
-                    row.code if row.column is None else f"{row.code} {row.what} {row.column}",
+                    row.code if row.column is None else f"{row.code} {say(row.what)} {row.column}",
                     *(f"{value:.4g}" for value in (row.mean, row.std, row.lowest, row.highest)),
                 ]
                 for row in self.columns[:_ROWS]
             ]
-            text += "\n\n" + table(["column", "mean", "std", "lowest", "highest"], cells, "lrrrr")
+            head = [say(name) for name in ("column", "mean", "std", "lowest", "highest")]
+            text += "\n\n" + table(head, cells, "lrrrr", width=width)
             if len(self.columns) > _ROWS:
-                text += f"\n... and {len(self.columns) - _ROWS:,} more columns"
+                text += "\n" + say(f"... and {len(self.columns) - _ROWS:,} more columns")
         return text

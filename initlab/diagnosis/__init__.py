@@ -6,6 +6,7 @@ it shows; checks/ finds causes; fixes.py writes remedies; report.py is what is p
 communicating.
 """
 
+from .objectives import inspect_objective
 from .probes import UsageError
 from .ranks import CommunicatesError
 from .report import Cause, Diagnosis, LayerRow, Place
@@ -20,5 +21,6 @@ __all__ = [
     "UsageError",
     "diagnose",
     "diagnose_alone",
+    "inspect_objective",
     "supervised",
 ]

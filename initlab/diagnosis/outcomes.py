@@ -107,9 +107,10 @@ def in_words(losses: Sequence[float | None]) -> str:
         ends.insert(1, f"{max(finite):.{digits}g}")
     if first == last:
         ends = [f"{first:.4g}"] * 2
-    steps = len(known) - 1
-    when = f"in {steps} step{'s' if steps > 1 else ''}" if math.isfinite(last) else f"in step {steps}"
-    return f"{' -> '.join(ends)} {when}"
+    steps, course = len(known) - 1, " -> ".join(ends)
+    if not math.isfinite(last):
+        return f"{course} in step {steps}"
+    return f"{course} in {steps} steps" if steps > 1 else f"{course} in 1 step"
 
 
 def much_better(treated: Outcome, untreated: Outcome, unit: float = 0.0) -> bool:

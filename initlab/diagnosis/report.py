@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from .._console import inline_listing, plain_data, table
 from ..distributed.collectives import listed
+from ..languages import Say, translator
 from .outcomes import in_words
 
 Kind: TypeAlias = Literal[
@@ -224,45 +225,61 @@ class Diagnosis:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        lines = [self._headline(), *self._ranks()]
+        return self.text()
+
+    def text(self, lang: str = "en", width: int | None = None) -> str:
+        """The diagnosis as it is printed.
+
+        Args:
+            lang: "en", or "zh" for Chinese. Numbers, names and code are the same; the comments of a remedy are not.
+            width: cells that a line of the table may take; None does not shorten it.
+
+        Raises:
+            ValueError: for another language.
+        """
+        say = translator(lang)
+        lines = [self._headline(say), *self._ranks(say)]
         for number, cause in enumerate(self.causes, 1):
             where = str(cause.place) or _WHERE.get(cause.kind, "the model")
-            lines += ["", f"{number}. {cause.kind} ({cause.severity}): {where}", f"   {cause.explanation}"]
+            lines += ["", f"{number}. {say(cause.kind)} ({say(cause.severity)}): {say(where)}"]
+            lines.append(f"   {say(cause.explanation)}")
             if cause.emulated:
-                lines.append(f"   {_emulated(cause)}")
+                lines.append(f"   {say(_emulated(cause))}")
             if cause.trial:
-                lines.append(f"   {_compared(cause)}")
+                lines.append(f"   {say(_compared(cause))}")
             if cause.evidence:
                 said = {name: _short(value) for name, value in cause.evidence.items() if name != "error"}
-                lines += ["   " + ", ".join(f"{name} {value}" for name, value in said.items())] if said else []
+                lines += (
+                    ["   " + say(", ").join(f"{say(name)} {value}" for name, value in said.items())] if said else []
+                )
             if cause.remedy:
                 how = ", tried" if cause.tried else ", emulated: finite and falling" if cause.emulated else ""
-                lines.append(f"   remedy{how}:")
-                lines += [f"       {line}" for line in cause.remedy.splitlines()]
+                lines.append(f"   {say(f'remedy{how}:')}")
+                lines += [f"       {line}" for line in say.code(cause.remedy).splitlines()]
         if self.layers:
-            lines += ["", self._table()]
-        lines += [f"note: {note}" for note in self.notes]
+            lines += ["", self._table(say, width)]
+        lines += [say(f"note: {note}") for note in self.notes]
         return "\n".join(lines)
 
-    def _headline(self) -> str:
-        parts = [f"{'' if self.rank is None else f'rank {self.rank}, '}verdict: {self.verdict}"]
+    def _headline(self, say: Say) -> str:
+        parts = [say(f"{'' if self.rank is None else f'rank {self.rank}, '}verdict: {self.verdict}")]
         if self.broke_at is not None:
-            parts.append(f"broke in step {self.broke_at}")
+            parts.append(say(f"broke in step {self.broke_at}"))
         if self.losses:
-            parts.append(f"loss {in_words(self.losses)}")
+            parts.append(f"{say('loss')} {say(in_words(self.losses))}")
         if self.gradient_norm is not None:
-            parts.append(f"gradient norm {self.gradient_norm:.3g}")
-        return ", ".join(parts)
+            parts.append(say(f"gradient norm {self.gradient_norm:.3g}"))
+        return say(", ").join(parts)
 
-    def _ranks(self) -> Iterator[str]:
+    def _ranks(self, say: Say) -> Iterator[str]:
         alike: dict[Verdict, list[int]] = {}
         for rank, verdict in self.verdicts.items():
             alike.setdefault(verdict, []).append(rank)
         if alike:
             parts = (f"{verdict} on {listed(ranks)}" for verdict, ranks in sorted(alike.items(), key=itemgetter(1)))
-            yield f"of {len(self.verdicts)} ranks: {'; '.join(parts)}"
+            yield say(f"of {len(self.verdicts)} ranks: {'; '.join(parts)}")
 
-    def _table(self) -> str:
+    def _table(self, say: Say, width: int | None) -> str:
         head = ["layer", "kind", "dtype", "std", "gain", "largest", "headroom", "gradient"]
         if all(row.headroom > _FAR for row in self.layers):
             head.remove("headroom")
@@ -270,13 +287,14 @@ class Diagnosis:
         last = -1
         for place in _shown(self.layers):
             if place > last + 1:
-                rows.append((f"... {place - last - 1} more", *[""] * (len(head) - 1)))
+                rows.append((say(f"... {place - last - 1} more"), *[""] * (len(head) - 1)))
             row, last = self.layers[place], place
             cells = [
                 _cell(None if name == "headroom" and row.headroom > _FAR else getattr(row, name)) for name in head[3:]
             ]
-            rows.append((row.name or "(model)", row.kind, row.dtype, *cells))
-        return table(head, rows, "lll" + "r" * (len(head) - 3))
+            rows.append((row.name or say("(model)"), row.kind, row.dtype, *cells))
+        spare = [say(name) for name in ("dtype", "kind")]
+        return table([*map(say, head)], rows, "lll" + "r" * (len(head) - 3), width=width, spare=spare)
 
 
 def _compared(cause: Cause) -> str:

@@ -81,7 +81,8 @@ def diagnose(
     buffers, gradients, modes, attributes, the optimizer and its state, and the random generators.
 
     Of a DataLoader, or of an iterator of batches, one pass is taken first, as `initlab.scan_data` does, within half the
-    budget: then the batches with something extreme are run, and a plain one, until one of them breaks.
+    budget: then the batches with something extreme are run, and a plain one, until one of them breaks. With `across`
+    each rank reads its own loader.
 
     Beside other ranks it runs this rank's model and batch alone and never communicates, not even where DDP waits for
     the gradients of a pass that is half done. A model that cannot run without the others is refused.

@@ -13,6 +13,7 @@ from torch import nn
 from initlab.kernels import STREAM_VERSION, Distribution
 
 from .._console import table
+from ..languages import translator
 from .digest import ModelDigest, model_digest
 from .naming import Names
 from .specs import DimSlice
@@ -151,6 +152,19 @@ class InitReport:
         return plain if self.digests is None else plain | {"digest": self.digests.total}
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, lang: str = "en", width: int | None = None) -> str:
+        """The report as it is printed.
+
+        Args:
+            lang: "en", or "zh" for Chinese.
+            width: cells that a line of the table may take; None neither shortens it nor leaves columns out.
+
+        Raises:
+            ValueError: for another language.
+        """
+        say = translator(lang)
         total = sum(row.numel for row in self.rows)
         head = ["name", "shape", "dtype", "distribution", "fan", "std", "key", "why"]
         rows = [self._cells(row) for row in self.rows]
@@ -158,12 +172,13 @@ class InitReport:
             head.insert(7, "digest")
             for cells, row in zip(rows, self.rows, strict=True):
                 cells.insert(7, self.digests.parameters.get(row.name, ""))
-        lines = [table(head, rows)]
+        spare = [say(name) for name in ("digest", "key", "fan", "dtype")]
+        lines = [table([*map(say, head)], rows, width=width, spare=spare)]
         digest = "" if self.digests is None else f", digest {self.digests.total}"
-        summary = f"{len(self.rows)} tensors, {total:,} elements: recipe {self.recipe}, seed {self.seed}, "
-        lines.append(f"{summary}stream {self.stream}{digest}")
+        recipe = f"recipe {self.recipe}, seed {self.seed}, stream {self.stream}{digest}"
+        lines.append(say(f"{len(self.rows)} tensors, {total:,} elements: {recipe}"))
         if self.guesses:
-            lines.append(f"* {len(self.guesses)} guessed, from names or from the order of modules")
+            lines.append(say(f"* {len(self.guesses)} guessed, from names or from the order of modules"))
         return "\n".join(lines)
 
     def _cells(self, row: Row) -> list[str]:

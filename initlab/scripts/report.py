@@ -11,6 +11,7 @@ from typing import Any
 
 from .._console import plain_data
 from ..diagnosis import Diagnosis
+from ..languages import translator
 
 
 @dataclass
@@ -21,7 +22,8 @@ class ScriptReport:
         script: its path.
         steps: backward passes that were seen.
         first, last: losses; NaN where there were none.
-        stopped: why it was stopped, in words; empty where it ran to its end.
+        stopped: why it was stopped, or what is wrong with it, in words; empty where nothing is.
+        over: whether it ran to its end.
         place: file and line of the user's code at which it was stopped.
         diagnosis: of the step that failed; None where there was none, or the step could not be run again.
         preamble: code that gives the remedy's names their values in the script.
@@ -34,6 +36,7 @@ class ScriptReport:
     first: float = math.nan
     last: float = math.nan
     stopped: str = ""
+    over: bool = False
     place: tuple[str, int] = ("", 0)
     diagnosis: Diagnosis | None = None
     preamble: str = ""
@@ -56,6 +59,7 @@ class ScriptReport:
             "first_loss": plain_data(self.first),
             "last_loss": plain_data(self.last),
             "stopped": self.stopped,
+            "over": self.over,
             "file": self.place[0] or None,
             "line": self.place[1] or None,
             "diagnosis": None if self.diagnosis is None else self.diagnosis.to_dict(),
@@ -68,18 +72,32 @@ class ScriptReport:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, lang: str = "en", width: int | None = None) -> str:
+        """The report as it is printed.
+
+        Args:
+            lang, width: as of `Diagnosis.text`.
+        """
+        say = translator(lang)
         name = Path(self.script).name
+        notes = [say(note) for note in self.notes]
         if not self.stopped:
+            if not self.steps:
+                return "\n".join([say(f"{name}: no backward pass was seen"), *notes])
             fell = f", loss {self.first:.4g} -> {self.last:.4g}" if math.isfinite(self.first) else ""
-            said = "no backward pass was seen" if not self.steps else f"{self.steps} steps{fell}, nothing to report"
-            return "\n".join([f"{name}: {said}", *self.notes])
+            return "\n".join([say(f"{name}: {self.steps} steps{fell}, nothing to report"), *notes])
         file, line = self.place
-        lines = [f"{name}: stopped in step {self.steps}: {self.stopped}"]
+        if self.over:
+            lines = [say(f"{name}: ended after {self.steps} steps: {self.stopped}")]
+        else:
+            lines = [say(f"{name}: stopped in step {self.steps}: {self.stopped}")]
         if line:
             lines.append(f"  {Path(file).name}:{line}: {linecache.getline(file, line).strip()}")
-        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  {note}" for note in notes]
         if self.diagnosis is not None:
-            lines += ["", str(self.diagnosis)]
+            lines += ["", self.diagnosis.text(lang, width)]
             if self.preamble and any(cause.remedy for cause in self.diagnosis.causes):
-                lines += ["", "In the script, the names of the remedy are:", f"    {self.preamble}"]
+                lines += ["", say("In the script, the names of the remedy are:"), f"    {self.preamble}"]
         return "\n".join(lines)

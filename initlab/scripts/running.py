@@ -17,19 +17,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from initlab.kernels import all_finite_fast
 
-from ..diagnosis import Cause, Diagnosis, diagnose_alone
+from ..diagnosis import Cause, Diagnosis, diagnose_alone, inspect_objective
+from .loop import EARLY, Line, Optimizers, causes_in_loop, stuck_parameters
 from .report import ScriptReport
-from .steps import Start, Step, model_of, names_of, optimizer_of, reached_parameters
+from .steps import Start, Step, leaves_of, model_of, names_of, optimizer_of
 from .tape import Event, Replay, Tape
 
 PATIENCE = 200  # steps in which a loss should have fallen
-_FALL = 0.99  # of the first steps' mean: what counts as fallen
-_RISE = 2.0  # times the first steps' mean: what counts as risen
-_EARLY = 10  # steps whose mean is compared
 _AGAIN = 20  # steps that an examination from the start takes at most
 _SCALED = 50  # steps in a row that a GradScaler may skip before it is a fault
 
@@ -83,26 +81,21 @@ def run_script(
     try:
         with run.watching():
             runpy.run_path(str(path), run_name="__main__")
+        run.ended()
     except _Stop:
         pass
     except SystemExit as error:
-        if error.code not in (None, 0):
+        if error.code in (None, 0):
+            run.ended()
+        else:
             run.report.error = error
     except Exception as error:
         run.failed(error)
     finally:
         sys.argv[:], sys.path[:] = saved
+    if run.fault is not None:
+        raise run.fault
     return run.report
-
-
-class _Losses:
-    """The losses of one line of the script."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-        self.events_before = 0  # of the tape, when this line was last reached
-        self.examined = 0  # how many there were when the doctor last found nothing
-        self.start: Start | None = None
 
 
 class _Run:
@@ -115,12 +108,15 @@ class _Run:
         self.on_stage = on_stage
         self.report = ScriptReport(str(path))
         self.tape = Tape(self.is_users)
-        self.losses: dict[tuple[str, int], _Losses] = {}
+        self.lines: dict[tuple[str, int], Line] = {}
+        self.optimizers = Optimizers()
         self.loss: Tensor | None = None  # of the last backward pass
         self.place: tuple[str, int] = ("", 0)
         self.step_events: list[Event] = []
         self.skipped = 0  # steps in a row with gradients that are not finite, under a GradScaler
         self.examining = False
+        self.over = False  # the script has ended: no step is under way
+        self.fault: Exception | None = None  # of the watch itself
 
     def is_users(self, file: str) -> bool:
         """Whether a file is the script or lies beside it, and is no installed package."""
@@ -135,26 +131,45 @@ class _Run:
         run = self
 
         def watched(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            if run.examining:
-                return backward(tensors, *args, **kwargs)
-            run.before_backward(tensors)
-            result = backward(tensors, *args, **kwargs)
-            return result
+            run.seeing(run.before_backward, tensors)
+            return backward(tensors, *args, **kwargs)
 
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if not run.examining:
-                run.before_step(optimizer)
+            run.seeing(run.before_step, optimizer)
+            if not any(map(callable, (*args, *kwargs.values()))):  # a closure is a step of its own
+                run.tape.rest()
 
-        handle = register_optimizer_step_pre_hook(before_step)
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            run.tape.resume()
+
+        handles = register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)
         torch.autograd.backward = watched
         try:
             with self.tape.module_calls(), self.tape:
-                yield
+                try:
+                    yield
+                finally:
+                    self.tape.resume()  # an error in an optimizer's step
         finally:
             torch.autograd.backward = backward
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     # One step
+
+    def seeing(self, look: Callable[[Any], None], at: Any) -> None:
+        """Look at a part of a step. A fault of the watch's own ends the watch, and not the script."""
+        self.tape.resume()  # where a step raised an error that the script has caught
+        if self.examining or self.fault is not None:
+            return
+        lifted = self.tape.lift()  # what the watch calls is no part of the step
+        try:
+            look(at)
+        except Exception as error:
+            self.fault = error
+        finally:
+            self.tape.lay(lifted)
+            self.tape.paused = self.fault is not None
 
     def before_backward(self, tensors: Any) -> None:
         """Look at a loss."""
@@ -163,46 +178,79 @@ class _Run:
             return
         with torch.no_grad():
             value = float(loss.detach())
+        self.optimizers.before_backward()
         self.report.steps += 1
         if self.report.steps == 1:
             self.report.first = value
         self.report.last = value
         self.loss, self.place = loss, self.tape.place()
-        seen = self.losses.setdefault(self.place, _Losses())
+        seen = self.lines.setdefault(self.place, Line())
         self.tape.drop(seen.events_before)
-        for other in self.losses.values():
+        for other in self.lines.values():
             other.events_before = max(0, other.events_before - seen.events_before)
         self.step_events = list(self.tape.events)
         seen.events_before = len(self.tape.events)
         seen.values.append(value)
-        if len(seen.values) == 1 and (step := self.step()) is not None:
-            seen.start = Start(step)
+        if len(seen.values) == 1:
+            seen.reached, seen.first_step = set(leaves_of(loss)), self.optimizers.steps
+            if (step := self.step()) is not None:
+                seen.start = Start(step)
         if not math.isfinite(value):
             self.stop(f"the loss is {value:g}")
-        if why := self.stands_still(seen):
-            found = self.examined_from_start(seen, 3)
-            if found is not None:
-                self.report.diagnosis = found
-            if found is not None or self.examine(3):
-                self.stop(why)
+        # Where nothing is found, twice as many losses are awaited.
+        if len(seen.values) >= max(self.patience, 2 * seen.examined):
+            why = seen.stands_still(max(EARLY, self.patience // 10))
+            if why and self.judged(seen, why):
+                raise _Stop
             seen.examined = len(seen.values)
 
-    def stands_still(self, seen: _Losses) -> str:
-        """Whether a line's loss has risen or not fallen in `patience` steps; each time twice as many are awaited."""
-        count = len(seen.values)
-        if count < max(self.patience, 2 * seen.examined) or count < 2 * _EARLY:
-            return ""
-        first = min(seen.values[0], sum(seen.values[:_EARLY]) / _EARLY)
-        window = max(_EARLY, self.patience // 10)
-        last = sum(seen.values[-window:]) / window
-        if last > first + abs(first) * (_RISE - 1):
-            return f"the loss has risen from {first:.4g} to {last:.4g} in {count} steps"
-        if first > 0 and last > _FALL * first:
-            return f"the loss has not fallen in {count} steps: {first:.4g} to {last:.4g}"
-        return ""
+    def judged(self, seen: Line, why: str) -> bool:
+        """Whether it is known what a loss stands still from, or what is wrong with the loop around it.
+
+        Args:
+            why: how the loss stands still, in words; "" where it falls.
+        """
+        sure = list(causes_in_loop(seen, self.optimizers, "broken" if why else "warning"))
+        stuck = stuck_parameters(seen, self.optimizers)
+        found = None
+        if not sure and (why or stuck):
+            found = self.examined_from_start(seen, 3) or (None if self.over else self.examined_now(3))
+        causes = [*sure, *(found.causes if found is not None else ())] or ([stuck] if stuck is not None else [])
+        if not causes:
+            return False
+        self.report.diagnosis = dataclasses.replace(found or Diagnosis(()), causes=tuple(causes))
+        falls = f"the loss falls, and {'the loop around it is wrong' if sure else 'a part does not learn'}"
+        self.report.stopped, self.report.place = why or falls, self.place
+        return True
+
+    def ended(self) -> None:
+        """The script has run to its end: look at what was too short to be looked at before, and at each objective."""
+        self.over = self.report.over = True
+        if self.fault is not None:
+            return
+        for place, seen in self.lines.items():
+            self.place = place
+            why = seen.stands_still(max(EARLY, len(seen.values) // 10)) if len(seen.values) > seen.examined else ""
+            if self.judged(seen, why) or self.misses_its_objective(seen):
+                return
+
+    def misses_its_objective(self, seen: Line) -> bool:
+        """Whether a loss function is called wrongly, whatever the loss does."""
+        if seen.start is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        notes = list(self.report.notes)
+        with seen.start.put_back():
+            found = self.diagnosed(seen.start.step, 1, inspect_objective)
+        if found is None or not found.causes:
+            self.report.notes = notes  # nothing failed: that it cannot be examined is no news
+            return False
+        self.report.diagnosis, self.report.place = found, self.place
+        self.report.stopped = "the loss function is called wrongly"
+        return True
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Look at the gradients that an optimizer is about to use."""
+        self.optimizers.before_step(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if all(g.is_sparse or g.device.type != "cpu" or all_finite_fast(g) for g in gradients):
             self.skipped = 0
@@ -223,8 +271,9 @@ class _Run:
         self.loss, self.step_events = None, list(events)
         self.place = (frames[-1].filename, frames[-1].lineno or 0) if frames else events[-1].place
         self.report.steps += 1
-        if self.examine(1):
-            self.report.place = self.place
+        found = self.examined_now(1)
+        if found is not None and found.causes:
+            self.report.diagnosis, self.report.place = found, self.place
             self.report.stopped = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
     # The examination
@@ -232,28 +281,32 @@ class _Run:
     def stop(self, why: str) -> NoReturn:
         """Examine the step, and end the script."""
         self.report.stopped, self.report.place = why, self.place
-        if self.report.diagnosis is None:
-            self.examine(1)
-            self.examine_start()
+        self.report.diagnosis = self.examined_now(1)
+        self.examine_start()
         raise _Stop
 
     def examine_start(self) -> None:
         """Weights that a run has ruined tell little of why: its start does, where the same steps ruin it again."""
-        seen = self.losses.get(self.place)
+        seen = self.lines.get(self.place)
         late = self.report.diagnosis
-        if seen is not None and len(seen.values) > 1 and (late is None or _tells_little(late)):
+        if seen is None or len(seen.values) < 2:
+            return
+        found = None
+        if late is None or _tells_little(late):
             found = self.examined_from_start(seen, min(len(seen.values), _AGAIN))
-            self.report.diagnosis = late if found is None else found
+            if found is None and late is not None:  # the weights were in order: the run has made them what they are
+                late = dataclasses.replace(late, causes=tuple(c for c in late.causes if c.kind != "uninitialised"))
+        sure = list(causes_in_loop(seen, self.optimizers, "broken"))
+        if sure and found is None:  # what the doctor sees of a late step is what the loop has led to
+            late = dataclasses.replace(late or Diagnosis(()), causes=tuple(sure))
+        self.report.diagnosis = found or late
 
-    def examine(self, steps: int) -> bool:
-        """Let the doctor look at the step as it is now; whether it finds something."""
+    def examined_now(self, steps: int) -> Diagnosis | None:
+        """Let the doctor look at the step as it is now."""
         step = self.step()
-        found = None if step is None else self.diagnosed(step, steps)
-        if found is not None and (found.causes or self.report.stopped):
-            self.report.diagnosis = found
-        return found is not None and bool(found.causes)
+        return None if step is None else self.diagnosed(step, steps)
 
-    def examined_from_start(self, seen: _Losses, steps: int) -> Diagnosis | None:
+    def examined_from_start(self, seen: Line, steps: int) -> Diagnosis | None:
         """Let the doctor look at the first step of a line; None where it finds nothing."""
         if seen.start is None:
             return None
@@ -267,8 +320,9 @@ class _Run:
     def step(self) -> Step | None:
         """The step that is under way; None where it cannot be run again."""
         frames = list(self.users_frames())
-        reached = reached_parameters(self.loss)
-        model, model_name = model_of(self.step_events, frames, reached)
+        leaves = leaves_of(self.loss)
+        reached = set(leaves)
+        model, model_name = model_of(self.step_events, frames, leaves)
         if model is None:
             note = "the step cannot be run again: no module with parameters was called on the way to the loss"
             if note not in self.report.notes:
@@ -281,12 +335,12 @@ class _Run:
         code += [f"batch = {{{', '.join(f'{name!r}: {name}' for name in replay.batch)}}}"]
         return Step(model, replay, optimizer, "; ".join(code))
 
-    def diagnosed(self, step: Step, steps: int) -> Diagnosis | None:
+    def diagnosed(self, step: Step, steps: int, doctor: Callable[..., Diagnosis] = diagnose_alone) -> Diagnosis | None:
         """The doctor's word on a step."""
         self.examining = self.tape.paused = True
         self.report.preamble = step.preamble
         try:
-            found = diagnose_alone(
+            found = doctor(
                 step.model, step.replay.batch, step.replay, step.optimizer, steps=steps, on_stage=self.on_stage
             )
             return dataclasses.replace(found, causes=tuple(_in_script(cause, step.replay) for cause in found.causes))

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import keystr
 
+from .._tree import tensors_with_paths
 from .tape import Event, Replay
 
 
@@ -34,7 +36,12 @@ class Start:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.tensors = [(t, t.detach().clone()) for t in (*step.model.parameters(), *step.model.buffers())]
+        self.values = {id(tensor): value for tensor, value in self.tensors}
         self.state, self.groups = _optimizer_state(step.optimizer)
+
+    def moved(self, parameter: Tensor) -> bool:
+        """Whether a parameter is another than it was at that step."""
+        return not torch.equal(parameter.detach(), self.values[id(parameter)])
 
     @contextlib.contextmanager
     def put_back(self) -> Iterator[None]:
@@ -108,15 +115,14 @@ def names_of(frames: list[FrameType]) -> dict[int, str]:
                 if isinstance(item, Tensor):
                     found.setdefault(id(item), str(key))
         elif isinstance(value, list | tuple) and len(value) < 100:
-            for index, item in enumerate(value):
-                if isinstance(item, Tensor):
-                    found.setdefault(id(item), f"{name}[{index}]")
+            for path, item in tensors_with_paths(value, depth=2):
+                found.setdefault(id(item), name + keystr(path))
     return found
 
 
-def reached_parameters(loss: Tensor | None) -> set[int]:
-    """The ids of the parameters that a loss's graph ends in."""
-    found: set[int] = set()
+def leaves_of(loss: Tensor | None) -> dict[int, Tensor]:
+    """The tensors that a loss's graph ends in, by id: parameters, as a rule."""
+    found: dict[int, Tensor] = {}
     seen: set[Any] = set()
     stack = [None if loss is None else loss.grad_fn]
     while stack:
@@ -125,15 +131,28 @@ def reached_parameters(loss: Tensor | None) -> set[int]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            found[id(node.variable)] = node.variable
         stack += [following for following, _ in node.next_functions]
     return found
 
 
-def model_of(events: list[Event], frames: list[FrameType], reached: set[int]) -> tuple[nn.Module | None, str]:
+class Tensors(nn.Module):
+    """The tensors that a script learns without a module, as one.
+
+    Args:
+        tensors: by their names in the script.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._parameters.update(tensors)  # type: ignore[arg-type]  # no nn.Parameter would be the script's own tensor
+
+
+def model_of(events: list[Event], frames: list[FrameType], reached: dict[int, Tensor]) -> tuple[nn.Module | None, str]:
     """What was called and has parameters that the loss reaches, with its name in the script.
 
-    Of several modules it is the smallest one of the script that holds them all, else a ModuleDict of them.
+    Of several modules it is the smallest one of the script that holds them all, else a ModuleDict of them. Where no
+    module was called it is the tensors that the loss reaches.
     """
     called = [event.function for event in events if isinstance(event.function, nn.Module)]
     roots = [root for root in dict.fromkeys(called) if any(id(p) in reached for p in root.parameters())]
@@ -143,13 +162,15 @@ def model_of(events: list[Event], frames: list[FrameType], reached: set[int]) ->
     named = [(name, value) for name, value in _variables(frames) if isinstance(value, nn.Module)]
     if len(roots) == 1:
         return roots[0], next((name for name, value in named if value is roots[0]), "")
-    parameters = {id(p) for root in roots for p in root.parameters()} or reached
+    parameters = {id(p) for root in roots for p in root.parameters()} or set(reached)
     holders = [(n, v) for n, v in named if parameters and parameters <= {id(p) for p in v.parameters()}]
     if holders:
         name, smallest = min(holders, key=lambda pair: sum(1 for _ in pair[1].modules()))
         return smallest, name
     if not roots:
-        return None, ""
+        known = names_of(frames)
+        own = {known[key].replace(".", "_"): tensor for key, tensor in reached.items() if key in known}
+        return (Tensors(own) if own else None), ""
     names = [next((n for n, v in named if v is root), f"module{i}").replace(".", "_") for i, root in enumerate(roots)]
     return nn.ModuleDict(dict(zip(names, roots, strict=True))), ""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from .._tree import tensors_in
 _MOST_EVENTS = 100_000  # of a step that never comes to a backward pass
 
 
-@dataclass
+@dataclass(slots=True)
 class Event:
     """One call: of an outermost module, or of one of torch's functions outside of modules.
 
@@ -57,12 +58,13 @@ class Tape(TorchFunctionMode):
 
     def __init__(self, is_users: Callable[[str], bool]) -> None:
         super().__init__()
-        self.is_users = is_users
+        self.is_users = functools.cache(is_users)  # asked for each frame of each call
         self.events: list[Event] = []
         self.made: set[int] = set()  # ids of what the events put out; they hold it, so that no id is used again
         self.thread = threading.get_ident()
         self.inside = False  # a module's call
         self.paused = False
+        self.resting = self.lifted = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -84,7 +86,7 @@ class Tape(TorchFunctionMode):
 
     def end(self, event: Event, output: Any) -> None:
         """Note what a call put out."""
-        event.outputs = list(tensors_in(output))
+        event.outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
         self.made.update(map(id, event.outputs))
 
     def drop(self, count: int) -> None:
@@ -112,6 +114,33 @@ class Tape(TorchFunctionMode):
             frame = frame.f_back
         return frame
 
+    def lift(self) -> bool:
+        """Take the tape off the stack of modes, as if there were none; where others lie on it, let everything pass."""
+        innermost = torch.overrides._pop_mode() if torch._C._len_torch_function_stack() else None
+        if innermost is self:
+            return True
+        if innermost is not None:
+            torch.overrides._push_mode(innermost)
+        self.paused = True
+        return False
+
+    def lay(self, lifted: bool) -> None:
+        """Undo `lift`, which returned whether the tape was taken off."""
+        if lifted:
+            torch.overrides._push_mode(self)
+        self.paused = False
+
+    def rest(self) -> None:
+        """Record nothing until `resume`: while an optimizer takes its step."""
+        if not self.resting and not self.inside and not self.paused:
+            self.lifted, self.resting = self.lift(), True
+
+    def resume(self) -> None:
+        """Record again."""
+        if self.resting:
+            self.resting = False
+            self.lay(self.lifted)
+
     @contextlib.contextmanager
     def module_calls(self) -> Iterator[None]:
         """Record the outermost calls of modules inside the block."""
@@ -122,12 +151,13 @@ class Tape(TorchFunctionMode):
                 return plain(module, *args, **kwargs)
             event = tape.begin(module, args, kwargs)
             tape.inside = True
+            # Without the tape what the module calls costs nothing, and torch.compile has nothing to guard.
+            lifted = tape.lift()
             try:
-                # No cost for what the module calls, and nothing for torch.compile to guard.
-                with _without(tape):
-                    output = plain(module, *args, **kwargs)
+                output = plain(module, *args, **kwargs)
             finally:
                 tape.inside = False
+                tape.lay(lifted)
             tape.end(event, output)
             return output
 
@@ -138,28 +168,12 @@ class Tape(TorchFunctionMode):
             nn.Module.__call__ = plain  # type: ignore[method-assign]
 
 
-@contextlib.contextmanager
-def _without(tape: Tape) -> Iterator[None]:
-    """Take the tape off the stack of modes, as if there were none; where others lie on it, let everything pass."""
-    innermost = torch.overrides._pop_mode() if torch._C._len_torch_function_stack() else None
-    if innermost is not tape:
-        if innermost is not None:
-            torch.overrides._push_mode(innermost)
-        tape.paused = True
-    try:
-        yield
-    finally:
-        tape.paused = False
-        if innermost is tape:
-            torch.overrides._push_mode(tape)
-
-
 _NOT_STEPS = {"backward", "item", "tolist", "numpy", "__repr__", "__format__", "__str__", "__len__", "__get__", "dim"}
 _NOT_STEPS |= {"size", "numel", "stride", "is_floating_point", "__bool__", "__float__", "__int__", "register_hook"}
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+    if not torch._C._is_any_autocast_enabled():
         return ()
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
 

@@ -3,6 +3,6 @@
 from .finding import Finding
 from .guess import guesses
 from .interventions import of_little, of_rise, of_standstill
-from .order import findings
+from .order import findings, of_objective
 
-__all__ = ["Finding", "findings", "guesses", "of_little", "of_rise", "of_standstill"]
+__all__ = ["Finding", "findings", "guesses", "of_little", "of_objective", "of_rise", "of_standstill"]

@@ -91,6 +91,12 @@ def findings(evidence: Evidence) -> list[Finding]:
     return sorted(found, key=lambda one: broken and one.severity != "broken" and not one.suspicion)
 
 
+def of_objective(evidence: Evidence) -> list[Finding]:
+    """What is wrong with the loss function that one step shows for certain."""
+    found = (check(evidence) for check in (target_out_of_range, wrong_space, apart, broadcast))
+    return [one for one in found if one is not None and not one.suspicion][:1]
+
+
 _MAKE_SURE = ("input", "weights", "loss", "operation", "uninitialised")  # what makes a first loss large, beside a head
 _NONFINITE = ("uninitialised", "input", "target", "precision", "loss", "operation", "weights", "gradient")
 

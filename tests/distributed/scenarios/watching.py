@@ -306,6 +306,17 @@ def the_batch_of_one_rank() -> None:
 
 
 @on(2)
+def the_loader_of_one_rank() -> None:
+    batches = [(x(bad=dist.get_rank() == last() and index == 3), x()) for index in range(5)]
+    found = initlab.diagnose(sharded.ddp(MLP()), iter(batches), SQUARED, across=True)
+    texts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, found.to_json())
+    assert len(set(texts)) == 1
+    assert (found.rank, found.batch_index, found.verdict, found.causes[0].kind) == (last(), 3, "broken", "input")
+    assert found.data.faults[0].places[0][0] == 3
+
+
+@on(2)
 def one_rank_alone_in_the_middle_of_a_step() -> None:
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, {"static_graph": True})):
         start = MLP().to(dtype)

@@ -1,0 +1,55 @@
+"""inspect_objective(): one step, and only what is wrong with its loss function, whatever the loss does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from . import hypotheses, probes, ranks
+from .budget import Budget
+from .checks import of_objective
+from .limits import LIMITS
+from .probes import LossFn, TrainingStep, quiet
+from .report import Diagnosis
+
+
+def inspect_objective(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFn,
+    optimizer: Optimizer | None = None,
+    *,
+    steps: int = 1,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Diagnosis:
+    """Look at the calls of torch's loss functions in a step: probabilities for logits, shapes that are broadcast.
+
+    These are facts of one forward pass. No remedy is tried where there are none, so that it takes about two steps.
+
+    Args:
+        model, batch, loss_fn, optimizer: as for `diagnose`.
+        steps: of training to take.
+        on_stage: called with a description of each stage as it begins.
+
+    Returns:
+        A `Diagnosis`, with no causes where the objective is in order.
+    """
+    with quiet(), ranks.without_collectives(), Budget(LIMITS.budget) as budget:
+        training_step = TrainingStep(model, batch, loss_fn, optimizer)
+        try:
+            evidence = probes.observe_at_rest(training_step)
+            if not probes.runnable(evidence):
+                return Diagnosis(())
+            probes.observe_steps(training_step, evidence, steps, math.inf, budget.tick)
+            found = of_objective(evidence)
+            if not found:
+                return Diagnosis((), losses=tuple(evidence.losses))
+            on_stage("trying remedies")
+            causes = hypotheses.judge(training_step, evidence, found, budget, lambda step, further: [], 0)
+        finally:
+            training_step.snapshot.restore()
+    return Diagnosis(tuple(causes), losses=tuple(evidence.losses))

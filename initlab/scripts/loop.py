@@ -1,0 +1,230 @@
+"""What a script's loop does between its steps, and what is wrong with it that no single step shows.
+
+Gradients that nobody sets to zero, a loss that depends on no parameter, parameters that no optimizer holds, a rate that
+stays 0, a step() that is never called: the doctor, who takes steps of its own, sees none of it. It shows in what the
+loop leaves: parameters that have not moved, gradients that are still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..diagnosis import Cause
+from ..diagnosis.report import Place, Severity
+from .steps import Start
+
+EARLY = 10  # steps whose mean is compared
+_FALL = 0.99  # of the first steps' mean: what counts as fallen
+_RISE = 2.0  # times the first steps' mean: what counts as risen
+_AGAIN = 5  # steps in a row that use the gradients of those before
+_SHARE = 0.25  # of the elements that a loss reaches: so many do not stand still by design
+
+
+@dataclass
+class Line:
+    """The losses of one line of the script.
+
+    Args:
+        values: of the losses.
+        start: the first step, with its weights.
+        reached: ids of the tensors that the first loss's graph ends in.
+        events_before: how many events the tape had when this line was last reached.
+        examined: how many losses there were when the doctor last found nothing.
+        first_step: how many steps optimizers had taken at the first loss.
+    """
+
+    values: list[float] = field(default_factory=list)
+    start: Start | None = None
+    reached: set[int] = field(default_factory=set)
+    events_before: int = 0
+    examined: int = 0
+    first_step: int = 0
+
+    def stands_still(self, window: int) -> str:
+        """Whether the loss has risen or not fallen, in words; "" where it has fallen, or there are too few."""
+        count = len(self.values)
+        if count < 2 * EARLY:
+            return ""
+        first = min(self.values[0], sum(self.values[:EARLY]) / EARLY)
+        last = sum(self.values[-window:]) / len(self.values[-window:])
+        if last > first + abs(first) * (_RISE - 1):
+            return f"the loss has risen from {first:.4g} to {last:.4g} in {count} steps"
+        if first > 0 and last > _FALL * first:
+            return f"the loss has not fallen in {count} steps: {first:.4g} to {last:.4g}"
+        return ""
+
+
+@dataclass
+class _Left:
+    """The gradient that a step of an optimizer has used: of one parameter, which stands for all.
+
+    Args:
+        kept: whether every backward pass since then has found it as it was, or with something added.
+        passes: backward passes since then.
+        steps: in a row that used the gradients of the step before once more.
+    """
+
+    parameter: Tensor
+    gradient: Tensor
+    kept: bool = True
+    passes: int = 0
+    steps: int = 0
+
+
+class Optimizers:
+    """The optimizers of a script that take steps, and the gradients that they leave."""
+
+    def __init__(self) -> None:
+        self.seen: list[Optimizer] = []
+        self.steps = 0
+        self.left: dict[int, _Left] = {}  # by the optimizer's id
+
+    def before_backward(self) -> None:
+        """Note which gradients are to be added to."""
+        for left in self.left.values():
+            left.passes += 1
+            left.kept = left.kept and left.parameter.grad is left.gradient and bool(left.gradient.any())
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Note a step."""
+        if not any(optimizer is other for other in self.seen):
+            self.seen.append(optimizer)
+        self.steps += 1
+        last = self.left.pop(id(optimizer), None)
+        parameter = last.parameter if last is not None else None
+        if parameter is None or parameter.grad is None:
+            parameter = min((p for p in _held_by((optimizer,)) if _is_plain(p.grad)), key=Tensor.numel, default=None)
+        if parameter is not None and parameter.grad is not None:
+            again = last is not None and last.kept and last.passes > 0
+            steps = last.steps + 1 if last is not None and again else 0
+            self.left[id(optimizer)] = _Left(parameter, parameter.grad, steps=steps)
+
+    def used_again(self, line: Line) -> int:
+        """How many steps in a row have used the gradients of those before, of what a loss reaches."""
+        return max((one.steps for one in self.left.values() if id(one.parameter) in line.reached), default=0)
+
+
+def causes_in_loop(line: Line, optimizers: Optimizers, severity: Severity) -> Iterator[Cause]:
+    """What is wrong with the loop around a loss, for certain.
+
+    Args:
+        severity: of what need not keep a run from learning.
+    """
+    if (again := optimizers.used_again(line)) >= _AGAIN:
+        yield Cause(
+            "gradient",
+            severity,
+            Place(),
+            "gradients are not set to zero between steps: each backward pass adds to the sum of all before it.",
+            {"steps": again},
+            "optimizer.zero_grad()  # before each backward(), or after each step()",
+        )
+    own, reached = _parameters_of(line)
+    if not own:
+        return
+    held = {id(p) for p in _held_by(optimizers.seen)}
+    if not reached and not held & line.reached:
+        yield Cause(
+            "gradient",
+            "broken",
+            Place(),
+            "the loss depends on no parameter: it is made of numbers that were taken out of the graph.",
+            {"parameters": len(own)},
+            "# in the loss: add the tensors themselves; no .item(), .detach(), float() or torch.tensor() of them",
+        )
+        return
+    first, count = next(iter(reached), ""), len(line.values)
+    if line.start is None or not reached or any(map(line.start.moved, reached.values())):
+        return
+    if not optimizers.steps:
+        yield Cause(
+            "optimizer",
+            "broken",
+            Place(),
+            f"no optimizer has taken a step in {count} backward passes, and {first} is what it was.",
+            {"parameters": len(reached)},
+            "optimizer.step()  # after backward()",
+        )
+    elif optimizers.steps - line.first_step < EARLY:
+        return
+    elif not any(id(p) in held for p in reached.values()):
+        yield Cause(
+            "optimizer",
+            "broken",
+            Place(parameter=first),
+            f"no optimizer that takes steps has {first}, nor any other parameter that this loss reaches: it was made "
+            "with the parameters of another model.",
+            {"parameters": len(reached)},
+            "# give the optimizer of this loss the parameters that it reaches: model.parameters()",
+        )
+    elif not any(rate for _, rate in _rates(optimizers.seen, reached)):
+        planned = max(float(group.get("initial_lr", 0.0)) for group, _ in _rates(optimizers.seen, reached))
+        whence = f" The optimizer was made with {planned:g}: its schedule multiplies it by 0." if planned else ""
+        look = "# look at the schedule: print(scheduler.get_last_lr()); // of two integers is 0 until it is 1"
+        yield Cause(
+            "learning rate",
+            "broken",
+            Place(),
+            f"the learning rate was 0 in all {count} steps: no parameter has changed.{whence}",
+            {"rate": 0.0, "initial rate": planned},
+            look if planned else "# give the optimizer a rate above 0",
+        )
+
+
+def stuck_parameters(line: Line, optimizers: Optimizers) -> Cause | None:
+    """Parameters that an optimizer has, with gradients of exactly 0 and the values of the first step.
+
+    Only what it leads to: the doctor may know why.
+    """
+    _, reached = _parameters_of(line)
+    held = {id(p) for p in _held_by(optimizers.seen)}
+    if line.start is None or optimizers.steps - line.first_step < EARLY:
+        return None
+    still = {
+        name: p
+        for name, p in reached.items()
+        if id(p) in held and (p.grad is None or not bool(p.grad.any())) and not line.start.moved(p)
+    }
+    share = sum(p.numel() for p in still.values()) / max(1, sum(p.numel() for p in reached.values()))
+    if share < _SHARE or not all(rate for _, rate in _rates(optimizers.seen, still)):
+        return None
+    first = next(iter(still))
+    return Cause(
+        "gradient",
+        "warning",
+        Place(parameter=first),
+        f"the gradient of {first} is exactly 0, and it is what it was {len(line.values)} steps ago: so are "
+        f"{len(still)} of the {len(reached)} parameters that the loss reaches. What follows it is dead, or cut off.",
+        {"parameters": len(still)},
+        "# look at what follows: a ReLU whose inputs are all negative, a large negative bias, a saturated sigmoid",
+    )
+
+
+def _parameters_of(line: Line) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the model of a line has to learn, by name; and what of it the loss reaches."""
+    model = line.start.step.model if line.start is not None else None
+    own: dict[str, Tensor] = (
+        {name: p for name, p in model.named_parameters() if p.requires_grad} if model is not None else {}
+    )
+    return own, {name: p for name, p in own.items() if id(p) in line.reached}
+
+
+def _is_plain(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.layout == torch.strided and not gradient.is_inference()
+
+
+def _held_by(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
+    return (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+
+
+def _rates(optimizers: Iterable[Optimizer], parameters: dict[str, Tensor]) -> list[tuple[dict[str, Any], float]]:
+    """The groups that hold some of these parameters, with their rates."""
+    wanted = set(map(id, parameters.values()))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [(g, float(g.get("lr", 1.0))) for g in groups if any(id(p) in wanted for p in g["params"])]

@@ -1,0 +1,269 @@
+"""What is wrong with a script's loop, which no single step shows; and loops that only look so."""
+
+import textwrap
+
+import pytest
+import torch
+
+from initlab import cli
+from initlab.scripts import run_script, running
+
+pytestmark = pytest.mark.long  # each script trains for some hundred steps
+
+HEAD = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+torch.manual_seed(0)
+x = torch.randn(256, 8)
+y = (x[:, :1] * 2).tanh() + 0.5 * x[:, 1:2]
+labels = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+def net(out):
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, out))
+def batches(n):
+    for i in range(n):
+        at = torch.arange(32) + 32 * (i % 8)
+        yield x[at], y[at], labels[at]
+"""
+
+WRONG = {
+    "gradients that pile up": (
+        """
+        model = net(1)
+        opt = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        for a, b, _ in batches(120):
+            F.mse_loss(model(a), b).backward()
+            opt.step()
+        """,
+        "gradient",
+        "not set to zero",
+    ),
+    "gradients that pile up, clipped": (
+        """
+        model = net(1)
+        opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for a, b, _ in batches(60):
+            F.mse_loss(model(a), b).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+        """,
+        "gradient",
+        "not set to zero",
+    ),
+    "no step": (
+        """
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters())
+        for a, b, _ in batches(60):
+            opt.zero_grad()
+            F.mse_loss(model(a), b).backward()
+        """,
+        "optimizer",
+        "no optimizer has taken a step",
+    ),
+    "an optimizer of another model": (
+        """
+        model, other = net(1), net(1)
+        opt = torch.optim.Adam(other.parameters())
+        for a, b, _ in batches(60):
+            model.zero_grad()
+            F.mse_loss(model(a), b).backward()
+            opt.step()
+        """,
+        "optimizer",
+        "no optimizer that takes steps has 0.weight",
+    ),
+    "a schedule of 0": (
+        """
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: (step + 1) // 1000)
+        for a, b, _ in batches(60):
+            opt.zero_grad()
+            F.mse_loss(model(a), b).backward()
+            opt.step()
+            schedule.step()
+        """,
+        "learning rate",
+        "0.001: its schedule",
+    ),
+    "a loss of numbers": (
+        """
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for a, b, _ in batches(60):
+            opt.zero_grad()
+            loss = torch.tensor(F.mse_loss(model(a), b).item(), requires_grad=True)
+            loss.backward()
+            opt.step()
+        """,
+        "gradient",
+        "depends on no parameter",
+    ),
+    "hidden units that are dead": (
+        """
+        model = net(1)
+        nn.init.constant_(model[0].bias, -50.0)
+        opt = torch.optim.Adam(model.parameters(), lr=5e-2)
+        for a, b, _ in batches(60):
+            opt.zero_grad()
+            F.mse_loss(model(a), b + 3).backward()
+            opt.step()
+        """,
+        "weights",
+        "zero for every row",
+    ),
+    "a short run with a rate that is too large": (
+        """
+        model = net(3)
+        opt = torch.optim.SGD(model.parameters(), lr=30.0)
+        for a, _, c in batches(40):
+            opt.zero_grad()
+            F.cross_entropy(model(a), c).backward()
+            opt.step()
+        """,
+        "learning rate",
+        "too large",
+    ),
+    "a loss that falls, of probabilities": (
+        """
+        model = nn.Sequential(net(3), nn.Softmax(1))
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for a, _, c in batches(60):
+            opt.zero_grad()
+            F.cross_entropy(model(a), c).backward()
+            opt.step()
+        """,
+        "loss",
+        "a softmax of a softmax",
+    ),
+    "tensors without a module": (
+        """
+        w = torch.randn(8, 1, requires_grad=True)
+        layers = [(w, torch.zeros(1, requires_grad=True))]
+        opt = torch.optim.SGD([w, layers[0][1]], lr=0.1)
+        x[40, 3] = float("nan")
+        for a, b, _ in batches(8):
+            opt.zero_grad()
+            F.mse_loss(a @ w + layers[0][1], b).backward()
+            opt.step()
+        """,
+        "input",
+        "NaN",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(one_thread, unhurried):
+    """The scripts run in this process, and seed torch."""
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+
+
+def script(tmp_path, body):
+    path = tmp_path / "train.py"
+    path.write_text(HEAD + textwrap.dedent(body))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_first_cause(tmp_path, name):
+    body, kind, said = WRONG[name]
+    report = run_script(script(tmp_path, body))
+    assert report.diagnosis is not None, str(report)
+    cause = report.diagnosis.causes[0]
+    assert (cause.kind, said in cause.explanation) == (kind, True), str(report)
+    assert report.verdict != "healthy"
+
+
+RIGHT = {
+    "manual steps": """
+        model = net(1)
+        for a, b, _ in batches(60):
+            model.zero_grad()
+            F.mse_loss(model(a), b).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.05 * p.grad
+        """,
+    "a frozen first layer": """
+        model = net(1)
+        model[0].requires_grad_(False)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for a, b, _ in batches(60):
+            opt.zero_grad()
+            F.mse_loss(model(a), b).backward()
+            opt.step()
+        """,
+    "a first layer that no optimizer has": """
+        model = net(1)
+        opt = torch.optim.Adam(model[2].parameters(), lr=1e-2)
+        for a, b, _ in batches(60):
+            opt.zero_grad()
+            F.mse_loss(model(a), b).backward()
+            opt.step()
+        """,
+    "gradients set to 0 in place, and accumulated": """
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for i, (a, b, _) in enumerate(batches(120)):
+            F.mse_loss(model(a), b).backward()
+            if i % 4 == 3:
+                opt.step()
+                opt.zero_grad(set_to_none=False)
+        """,
+    "two networks that push each other": """
+        g, d = net(8), net(1)
+        og, od = torch.optim.Adam(g.parameters(), 1e-4), torch.optim.Adam(d.parameters(), 1e-4)
+        for a, _, _ in batches(60):
+            fake = g(torch.randn(32, 8))
+            ld = F.softplus(-d(a)).mean() + F.softplus(d(fake.detach())).mean()
+            od.zero_grad(); ld.backward(); od.step()
+            lg = F.softplus(-d(fake)).mean()
+            og.zero_grad(); lg.backward(); og.step()
+        """,
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_loop_that_is_right(tmp_path, name):
+    report = run_script(script(tmp_path, RIGHT[name]))
+    assert report.verdict == "healthy", str(report)
+    assert report.over
+
+
+def test_a_fault_of_the_watch_does_not_end_the_script(tmp_path, monkeypatch, capsys):
+    def fails(*args):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(running.Line, "stands_still", fails)
+    monkeypatch.setattr(running, "leaves_of", fails)
+    path = script(tmp_path, RIGHT["manual steps"] + "\n        print('the end')")
+    assert cli.main(["doctor", path]) == 70
+    out, err = capsys.readouterr()
+    assert "the end" in out
+    assert "a fault of ours" in err
+
+
+def test_a_step_that_raises_an_error(tmp_path):
+    body = """
+        model = net(1)
+        class Failing(torch.optim.SGD):
+            def step(self):
+                raise ArithmeticError("no step")
+        opt = Failing(model.parameters(), lr=0.1)
+        for a, b, _ in batches(3):
+            F.mse_loss(model(a), b).backward()
+            try:
+                opt.step()
+            except ArithmeticError:
+                pass
+        (model(x).sum() * float("nan")).backward()
+        """
+    report = run_script(script(tmp_path, body))
+    assert report.stopped == "the loss is nan"
+    report = run_script(script(tmp_path, body.replace("except ArithmeticError:", "except KeyError:")))
+    assert isinstance(report.error, ArithmeticError)
+    assert not torch._C._len_torch_function_stack()
