@@ -22,7 +22,8 @@ from .specs import ONES, ZEROS, DimSlice, FillSpec, InitTrace, whole_fill
 @functools.lru_cache(maxsize=1024)
 def _torch_default(fan_in: int, why: str) -> tuple[FillSpec, FillSpec]:
     """Of a weight and of its bias: kaiming_uniform_(weight, a=sqrt(5)), and uniform within 1 / sqrt(fan_in)."""
-    of_weight = of_bias = ZEROS
+    of_weight: Distribution = ZEROS
+    of_bias: Distribution = ZEROS
     if fan_in != 0:
         bound = math.sqrt(3.0) * (calculate_gain("leaky_relu", math.sqrt(5.0)) / math.sqrt(fan_in))
         of_weight, of_bias = _symmetric(bound), _symmetric(1 / math.sqrt(fan_in))
