@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _is_functional_tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
@@ -205,7 +206,7 @@ def draw_key(tensor: Tensor, generator: torch.Generator | None) -> int:
         raise TypeError(f"generator must be a torch.Generator or None, not {type(generator).__name__}")
     if not has_values(tensor) or tensor.numel() == 0:
         return 0
-    if generator is None and tensor.device.type == "cuda" and not is_dtensor(tensor):
+    if generator is None and not tensor.is_cpu and tensor.device.type == "cuda" and not is_dtensor(tensor):
         _check_rank_seeds(tensor.device)
     key = generator_key(generator)
     if _thread.log is not None:
@@ -239,7 +240,8 @@ def has_values(tensor: Tensor) -> bool:
     """False on meta and for fakes; raises for a wrapper, whose memory is not the tensor's, and in a traced graph."""
     if tensor.is_meta:
         return False
-    if torch._C._get_tracing_state() is not None or (torch._C._len_torch_dispatch_stack() and _is_traced()):
+    modes = _len_torch_dispatch_stack()
+    if _get_tracing_state() is not None or (modes and _is_traced()):
         raise NotImplementedError(
             "initlab.init cannot be recorded by torch.export or make_fx, nor by torch.jit.trace: the graph would lack "
             "the draw. Fill the tensor outside what is traced"
@@ -255,12 +257,12 @@ def has_values(tensor: Tensor) -> bool:
                 f"initlab.init does not fill a {kind.__name__}, a wrapper around other tensors. Fill the plain tensor "
                 "before it is wrapped, or use torch.nn.init for it, outside swap()"
             )
-    if is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+    if is_functorch_wrapped_tensor(tensor) or _is_functional_tensor(tensor):
         raise NotImplementedError(
             "initlab.init does not fill a tensor that a torch.func transform (vmap, grad, functionalize, ...) has "
             "wrapped. Fill it before the transform"
         )
-    if torch._C._len_torch_dispatch_stack() and _fake_mode_is_active():
+    if modes and _fake_mode_is_active():
         tensor.detach()  # for torch's own error, where the mode does not let real tensors in
         raise NotImplementedError(
             "initlab.init does not fill a real tensor under FakeTensorMode, where no value can be drawn. Fill it "

@@ -108,7 +108,7 @@ def forget():
     """Backend choices are made once in a process: forgets them before and after the test."""
     caches = (
         *(backends.requested, backends._installed, backends.interpreted, backends._too_old),
-        *(backends._imported, fill._say_that_it_is_slow),
+        *(backends._imported, fill._backend, fill._say_that_it_is_slow),
     )
 
     def forget():

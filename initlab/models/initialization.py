@@ -207,7 +207,11 @@ def _fill(plan: Plan, new: Mapping[int, Tensor], ready: Set[int], advance: Calla
             tensor = new.get(id(old), old)
             if task.shards is not None:
                 dtensors.append(tensor)
-            yield from _draws_of(task, tensor)
+            (part, distribution), *others = task.spec.fills
+            if part is None and not others and task.ref.kind == "plain":  # nearly every parameter
+                yield Draw(tensor, distribution, task.key)
+            else:
+                yield from _draws_of(task, tensor)
         current = ""
 
     try:

@@ -16,16 +16,18 @@ from torch.nn.modules.conv import _ConvNd
 from initlab.kernels import Constant, Distribution, Normal, Uniform
 
 from ..nn import LinearReLU
-from .specs import ONES, ZEROS, DimSlice, InitTrace
+from .specs import ONES, ZEROS, DimSlice, FillSpec, InitTrace, whole_fill
 
 
 @functools.lru_cache(maxsize=1024)
-def _torch_default(fan_in: int) -> tuple[Distribution, Distribution]:
+def _torch_default(fan_in: int, why: str) -> tuple[FillSpec, FillSpec]:
     """Of a weight and of its bias: kaiming_uniform_(weight, a=sqrt(5)), and uniform within 1 / sqrt(fan_in)."""
-    if fan_in == 0:
-        return ZEROS, ZEROS
-    bound = math.sqrt(3.0) * (calculate_gain("leaky_relu", math.sqrt(5.0)) / math.sqrt(fan_in))
-    return _symmetric(bound), _symmetric(1 / math.sqrt(fan_in))
+    of_weight: Distribution = ZEROS
+    of_bias: Distribution = ZEROS
+    if fan_in != 0:
+        bound = math.sqrt(3.0) * (calculate_gain("leaky_relu", math.sqrt(5.0)) / math.sqrt(fan_in))
+        of_weight, of_bias = _symmetric(bound), _symmetric(1 / math.sqrt(fan_in))
+    return whole_fill(of_weight, why, fan_in), whole_fill(of_bias, why, fan_in)
 
 
 def _symmetric(bound: float) -> Distribution:
@@ -60,11 +62,9 @@ def _convolution(module: Any, trace: InitTrace, why: str) -> None:
 
 
 def _weight_and_bias(module: nn.Module, fan_in: int, trace: InitTrace, why: str) -> None:
-    of_weight, of_bias = _torch_default(fan_in)
-    for tensor in registered(module, "weight"):
-        trace.write(tensor, of_weight, why, fan=fan_in)
-    for tensor in registered(module, "bias"):
-        trace.write(tensor, of_bias, why, fan=fan_in)
+    for name, spec in zip(("weight", "bias"), _torch_default(fan_in, why), strict=True):
+        for tensor in registered(module, name):
+            trace.write_whole(tensor, spec)
 
 
 def _bilinear(module: nn.Bilinear, trace: InitTrace, why: str) -> None:

@@ -168,7 +168,7 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, tuple[Any, torch.dtype]
             held = module._parameters[f"{hook.name}_orig"]
             parts = tuple((module, f"{hook.name}_{part}") for part in ("orig", "u", "v"))
             yield hook.name, _form(held), parts, lambda w, h=hook: _spectral(h, w), "spectral_norm"
-    if parametrize.is_parametrized(module):
+    if "parametrizations" in module._modules and parametrize.is_parametrized(module):
         for attribute, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
             parts = tuple(
                 (chain, name) for name in (*chain._parameters, *chain._buffers) if name.startswith("original")

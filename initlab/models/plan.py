@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from initlab.kernels import Constant, Draw, content_sum, fill_, named_key
+from initlab.kernels import Constant, Distribution, Draw, content_sum, fill_, named_key
 
 from .._console import listing, warn
 from ..distributed.agreement import check_agreement
@@ -25,7 +25,7 @@ from .refusals import ways_out
 from .report import InitReport, Row, report_of
 from .rerunning import start_mismatch
 from .resolving import resolve
-from .specs import FillSpec, Refused
+from .specs import DimSlice, FillSpec, Refused
 from .values import Values, given_values
 
 Only: TypeAlias = str | Sequence[str] | Callable[[str, Tensor], bool]
@@ -64,11 +64,14 @@ class Task(NamedTuple):
             return Row(ref.name, aliases, shape, dtype, None, why=ref.owner)
         if spec.distribution is None:
             return Row(ref.name, aliases, shape, dtype, None, why=spec.why, guess=spec.guess, source="computed")
-        slices = tuple((part, distribution) for part, distribution in spec.fills if part is not None)
-        drawn = any(not isinstance(distribution, Constant) for _, distribution in spec.fills)
+        (part, first), *others = spec.fills
+        slices: tuple[tuple[DimSlice, Distribution], ...] = ()
+        drawn = not isinstance(first, Constant)
+        if others or part is not None:  # rare: a comprehension for each parameter would cost as much as its key
+            slices = tuple((part, distribution) for part, distribution in spec.fills if part is not None)
+            drawn = drawn or any(not isinstance(distribution, Constant) for _, distribution in others)
         key = self.key if drawn else None
-        std = spec.distribution.stddev
-        return Row(ref.name, aliases, shape, dtype, spec.distribution, slices, spec.fan, std, key, spec.why, spec.guess)
+        return Row(ref.name, aliases, shape, dtype, first, slices, spec.fan, first.stddev, key, spec.why, spec.guess)
 
 
 @dataclass
@@ -91,8 +94,10 @@ class Plan:
 
     def refuse_meta(self, target: torch.device | None) -> None:
         """Raise where something to fill is on the meta device, and no device is given to which it could go."""
+        if target is not None:
+            return
         on_meta = [task.ref.name for task in self.tasks if task.ref.tensor.is_meta]
-        if on_meta and target is None:
+        if on_meta:
             raise ValueError(
                 f"{_first_and_count(on_meta)} on the meta device: say where the model is to lie, device='cpu' or 'cuda'"
             )

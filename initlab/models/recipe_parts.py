@@ -151,6 +151,8 @@ def guess_by_name(ref: TensorRef) -> FillSpec | None:
 
 def is_head(ref: TensorRef) -> bool:
     """Whether a parameter is both the weight of an embedding and that of a linear layer: a head tied to it."""
+    if len(ref.places) < 2:
+        return False
     owners = [module for module, attribute in ref.places if attribute == "weight"]
     return any(map(is_embedding, owners)) and any(
         compute_fans(module, "weight", ref.tensor) is not None for module in owners

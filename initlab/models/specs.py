@@ -125,16 +125,23 @@ class InitTrace:
         fan: float | None = None,
     ) -> None:
         """Record that `tensor`, or a slice of it, is filled with `distribution`."""
+        if dim_slice is None:
+            self.write_whole(tensor, whole_fill(distribution, why, fan))
+            return
         self.count(tensor)
         if id(tensor) in self.ignored:
             return
-        if dim_slice is None:
-            self.unreadable.pop(id(tensor), None)
-            self.recorded[id(tensor)] = whole_fill(distribution, why, fan)
-        elif (before := self.recorded.get(id(tensor))) is not None:
+        if (before := self.recorded.get(id(tensor))) is not None:
             self.recorded[id(tensor)] = replace(before, fills=(*before.fills, (dim_slice, distribution)), why=why)
         elif id(tensor) not in self.unreadable:
             self.recorded[id(tensor)] = FillSpec(((dim_slice, distribution),), fan, why)
+
+    def write_whole(self, tensor: Tensor, spec: FillSpec) -> None:
+        """Record that all of `tensor` is filled by `spec`."""
+        self.count(tensor)
+        if id(tensor) not in self.ignored:
+            self.unreadable.pop(id(tensor), None)
+            self.recorded[id(tensor)] = spec
 
     def give_up(self, tensor: Tensor, why: str) -> None:
         """Record that `tensor` is written in a way that no distribution describes."""

@@ -8,10 +8,11 @@ No fast-math: every + - x is rounded on its own, as the stream demands.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import zlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -363,10 +364,14 @@ class Prepared(NamedTuple):
     itemsize: int
     numbers: array[Any]  # of the map; or the bits of a constant
     numbers_address: int
+    run: Any  # the kernel, to be called with a run without a table
+
+
+_RUN = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 7)  # words of 64 bits all; c_void_p is the quickest to convert
 
 
 def _prepared(kernel: Any, itemsize: int, numbers: array[Any]) -> Prepared:
-    return Prepared(kernel, kernel.address, itemsize, numbers, numbers.buffer_info()[0])
+    return Prepared(kernel, kernel.address, itemsize, numbers, numbers.buffer_info()[0], _RUN(kernel.address))
 
 
 def prepare(m: Map, dtype: torch.dtype) -> Prepared:
@@ -395,7 +400,7 @@ def fills_in_order(elements: int) -> bool:
 Entry: TypeAlias = tuple[int, int, Prepared, int, Iterable[StridedRun] | None]
 
 
-def fill(entries: Iterable[Entry], device: torch.device) -> None:
+def fill(entries: Sequence[Entry], device: torch.device) -> None:
     """Fill contiguous tensors, on torch.get_num_threads() threads where that is worth it, by one call.
 
     Args:
@@ -412,7 +417,10 @@ def fill(entries: Iterable[Entry], device: torch.device) -> None:
             raise NotImplementedError(
                 "cannot fill a tensor that has no memory of its own, as torch.func.functionalize makes them"
             )
-        _, kernel, itemsize, _, numbers = prepared
+        _, kernel, itemsize, _, numbers, run = prepared
+        if runs is None and numel <= PIECE_SIZE and len(entries) == 1:  # a table would cost more than it fills
+            run(address, 0, 1, numel, 0, key, numbers)
+            return
         elements += numel
         if runs is None:
             pieces += 1 if numel <= PIECE_SIZE else _pieces(1, numel)

@@ -148,7 +148,13 @@ def backend_of(device: torch.device) -> str:
         >>> backend_of(torch.device("cpu")) in ("torch", "numba")
         True
     """
-    return backends.load(device, _MODULES).name
+    return _backend(device, backends.requested()).name
+
+
+@functools.cache
+def _backend(device: torch.device, requested: str) -> backends.Backend:
+    """What serves a device. To look it up anew would take a sixth of a small fill's time."""
+    return backends.load(device, _MODULES)
 
 
 class _Job(NamedTuple):
@@ -189,17 +195,17 @@ def _checked(draw: Draw, chosen: dict[torch.device, backends.Backend]) -> _Job |
             f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} overlaps itself: more than one "
             "element refers to a single memory location; clone() it before filling it"
         )
-    device = tensor.device
-    if tensor.numel() == 0 or device.type == "meta" or (not known and isinstance(tensor, FakeTensor)):
+    if tensor.numel() == 0 or tensor.is_meta or (not known and isinstance(tensor, FakeTensor)):
         return None
     if known and is_freed(tensor):
         raise RuntimeError(
             f"the storage of a tensor of shape {tuple(tensor.shape)} is smaller than its elements: it was freed or "
             "resized, as sharding libraries do between steps; fill it while its storage is there"
         )
+    device = tensor.device
     backend = chosen.get(device)
     if backend is None:
-        backend = chosen[device] = backends.load(device, _MODULES)
+        backend = chosen[device] = _backend(device, backends.requested())
     plain = contiguous and not tensor.is_conj() and not tensor.is_neg()
     return _Job(tensor, backend, of_dtype, key, region, plain)
 
@@ -256,7 +262,7 @@ def _as_real(job: _Job) -> tuple[Tensor, Iterable[StridedRun] | None]:
 
 def _fill_together(jobs: list[_Job], device: torch.device) -> None:
     """Fill tensors by one call of their backend; where their memory meets, it fills them in order."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if jobs[0].tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a fill cannot be captured in a CUDA graph: its table would be read again from memory that is gone. "
             "Fill before the capture"

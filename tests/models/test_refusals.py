@@ -1,6 +1,8 @@
 """What a refusal advises is pasted: it works, or says itself what is missing. It never makes a number up."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,9 @@ from initlab.kernels import Constant, Normal
 from torch import nn
 
 import initlab
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from evaluation.zoo import models
 
 
 def advised(model, recipe="own"):
@@ -107,3 +112,39 @@ def test_transformers(name, recipe):
         initlab.plan_model(model, 0, recipe)
     except ValueError:
         pasted(model, recipe)
+
+
+@pytest.mark.long  # real libraries
+@pytest.mark.parametrize(
+    "name", ["test_vit", "cait_xxs24_224", "convnext_atto", "swinv2_tiny_window8_256", "eva02_tiny_patch14_224"]
+)
+@pytest.mark.parametrize("recipe", ["own", "torch", "he"])
+def test_timm(name, recipe):
+    build = models(["timm"]).get(f"timm {name}")
+    if build is None:
+        pytest.skip("timm is not in the set of packages that `make test-all` has")
+    model = build()
+    try:
+        initlab.plan_model(model, 0, recipe)
+    except ValueError:
+        pasted(model, recipe)
+
+
+def test_stacked_experts():
+    """DBRX has all experts under each other in two dimensions: nothing tells a fan, and nothing is made up."""
+
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moe_num_experts, self.hidden_size = 4, 16
+            for name in ("w1", "v1", "w2"):
+                setattr(self, name, nn.Parameter(torch.randn(4 * 24, 16) * 0.02))
+
+    model = nn.ModuleDict({"router": nn.Linear(16, 4), "experts": Stacked()})
+    for recipe in ("he", "xavier", "mitchell"):
+        rules, said = advised(model, recipe)
+        assert rules == {"experts.w1": ..., "experts.v1": ..., "experts.w2": ..., "*": recipe}
+        assert "experts.w1 (in Stacked): the weights of experts in one parameter of shape 96 x 16" in said
+        assert not pasted(model, recipe)
+        report = initlab.init_model_(model, 0, {**rules, **dict.fromkeys(list(rules)[:3], Normal(0.0, 0.02))})
+        assert {row.std for row in report.rows if row.why == "given"} == {0.02}

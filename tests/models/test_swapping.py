@@ -1467,3 +1467,30 @@ def test_check_ranks_is_not_asked_where_something_raised(monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         fail()
+
+
+@pytest.mark.long  # transformers, peft
+@pytest.mark.filterwarnings("ignore")  # PEFT's, that a checkpoint without projections depends on how they are drawn
+def test_projections_that_are_drawn_again_at_load(tmp_path):
+    """PEFT's VeRA saves a seed in their place: what is saved and loaded inside swap() computes what it did."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50)
+
+    def body() -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(settings)
+
+    vera = peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False, projection_prng_key=5)
+    ids, outputs = torch.arange(12).view(2, 6), {}
+    for inside in (True, False):
+        with swap() if inside else ExitStack():
+            model = peft.get_peft_model(body(), vera).eval()
+            for name, parameter in model.named_parameters():
+                if "vera_lambda" in name:
+                    parameter.data.fill_(0.5)
+            outputs[inside] = model(ids).logits
+            model.save_pretrained(tmp_path / str(inside))
+            again = peft.PeftModel.from_pretrained(body(), tmp_path / str(inside)).eval()
+        assert torch.equal(again(ids).logits, outputs[inside])
+    assert not torch.equal(outputs[True], outputs[False])
