@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backends
 from .nonfinite import NAN as NAN  # for the backend too, which imports its own op alone
@@ -25,6 +24,7 @@ from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
 from .nonfinite import POSITIVE_INF as POSITIVE_INF
 from .nonfinite import add_flag_, nonfinite_flag
 from .tensors import all_plain
+from .torch_internals import count_dispatch_modes, is_transforming, is_wrapper
 
 _MODULES = {"numba": None, "triton": "._linear_triton"}  # on a CPU nothing betters torch's GEMM
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +71,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, fl
     if needs_registered_op(input, weight, bias):
         if flags is None:
             return F.linear(input, weight, bias).relu_()
-        op = _FunctorchLinearReLU.apply if torch._C._are_functorch_transforms_active() else _op
+        op = _FunctorchLinearReLU.apply if is_transforming() else _op
         y, flag = op(*_operands(input, weight, bias))
         flags.bitwise_or_(flag)
         return y
@@ -111,12 +111,7 @@ def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Ten
 
 def needs_registered_op(*tensors: Tensor | None) -> bool:
     """Whether a compiler, a transform, a dispatch mode or a subclass intercepts operations and must see the op."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or not all_plain(tensors)
-    )
+    return torch.compiler.is_compiling() or is_transforming() or count_dispatch_modes() > 0 or not all_plain(tensors)
 
 
 def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -127,7 +122,7 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[assignment]
     for t in tensors:
-        if bool(is_traceable_wrapper_subclass(t)):
+        if bool(is_wrapper(t)):
             raise NotImplementedError(
                 f"flags do not work with a {type(t).__name__}, which wraps other tensors; "
                 "leave flags out, or call linear_relu on the tensors inside"

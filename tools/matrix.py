@@ -1,6 +1,6 @@
 """Runs the quick tests and the golden values in every version that users have, and writes docs/support.md's table.
 
-`python tools/matrix.py WORK` makes a venv for each row in the folder WORK, one after the other, installs this tree's wheel
+`python tools/matrix.py WORK` makes a venv for each row in the folder WORK, one after the other, installs this tree's
 with that row's versions through pip, runs QUICK there, removes the venv, and puts the row into docs/support.md. `--rows 1 5`
 takes some of the rows. An interpreter is looked for on PATH as `python3.N`, and where `--python 3.N=PATH` says. Each row
 downloads up to 3 GB (pip's cache keeps it), needs 6 GB of disk, and takes some five minutes on two cores.
@@ -27,7 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "support.md"
 MINUTES = 20  # for the tests of a row
 
-TRITON = {"2.11.0": "3.6.0", "2.12.1": "3.7.1", "2.13.0": "3.7.1", "2.14.1": "3.8.0", "2.15.0": "3.9.0"}  # what torch pins
+TRITON = {
+    "2.11.0": "3.6.0",
+    "2.12.1": "3.7.1",
+    "2.13.0": "3.7.1",
+    "2.14.1": "3.8.0",
+    "2.15.0": "3.9.0",
+}  # what torch pins
 OLDEST_NUMPY = {"3.10": "1.26.0", "3.11": "1.26.0", "3.12": "1.26.0", "3.13": "2.1.0", "3.14": "2.3.2"}  # with wheels
 OLDEST_NUMBA = {"3.14": "0.63.0"}  # with wheels; elsewhere pyproject's
 BOUND_NUMBA = "0.61.0"
@@ -100,9 +106,7 @@ def uncovered(rows: Sequence[Row] = ROWS) -> list[tuple[str, str]]:
     missing = []
     for a, b in itertools.combinations(values, 2):
         had = {(asdict(row)[a], asdict(row)[b]) for row in rows}
-        missing += [
-            (f"{a} {x}", f"{b} {y}") for x, y in itertools.product(values[a], values[b]) if (x, y) not in had
-        ]
+        missing += [(f"{a} {x}", f"{b} {y}") for x, y in itertools.product(values[a], values[b]) if (x, y) not in had]
     return missing
 
 
@@ -233,8 +237,12 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     tree = work / "tree"  # a copy: building writes beside setup.py, and this tree may be edited meanwhile
     shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "build", "dist"))
-    rc, output = run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", work, tree], work / "build.log", 10)
+    shutil.copytree(
+        ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "build", "dist")
+    )
+    rc, output = run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", work, tree], work / "build.log", 10
+    )
     if rc:
         raise SystemExit(output)
     (wheel,) = work.glob("initlab-*.whl")

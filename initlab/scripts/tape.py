@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from initlab.kernels.torch_internals import count_function_modes, pop_function_mode, push_function_mode
+
 from .._tree import tensors_in
 
 _MOST_EVENTS = 100_000  # of a step that never comes to a backward pass
@@ -141,17 +143,17 @@ class Tape(TorchFunctionMode):
 @contextlib.contextmanager
 def _without(tape: Tape) -> Iterator[None]:
     """Take the tape off the stack of modes, as if there were none; where others lie on it, let everything pass."""
-    innermost = torch.overrides._pop_mode() if torch._C._len_torch_function_stack() else None
+    innermost = pop_function_mode() if count_function_modes() else None
     if innermost is not tape:
         if innermost is not None:
-            torch.overrides._push_mode(innermost)
+            push_function_mode(innermost)
         tape.paused = True
     try:
         yield
     finally:
         tape.paused = False
         if innermost is tape:
-            torch.overrides._push_mode(tape)
+            push_function_mode(tape)
 
 
 _NOT_STEPS = {"backward", "item", "tolist", "numpy", "__repr__", "__format__", "__str__", "__len__", "__get__", "dim"}

@@ -9,6 +9,8 @@ from typing import SupportsIndex
 
 import torch
 
+from ..torch_internals import count_dispatch_modes, is_transforming
+
 STREAM_VERSION = 1
 
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -124,8 +126,4 @@ def _new_cell() -> tuple[torch.Tensor, ctypes.c_uint64]:
 
 def _is_watched() -> bool:
     """Whether a tensor to draw into must be a new one: under torch.compile, a dispatch mode or a transform."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return torch.compiler.is_dynamo_compiling() or count_dispatch_modes() > 0 or is_transforming()
