@@ -91,7 +91,7 @@ def single_plants():
     """(place, value) in a full block: each kind in each of a thread's elements, and in each warp."""
     for i in range(96):
         chunk, element, lane = i // 8 % 4, i % 8, 37 * i % 128
-        yield 1024 * chunk + 8 * lane + element, KINDS[(i + i // 32) % 3][0]
+        yield 1024 * chunk + 8 * lane + element, KINDS[(i + 2 * (i // 32)) % 3][0]
 
 
 def planted(numel, values, dtype):
@@ -109,9 +109,10 @@ def add_flag():
             if flag_of(x, nonfinite.launch) != expected:
                 return False
         for place, value in single_plants():
-            x, expected = planted(4096, {place: value}, BF16)
-            if flag_of(x, nonfinite.launch) != expected:
-                return False
+            for numel in (4096, 8191):  # in a full block, and in one that is not
+                x, expected = planted(numel, {place % 4095 + numel - 4096: value}, BF16)
+                if flag_of(x, nonfinite.launch) != expected:
+                    return False
         for i in range(7):  # each of the programs' blocks
             x, expected = planted(4096 * 7 + 4090, {4096 * i + 97: KINDS[i % 3][0], 4096 * 7 + 4089: NAN}, BF16)
             if flag_of(x, nonfinite.launch) != expected:
@@ -139,6 +140,9 @@ def norms():
     cases += [[(t.double() * scale) for t in tensors[:4]] for scale in (1e180, 1e-190)]
     cases += [[normal(700, dtype=F64) * 1e180, normal(5000, dtype=F64)], [normal(700, dtype=F64) * 1e-190] * 2]
     cases += [[torch.full((2000,), 1e-20), torch.full((2000,), 1e18)]]
+    # All are read again; the last element of each is at another of a thread's places.
+    ends = [normal(n, seed=n, dtype=d) for d in (BF16, F32, F64, torch.float16) for n in (612, 740, 868, 996, 9001)]
+    cases += [[*ends, normal(600, dtype=F64) * 1e180], [*ends, normal(600, dtype=F64) * 1e-190]]
     wanted = [(exact_norm(c) if c[0].any() else 0.0, [exact_norm([t]) if t.any() else 0.0 for t in c]) for c in cases]
     dtypes = (BF16, F32, F64, torch.float16)
 
@@ -235,6 +239,12 @@ def finish_rescan():
         words[3, item], words[4, item] = kinds, k + 2**40
         norm = NAN if kinds == 1 else INF
         cases.append(((scratch, 1030), [0, 0, 0, 0, 1], [norm, norm, kinds, k + 2**40, 1]))
+    for count in (1026, 1027, 1282, 1283, 1538, 1539, 1794, 1795):  # the last item is at each of a thread's places
+        scratch = torch.zeros(5, count, dtype=F64)
+        words = scratch.view(torch.int64)
+        words[3], words[4] = 0, none
+        words[3, -1], words[4, -1] = 2, 11
+        cases.append(((scratch, count), [0, 0, 0, 0, 1], [INF, INF, 2, 11, 1]))
     sums = torch.ones(5, items, dtype=F64)
     cases.append(((sums, items), [0, 0, 3, 4, 0], [0.0, 0.0, 3, 4, 0]))
     return finish(lambda *args: norm_kernels._launch(norm_kernels.finish_rescan_kernel, 1, *args), cases)
@@ -248,15 +258,14 @@ def tensor_norms():
     scratch.view(torch.int64)[3] = 0
     scratch[[0, 2]] = 0.0
     sums[[3, 1028, 2309]] = torch.tensor([0.0, INF, NAN], dtype=F64)  # they are read again
-    spread = 128 * torch.arange(8)  # each of a thread's places
 
     def check():
         for all_again in (0, 1):
-            for kind, flag in enumerate((0, 1, 2, 4, 0, 0)):
+            for kind, flag in enumerate((0, 1, 2, 4, 0, 0, *(1, 2, 4) * 3)):
                 again = torch.full((items,), bool(all_again)) | ~((sums >= 1e-30) & (sums < INF))
                 whole = scratch.clone()
-                flagged = 1032 + spread + 5 * kind if all_again else torch.tensor([1028])
-                whole.view(torch.int64)[3, flagged] = flag
+                flagged = torch.tensor([1032 + 128 * (kind % 8) + 5 * kind if all_again else 1028])
+                whole.view(torch.int64)[3, flagged] = flag  # each of a thread's places
                 if kind == 4:  # big ones beside the middling, and tiny ones alone
                     whole[0] = sums.nan_to_num(0.5, 0.5)
                 if kind == 5:
@@ -333,9 +342,10 @@ def relu_in_place():
             if not same(y, torch.relu(before)) or not bool((whole[9000:] == 3.0).all()):
                 return False
         for place, value in single_plants():
-            y, expected = planted(4096, {place: value}, BF16)
-            if flag_of(y, lambda flag, y: epilogue.relu_in_place(y, flag)) != expected:
-                return False
+            for numel in (4096, 4095):  # in a full block, and in one that is not
+                y, expected = planted(numel, {place % numel: value}, BF16)
+                if flag_of(y, lambda flag, y: epilogue.relu_in_place(y, flag)) != expected:
+                    return False
         for numel in (4097, 8190, 9000):
             x = pool[torch.randint(0, 8, (numel,), generator=torch.Generator().manual_seed(numel))]
             y = x.clone()
@@ -371,7 +381,17 @@ def gemm(shape, capability_major, tile):
     exact = x.double() @ w.double().T + bias.double()
     size = x.double().abs() @ w.double().abs().T + bias.double().abs()
 
+    # One element that is the least that rounds to infinity: 511 * 2**119.
+    small, weights = torch.ones(tile.BLOCK_M, 64, dtype=BF16), torch.zeros(tile.BLOCK_N, 64, dtype=BF16)
+
     def check():
+        for i in range(32):
+            row, column = 29 * i % tile.BLOCK_M, 8 * (i % (tile.BLOCK_N // 8)) + i // 2 % 8
+            a, b, flags = small.clone(), weights.clone(), torch.zeros(1, dtype=torch.int32)
+            a[:, 0], a[row, 0], b[column, 0] = 1.0, 73 * 2.0**60, (-1) ** i * 7 * 2.0**59
+            y = linear.gemm(a, b, None, flags, capability_major, tile)
+            if int(flags) != (4 if i % 2 else 2) or (y[row, column] == INF) != (i % 2 == 0):
+                return False
         for place, value, flag in ((None, 0, 0), (N - 1, INF, 2), (3, -INF, 4), (N // 2, NAN, 1)):
             planted_bias, reference = bias.clone(), exact.clone()
             if place is not None:
