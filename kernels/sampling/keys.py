@@ -49,7 +49,8 @@ def named_key(seed: SupportsIndex, name: str) -> int:
 
 
 def _integer(seed: SupportsIndex) -> int:
-    is_bool = isinstance(seed, bool) or (isinstance(seed, torch.Tensor) and seed.dtype == torch.bool)
+    # numpy's bool by its name: numpy 1 takes it for an index, with a warning.
+    is_bool = type(seed).__name__ in ("bool", "bool_") or (isinstance(seed, torch.Tensor) and seed.dtype == torch.bool)
     try:
         if not is_bool:
             return operator.index(seed)

@@ -332,10 +332,13 @@ def test_opcheck(case):
     torch.library.opcheck(OP, (x, w, None if case == "no bias" else b))
 
 
-TORCH_IMPORTS_JIT = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.fixture
+def without_jit(monkeypatch):
+    """Forward-mode derivatives of torch's would call the deprecated torch.jit.script at their first use."""
+    monkeypatch.setenv("PYTORCH_JIT", "0")
 
 
-@TORCH_IMPORTS_JIT
+@pytest.mark.usefixtures("without_jit")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_without_a_graph_break(backend):
     torch._dynamo.reset()
@@ -395,7 +398,7 @@ def test_vmap(dims):
     assert int(flags) == kinds(before)
 
 
-@TORCH_IMPORTS_JIT
+@pytest.mark.usefixtures("without_jit")
 def test_gradients_of_torch_func():
     x, w, b = operands()
 
