@@ -2,9 +2,9 @@
 
 `python tools/matrix.py WORK` makes a venv for each row in the folder WORK, one after the other: it installs this tree's
 wheel with the row's versions, runs QUICK there, removes the venv, and puts the row into docs/support.md.
-`--rows 1 5` takes some of the rows. uv installs where it is on PATH, else pip. An interpreter is looked for on PATH as
-`python3.N`, and where `--python 3.N=PATH` says. A row downloads up to 3 GB, which a cache keeps, needs 6 GB of disk, and
-takes some five minutes on two idle cores.
+`--rows 1 5` takes some of them. uv installs where it is on PATH, else pip. An interpreter is looked for on PATH as
+`python3.N`, and where `--python 3.N=PATH` says. A row downloads up to 3 GB, which a cache keeps, needs 6 GB of disk,
+and takes some five minutes on two idle cores.
 
 Twelve rows cannot hold every pair of versions: `--uncovered` lists the pairs that no row has.
 """
