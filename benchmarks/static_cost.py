@@ -250,7 +250,7 @@ def nonfinite_cases() -> Iterator[Case]:
 
 
 @triton.jit
-def flag_at_once(flag_ptr, y, start_m, start_n, M, N, LIMIT: tl.constexpr):
+def flag_at_once(flag_ptr, y, start_m, start_n, M, N, LIMIT: tl.constexpr, POSITIVE_LIMIT: tl.constexpr):
     """In place of the rescan, which hardly any tile takes: what is left is the flag's cost for every tile."""
     tl.atomic_or(flag_ptr, 1, sem="relaxed")
 
@@ -259,10 +259,13 @@ def linear_relu_cases() -> Iterator[Case]:
     """A GEMM's whole kernel by what its epilogue does: each has one more thing to do than the one before it. Then
     the passes over memory."""
     variants: dict[str, dict[str, Any]] = {
-        "relu": {"bias_ptr": None, "FLAG_TILE": None},
-        "relu, bias": {"FLAG_TILE": None},
-        "relu, bias, maximum": {"FLAG_TILE": flag_at_once},
-        "relu, bias, flag": {"FLAG_TILE": epilogue.flag_tile},
+        "relu": {"bias_ptr": None, "FLAG_TILE": None, "SQUARED": False},
+        "relu, bias": {"FLAG_TILE": None, "SQUARED": False},
+        "relu, bias, maximum": {"FLAG_TILE": flag_at_once, "SQUARED": False},
+        "relu, bias, flag": {"FLAG_TILE": epilogue.flag_tile, "SQUARED": False},
+        "relu squared, bias": {"FLAG_TILE": None, "SQUARED": True},
+        "relu squared, bias, maximum": {"FLAG_TILE": flag_at_once, "SQUARED": True},
+        "relu squared, bias, flag": {"FLAG_TILE": epilogue.flag_tile, "SQUARED": True},
     }
     targets_of = {10: ("sm_100",), 9: ("sm_90",), 8: ("sm_80",)}
     for element, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):  # float16 costs what bfloat16 does
@@ -287,7 +290,8 @@ def linear_relu_cases() -> Iterator[Case]:
                     aligned = ("x_ptr", "w_ptr", "y_ptr", "bias_ptr", "flag_ptr", "N", "K", "stride_xm", "stride_wn")
                 types |= {"bias_ptr": f"*{element}", "flag_ptr": "*i32"} | dict.fromkeys(integers, "i32")
                 for variant, extra in variants.items():
-                    constants = sizes | common | extra
+                    limits = epilogue.SQUARE_LIMITS if extra["SQUARED"] else epilogue.LIMITS
+                    constants = sizes | common | extra | {"POSITIVE_LIMIT": limits[dtype]}
                     yield Case(
                         f"linear_relu {tile.BLOCK_M}x{tile.BLOCK_N}: {variant}",
                         element,
@@ -302,8 +306,14 @@ def linear_relu_cases() -> Iterator[Case]:
                         targets,
                     )
         types = {"y_ptr": f"*{element}", "flag_ptr": "*i32", "n_elements": "i64"}
-        for variant, flag_tile in {"relu": None, "relu, flag": epilogue.flag_tile}.items():
-            constants = {"BLOCK_SIZE": epilogue.RELU_BLOCK, "LIMIT": 0x7F800000, "FLAG_TILE": flag_tile}
+        for variant, (flag_tile, squared) in {
+            "relu": (None, False),
+            "relu, flag": (epilogue.flag_tile, False),
+            "relu squared, flag": (epilogue.flag_tile, True),
+        }.items():
+            constants = {"BLOCK_SIZE": epilogue.RELU_BLOCK, "FLAG_TILE": flag_tile, "SQUARED": squared}
+            constants |= {"LIMIT": epilogue.LIMITS[dtype], "INTERPRETED": False}
+            constants |= {"POSITIVE_LIMIT": (epilogue.SQUARE_LIMITS if squared else epilogue.LIMITS)[dtype]}
             yield Case(
                 f"linear_relu pass: {variant}", element, epilogue.relu_in_place_kernel, types, constants, 0, 2 * size,
                 ("y_ptr", "flag_ptr"), 8, {},
@@ -311,11 +321,13 @@ def linear_relu_cases() -> Iterator[Case]:
         types = dict.fromkeys(("grad_ptr", "y_ptr", "out_ptr"), f"*{element}") | {"sums_ptr": "*fp32"}
         types |= dict.fromkeys(("M", "N", "stride_grad_m"), "i32")
         constants = {"stride_grad_n": 1, "ROWS": epilogue.MASK_ROWS, "BLOCK_M": epilogue.MASK_BLOCK_M}
-        constants |= {"BLOCK_N": epilogue.MASK_BLOCK_N}
-        yield Case(
-            "linear_relu backward", element, epilogue.mask_and_sum_kernel, types, constants, 0, 3 * size,
-            ("grad_ptr", "y_ptr", "out_ptr", "sums_ptr", "N", "stride_grad_m"), 4, {},
-        )  # fmt: skip
+        constants |= {"BLOCK_N": epilogue.MASK_BLOCK_N, "INTERPRETED": False}
+        for variant, squared in {"": False, ", squared": True}.items():
+            yield Case(
+                f"linear_relu backward{variant}", element, epilogue.mask_and_sum_kernel, types,
+                constants | {"SQUARED": squared}, 0, 3 * size,
+                ("grad_ptr", "y_ptr", "out_ptr", "sums_ptr", "N", "stride_grad_m"), 4, {},
+            )  # fmt: skip
 
 
 @dataclass

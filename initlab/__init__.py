@@ -31,6 +31,7 @@ from .clipping import (  # noqa: E402
 )
 from .data import ColumnRow, DataFault, DataReport, scan_data  # noqa: E402
 from .diagnosis import Cause, Diagnosis, LayerRow, Place, diagnose, supervised  # noqa: E402
+from .fusing import FuseReport, fuse_linear_relu, unfuse  # noqa: E402
 from .models import (  # noqa: E402
     BuildRecord,
     InitReport,
@@ -44,7 +45,7 @@ from .models import (  # noqa: E402
     record_build,
     swap,
 )
-from .nn import LinearReLU, fuse_linear_relu, linear_relu  # noqa: E402
+from .nn import LinearReLU, all_reduce_flags_, linear_relu  # noqa: E402
 from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "DataReport",
     "Diagnosis",
     "Fault",
+    "FuseReport",
     "GradClipper",
     "InitReport",
     "LayerRow",
@@ -72,6 +74,7 @@ __all__ = [
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
+    "all_reduce_flags_",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
@@ -90,6 +93,7 @@ __all__ = [
     "scan_data",
     "supervised",
     "swap",
+    "unfuse",
     "watch",
 ]
 __version__ = "0.1.0"

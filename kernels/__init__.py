@@ -34,7 +34,7 @@ else:
         generator_key,
         named_key,
     )
-    from .tensors import PLAIN, all_plain
+    from .tensors import PLAIN, all_plain, register_wrapper
 
     __all__ = [
         "EPSILON",
@@ -70,4 +70,5 @@ else:
         "named_key",
         "nonfinite_flag",
         "nonfinite_flag_fast",
+        "register_wrapper",
     ]

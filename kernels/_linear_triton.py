@@ -24,11 +24,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._common_triton import INTERPRETED, launching
 from ._linear_epilogue_triton import (
     LIMITS,
+    SQUARE_LIMITS,
+    activated,
     add_bias,
     flag_nonfinite,
     flag_tile,
     mask_and_sum,
-    relu,
     relu_in_place,
     split_columns,
 )
@@ -80,37 +81,37 @@ def _dot(x, w, acc, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _store_relu_tma(
+def _store_activated_tma(
     y_desc, acc, start_m, start_n,
-    EPILOGUE_SUBTILE: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+    EPILOGUE_SUBTILE: tl.constexpr, SQUARED: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y[start_m :, start_n :] = relu(acc), in EPILOGUE_SUBTILE parts side by side."""
+    """y[start_m :, start_n :] = ReLU of acc, or its square, in EPILOGUE_SUBTILE parts side by side."""
     if EPILOGUE_SUBTILE == 1:
-        y_desc.store([start_m, start_n], relu(acc, DTYPE, INTERPRETED))
+        y_desc.store([start_m, start_n], activated(acc, SQUARED, DTYPE, INTERPRETED))
     else:
         left, right = split_columns(acc)
         middle = start_n + acc.shape[1] // 2
-        _store_relu_tma(y_desc, left, start_m, start_n, EPILOGUE_SUBTILE // 2, DTYPE, INTERPRETED)
-        _store_relu_tma(y_desc, right, start_m, middle, EPILOGUE_SUBTILE // 2, DTYPE, INTERPRETED)
+        _store_activated_tma(y_desc, left, start_m, start_n, EPILOGUE_SUBTILE // 2, SQUARED, DTYPE, INTERPRETED)
+        _store_activated_tma(y_desc, right, start_m, middle, EPILOGUE_SUBTILE // 2, SQUARED, DTYPE, INTERPRETED)
 
 
 @triton.jit
-def _store_relu(
+def _store_activated(
     y_ptr, acc, start_m, start_n, M, N,
-    EPILOGUE_SUBTILE: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+    EPILOGUE_SUBTILE: tl.constexpr, SQUARED: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """As _store_relu_tma, by ordinary stores into a contiguous (M, N)."""
+    """As _store_activated_tma, by ordinary stores into a contiguous (M, N)."""
     if EPILOGUE_SUBTILE == 1:
         offs_m = start_m + tl.arange(0, acc.shape[0])
         offs_n = start_n + tl.arange(0, acc.shape[1])
         offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        tl.store(y_ptr + offsets, relu(acc, DTYPE, INTERPRETED), mask=mask)
+        tl.store(y_ptr + offsets, activated(acc, SQUARED, DTYPE, INTERPRETED), mask=mask)
     else:
         left, right = split_columns(acc)
         middle = start_n + acc.shape[1] // 2
-        _store_relu(y_ptr, left, start_m, start_n, M, N, EPILOGUE_SUBTILE // 2, DTYPE, INTERPRETED)
-        _store_relu(y_ptr, right, start_m, middle, M, N, EPILOGUE_SUBTILE // 2, DTYPE, INTERPRETED)
+        _store_activated(y_ptr, left, start_m, start_n, M, N, EPILOGUE_SUBTILE // 2, SQUARED, DTYPE, INTERPRETED)
+        _store_activated(y_ptr, right, start_m, middle, M, N, EPILOGUE_SUBTILE // 2, SQUARED, DTYPE, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "num_programs"])
@@ -119,9 +120,10 @@ def linear_relu_tma_kernel(
     bias_ptr, flag_ptr,  # input: (N,) or None; output: int32, or-ed into, or None
     M, N, K, num_programs,  # sizes
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EPILOGUE_SUBTILE: tl.constexpr,  # meta
-    FLAG_TILE: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+    FLAG_TILE: tl.constexpr, LIMIT: tl.constexpr, POSITIVE_LIMIT: tl.constexpr, SQUARED: tl.constexpr,
+    DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y = relu(x @ w.T + bias), flagged before ReLU, by bulk copies. Persistent: a program takes every
+    """y = relu(x @ w.T + bias), or its square, flagged before ReLU, by bulk copies. Persistent: a program takes every
     num_programs-th tile."""
     tl.assume(K > 0)  # or the epilogue is compiled once more, for a loop that never runs
     num_tiles_m, num_tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -132,8 +134,8 @@ def linear_relu_tma_kernel(
         for start_k in range(0, K, BLOCK_K):
             acc = _dot(x_desc.load([start_m, start_k]), w_desc.load([start_n, start_k]).T, acc, INTERPRETED)
         acc = add_bias(acc, bias_ptr, start_n + tl.arange(0, BLOCK_N), N)
-        flag_nonfinite(flag_ptr, acc, start_m, start_n, M, N, LIMIT, FLAG_TILE)
-        _store_relu_tma(y_desc, acc, start_m, start_n, EPILOGUE_SUBTILE, DTYPE, INTERPRETED)
+        flag_nonfinite(flag_ptr, acc, start_m, start_n, M, N, LIMIT, POSITIVE_LIMIT, FLAG_TILE)
+        _store_activated_tma(y_desc, acc, start_m, start_n, EPILOGUE_SUBTILE, SQUARED, DTYPE, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -143,9 +145,10 @@ def linear_relu_kernel(
     M, N, K,  # sizes
     stride_xm, stride_wn,  # strides
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EPILOGUE_SUBTILE: tl.constexpr,  # meta
-    FLAG_TILE: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+    FLAG_TILE: tl.constexpr, LIMIT: tl.constexpr, POSITIVE_LIMIT: tl.constexpr, SQUARED: tl.constexpr,
+    DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y = relu(x @ w.T + bias), flagged before ReLU, by ordinary loads; a program for each tile."""
+    """y = relu(x @ w.T + bias), or its square, flagged before ReLU, by ordinary loads; a program for each tile."""
     pid_m, pid_n = _tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_k = tl.arange(0, BLOCK_K)
@@ -162,11 +165,13 @@ def linear_relu_kernel(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
     acc = add_bias(acc, bias_ptr, offs_n, N)
-    flag_nonfinite(flag_ptr, acc, start_m, start_n, M, N, LIMIT, FLAG_TILE)
-    _store_relu(y_ptr, acc, start_m, start_n, M, N, EPILOGUE_SUBTILE, DTYPE, INTERPRETED)
+    flag_nonfinite(flag_ptr, acc, start_m, start_n, M, N, LIMIT, POSITIVE_LIMIT, FLAG_TILE)
+    _store_activated(y_ptr, acc, start_m, start_n, M, N, EPILOGUE_SUBTILE, SQUARED, DTYPE, INTERPRETED)
 
 
-def forward(x: Tensor, w: Tensor, bias: Tensor | None, flags: Tensor | None) -> Tensor:
+def forward(
+    x: Tensor, w: Tensor, bias: Tensor | None, flags: Tensor | None, flag_square: bool = False, squared: bool = False
+) -> Tensor:
     """relu(x @ w.T + bias), by the candidate that is expected to be faster.
 
     Args:
@@ -174,14 +179,16 @@ def forward(x: Tensor, w: Tensor, bias: Tensor | None, flags: Tensor | None) -> 
         w: (N, K), of x's dtype.
         bias: (N,), of x's dtype.
         flags: (1,), int32: or-ed into; None checks nothing.
+        flag_square: whether an overflow of the square is flagged as +inf too.
+        squared: whether the square of ReLU is returned.
 
     Returns:
         (M, N), contiguous.
     """
     if _fits_one_kernel(x, w):
-        return gemm(x, w, bias, flags)
+        return gemm(x, w, bias, flags, flag_square=flag_square, squared=squared)
     y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
-    return relu_in_place(y, flags)
+    return relu_in_place(y, flags, flag_square, squared)
 
 
 def _fits_one_kernel(x: Tensor, w: Tensor) -> bool:
@@ -222,7 +229,7 @@ def _tile(M: int, N: int, capability_major: int, num_sms: int) -> Tile:
 
 def gemm(
     x: Tensor, w: Tensor, bias: Tensor | None, flags: Tensor | None, capability_major: int | None = None,
-    tile: Tile | None = None,
+    tile: Tile | None = None, flag_square: bool = False, squared: bool = False,
 ) -> Tensor:  # fmt: skip
     """`forward` by one kernel. For bulk copies x, w and the result must have aligned rows."""
     (M, K), N = x.shape, w.shape[0]
@@ -239,6 +246,8 @@ def gemm(
         "EPILOGUE_SUBTILE": tile.EPILOGUE_SUBTILE,
         "FLAG_TILE": None if flags is None else flag_tile,
         "LIMIT": LIMITS[x.dtype],
+        "POSITIVE_LIMIT": (SQUARE_LIMITS if flag_square else LIMITS)[x.dtype],
+        "SQUARED": squared,
         "DTYPE": _DTYPES[x.dtype],
         "INTERPRETED": INTERPRETED,
         "num_warps": tile.num_warps,

@@ -1,16 +1,21 @@
-"""linear_relu: a linear layer and its ReLU, and a flag for what is not finite between the two.
+"""linear_relu: a linear layer and its ReLU, or squared ReLU, and a flag for what is not finite between the two.
 
-Without flags it is torch's linear and an in-place ReLU. With flags, three ways lead to the same values:
+Without flags it is torch's linear and an in-place ReLU. With flags, four ways lead to the same values:
 
 - eagerly on the CPU, torch's GEMM, one cheap read (`add_flag_`), ReLU in place; autograd is torch's own;
 - eagerly on a GPU, the kernels of _linear_triton.py, forward and backward;
 - where a compiler, a transform of torch.func or a dispatch mode intercepts operations, the registered op
-  `initlab::linear_relu`, which changes nothing in place: it returns (y, flag), and the wrapper ors flag into `flags`.
+  `initlab::linear_relu`, which changes nothing in place: it returns (y, flag), and the wrapper ors flag into `flags`;
+- operands that wrap other tensors (DTensor, quantised weights): their own linear and ReLU, and the flag of the product.
+
+Gradients of squared ReLU need ReLU's value r: a root of the rounded square has lost what underflowed and overflowed.
+So where gradients are asked for r is what is kept; elsewhere the GPU's epilogue stores the square alone.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -22,15 +27,28 @@ from . import backends
 from .nonfinite import NAN as NAN  # for the backend too, which imports its own op alone
 from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
 from .nonfinite import POSITIVE_INF as POSITIVE_INF
-from .nonfinite import add_flag_, nonfinite_flag
-from .tensors import all_plain
-from .torch_internals import count_dispatch_modes, is_transforming, is_wrapper
+from .nonfinite import add_flag_, finite_at_a_look, nonfinite_flag, small_magnitudes_below
+from .tensors import PLAIN, all_plain, settled, wraps_tensors
+from .torch_internals import count_dispatch_modes, is_tracing, is_transforming
 
 _MODULES = {"numba": None, "triton": "._linear_triton"}  # on a CPU nothing betters torch's GEMM
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# The smallest number of a dtype whose square is rounded to an infinity: 2^(e/2), where its numbers end at 2^e. That
+# before it, smaller by a part s, has a square that is smaller by 2s - s^2, more than half a step.
+_SQUARE_LIMITS = {
+    dtype: 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] // 2) for dtype in (*_TRITON_DTYPES, torch.float64)
+}
 
-def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, flags: Tensor | None = None) -> Tensor:
+
+def linear_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    flags: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
     """relu(input @ weight.T + bias); what is not finite before ReLU is flagged, without waiting for the device.
 
     Args:
@@ -41,19 +59,25 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, fl
         flags: int32, shape (1,), on input's device. NaN = 1, +inf = 2 and -inf = 4 are or-ed into it, as the value
             before ReLU has them once it is rounded to the output's dtype: an overflow of float16 counts, and so does
             a -inf that ReLU turns into 0. None checks nothing.
+        activation: "relu", or "relu_squared", relu(...) ** 2: ReLU rounded to the output's dtype, and its square
+            rounded once more. A square that overflows is flagged as +inf too: from 2^64 on in float32 and bfloat16, 256
+            in float16 and 2^512 in float64.
 
     Returns:
         (..., N), of input's dtype. NaN stays NaN, as in torch.
 
     Raises:
-        ValueError: if the shapes do not fit, or flags has another dtype, shape or device.
+        ValueError: if the shapes do not fit, flags has another dtype, shape or device, or activation is unknown.
         TypeError: if input is not real and floating, or is float8.
-        NotImplementedError: if flags is given for tensors that wrap others, such as DTensor.
+        NotImplementedError: if flags is given and the product wraps other tensors in a way that is not known here.
+            DTensors are known: each rank flags the elements that it holds, and sums over ranks (Partial) are reduced
+            before ReLU, as DTensor's own ReLU has it.
         RuntimeError: if dtypes or devices differ, as torch.nn.functional.linear has it, or INITLAB_BACKEND names a
             backend that this op does not have.
 
     Source:
-        Nair and Hinton, "Rectified linear units improve restricted Boltzmann machines", ICML 2010, for ReLU.
+        Nair and Hinton, "Rectified linear units improve restricted Boltzmann machines", ICML 2010, for ReLU. So et
+        al., "Primer: searching for efficient transformers for language modeling", NeurIPS 2021, for its square.
 
     Example:
         >>> import torch
@@ -64,30 +88,111 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, fl
         tensor([[0., 0., 0.]])
         >>> describe(int(flags))
         '-inf'
+        >>> linear_relu(torch.tensor([1.0, 2.0]), torch.ones(3, 2), activation="relu_squared")
+        tensor([9., 9., 9.])
     """
+    squared = activation == "relu_squared"
+    if not squared and activation != "relu":
+        raise ValueError(f'activation is {activation!r}; it must be "relu" or "relu_squared"')
+    if _is_ordinary(input, weight, bias, flags):
+        return _on_cpu(input, weight, bias, flags, squared)
     if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias, flags=flags)
-    _check_shapes(input, weight, bias, flags)
+        return handle_torch_function(
+            linear_relu, (input, weight, bias), input, weight, bias, flags=flags, activation=activation
+        )
+    _check_operands(input, weight, bias, flags)
     if needs_registered_op(input, weight, bias):
         if flags is None:
-            return F.linear(input, weight, bias).relu_()
-        op = _FunctorchLinearReLU.apply if is_transforming() else _op
-        y, flag = op(*_operands(input, weight, bias))
-        flags.bitwise_or_(flag)
-        return y
+            r = F.linear(input, weight, bias).relu()
+        elif any(map(wraps_tensors, (input, weight, bias))):
+            r, held = settled(F.linear(input, weight, bias))
+            if needs_registered_op(held):
+                flags.bitwise_or_(_square_flag(held) if squared else nonfinite_flag(held))
+            else:
+                _add_flag_(flags, held, squared)
+            r = r.relu()
+        else:
+            op = _FunctorchLinearReLU.apply if is_transforming() else _op
+            r, flag = op(*_operands(input, weight, bias), squared)
+            if not torch.compiler.is_compiling() and is_tracing():
+                warnings.warn("torch.jit.trace drops flags that are no input of what it traces", stacklevel=2)
+            flags.bitwise_or_(flag)
+        return r.square() if squared else r
     if backends.load(input.device, _MODULES).module is not None:
         input, weight, bias = _operands(input, weight, bias)
         if input.dtype in _TRITON_DTYPES:
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-                return _TritonLinearReLU.apply(input, weight, bias, flags)
-            return _triton_forward(input, weight, bias, flags)
-    y = F.linear(input, weight, bias)
+                y: Tensor = _TritonLinearReLU.apply(input, weight, bias, flags, squared)[0]
+                return y
+            return _triton_forward(input, weight, bias, flags, squared, squared)
+    return _on_cpu(input, weight, bias, flags, squared)
+
+
+def _is_ordinary(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> bool:
+    """Whether nothing stands between plain tensors on the CPU and torch's linear, which finds what else is wrong.
+
+    Most calls go this way, and small ones are as long as what Python asks before them: so each thing is asked once.
+    """
+    return (
+        not _is_intercepted()
+        and type(input) in PLAIN
+        and type(weight) in PLAIN
+        and input.is_cpu
+        and weight.is_cpu
+        and weight.dim() == 2
+        and input.is_floating_point()
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dim() == 1 and bias.numel() > 1))
+        and (flags is None or (flags.dtype == torch.int32 and flags.is_cpu and flags.dim() == 1 and flags.numel() == 1))
+        and backends.requested() != "triton"
+    )
+
+
+def _on_cpu(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None, squared: bool) -> Tensor:
+    """By torch's GEMM, which nothing betters there, and torch's autograd; on other devices, where Triton is absent."""
+    try:
+        y = F.linear(input, weight, bias)
+    except RuntimeError:
+        _check_operands(input, weight, bias, flags)  # which may say more clearly what is wrong
+        raise
     if flags is not None:
+        _add_flag_(flags, y, squared)
+    r = y.relu_()
+    if not squared:
+        return r
+    return r.square() if r.requires_grad else r.square_()
+
+
+def _add_flag_(flags: Tensor, y: Tensor, flag_square: bool) -> None:
+    """Or the flag of y, plain, into `flags`, and if flag_square +inf where the square of ReLU overflows."""
+    y = y.detach() if y.requires_grad else y
+    if flag_square:
+        if not _squares_fit(y):
+            flags.bitwise_or_(_square_flag(y))
+    elif not y.is_cpu or backends.requested() == "triton":
         add_flag_(flags, y)
-    return y.relu_()
+    elif not finite_at_a_look(y):
+        flags.bitwise_or_(nonfinite_flag(y))
 
 
-def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> None:
+def _squares_fit(y: Tensor) -> bool:
+    """Whether one cheap read finds squares finite, and so y: False where in doubt."""
+    if not y.is_cpu:
+        return False  # it would wait for the device
+    limit = _SQUARE_LIMITS[y.dtype]
+    if (below := small_magnitudes_below(y, limit)) is not None:
+        return below
+    if y.dtype == torch.float16:  # norms beyond 256 are common
+        return y.numel() == 0 or max(abs(extreme.item()) for extreme in y.aminmax()) < limit
+    norm: float = torch.linalg.vector_norm(y).item()
+    return norm < limit
+
+
+def _square_flag(y: Tensor) -> Tensor:
+    """The flag of y, and +inf where the square of ReLU overflows."""
+    return nonfinite_flag(y) | (y >= _SQUARE_LIMITS[y.dtype]).any().to(torch.int32) * POSITIVE_INF
+
+
+def _check_operands(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> None:
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"input is {tuple(input.shape)} and weight {tuple(weight.shape)}; they must be (..., K) and (N, K)"
@@ -111,7 +216,11 @@ def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Ten
 
 def needs_registered_op(*tensors: Tensor | None) -> bool:
     """Whether a compiler, a transform, a dispatch mode or a subclass intercepts operations and must see the op."""
-    return torch.compiler.is_compiling() or is_transforming() or count_dispatch_modes() > 0 or not all_plain(tensors)
+    return _is_intercepted() or not all_plain(tensors)
+
+
+def _is_intercepted() -> bool:
+    return torch.compiler.is_compiling() or is_transforming() or count_dispatch_modes() > 0 or is_tracing()
 
 
 def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -122,11 +231,6 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
         dtype = torch.get_autocast_dtype(device)
         tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)  # type: ignore[assignment]
     for t in tensors:
-        if bool(is_wrapper(t)):
-            raise NotImplementedError(
-                f"flags do not work with a {type(t).__name__}, which wraps other tensors; "
-                "leave flags out, or call linear_relu on the tensors inside"
-            )
         if t.dtype != tensors[0].dtype or t.device != input.device:
             raise RuntimeError(
                 f"input is {tensors[0].dtype} on {input.device}, weight or bias {t.dtype} on {t.device}; "
@@ -136,43 +240,51 @@ def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 
 @torch.library.custom_op("initlab::linear_relu", mutates_args=())
-def _op(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The registered op: (relu(input @ weight.T + bias), the flag before ReLU)."""
+def _op(input: Tensor, weight: Tensor, bias: Tensor | None, flag_square: bool = False) -> tuple[Tensor, Tensor]:
+    """The registered op: (relu(input @ weight.T + bias), the flag before ReLU, with flag_square of a square too)."""
     flag = torch.zeros(1, dtype=torch.int32, device=input.device)
     if backends.load(input.device, _MODULES).module is not None and input.dtype in _TRITON_DTYPES:
-        return _triton_forward(input, weight, bias, flag), flag
+        return _triton_forward(input, weight, bias, flag, flag_square, False), flag
     y = F.linear(_as_matrix(input), weight, bias)
-    add_flag_(flag, y)
+    _add_flag_(flag, y, flag_square)
     return y.relu_().view(*input.shape[:-1], weight.shape[0]), flag
 
 
 @_op.register_fake
-def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, flag_square: bool = False) -> tuple[Tensor, Tensor]:
     return input.new_empty(*input.shape[:-1], weight.shape[0]), input.new_empty(1, dtype=torch.int32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:2], output[0])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight and bias. The mask is read off the output: beside it only the operands are saved."""
-    input, weight, y = ctx.saved_tensors
-    grad, grad_bias = _mask_and_sum(_as_matrix(grad), _as_matrix(y), ctx.needs_input_grad[2])
+    input, weight, r = ctx.saved_tensors
+    grad, grad_bias = _mask_and_sum(_as_matrix(grad), _as_matrix(r), ctx.needs_input_grad[2])
+    return (*_product_gradients(ctx, grad, input, weight), grad_bias, None)
+
+
+def _product_gradients(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of input and weight, grad being that of their product, (M, N)."""
     grad_input = (grad @ weight).view(input.shape) if ctx.needs_input_grad[0] else None
     grad_weight = grad.t() @ _as_matrix(input) if ctx.needs_input_grad[1] else None
-    return grad_input, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype)
+    return grad_input, grad_weight
 
 
-def _mask_and_sum(grad: Tensor, y: Tensor, summed: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradient where ReLU let the value pass, and its sum over the rows."""
-    differentiable = torch.is_grad_enabled() and grad.requires_grad  # a second derivative will be asked for
-    if summed and y.numel() > 0 and not differentiable and not needs_registered_op(grad, y):
-        module = backends.load(y.device, _MODULES).module
-        if module is not None and y.dtype in _TRITON_DTYPES:
-            result: tuple[Tensor, Tensor] = module.mask_and_sum(grad, y)
-            return result
-    grad = torch.ops.aten.threshold_backward(grad, y, 0)
+def _mask_and_sum(grad: Tensor, r: Tensor, summed: bool, squared: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The gradient where ReLU let the value pass, of the square if squared, and its sum over the rows."""
+    # Whether a second derivative may be asked for: that of ReLU's square depends on r, that of ReLU on grad alone.
+    differentiable = torch.is_grad_enabled() and (grad.requires_grad or squared)
+    if (summed or squared) and r.numel() > 0 and not differentiable and not needs_registered_op(grad, r):
+        module = backends.load(r.device, _MODULES).module
+        if module is not None and r.dtype in _TRITON_DTYPES:
+            grad, sums = module.mask_and_sum(grad, r, squared)
+            return grad, sums.to(r.dtype) if summed else None
+    if squared:
+        grad = grad * (r + r)
+    grad = torch.ops.aten.threshold_backward(grad, r, 0)
     return grad, grad.sum(0) if summed else None
 
 
@@ -183,20 +295,20 @@ class _FunctorchLinearReLU(torch.autograd.Function):
     """The op for torch.func, whose transforms of reverse mode do not see an op's registered gradient."""
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _op(input, weight, bias)
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, flag_square: bool) -> tuple[Tensor, Tensor]:
+        return _op(input, weight, bias, flag_square)
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
     @staticmethod
     def vmap(
-        info: Any, dims: tuple[int | None, int | None, int | None], input: Tensor, weight: Tensor, bias: Tensor | None
+        info: Any, dims: tuple[int | None, ...], input: Tensor, weight: Tensor, bias: Tensor | None, flag_square: bool
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
         """One flag for the whole batch."""
         if dims[1] is None and dims[2] is None:
             assert dims[0] is not None
-            return _FunctorchLinearReLU.apply(input.movedim(dims[0], 0), weight, bias), (0, None)
+            return _FunctorchLinearReLU.apply(input.movedim(dims[0], 0), weight, bias, flag_square), (0, None)
         input, weight = (
             t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in ((input, dims[0]), (weight, dims[1]))
@@ -207,7 +319,7 @@ class _FunctorchLinearReLU(torch.autograd.Function):
         else:
             bias = bias.expand(info.batch_size, -1) if dims[2] is None else bias.movedim(dims[2], 0)
             y = torch.baddbmm(bias[:, None], x, weight.mT)
-        flag = nonfinite_flag(y).view(1)
+        flag = (_square_flag(y) if flag_square else nonfinite_flag(y)).view(1)
         return (y.relu_().view(*input.shape[:-1], weight.shape[1]), flag), (0, None)
 
 
@@ -216,20 +328,43 @@ def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _triton_forward(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> Tensor:
-    y: Tensor = backends.load(input.device, _MODULES).module.forward(_as_matrix(input), weight, bias, flags)
+def _triton_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None, flag_square: bool, squared: bool
+) -> Tensor:
+    module = backends.load(input.device, _MODULES).module
+    y: Tensor = module.forward(_as_matrix(input), weight, bias, flags, flag_square, squared)
     return y.view(*input.shape[:-1], weight.shape[0])
 
 
 class _TritonLinearReLU(torch.autograd.Function):
-    """What the registered op is to autograd, without the cost of its call, and with flags or-ed where they lie."""
+    """What the registered op is to autograd, without the cost of its call, with flags or-ed where they lie.
+
+    Returns (y, r), r the value of ReLU that is saved, and y its square; or (r,). That r is an output lets second
+    derivatives reach it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> Tensor:
-        y = _triton_forward(input, weight, bias, flags)
-        ctx.save_for_backward(input, weight, y)
-        return y
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None, squared: bool
+    ) -> tuple[Tensor, ...]:
+        r = _triton_forward(input, weight, bias, flags, squared, False)
+        ctx.save_for_backward(input, weight, r)
+        ctx.squared = squared
+        ctx.set_materialize_grads(False)
+        return (r.square(), r) if squared else (r,)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(ctx, grad), None)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, weight, r = ctx.saved_tensors
+        squared, summed = ctx.squared, ctx.needs_input_grad[2]
+        parts = []
+        for grad, of_square in zip(grads, (squared, False), strict=False):
+            if grad is not None:
+                parts.append(_mask_and_sum(_as_matrix(grad), _as_matrix(r), summed, of_square))
+        if not parts:
+            return (None,) * 5
+        grad, grad_bias = parts[0]
+        for more, more_bias in parts[1:]:
+            grad = grad + more
+            grad_bias = None if grad_bias is None or more_bias is None else grad_bias + more_bias
+        return (*_product_gradients(ctx, grad, input, weight), grad_bias, None, None)

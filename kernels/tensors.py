@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -54,3 +54,45 @@ def is_freed(tensor: Tensor) -> bool:
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         end = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps) + 1
     return size < end * tensor.element_size()
+
+
+def wraps_tensors(tensor: object) -> bool:
+    """Whether a tensor is of a class that wraps other tensors; as torch's is_traceable_wrapper_subclass, which
+    torch.compile answers with False for a DTensor.
+    """
+    return hasattr(type(tensor), "__tensor_flatten__")
+
+
+_Settle = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+_settlers: list[_Settle] = []
+
+
+def register_wrapper(settle: _Settle) -> None:
+    """Tell ops how to read a class of tensors that wrap others, which kernels/ does not know itself.
+
+    Args:
+        settle: gets a tensor and returns None where it is of another class, else (the same values as a tensor of its
+            class whose elements are final, the plain tensor of those that this process holds).
+    """
+    _settlers.append(settle)
+
+
+def settled(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(a tensor whose elements are final, the plain tensor of those that this process holds); see `register_wrapper`.
+
+    A tensor that wraps no other is both; so is what a nested one holds.
+
+    Raises:
+        NotImplementedError: if it wraps others, and its class has not been registered.
+    """
+    if tensor.is_nested:
+        return tensor, tensor.values()
+    if not wraps_tensors(tensor):
+        return tensor, tensor
+    for settle in _settlers:
+        if (found := settle(tensor)) is not None:
+            return found
+    raise NotImplementedError(
+        f"flags do not work with a {type(tensor).__name__}, which wraps other tensors; "
+        "leave flags out, or call linear_relu on the tensors inside"
+    )

@@ -117,6 +117,7 @@ tracing_state: Callable[[], Any] = _own(
     "_C._get_tracing_state",
     lambda: torch.jit.is_tracing() or None,  # type: ignore[attr-defined]
 )
+is_tracing: Callable[[], bool] = _own("is_tracing", "_C._is_tracing", lambda: tracing_state() is not None)
 _mode_of: Callable[[Any], Any] | None = _own("_mode_of", "_C._get_dispatch_mode", None)
 _FAKE: Any = _own("_FAKE", "_C._TorchDispatchModeKey.FAKE", None)
 

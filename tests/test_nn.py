@@ -1,13 +1,11 @@
-"""LinearReLU and fuse_linear_relu: nn.Linear's state, He's distribution, and models that do what they did before."""
+"""LinearReLU: nn.Linear's state and He's distribution."""
 
-import collections
 import copy
 import pickle
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 import initlab
 from initlab import LinearReLU, fuse_linear_relu
@@ -34,6 +32,54 @@ def test_he_distribution_from_the_stream():
     assert not layer.bias.any()
     x = layer(torch.randn(2000, 400))
     assert x.square().mean().item() == pytest.approx(1.0, rel=0.05)  # it keeps the signal's mean square
+
+
+def test_squared_relu_is_shown_initialised_and_refused():
+    layer = LinearReLU(400, 300, activation="relu_squared")
+    assert repr(layer) == "LinearReLU(in_features=400, out_features=300, bias=True, activation='relu_squared')"
+    x = torch.randn(2000, 400)
+    assert torch.equal(layer(x), torch.relu(torch.nn.functional.linear(x, layer.weight, layer.bias)).square())
+    assert layer(x).square().mean().item() == pytest.approx(1.0, rel=0.1)  # it keeps the signal's mean square
+    with pytest.raises(ValueError, match="""activation is 'gelu'; it must be "relu" or "relu_squared\""""):
+        LinearReLU(2, 2, activation="gelu")
+
+
+@pytest.mark.parametrize("recipe", ["own", "auto", "torch"])
+def test_recipes_know_squared_relu(recipe):
+    model = nn.Sequential(LinearReLU(400, 400, activation="relu_squared"), nn.Linear(400, 400))
+    initlab.init_model_(model, seed=0, recipe=recipe)
+    assert model[0].weight.std().item() == pytest.approx((2 / 3) ** 0.25 / 20, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "relu_squared"])
+def test_torchscript(activation, bias, tmp_path):
+    """Values and flags, after a round trip through a file too, which needs no initlab."""
+    layer = LinearReLU(4, 4, bias, activation=activation)
+    layer.flags = torch.zeros(1, dtype=torch.int32)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4))
+    torch.jit.script(layer).save(tmp_path / "layer.pt")
+    scripted = torch.jit.load(tmp_path / "layer.pt")
+    for planted in (1.0, float("nan"), float("inf"), float("-inf"), 2.0**64, -(2.0**64)):
+        x = torch.randn(3, 4)
+        x[1, 2] = planted
+        layer.flags.zero_()
+        scripted.flags.zero_()
+        torch.testing.assert_close(scripted(x), layer(x), equal_nan=True)
+        assert int(scripted.flags) == int(layer.flags), planted
+    layer.flags = None
+    assert torch.equal(torch.jit.script(layer)(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz:DeprecationWarning", "ignore:.*quantiz:UserWarning")
+def test_what_quantisation_passes_over_is_said():
+    model = nn.Sequential(LinearReLU(4, 3), nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match="does not know LinearReLU and leaves it as it is; put Linear and ReLU back"):
+        quantised = torch.ao.quantization.quantize_dynamic(model)
+    assert type(quantised[0]) is LinearReLU
+    assert quantised(torch.randn(2, 4)).shape == (2, 2)
 
 
 def test_where_and_in_what():
@@ -89,180 +135,6 @@ def test_recipes_know_the_module(recipe):
             assert ours.std == (0 if "bias" in ours.name else pytest.approx((2 / fan_in) ** 0.5))
         else:
             assert (ours.name, ours.distribution, ours.fan) == (theirs.name, theirs.distribution, theirs.fan)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# fuse_linear_relu
-
-
-def network():
-    named = nn.Sequential(collections.OrderedDict(first=nn.Linear(6, 6), act=nn.ReLU(), last=nn.Linear(6, 4)))
-    return nn.Sequential(
-        nn.Linear(5, 6), nn.ReLU(inplace=True), named, nn.ReLU(), nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Dropout()
-    )
-
-
-def test_a_fused_model_does_what_it_did():
-    torch.manual_seed(0)
-    model = network().eval()
-    x = torch.randn(3, 5)
-    before, state = model(x), model.state_dict()
-    parameters = list(model.parameters())
-    layers = [module for _, module in model.named_modules()]
-    report = fuse_linear_relu(model)
-    assert report.fused == ("0", "4", "2.first")
-    assert report.skipped == {}
-    assert [type(model[i]) for i in (0, 1, 3, 4, 5)] == [LinearReLU, nn.Identity, nn.ReLU, LinearReLU, nn.Identity]
-    assert all(not module.training for module in model.modules())
-    assert torch.equal(model(x), before)
-    assert list(model.state_dict()) == list(state)
-    assert all(ours is theirs for ours, theirs in zip(model.parameters(), parameters, strict=True))
-    assert fuse_linear_relu(model).fused == ()
-
-    report.undo()
-    assert [module for _, module in model.named_modules()] == layers
-    assert torch.equal(model(x), before)
-    report.undo()  # nothing is left to do
-
-
-def test_an_optimizer_goes_on():
-    torch.manual_seed(0)
-    models = [network().eval() for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
-    x = torch.randn(3, 5)
-    for step in range(4):
-        if step == 1:
-            report = fuse_linear_relu(models[0])
-        if step == 3:
-            report.undo()
-        for model, optimizer in zip(models, optimizers, strict=True):
-            optimizer.zero_grad()
-            model(x).square().sum().backward()
-            optimizer.step()
-    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_undo_keeps_what_has_happened_since():
-    model = network().eval()
-    report = fuse_linear_relu(model)
-    model.train().double()
-    model.load_state_dict({name: torch.ones_like(value) for name, value in model.state_dict().items()}, assign=True)
-    report.undo()
-    assert type(model[0]) is nn.Linear
-    assert (model[0].weight == 1).all()
-    assert model[0].training
-    assert model[1].training
-
-
-def test_undo_refuses_before_it_changes_anything():
-    model = network()
-    report = fuse_linear_relu(model)
-    handle = model[4].register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="4 has got hooks since it was fused; remove them first"):
-        report.undo()
-    handle.remove()
-    fused, model[4] = model[4], nn.Identity()
-    with pytest.raises(RuntimeError, match="4 has been replaced since"):
-        report.undo()
-    assert type(model[0]) is LinearReLU
-    model[4] = fused
-    report.undo()
-
-
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Shifted(nn.ReLU):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-class Both(nn.Sequential):
-    def forward(self, x):
-        return x + super().forward(x)
-
-
-def hooked(register):
-    layer = nn.Linear(4, 4)
-    getattr(layer, register)(lambda *_: None)
-    return layer
-
-
-def with_attribute():
-    layer = nn.Linear(4, 4)
-    layer.scale = 2.0
-    return layer
-
-
-def with_forward():
-    layer = nn.ReLU()
-    layer.forward = lambda x: x
-    return layer
-
-
-def appearing_twice():
-    layer = nn.Linear(4, 4)
-    return nn.Sequential(layer, nn.ReLU(), layer)
-
-
-LEFT_ALONE = {
-    "a subclass": (lambda: nn.Sequential(Scaled(4, 4), nn.ReLU()), "a Scaled is more than a Linear"),
-    "another activation": (lambda: nn.Sequential(nn.Linear(4, 4), Shifted()), "a Shifted is more than a ReLU"),
-    "parametrised": (
-        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU()),
-        "a ParametrizedLinear is more than a Linear",
-    ),
-    "pruned": (lambda: nn.Sequential(prune.identity(nn.Linear(4, 4), "weight"), nn.ReLU()), "the Linear has hooks"),
-    "an attribute": (lambda: nn.Sequential(with_attribute(), nn.ReLU()), "the Linear has attributes of its own: scale"),
-    "a forward": (
-        lambda: nn.Sequential(nn.Linear(4, 4), with_forward()),
-        "the ReLU has attributes of its own: forward",
-    ),
-    "a container's forward": (lambda: Both(nn.Linear(4, 4), nn.ReLU()), "its container, a Both, has a forward"),
-    "shared": (appearing_twice, "the Linear appears in 2 places"),
-} | {
-    name: (lambda name=name: nn.Sequential(hooked(name), nn.ReLU()), "the Linear has hooks")
-    for name in (
-        *("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"),
-        *("register_full_backward_pre_hook", "register_state_dict_post_hook", "register_load_state_dict_pre_hook"),
-    )
-}
-
-
-@pytest.mark.parametrize("case", LEFT_ALONE)
-def test_what_is_left_alone(case):
-    make, why = LEFT_ALONE[case]
-    model = make()
-    layers = list(model)
-    report = fuse_linear_relu(nn.ModuleDict({"body": model}))
-    assert report.fused == ()
-    assert report.skipped["body.0"].startswith(why)
-    assert list(model) == layers
-    assert str(report).splitlines()[1] == f"  body.0: left alone, {report.skipped['body.0']}"
-
-
-def test_a_shared_activation_is_no_obstacle():
-    act = nn.ReLU()
-    model = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 4), nn.Tanh(), act)
-    x = torch.randn(3, 4)
-    before = model(x)
-    report = fuse_linear_relu(model)
-    assert report.fused == ("0", "2")
-    assert model[6] is act
-    assert torch.equal(model(x), before)
-    report.undo()
-    assert model[1] is model[3] is act
-
-
-def test_other_sequences_stay():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU(), nn.ReLU(), nn.Linear(4, 4), nn.ReLU6())
-    assert fuse_linear_relu(model).fused == ()
-    with pytest.raises(TypeError, match="got a Tensor; it needs"):
-        fuse_linear_relu(torch.ones(1))
 
 
 def test_watch_reads_the_layers_own_flag():

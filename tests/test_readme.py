@@ -1,4 +1,4 @@
-"""What README.md and docs/sampling.md show runs as it stands, and prints what they say it prints."""
+"""What README.md and pages of docs/ show runs as it stands, and prints what they say it prints."""
 
 import contextlib
 import doctest
@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("page", "blocks"), [("README.md", 4), ("docs/sampling.md", 1)])
+@pytest.mark.parametrize(("page", "blocks"), [("README.md", 4), ("docs/sampling.md", 1), ("docs/linear-relu.md", 2)])
 def test_code_runs_and_prints_what_the_page_shows(page, blocks):
     """Blocks of one page run one after the other, as a reader would paste them; `...` stands for lines left out."""
     shown = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", (ROOT / page).read_text(), re.DOTALL)

@@ -91,6 +91,17 @@ def classify(tensors: Sequence[Tensor]) -> ClassifiedTensors:
     return ClassifiedTensors(tensors, [_to_local(t) if dtensor else t for t, dtensor in pairs], any(kinds), False)
 
 
+def settle(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(a DTensor without pending sums, this rank's part of it); None for other tensors. All ranks call this alike."""
+    if not is_dtensor(tensor):
+        return None
+    dtensor: Any = tensor
+    if any(placement.is_partial() for placement in dtensor.placements):
+        replicate = sys.modules["torch.distributed.tensor"].Replicate()
+        dtensor = dtensor.redistribute(placements=[replicate if p.is_partial() else p for p in dtensor.placements])
+    return dtensor, _to_local(dtensor)
+
+
 def without_elements(tensor: Tensor) -> Tensor:
     """A DTensor on the same mesh, of the same shape, dtype and placements, of which this rank holds nothing."""
     module = sys.modules["torch.distributed.tensor"]

@@ -202,7 +202,8 @@ def _activations_in_order(model: nn.Module) -> dict[tuple[int, str], Activation]
                 meets(layer, activation._replace(certain=known and certain and in_order and container is parent))
                 waiting = None
         elif isinstance(module, LinearReLU):
-            meets(module, Activation("ReLU", _RELU, certain=True))
+            name, start = ("ReLU", _RELU) if module.activation == "relu" else ("ReLUSquared", _SQUARED_RELU)
+            meets(module, Activation(name, start, certain=True))
             waiting = None
         elif has_weight_matrix(module):
             waiting, certain = (module, parent), True

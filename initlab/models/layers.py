@@ -47,7 +47,7 @@ def _linear(module: nn.Linear, trace: InitTrace, why: str) -> None:
 def _linear_relu(module: LinearReLU, trace: InitTrace, why: str) -> None:
     fan = module.in_features
     for tensor in registered(module, "weight"):
-        trace.write(tensor, Normal(0.0, calculate_gain("relu") / math.sqrt(fan)) if fan else ZEROS, why, fan=fan)
+        trace.write(tensor, Normal(0.0, module.gain() / math.sqrt(fan)) if fan else ZEROS, why, fan=fan)
     for tensor in registered(module, "bias"):
         trace.write(tensor, ZEROS, why)
 

@@ -87,8 +87,8 @@ def _read_nonfinite(record: PassRecord, made: Observation) -> bool:
 
 
 def _explains(source: Observation, flag: int) -> bool:
-    """Whether a tensor's flag explains another's. -inf alone, as in masks, explains only -inf."""
-    return source.role == "data" or source.flag != NEGATIVE_INF or flag == NEGATIVE_INF
+    """Whether a tensor's flag explains another's. -inf alone, as in masks, explains only -inf; in a weight, any."""
+    return source.role in ("data", "parameter") or source.flag != NEGATIVE_INF or flag == NEGATIVE_INF
 
 
 def _blame(record: PassRecord, call: ModuleCall, made: Observation, tensor: str) -> _Blame | None:

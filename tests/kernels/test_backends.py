@@ -269,8 +269,8 @@ EVERY_OP = textwrap.dedent("""
 
 @pytest.mark.parametrize(
     ("package", "raising"),
-    [("triton", ["fill", "norm", "clip", "flag", "linear"]), ("numba", ["fill", "norm", "clip"])],
-)  # numba serves neither flags nor linear_relu
+    [(package, ["fill", "norm", "clip", "flag", "linear"]) for package in ("triton", "numba")],
+)
 @pytest.mark.parametrize("error", [RuntimeError("0 active drivers"), ModuleNotFoundError("No module named 'x'")])
 @pytest.mark.long_if.with_args(lambda error, package, **_: isinstance(error, ModuleNotFoundError) or package == "numba")
 def test_every_op_works_beside_a_package_that_cannot_be_imported(python, tmp_path, package, raising, error):

@@ -6,11 +6,13 @@ The torch backend serves the CPU; triton runs in its interpreter there, and on t
 import itertools
 import math
 import threading
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from initlab.kernels import backends, describe, linear_relu
+from initlab.kernels import linear as linear_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +64,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["numba", "triton"])  # numba looks at small tensors
 def either(request, serving):
     with serving(request.param):
         yield request.param
@@ -221,13 +223,14 @@ def test_overflow_is_what_the_output_holds(either, dtype, sign):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_false_flags(serving, dtype):
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_no_false_flags(serving, dtype, backend):
     """2,500 cases for each dtype, most of them with values next to its largest, whose sums overflow."""
     torch.manual_seed(0)
     largest = torch.finfo(dtype).max
     w, flags = torch.ones(1, 1, dtype=dtype), torch.zeros(1, dtype=torch.int32)
     scales = [1.0, 0.99, 0.5, 1e-3]
-    with serving("torch"):
+    with serving(backend):
         for case in range(2500):
             rows = (1, 2, 5, 17, 64)[case % 5]  # few, since the CPU's library compiles for each in 16 bits
             x = torch.rand(rows, 1, dtype=torch.float64) * 2 - 1 if case % 7 else torch.ones(rows, 1).double()
@@ -249,8 +252,14 @@ def test_no_false_flags_of_the_kernels(serving, dtype):
     assert int(flags) == 0
 
 
-def test_the_sum_is_not_trusted_where_it_overflows():
-    x = torch.full((100, 1), 3e38)
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("rows", [100, 20_000])  # a small tensor, and one that is read by its sum
+def test_the_sum_is_not_trusted_where_it_overflows(serving, backend, rows):
+    with serving(backend):
+        check_the_sum(torch.full((rows, 1), 3e38))
+
+
+def check_the_sum(x):
     flags = torch.zeros(1, dtype=torch.int32)
     linear_relu(x, torch.ones(1, 1), flags=flags)
     assert int(flags) == 0
@@ -259,19 +268,134 @@ def test_the_sum_is_not_trusted_where_it_overflows():
     assert int(flags) == 4
 
 
+SQUARED_SHAPES = [(7, 63, 33), (70, 72, 136), (4, 8, 0), (0, 5, 3)]  # M, K, N
+
+
+@pytest.mark.long_if.with_args(lambda either, dtype, shape: shape != (70, 72, 136) or dtype == torch.float16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SQUARED_SHAPES, ids=str)
+def test_squared_values_and_gradients(either, dtype, shape):
+    """The value is the square of ReLU's, rounded once; gradients are held to float64 from that r on."""
+    M, K, N = shape
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, K, device=DEVICE).to(dtype).requires_grad_() for n in (M, N))
+    b = torch.randn(N, device=DEVICE).to(dtype).requires_grad_()
+    flags = new_flag()
+    y = linear_relu(x, w, b, flags=flags, activation="relu_squared")
+    with torch.no_grad():
+        r = linear_relu(x, w, b)
+        assert y.dtype == dtype
+        assert torch.equal(y, r.square())
+        assert torch.equal(linear_relu(x, w, b, flags=flags, activation="relu_squared"), y)
+        assert torch.equal(linear_relu(x, w, b, activation="relu_squared"), y)
+    assert int(flags) == 0
+
+    grad = torch.randn(M, N, device=DEVICE).to(dtype)
+    y.backward(grad)
+    masked = grad.double() * 2 * r.double()
+    none = torch.zeros((), device=DEVICE)
+    one_more = 2.0  # rounding: of the gradient before ReLU
+    assert ((x.grad.double() - masked @ w.double()).abs() <= one_more * bound(masked, w, none, dtype)).all()
+    assert ((w.grad.double() - masked.T @ x.double()).abs() <= one_more * bound(masked.T, x, none, dtype)).all()
+    ones = torch.ones(M, 1, device=DEVICE)
+    error = (b.grad.double() - masked.sum(0)).abs()
+    assert (error <= one_more * bound(masked.T, ones, none, dtype)[:, 0]).all()
+
+
+def test_gradients_of_squares_that_are_no_longer_numbers(either):
+    """Where the square is 0 or an infinity, ReLU's value still gives the gradient, as in torch's composition."""
+    values = torch.tensor([2.0**-100, 2.0**100, 0.0, -1.0, NAN, INF, -INF, 1.0], device=DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        w = torch.eye(8, device=DEVICE, dtype=dtype)
+        b = values.to(dtype).requires_grad_()
+        x = torch.zeros(3, 8, device=DEVICE, dtype=dtype, requires_grad=True)
+        for grad in (1.0, NAN, INF):
+            grads = [
+                torch.autograd.grad(y, (x, b), torch.full_like(y, grad))
+                for y in (
+                    linear_relu(x, w, b, flags=new_flag(), activation="relu_squared"),
+                    F.relu(F.linear(x, w, b)).square(),
+                )
+            ]
+            torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)
+        assert not grads[0][1][2:4].any()  # masked, whatever comes
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+def test_squared_flags(serving, backend, dtype, grad):
+    """+inf exactly where the square is an infinity, beside what the value before ReLU is; -2^200 is harmless."""
+    with serving(backend):
+        check_squared_flags(dtype, grad)
+
+
+def check_squared_flags(dtype, grad):
+    limit = 2.0 ** {torch.float64: 512, torch.float16: 8}.get(dtype, 64)
+    below = math.nextafter(limit, 0) if dtype == torch.float64 else limit * (1 - torch.finfo(dtype).eps / 2)
+    large = -torch.finfo(dtype).max / 2
+    w = torch.eye(8, device=DEVICE, dtype=dtype)
+    for planted in ([], [below], [limit], [large], [large, below], [-INF], [-INF, limit], [NAN], [NAN, limit], [INF]):
+        b = torch.zeros(8, device=DEVICE, dtype=dtype)
+        b[8 - len(planted) :] = torch.tensor(planted, dtype=torch.float64).to(dtype)
+        x = torch.zeros(5, 8, device=DEVICE, dtype=dtype, requires_grad=grad)
+        flags = new_flag().fill_(8)
+        y = linear_relu(x, w, b, flags=flags, activation="relu_squared")
+        theirs = F.relu(F.linear(x, w, b)).square()
+        assert torch.equal(y.isnan(), theirs.isnan())
+        assert torch.equal(y.nan_to_num(5.0), theirs.nan_to_num(5.0))
+        assert int(flags) == 8 | kinds(b) | (2 if (theirs == INF).any() else 0), planted
+
+
+def test_squared_flags_of_many_ordinary_values():
+    """A norm beyond the limit is no proof: the squares of 0.9 of it fit, a hundred of them."""
+    for rows, dtype in itertools.product((100, 20_000), (torch.float32, torch.float16)):
+        x = torch.full((rows, 1), 0.9 * {torch.float32: 2.0**64, torch.float16: 256.0}[dtype], dtype=dtype)
+        flags = torch.zeros(1, dtype=torch.int32)
+        linear_relu(x, torch.ones(1, 1, dtype=dtype), flags=flags, activation="relu_squared")
+        assert int(flags) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_square_limits_of_every_16_bit_number(dtype):
+    """The limits of the CPU and of the kernels, held to torch's own square of every number there is."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x.isfinite() & (x > 0)]
+    overflows = x.square().isinf()
+    assert torch.equal(x >= linear_op._SQUARE_LIMITS[dtype], overflows)
+    assert torch.equal(x.float().view(torch.int32) >= epilogue.SQUARE_LIMITS[dtype], overflows)
+    # And of float32 accumulators, before they are rounded: every one within two steps of the limit.
+    step = 1 << (16 if dtype == torch.bfloat16 else 13)
+    bits = torch.arange(epilogue.SQUARE_LIMITS[dtype] - 2 * step, epilogue.SQUARE_LIMITS[dtype] + 2 * step)
+    z = bits.to(torch.int32).view(torch.float32)
+    assert torch.equal(bits >= epilogue.SQUARE_LIMITS[dtype], z.to(dtype).square().isinf())
+
+
+def test_square_limits_of_the_larger_types():
+    for dtype in (torch.float32, torch.float64):
+        limit = torch.tensor(linear_op._SQUARE_LIMITS[dtype], dtype=dtype)
+        assert limit.square().isinf()
+        assert limit.nextafter(torch.zeros((), dtype=dtype)).square().isfinite()
+    assert torch.tensor(epilogue.SQUARE_LIMITS[torch.float32], dtype=torch.int32).view(torch.float32) == 2.0**64
+
+
 def operands(dtype=torch.float64, lead=(3, 2)):
     torch.manual_seed(1)
     make = {"dtype": dtype, "device": DEVICE, "requires_grad": True}
     return torch.randn(*lead, 5, **make), torch.randn(4, 5, **make), torch.randn(4, **make)
 
 
+ACTIVATIONS = {"relu": torch.relu, "relu_squared": lambda x: torch.relu(x).square()}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("flagged", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_derivatives_of_both_orders(flagged, with_bias):
+def test_derivatives_of_both_orders(flagged, with_bias, activation):
     inputs = operands() if with_bias else operands()[:2]
 
     def call(*inputs):
-        return linear_relu(*inputs, flags=new_flag() if flagged else None)
+        return linear_relu(*inputs, flags=new_flag() if flagged else None, activation=activation)
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
@@ -282,13 +406,14 @@ def test_derivatives_of_the_registered_op():
     assert torch.autograd.gradgradcheck(lambda *inputs: OP(*inputs)[0], operands())
 
 
-def test_second_derivatives_of_the_kernels(serving):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives_of_the_kernels(serving, activation):
     with serving("triton"):
         x, w, b = operands(torch.float32)
-        y = linear_relu(x, w, b, flags=new_flag())
+        y = linear_relu(x, w, b, flags=new_flag(), activation=activation)
         ours = torch.autograd.grad(y.square().sum(), (x, w, b), create_graph=True)
         ours += torch.autograd.grad(sum(g.square().sum() for g in ours), (x, w, b))
-    z = F.relu(F.linear(x, w, b))
+    z = ACTIVATIONS[activation](F.linear(x, w, b))
     theirs = torch.autograd.grad(z.square().sum(), (x, w, b), create_graph=True)
     theirs += torch.autograd.grad(sum(g.square().sum() for g in theirs), (x, w, b))
     for mine, its in zip(ours, theirs, strict=True):
@@ -305,6 +430,17 @@ def test_only_the_gradients_that_are_asked_for(either):
         assert tuple(t.grad is not None for t in (x, w, b)) == asked
 
 
+@pytest.mark.parametrize("flagged", [True, False])
+def test_squared_saves_the_value_of_relu_once(either, flagged):
+    x, w, b = operands(torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = linear_relu(x, w, b, flags=new_flag() if flagged else None, activation="relu_squared")
+    places = {t.untyped_storage().data_ptr() for t in saved}
+    (root,) = places - {t.untyped_storage().data_ptr() for t in (x, w)}
+    assert root != y.untyped_storage().data_ptr()
+
+
 def test_nothing_is_saved_beside_operands_and_output(either):
     x, w, b = operands(torch.float32)
     for call in (lambda: linear_relu(x, w, b, flags=new_flag()), lambda: OP(x, w, b)[0]):
@@ -314,12 +450,13 @@ def test_nothing_is_saved_beside_operands_and_output(either):
         assert {t.untyped_storage().data_ptr() for t in saved} == {t.untyped_storage().data_ptr() for t in (x, w, y)}
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_autograd(either, mode):
+def test_without_autograd(either, mode, activation):
     x, w, b = operands(torch.float32)
     flags = new_flag()
     with mode():
-        y = linear_relu(x * INF, w, b, flags=flags)
+        y = linear_relu(x * INF, w, b, flags=flags, activation=activation)
     assert not y.requires_grad
     assert int(flags) & 6
 
@@ -330,6 +467,8 @@ def test_opcheck(case):
     if case == "no gradient":
         x, w, b = x.detach(), w.detach(), b.detach()
     torch.library.opcheck(OP, (x, w, None if case == "no bias" else b))
+    if case == "plain":
+        torch.library.opcheck(OP, (x, w, b, True))
 
 
 @pytest.fixture
@@ -339,12 +478,13 @@ def without_jit(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_jit")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
-def test_compiled_without_a_graph_break(backend):
+def test_compiled_without_a_graph_break(backend, activation):
     torch._dynamo.reset()
 
     def step(x, w, b, flags):
-        return linear_relu(x.cos(), w, b, flags=flags) * 2
+        return linear_relu(x.cos(), w, b, flags=flags, activation=activation) * 2
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     results = []
@@ -361,20 +501,24 @@ def test_compiled_without_a_graph_break(backend):
     assert int(flags)
 
 
-def test_compiled_without_flags():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiled_without_flags(activation):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, w, b: linear_relu(x, w, b), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, w, b: linear_relu(x, w, b, activation=activation), fullgraph=True, backend="aot_eager"
+    )
     x, w, b = operands(torch.float32)
-    torch.testing.assert_close(compiled(x, w, b), linear_relu(x, w, b))
+    torch.testing.assert_close(compiled(x, w, b), linear_relu(x, w, b, activation=activation))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("flagged", [True, False])
-def test_autocast(either, flagged):
+def test_autocast(either, flagged, activation):
     x, w, b = operands(torch.float32)
     flags = new_flag() if flagged else None
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        y = linear_relu(x, w, b, flags=flags)
-        theirs = F.relu(F.linear(x, w, b))
+        y = linear_relu(x, w, b, flags=flags, activation=activation)
+        theirs = ACTIVATIONS[activation](F.linear(x, w, b)).bfloat16()  # torch's square gives float32 there
         if flagged:
             assert OP(*(t.bfloat16() for t in (x, w, b)))[0].dtype == torch.bfloat16
     assert y.dtype == torch.bfloat16
@@ -383,30 +527,32 @@ def test_autocast(either, flagged):
     assert x.grad.dtype == w.grad.dtype == b.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     "dims", [(0, None, None), (1, None, None), (None, 0, None), (0, 0, 0), (1, 1, 1), (None, None, 0)], ids=str
 )
-def test_vmap(dims):
+def test_vmap(dims, activation):
     x, w, b = torch.randn(4, 4, 5), torch.randn(4, 5), torch.randn(4)
     w = torch.randn(4, 4, 5) if dims[1] is not None else w
     b = torch.randn(4, 4) if dims[2] is not None else b
-    x[1, 1, 1] = INF
+    x[1, 1, 1] = 1e25 if activation == "relu_squared" else INF
     flags = torch.zeros(1, dtype=torch.int32)
-    y = torch.vmap(lambda *t: linear_relu(*t, flags=flags), dims)(x, w, b)
+    y = torch.vmap(lambda *t: linear_relu(*t, flags=flags, activation=activation), dims)(x, w, b)
     before = torch.vmap(F.linear, dims)(x, w, b)
-    torch.testing.assert_close(y, before.relu(), equal_nan=True)
-    assert int(flags) == kinds(before)
+    torch.testing.assert_close(y, ACTIVATIONS[activation](before), equal_nan=True)
+    assert int(flags) == kinds(before) | (2 if (y == INF).any() else 0)
 
 
 @pytest.mark.usefixtures("without_jit")
-def test_gradients_of_torch_func():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_torch_func(activation):
     x, w, b = operands()
 
     def loss(w, x, flagged=True):
         flags = torch.zeros(1, dtype=torch.int32) if flagged else None  # made within the transform, it is its own
-        return linear_relu(x, w, b, flags=flags).square().sum()
+        return linear_relu(x, w, b, flags=flags, activation=activation).square().sum()
 
-    (its,) = torch.autograd.grad(F.relu(F.linear(x, w, b)).square().sum(), w)
+    (its,) = torch.autograd.grad(ACTIVATIONS[activation](F.linear(x, w, b)).square().sum(), w)
     torch.testing.assert_close(torch.func.grad(loss)(w, x), its)
     torch.testing.assert_close(torch.func.grad(loss)(w, x, False), its)
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss), (None, 0))(w, x).sum(0), its)
@@ -463,6 +609,28 @@ def test_subclasses():
         linear_relu(both, w, flags=flags)
     with pytest.raises(NotImplementedError, match="TwoTensor"):
         linear_relu(x, w, TwoTensor(b, b), flags=flags)
+    assert int(flags) == 0
+
+
+def test_nested_tensors():
+    """A jagged batch wraps its values: they are read, and no padding is."""
+    w, flags = torch.randn(4, 5), torch.zeros(1, dtype=torch.int32)
+    parts = [torch.randn(2, 5), torch.full((3, 5), INF)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    y = linear_relu(jagged, w, flags=flags, activation="relu_squared")
+    torch.testing.assert_close(y.values(), F.relu(F.linear(torch.cat(parts), w)).square(), equal_nan=True)
+    assert int(flags) == kinds(F.linear(torch.cat(parts), w))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_call_says_that_it_keeps_no_flags():
+    w, flags = torch.randn(4, 5), torch.zeros(1, dtype=torch.int32)
+    with pytest.warns(UserWarning, match="drops flags that are no input"):
+        torch.jit.trace(lambda x: linear_relu(x, w, flags=flags), torch.randn(2, 5))
+    with warnings.catch_warnings(action="ignore"):  # it says so here too, where they are
+        traced = torch.jit.trace(lambda x, flags: (linear_relu(x, w, flags=flags), flags), (torch.randn(2, 5), flags))
+    traced(torch.full((2, 5), NAN), flags)
+    assert int(flags) == 1
 
 
 def test_threads():
@@ -498,6 +666,8 @@ def test_threads():
             r"flags is torch.float32, \(1,\), on cpu; make it by torch.zeros\(1, dt",
         ),
         ({"flags": torch.zeros((), dtype=torch.int32)}, ValueError, r"flags is torch.int32, \(\)"),
+        ({"activation": "gelu"}, ValueError, """activation is 'gelu'; it must be "relu" or "relu_squared\""""),
+        ({"activation": ["relu"]}, ValueError, "it must be"),
         ({"flags": torch.zeros(1, dtype=torch.int32, device="meta")}, ValueError, "on meta"),
     ],
 )
@@ -521,7 +691,6 @@ def test_where_numba_is_asked_for_torch_serves(serving):
     assert int(flags) & 6
 
 
-triton = pytest.importorskip("triton")
 linear = pytest.importorskip("initlab.kernels._linear_triton")
 epilogue = pytest.importorskip("initlab.kernels._linear_epilogue_triton")
 COMPILED = not linear.INTERPRETED  # for a GPU, or an emulated one, which computes in TF32
@@ -550,10 +719,17 @@ def test_every_tile(capability_major, tile, dtype):
             assert ((y.double() - exact).abs() <= loose * bound(x, w.T, plus, dtype)).all()
             assert int(flags) == 0
             assert torch.equal(y, linear.gemm(x, w, bias, None, capability_major, tile))
+            if bias is not None:
+                square = linear.gemm(x, w, bias, flags, capability_major, tile, flag_square=True, squared=True)
+                assert torch.equal(square, y.square())
+                assert int(flags) == 0
         for value, (i, j) in zip((NAN, INF, -INF), ((0, 0), (M - 1, N - 1), (M // 2, 0)), strict=True):
             planted, of_bias, flags = x.clone(), torch.zeros_like(b), new_flag()
             of_bias[j] = value
             linear.gemm(planted, w, of_bias, flags, capability_major, tile)
+            assert int(flags) == kinds(torch.tensor(value)), (value, j)
+            of_bias[j], flags = 2.0**64 if value == INF else value, new_flag()
+            linear.gemm(planted, w, of_bias, flags, capability_major, tile, flag_square=True)
             assert int(flags) == kinds(torch.tensor(value)), (value, j)
             planted[i, K - 1] = value
             flags = new_flag()
@@ -581,11 +757,18 @@ def test_the_pass(size, dtype):
         for k, value in enumerate(planted):
             y[size - 1 - k * (size // 3)] = value
         expected, flag, flags = F.relu(y), kinds(y), new_flag()
+        root, square, flags_of_square = y.clone(), y.clone(), new_flag()
         ours = epilogue.relu_in_place(y, flags)
         assert ours is y
         assert torch.equal(y.isnan(), expected.isnan())
         assert torch.equal(y.nan_to_num(3.0), expected.nan_to_num(3.0))
         assert int(flags) == flag
+        epilogue.relu_in_place(square, flags_of_square, True, True)
+        torch.testing.assert_close(square, expected.square(), rtol=0, atol=0, equal_nan=True)
+        root[size // 2] = 2.0 ** (8 if dtype == torch.float16 else 64)
+        epilogue.relu_in_place(root, flags_of_square, True)
+        torch.testing.assert_close(root[: size // 2], expected[: size // 2], rtol=0, atol=0, equal_nan=True)
+        assert int(flags_of_square) == flag | 2
     assert torch.equal(epilogue.relu_in_place(before.clone(), None), F.relu(before))
 
 
@@ -604,6 +787,12 @@ def test_the_mask_and_its_sums(shape, dtype, layout):
     assert torch.equal(out, theirs)
     error = (sums.double() - theirs.double().sum(0)).abs()
     assert (error <= shape[0] * 2.0**-24 * theirs.double().abs().sum(0)).all()
+    out, sums = epilogue.mask_and_sum(grad, y, True)
+    theirs = torch.ops.aten.threshold_backward(grad * (2 * y), y, 0)
+    torch.testing.assert_close(out, theirs, rtol=0, atol=0, equal_nan=True)
+    assert sums[0].isnan()
+    error = (sums.double() - theirs.double().sum(0)).abs()[1:]
+    assert (error <= shape[0] * 2.0**-24 * theirs.double().abs().sum(0)[1:]).all()
 
 
 def test_which_candidate_serves(monkeypatch):

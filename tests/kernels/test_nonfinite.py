@@ -20,7 +20,7 @@ def seen_by_torch(x):
     return sum(bit for bit, hits in ((1, x.isnan()), (2, x == math.inf), (4, x == -math.inf)) if bool(hits.any()))
 
 
-@pytest.fixture(params=["exact", "fast", "into a flag", "GPU backend"])
+@pytest.fixture(params=["exact", "fast", "into a flag", "without numba", "GPU backend"])
 def flag_of(request, serving):
     """Every function that finds a flag, the Triton kernel among them: from a tensor to an int."""
     if request.param == "exact":
@@ -30,7 +30,7 @@ def flag_of(request, serving):
     elif request.param == "into a flag":
         yield lambda x: int(add_flag_(torch.zeros(1, dtype=torch.int32), x))
     else:
-        with serving("triton"):
+        with serving("triton" if request.param == "GPU backend" else "torch"):
             yield lambda x: int(add_flag_(torch.zeros(1, dtype=torch.int32), x))
 
 

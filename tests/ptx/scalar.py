@@ -10,6 +10,7 @@ from .values import (
     F32,
     REALS,
     SIGNED,
+    U16,
     U32,
     U64,
     UNSIGNED,
@@ -20,6 +21,7 @@ from .values import (
     divide,
     extreme,
     fma,
+    half_product,
     pairwise,
     shift_left,
     shift_right,
@@ -83,6 +85,12 @@ def complement(i):
 def arithmetic(i):
     f = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[i.parts[0]]
     kind, modifiers = i.kind, set(i.parts[1:-1])
+    if kind in ("f16x2", "bf16x2"):
+        i.require(i.parts[0] == "mul" and modifiers <= {"rn"})
+        return elementwise(i, lambda a, b: _two_products(a, b, kind[:-2]), *readers(i.operands[1:], 32))
+    if kind in _HALVES and modifiers <= {"rn"}:
+        i.require(i.parts[0] == "mul")
+        return elementwise(i, lambda a, b: half_product(a, b, kind), *readers(i.operands[1:], 16))
     if kind in _HALVES:  # of a half and a float32
         i.require(modifiers == {"rn", "f32"})
         a, b = reader(i.operands[1], 16), reader(i.operands[2], 32)
@@ -123,6 +131,9 @@ def multiply_add(i):
 @instruction("fma")
 def fused(i):
     kind = i.kind
+    if kind in (*_HALVES, "f16x2", "bf16x2") and i.parts[1:-1] == ["rn"]:  # sm_80 has no product of bf16: -0 is added
+        gets = readers(i.operands[1:], WIDTHS[kind])
+        return elementwise(i, lambda a, b, c: _product_and_zero(i, a, b, c, kind), *gets)
     if kind in _HALVES:  # halves, added to a float32
         i.require(i.parts[1:-1] == ["rn", "f32"])
         gets = [*readers(i.operands[1:3], 16), reader(i.operands[3], 32)]
@@ -137,6 +148,18 @@ def fused(i):
         return elementwise(i, lambda *x: pairwise(fma, *x), *gets)
     i.require(kind in ("f32", "f64"))
     return elementwise(i, lambda *x: to_bits(fma(*(y.view(REALS[kind]) for y in x)), kind), *gets)
+
+
+def _two_products(a, b, kind):
+    low = half_product(a.astype(U16), b.astype(U16), kind).astype(U32)
+    high = half_product((a >> U32(16)).astype(U16), (b >> U32(16)).astype(U16), kind).astype(U32)
+    return low | (high << U32(16))
+
+
+def _product_and_zero(i, a, b, c, kind):
+    pair = kind.endswith("x2")
+    i.require(bool(np.all(c == (0x80008000 if pair else 0x8000))))
+    return _two_products(a, b, kind[:-2]) if pair else half_product(a, b, kind)
 
 
 @instruction("div", "rem")

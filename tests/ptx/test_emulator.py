@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("numba")
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ptx import driver, launch, values
+from ptx import driver, launch, scalar, values
 from ptx.memory import Fault, SharedMemory
 
 HEAD = """
@@ -167,6 +167,7 @@ def test_the_order_of_lanes_can_be_chosen(monkeypatch):
         "ld.volatile.global.b32 %r5, [ %rd2 + 0 ];", "atom.global.add.u32 %r5, [ %rd2 + 0 ], %r1;",
         "shfl.sync.up.b32 %r5, %r1, 1, 0, -1;", "mov.u32 %r5, %clock;", "add.rz.f32 %r5, %r1, %r1;",
         "tcgen05.wait::ld.sync.aligned;", "setp.lt.and.u32 %p1, %r1, %r2, %p2;", "bar.sync 0, 32;",
+        "add.f16 %r5, %r1, %r1;", "fma.rn.f16 %r5, %r1, %r1, %r1;",
         "div.full.f32 %r5, %r1, %r1;", "mul.hi.s32 %r5, %r1, %r1;", "cvt.rzi.s32.f32 %r5, %r1;",
     ],
 )  # fmt: skip
@@ -209,6 +210,29 @@ def test_fused_multiply_adds_are_rounded_once(kind, digits, lowest):
         found = Fraction(float(values.fma(a, b, c)))
         unit = Fraction(2) ** max(math.frexp(float(exact))[1] - digits, lowest)
         assert abs(found - exact) <= unit / 2, (a, b, c)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "digits", "lowest"), [("bf16", torch.bfloat16, 8, -133), ("f16", torch.float16, 11, -24)]
+)
+def test_products_of_halves_are_rounded_once(kind, dtype, digits, lowest):
+    bits = np.random.default_rng(2).integers(0, 2**16, (2, 4000), dtype=np.uint16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = values.as_real(values.half_product(*bits, kind), kind)
+        pairs = scalar._two_products(*(bits[:, ::2].astype(np.uint32) << 16 | bits[:, 1::2]), kind)
+        high, low = (values.as_real(half.astype(np.uint16), kind) for half in (pairs >> 16, pairs & 0xFFFF))
+    assert np.array_equal(np.stack([high, low], 1).ravel(), found, equal_nan=True)
+    a, b = values.as_real(bits[0], kind), values.as_real(bits[1], kind)
+    for x, y, z in zip(a.tolist(), b.tolist(), found.tolist(), strict=True):
+        exact = x * y  # in float64
+        if math.isnan(exact) or math.isinf(exact):
+            assert math.isnan(z) if math.isnan(exact) else z == exact
+            continue
+        unit = 2.0 ** max(math.frexp(exact)[1] - digits, lowest)
+        if math.isinf(z):
+            assert abs(exact) >= torch.finfo(dtype).max + unit / 2
+        else:
+            assert abs(Fraction(z) - Fraction(exact)) <= Fraction(unit) / 2, (x, y)
 
 
 def test_minima_maxima_and_divisions():

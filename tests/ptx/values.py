@@ -65,6 +65,18 @@ def to_bits(x, kind):
     return np.where(nan, CANONICAL_NAN[REALS[kind]], bits) if nan.any() else bits
 
 
+def half_product(a, b, kind):
+    """The bits of the product of two halves, which float64 holds exactly, rounded once."""
+    exact = as_real(a, kind).astype(F64) * as_real(b, kind).astype(F64)
+    if kind == "f16":
+        return to_bits(exact, kind)
+    rounded = np.asarray(exact.astype(F32))  # to odd: then a second rounding gives what one would have given
+    bits = rounded.view(U32)
+    inexact = (rounded != exact) & ~np.isnan(exact)
+    bits = bits - (inexact & (np.abs(rounded) > np.abs(exact))).astype(U32)
+    return to_bits((bits | inexact.astype(U32)).view(F32), kind)
+
+
 def tf32(bits):
     """What tensor cores read of a float32: its upper 19 bits."""
     return (bits & U32(0xFFFFE000)).view(F32)

@@ -1,0 +1,115 @@
+"""Where the outputs of Linear layers go: what the readers of a model find, and what counts as a ReLU.
+
+A tensor is followed through what only looks at it differently (views, shapes); ReLU, element by element, does not mind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+RELU, RELU_SQUARED = "relu", "relu_squared"
+RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_)
+RELU_METHODS = ("relu", "relu_")
+
+# By the names of tensors' methods, attributes and torch's functions.
+VIEWS = frozenset(
+    {
+        *(
+            "view",
+            "view_as",
+            "reshape",
+            "reshape_as",
+            "flatten",
+            "unflatten",
+            "ravel",
+            "transpose",
+            "swapaxes",
+            "permute",
+        ),
+        *("squeeze", "unsqueeze", "contiguous", "movedim", "t", "mT"),
+    }
+)
+QUESTIONS = frozenset(
+    {
+        *("shape", "size", "dim", "ndim", "dtype", "device", "numel", "nelement", "is_cuda", "is_floating_point"),
+        *("stride", "element_size", "get_device", "requires_grad", "is_contiguous", "layout", "itemsize", "nbytes"),
+        *(
+            "is_nested",
+            "is_sparse",
+            "is_quantized",
+            "is_meta",
+            "is_inference",
+            "is_complex",
+            "names",
+            "grad_fn",
+            "type",
+        ),
+        *("__len__", "_version", "is_mkldnn", "is_xpu", "is_leaf", "is_cpu", "is_mps", "type"),
+    }
+)
+
+
+@dataclass
+class Use:
+    """What is known of one Linear layer.
+
+    Attributes:
+        activations: the kinds of activation that its output was seen to go to, and nowhere else.
+        modules: the activation modules among them.
+        in_place: whether one of them works in place.
+        viewed: whether one of them reads a view.
+        callers: modules whose code applies its ReLU as a function, and that code.
+        others: what else its output goes to, in words.
+        unknown: why it may go elsewhere too, in words: code that could not be followed.
+    """
+
+    activations: set[str] = field(default_factory=set)
+    modules: dict[nn.Module, None] = field(default_factory=dict)
+    in_place: bool = False
+    viewed: bool = False
+    callers: dict[tuple[nn.Module, Any], None] = field(default_factory=dict)
+    others: dict[str, None] = field(default_factory=dict)
+    unknown: dict[str, None] = field(default_factory=dict)
+
+    def add(self, other: Use, read_in: nn.Module, owner: nn.Module) -> None:
+        """Add what was read of a Linear in one module, as it holds for the same one in a module like it."""
+        self.activations |= other.activations
+        self.in_place |= other.in_place
+        self.viewed |= other.viewed
+        self.others |= other.others
+        self.unknown |= other.unknown
+        self.callers |= {(owner, code): None for _, code in other.callers}
+        places = {module: name for name, module in read_in.named_modules()} if read_in is not owner else {}
+        for module in other.modules:
+            self.modules[owner.get_submodule(places[module]) if places else module] = None
+
+
+def called(name: str) -> str:
+    """What a function is called in a sentence."""
+    return {"getitem": "indexing", "truediv": "div", "iadd": "add", "imul": "mul"}.get(name, name).strip("_")
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name of a function or of a property of Tensor, whose getters are called `__get__`."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if name == "__get__":
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    return name
+
+
+def is_square_of(node: torch.fx.Node, source: torch.fx.Node) -> bool:
+    """Whether a node of a graph is another's square, and reads nothing else."""
+    name = node.target if isinstance(node.target, str) else name_of(node.target)
+    if node.kwargs or node.op not in ("call_function", "call_method") or not name:
+        return False
+    if name.strip("_") == "square":
+        return node.args == (source,)
+    if name.strip("_") == "pow":
+        return node.args in ((source, 2), (source, 2.0))
+    return name.strip("_") == "mul" and node.args == (source, source)
