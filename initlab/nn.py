@@ -111,7 +111,7 @@ class LinearReLU(nn.Module):
         self._watch_flag = flag
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined] # TorchScript knows torch's operations alone
+        if torch._jit_internal.is_scripting():  # TorchScript knows torch's operations alone
             return self._scripted(input)
         if self._watch_flag is None:
             return linear_relu(input, self.weight, self.bias, flags=self.flags, activation=self.activation)

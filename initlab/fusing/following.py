@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from .._tree import tensors_in
 from .restoring import restored
@@ -44,6 +43,8 @@ def follow(model: nn.Module, example: Any) -> Followed:
         model: called with the example in the mode, training or not, that it is in.
         example: its argument; a tuple of them; or a dict of named ones.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     arguments = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
     named = dict(example) if isinstance(example, Mapping) else {}
     mode = _Follow()

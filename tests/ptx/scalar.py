@@ -157,9 +157,12 @@ def _two_products(a, b, kind):
 
 
 def _product_and_zero(i, a, b, c, kind):
-    pair = kind.endswith("x2")
-    i.require(bool(np.all(c == (0x80008000 if pair else 0x8000))))
-    return _two_products(a, b, kind[:-2]) if pair else half_product(a, b, kind)
+    """a * b + c, c being zeros: their sign is that of a sum that is 0."""
+    if kind.endswith("x2"):
+        i.require(bool(np.all(c == 0x80008000)))
+        return _two_products(a, b, kind[:-2])
+    i.require(bool(np.all(c & U16(0x7FFF) == 0)))
+    return half_product(a, b, kind) & np.where(half_product(a, b, kind) == 0x8000, c, U16(0xFFFF))
 
 
 @instruction("div", "rem")
