@@ -13,14 +13,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, _is_functional_tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses import FakeTensor
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.init import _calculate_correct_fan, _calculate_fan_in_and_fan_out, calculate_gain
+from torch.nn.init import calculate_gain
 
 from initlab.kernels import PLAIN, Distribution, Draw, Normal, Region, Uniform, fill_, generator_key
+from initlab.kernels.torch_internals import (
+    FakeTensor,
+    count_dispatch_modes,
+    fake_mode_is_active,
+    fan_by_mode,
+    fan_in_and_out,
+    is_functional,
+    is_transformed,
+    tracing_state,
+)
 
 from .distributed.dtensors import count_as_written, is_dtensor, local
 from .distributed.shards import draws, local_shards
@@ -191,13 +198,13 @@ def _refuse_dtensor(tensor: Tensor, name: str) -> None:
 
 def xavier_std(tensor: Tensor, gain: float) -> float:
     """gain * sqrt(2 / (fan_in + fan_out))."""
-    fan_in, fan_out = _calculate_fan_in_and_fan_out(tensor)
+    fan_in, fan_out = fan_in_and_out(tensor)
     return gain * math.sqrt(2.0 / float(fan_in + fan_out))
 
 
 def kaiming_std(tensor: Tensor, a: float, mode: Any, nonlinearity: Any) -> float:
     """gain / sqrt(fan), as torch counts both."""
-    return calculate_gain(nonlinearity, a) / math.sqrt(_calculate_correct_fan(tensor, mode))
+    return calculate_gain(nonlinearity, a) / math.sqrt(fan_by_mode(tensor, mode))
 
 
 def draw_key(tensor: Tensor, generator: torch.Generator | None) -> int:
@@ -240,8 +247,8 @@ def has_values(tensor: Tensor) -> bool:
     """False on meta and for fakes; raises for a wrapper, whose memory is not the tensor's, and in a traced graph."""
     if tensor.is_meta:
         return False
-    modes = _len_torch_dispatch_stack()
-    if _get_tracing_state() is not None or (modes and _is_traced()):
+    modes = count_dispatch_modes()
+    if tracing_state() is not None or (modes and _is_traced()):
         raise NotImplementedError(
             "initlab.init cannot be recorded by torch.export or make_fx, nor by torch.jit.trace: the graph would lack "
             "the draw. Fill the tensor outside what is traced"
@@ -257,22 +264,18 @@ def has_values(tensor: Tensor) -> bool:
                 f"initlab.init does not fill a {kind.__name__}, a wrapper around other tensors. Fill the plain tensor "
                 "before it is wrapped, or use torch.nn.init for it, outside swap()"
             )
-    if is_functorch_wrapped_tensor(tensor) or _is_functional_tensor(tensor):
+    if is_transformed(tensor) or is_functional(tensor):
         raise NotImplementedError(
             "initlab.init does not fill a tensor that a torch.func transform (vmap, grad, functionalize, ...) has "
             "wrapped. Fill it before the transform"
         )
-    if modes and _fake_mode_is_active():
+    if modes and fake_mode_is_active():
         tensor.detach()  # for torch's own error, where the mode does not let real tensors in
         raise NotImplementedError(
             "initlab.init does not fill a real tensor under FakeTensorMode, where no value can be drawn. Fill it "
             "outside the mode"
         )
     return True
-
-
-def _fake_mode_is_active() -> bool:
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _is_traced() -> bool:

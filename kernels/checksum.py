@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import backends
 from .region import Region, StridedRun
 from .tensors import INTEGERS, PLAIN, is_freed
+from .torch_internals import FakeTensor
 
 _MODULES = {"numba": "._checksum_numba", "triton": None}
 _CHUNK = {"cpu": 1 << 14}  # elements: scratch stays in the cache, and below what torch splits over threads

@@ -29,6 +29,7 @@ from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
 from .nonfinite import POSITIVE_INF as POSITIVE_INF
 from .nonfinite import add_flag_, finite_at_a_look, nonfinite_flag, small_magnitudes_below
 from .tensors import PLAIN, all_plain, settled, wraps_tensors
+from .torch_internals import count_dispatch_modes, is_tracing, is_transforming
 
 _MODULES = {"numba": None, "triton": "._linear_triton"}  # on a CPU nothing betters torch's GEMM
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,9 +112,9 @@ def linear_relu(
                 _add_flag_(flags, held, squared)
             r = r.relu()
         else:
-            op = _FunctorchLinearReLU.apply if torch._C._are_functorch_transforms_active() else _op
+            op = _FunctorchLinearReLU.apply if is_transforming() else _op
             r, flag = op(*_operands(input, weight, bias), squared)
-            if not torch.compiler.is_compiling() and torch._C._is_tracing():
+            if not torch.compiler.is_compiling() and is_tracing():
                 warnings.warn("torch.jit.trace drops flags that are no input of what it traces", stacklevel=2)
             flags.bitwise_or_(flag)
         return r.square() if squared else r
@@ -219,12 +220,7 @@ def needs_registered_op(*tensors: Tensor | None) -> bool:
 
 
 def _is_intercepted() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-    )
+    return torch.compiler.is_compiling() or is_transforming() or count_dispatch_modes() > 0 or is_tracing()
 
 
 def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

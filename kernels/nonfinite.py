@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import backends
 from .tensors import PLAIN
+from .torch_internals import is_transforming
 
 NAN, POSITIVE_INF, NEGATIVE_INF = 1, 2, 4  # the bits of a flag
 
@@ -217,7 +218,7 @@ def _reals(tensor: Tensor) -> Tensor | None:
 
 def check_memory(tensor: Tensor) -> None:
     """Raise where a tensor's storage was freed: to read it would end the process, in torch as well."""
-    if torch.compiler.is_compiling() or type(tensor) not in PLAIN or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN or is_transforming():
         return
     if tensor.data_ptr() != 0 or tensor.numel() == 0 or tensor.is_meta:
         return

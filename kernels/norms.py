@@ -34,6 +34,7 @@ from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
 from .nonfinite import POSITIVE_INF as POSITIVE_INF
 from .nonfinite import check_memory, is_dense, nonfinite_flag
 from .tensors import PLAIN, all_plain
+from .torch_internals import is_transforming, overlap
 
 POLICIES = ("propagate", "keep", "zero")
 
@@ -442,11 +443,11 @@ def _check_scalable(prepared: TensorGroups, norms: Sequence[Tensor], max_norm: f
     if not prepared.dtypes <= _SERVED:
         i, dtype = next((i, t.dtype) for i, t in enumerate(prepared.tensors) if t.dtype not in _SERVED)
         raise NotImplementedError(f"tensor {i} has dtype {dtype}, which torch does not multiply: convert it to clip it")
-    if torch._C._are_functorch_transforms_active():
+    if is_transforming():
         return
     for group, norm in zip(prepared.groups, norms, strict=True):
         for t in group.tensors if group.backend is None else group.strided:
-            if type(t) not in PLAIN or t.is_contiguous() or torch._debug_has_internal_overlap(t) != 1:
+            if type(t) not in PLAIN or t.is_contiguous() or overlap(t) != 1:
                 continue
             if _host_readable(norm) and not max_norm / (float(norm) + EPSILON) < 1.0:
                 break  # it is left as it is

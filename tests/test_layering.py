@@ -7,8 +7,9 @@ backend: A backend's file (`_norms_triton.py`, `_norms_numba.py`, `sampling/_tri
     imports it, and not before it is needed: `backends.load(device, {"numba": "._norms_numba"})`. `_torch.py` needs no
     compiler, so its op may import it at once.
 op: The other files of kernels/ import torch, and from kernels/ what is shared (`backends`, `nonfinite`, `region`,
-    `tensors`) and their own package. Nothing reaches up, to initlab's other packages.
+    `tensors`, `torch_internals`) and their own package. Nothing reaches up, to initlab's other packages.
 initlab: initlab/ imports the public names of initlab.kernels, never numba or triton, and asks no tensor where it lies.
+internals: Private names of torch's modules are found by `torch_internals`, and imported from there.
 spelling: Imports inside kernels/ are relative. Everybody else says `initlab.kernels`, never `kernels`.
 init: An `__init__.py` is an API: a docstring, imports and `__all__`.
 shadow: No module shares its name with a public function or class of its package, which would hide it.
@@ -33,8 +34,14 @@ FOLDERS = ("kernels", "initlab", "tests", "benchmarks", "docs", "examples", "too
 
 # llvmlite is numba's own lower half: an intrinsic's body is written in it.
 COMPILERS = {"triton": {"triton"}, "numba": {"numba", "llvmlite"}, "torch": set()}
-SHARED = {"backends", "region", "tensors"}  # what every op may use
-FOR_BACKENDS = {"region", "tensors", "sampling.stream"}
+SHARED = {"backends", "region", "tensors", "torch_internals"}  # what every op may use
+FOR_BACKENDS = {"region", "tensors", "torch_internals", "sampling.stream"}
+# Private by name alone: torch documents them. The last one TorchScript has to find by its own name.
+DOCUMENTED = (
+    "torch.utils._pytree",
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch._jit_internal",
+)
 LINES = 500
 REASON = re.compile(r"\bone file\b|\bis (so |this )?long\b")
 
@@ -142,7 +149,28 @@ def violations(path: str, source: str, public: Collection[str] = (), modules: Co
             if name in modules
         ]
         broken += _too_long(source)
+        if path != "kernels/torch_internals.py":
+            broken += [
+                (line, f"internals: {name} is private; torch_internals finds it, or says what serves in its place")
+                for line, name in _private_names(tree)
+            ]
     return [f"{path}:{line}: {text}" for line, text in sorted(broken)]
+
+
+def _private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The private names of torch's modules that a file uses, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch" and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("torch.")]
+        elif isinstance(node, ast.Attribute) and re.fullmatch(r"torch(\.\w+)+", text := ast.unparse(node)):
+            names = [text] if node.attr.startswith("_") else []
+        else:
+            continue
+        for name in names:
+            if "._" in name.replace(".__", ".") and not name.startswith(DOCUMENTED):
+                yield node.lineno, name
 
 
 def _in_kernels(name: str, found: list[Import]) -> list[tuple[int, str]]:
@@ -156,7 +184,7 @@ def _in_kernels(name: str, found: list[Import]) -> list[tuple[int, str]]:
             # backends.load() reads its names from kernels/, wherever the op is.
             targets = i.targets("" if i.lazy and not i.names else package)
             broken += [(i.line, why) for target in targets if (why := _neighbour(name, target, i.lazy))]
-        elif i.root not in sys.stdlib_module_names and (name, i.module) != ("backends", "?"):
+        elif i.root not in sys.stdlib_module_names and (i.module != "?" or name not in {"backends", "torch_internals"}):
             allowed = {"torch"} if kind is None else {"numpy", "torch", *COMPILERS[kind]}
             if i.root not in allowed:
                 compiler = i.root in {"llvmlite", "numba", "triton"}
@@ -218,6 +246,8 @@ def _in_initlab(found: list[Import], public: Collection[str]) -> list[tuple[int,
             private = sorted(set(i.names) - set(public))
             if private or not i.names:
                 broken.append((i.line, f"initlab: imports {private or i.module}; only public names, by from-import"))
+        elif i.module == "initlab.kernels.torch_internals":
+            continue
         elif i.module.startswith("initlab.kernels.") or (i.module == "initlab" and "kernels" in i.names):
             broken.append((i.line, f"initlab: imports {i.module}; only public names, from initlab.kernels"))
     return broken
@@ -348,6 +378,12 @@ LOAD = "from . import backends\n_MODULES = {}\ndef f(d):\n    backends.load(d, _
         ("initlab/page.py", "from initlab.kernels import fill_, sampling", "initlab"),
         ("initlab/page.py", "from initlab import kernels", "initlab"),
         ("initlab/diagnosis/page.py", "from initlab.kernels import _private", "initlab"),
+        # Private names of torch.
+        ("initlab/page.py", "from torch._C import x", "internals"),
+        ("initlab/page.py", "def f():\n    from torch.utils import _other", "internals"),
+        ("initlab/page.py", "import torch._dynamo", "internals"),
+        ("kernels/op.py", "x = torch._C._autograd.y(1)", "internals"),
+        ("kernels/op.py", "torch._foreach_norm([])", "internals"),
         # One spelling.
         ("kernels/op.py", "from initlab.kernels import stream", "spelling"),
         ("kernels/op.py", "import kernels", "spelling"),
@@ -419,6 +455,9 @@ def test_a_violation_is_seen(path: str, source: str, rule: str) -> None:
         ("initlab/models/__init__.py", "from . import naming\nfrom .naming import names\n__all__ = ['naming']"),
         ("initlab/models/swapping.py", "def swap():\n    pass\nclass Naming:\n    def naming(self):\n        pass"),
         ("kernels/sampling/_numba.py", "def naming():\n    pass"),
+        ("initlab/page.py", "from torch.utils._pytree import tree_map\nfrom torch import __version__"),
+        ("initlab/page.py", "from initlab.kernels.torch_internals import overlap\nx = torch.__version__"),
+        ("kernels/torch_internals.py", "x = torch._C._autograd.y(1)"),
         ("initlab/page.py", "x = 1\n" * 500),
         ("initlab/page.py", '"""A page.\n\nThis file is long: a table.\n"""\n' + "x = 1\n" * 500),
         ("initlab/page.py", "# One op, so one file.\n" + "x = 1\n" * 500),

@@ -137,7 +137,8 @@ def test_wheel(dist: Path) -> None:
 
     modules = {f"initlab/{p.relative_to(ROOT / 'initlab').as_posix()}" for p in ROOT.glob("initlab/**/*.py")}
     modules |= {f"initlab/kernels/{p.relative_to(ROOT / 'kernels').as_posix()}" for p in ROOT.glob("kernels/**/*.py")}
-    assert {name for name in shipped if name.startswith("initlab/")} == {*modules, "initlab/py.typed"}
+    others = {"initlab/py.typed", "initlab/languages/zh.json"}
+    assert {name for name in shipped if name.startswith("initlab/")} == {*modules, *others}
 
 
 @pytest.mark.long

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from initlab.kernels.torch_internals import FakeTensorMode
+
 from .._console import inline_listing
 
 PART = 1 << 18  # elements that are read at once: 1 MB of float32, which stays in the cache
@@ -178,8 +180,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _load_fake(source: Any, path: Path) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         return _load(source, path)
 

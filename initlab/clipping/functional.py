@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 from torch.nn import utils
-from torch.utils._foreach_utils import _device_has_foreach_support
 
 from initlab.kernels import Norm, describe
+from initlab.kernels.torch_internals import has_foreach
 
 from ..distributed.dtensors import ClassifiedTensors, classify, is_dtensor, without_elements
 from ..distributed.groups import MeshDim, pp_mesh_dim_of
@@ -439,7 +439,7 @@ def _check_per_parameter(p: float, **others: bool) -> None:
 
 def _check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
     for device in {t.device for t in tensors} if foreach else ():
-        if not _device_has_foreach_support(device):
+        if not has_foreach(device):
             raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import GetAttrKey, SequenceKey, tree_map
 
+from initlab.kernels.torch_internals import physical
+
 from .._tree import items_in
 from .limits import LIMITS
-from .stats import physical, spread_out
+from .stats import spread_out
 
 _TARGET_NAMES = ("target", "targets", "label", "labels", "y", "y_true", "classes")
 

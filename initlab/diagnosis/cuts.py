@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from initlab.kernels.torch_internals import without_functions
+
 from .._tree import tensors_in
 from . import names
 from .graph import line_of_user
@@ -84,7 +86,7 @@ class Cuts(TorchFunctionMode):
         name = names.of_function(func)
         if name in _SHAPES or name in _COMPARED:
             return out
-        with torch._C.DisableTorchFunction():
+        with without_functions():
             made = [out] if isinstance(out, Tensor) else list(tensors_in(out, 2))
             marked = [x for x in tensors_in((args, kwargs or {}), 3) if self._is_marked(x)]
             if not marked or (not made and name not in _READ):

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from initlab.kernels.torch_internals import physical
+
 from .._tree import tensors_in
 from ..models.activations import ACTIVATIONS
 from .batch import Features, Leaf, features
 from .losses import last_activation
 from .slopes import Slopes
-from .stats import Stats, measure, physical
+from .stats import Stats, measure
 from .trace import Call, storage_of
 
 _PRODUCTS = frozenset(

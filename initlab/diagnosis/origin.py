@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.kernels import NAN, NEGATIVE_INF, POSITIVE_INF, describe, nonfinite_flag
+from initlab.kernels.torch_internals import current_node
 
 from .._tree import tensors_in
 from . import names, safe_forms
@@ -296,7 +297,7 @@ class Search:
         op, call = operation.name, self.call
         function, module = call.name or op, self.modules.current
         why = reason(operation) or next(filter(None, map(reason, call.operations)), None)
-        node = torch._C._current_autograd_node()
+        node = current_node()
         if node is not None and node in self.graph.calls:  # inside a gradient that the loss itself computes
             call = self.graph.calls[node]
             function, module = call.name, call.module

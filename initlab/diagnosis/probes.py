@@ -16,6 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from initlab.kernels.torch_internals import foreach_norm, foreach_sub
+
 from .._tree import tensors_in
 from ..models.naming import tensor_refs
 from . import graph, movement
@@ -243,7 +245,7 @@ def _read_gradients(evidence: Evidence) -> None:
 def _norms(tensors: list[Any]) -> Iterator[float]:
     """2-norms of tensors; infinite only where an element is."""
     dense = [t.float() if half(t.dtype) else t for t in map(stored, tensors)]
-    for tensor, norm in zip(dense, torch._foreach_norm(dense) if dense else (), strict=True):
+    for tensor, norm in zip(dense, foreach_norm(dense) if dense else (), strict=True):
         size = float(norm)
         yield size if math.isfinite(size) else float(torch.linalg.vector_norm(_wide(tensor)))
 
@@ -277,7 +279,7 @@ def _update(training_step: TrainingStep, evidence: Evidence, before: Sequence[tu
         )
     weights = [(p.detach(), old) for p, old in before if p.dim() > 1]
     with torch.no_grad():
-        moved = torch._foreach_sub([p for p, _ in weights], [old for _, old in weights]) if weights else []
+        moved = foreach_sub([p for p, _ in weights], [old for _, old in weights]) if weights else []
         size = norm_of([old for _, old in weights])
         change = norm_of(list(moved))
     return change / size if size and change is not None else None

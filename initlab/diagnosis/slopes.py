@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from initlab.kernels.torch_internals import without_functions
+
 Quantity = Literal["distance", "loss", "likelihood", "divergence"]
 
 _MOST = 64  # quantities that are watched
@@ -117,7 +119,7 @@ class Slopes:
         self.found.append(slope)
 
         def read(gradient: Tensor) -> None:
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            with torch.no_grad(), without_functions():
                 along = towards(gradient.detach()).double()
                 total = float(along.abs().sum())
                 slope.away = float(along.clamp_max(0).abs().sum()) / total if total > 0 else None

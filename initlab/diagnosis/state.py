@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from initlab.kernels.torch_internals import set_versions
+
 from .._contents import restore_dict
 from .reach import Reach
 
@@ -106,11 +108,11 @@ class _TensorCopy:
                 # Through .data: a graph that the user holds must not find its tensors changed.
                 _without_repeats(tensor.data).copy_(self.copy)
             if self.version is not None and tensor._version != self.version:
-                torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))
+                set_versions((tensor,), (self.version,))
         elif self.copy is not None and self.version is not None and tensor._version != self.version:
             with torch.no_grad():
                 tensor.copy_(self.copy)
-            torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))
+            set_versions((tensor,), (self.version,))
         if self.leaf:
             if tensor.requires_grad != self.needs_grad:
                 tensor.requires_grad_(self.needs_grad)

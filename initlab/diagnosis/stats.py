@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from initlab.kernels.torch_internals import physical
+
 from .limits import LIMITS
 
 
@@ -83,17 +85,6 @@ def sample(tensor: Tensor) -> Tensor:
     if x.numel() > LIMITS.sample:
         x = x[:, spread_out(x.shape[1], max(1, LIMITS.sample // x.shape[0])).to(x.device)]
     return x.double()
-
-
-def physical(tensor: Tensor) -> Tensor:
-    """The tensor behind torch.func's wrappers, with all the rows of a vmap; others as they are."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        rows = functorch.maybe_get_bdim(tensor) if functorch.is_batchedtensor(tensor) else -1
-        tensor = functorch.get_unwrapped(tensor)
-        if rows > 0:
-            tensor = tensor.movedim(rows, 0)
-    return tensor
 
 
 def stored(tensor: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
+from initlab.kernels.torch_internals import is_transformed, physical, without_functions
+
 from .._tree import tensors_in
 from ..models.fans import compute_fans
 from ..models.naming import walk
@@ -20,7 +22,7 @@ from . import names
 from .limits import LIMITS
 from .losses import LossCall, Stopped, hinge_of_bits, loss_call, multiplies, shapes
 from .slopes import Slopes
-from .stats import Stats, edge_share, measure, physical
+from .stats import Stats, edge_share, measure
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -200,7 +202,7 @@ class Trace(TorchFunctionMode):
         if count > LIMITS.calls_measured:
             return
         self.calls.append(call)
-        with torch._C.DisableTorchFunction():
+        with without_functions():
             for tensor in tensors_in((args, kwargs)):
                 leaf = self._batch.get(storage_of(tensor))
                 if leaf is not None:
@@ -218,7 +220,7 @@ class Trace(TorchFunctionMode):
             call = self._open.pop()
         if self._counts[module] > LIMITS.calls_measured:
             return
-        with torch._C.DisableTorchFunction():
+        with without_functions():
             tensor = next(tensors_in(output), None)
             if tensor is None or not tensor.is_floating_point():
                 return
@@ -242,7 +244,7 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = names.of_function(func)
-        wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors_in(args))
+        wrapped = any(is_transformed(t) for t in tensors_in(args))
         loss = None if wrapped else loss_call(name, args, kwargs)  # one row of a vmap has no values to look at
         if loss is None and not wrapped and name in ("sub", "rsub"):
             loss = self._difference(args)
@@ -259,14 +261,14 @@ class Trace(TorchFunctionMode):
             self.arguments = [*args, *kwargs.values()]
             raise
         if loss is not None and isinstance(out, Tensor) and out.numel() == 1 and not out.is_meta:
-            with torch._C.DisableTorchFunction():
+            with without_functions():
                 loss.value = float(out.detach())
                 self.slopes.of_loss(loss.name, out)
         if not wrapped:
-            with torch._C.DisableTorchFunction():
+            with without_functions():
                 self.slopes.called(name, args, out)
         if self.flow is not None:
-            with torch._C.DisableTorchFunction():
+            with without_functions():
                 within = bool(self._open) and self._open[-1].is_layer
                 layer = self.flow.called(name, args, kwargs, out, within)
             if layer is not None:

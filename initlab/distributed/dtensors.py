@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from initlab.kernels import PLAIN, all_plain
+from initlab.kernels.torch_internals import is_wrapper
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -83,10 +83,10 @@ def classify(tensors: Sequence[Tensor]) -> ClassifiedTensors:
     if all_plain(tensors):
         return ClassifiedTensors(tensors, tensors, False, False)
     if torch.compiler.is_compiling():  # which traces what torch does with wrappers, DTensors included
-        return ClassifiedTensors(tensors, tensors, False, any(map(is_traceable_wrapper_subclass, tensors)))
+        return ClassifiedTensors(tensors, tensors, False, any(map(is_wrapper, tensors)))
     kinds = [is_dtensor(t) for t in tensors]
     pairs = list(zip(tensors, kinds, strict=True))
-    if any(is_traceable_wrapper_subclass(t) for t, dtensor in pairs if not dtensor):
+    if any(is_wrapper(t) for t, dtensor in pairs if not dtensor):
         return ClassifiedTensors(tensors, tensors, False, True)
     return ClassifiedTensors(tensors, [_to_local(t) if dtensor else t for t, dtensor in pairs], any(kinds), False)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from initlab.kernels.torch_internals import Convolution, TransposedConvolution
 
 from ..nn import LinearReLU
 
@@ -57,9 +58,9 @@ def compute_fans(module: nn.Module, attribute: str, weight: Tensor, module_name:
     if weight.dim() < 2:
         return None
     shape = weight.shape
-    if isinstance(module, _ConvNd) and attribute == "weight":
+    if isinstance(module, Convolution) and attribute == "weight":
         taps, groups = math.prod(module.kernel_size), module.groups
-        if isinstance(module, _ConvTransposeNd):
+        if isinstance(module, TransposedConvolution):
             return Fans(shape[0] // groups * taps / math.prod(module.stride), shape[1] * taps)
         return Fans(shape[1] * taps, shape[0] // groups * taps)
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):

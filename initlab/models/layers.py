@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.init import calculate_gain
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from initlab.kernels import Constant, Distribution, Normal, Uniform
 
@@ -140,9 +138,9 @@ def _nothing(module: nn.Module, trace: InitTrace, why: str) -> None:
 _READERS: dict[Any, Callable[[Any, InitTrace, str], None]] = {
     nn.Linear.reset_parameters: _linear,
     LinearReLU.reset_parameters: _linear_relu,
-    _ConvNd.reset_parameters: _convolution,
+    nn.Conv2d.reset_parameters: _convolution,
     nn.Bilinear.reset_parameters: _bilinear,
-    _NormBase.reset_parameters: _ones_and_zeros,
+    nn.BatchNorm2d.reset_parameters: _ones_and_zeros,
     nn.LayerNorm.reset_parameters: _ones_and_zeros,
     nn.GroupNorm.reset_parameters: _ones_and_zeros,
     nn.RMSNorm.reset_parameters: _ones_and_zeros,

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from initlab.kernels.torch_internals import can_take_data
+
 from .naming import TensorRef
 
 
@@ -53,7 +55,7 @@ def attach(refs: Iterable[TensorRef], new: Mapping[int, Tensor], target: torch.d
             moved = old.detach().to(target)
         if ref.kind == "dtensor":
             moved = _swapped(old, moved, ref.name)
-        elif ref.is_parameter and torch._has_compatible_shallow_copy_type(old, moved):
+        elif ref.is_parameter and can_take_data(old, moved):
             old.data = moved.detach()  # the same Parameter, as Module.to keeps it for an optimizer
             if old.grad is not None:
                 old.grad.data = old.grad.to(target)

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.init import _calculate_correct_fan
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from initlab.kernels import Distribution, TruncatedNormal
+from initlab.kernels.torch_internals import fan_by_mode, without_functions
 
 from .._init_draws import observers
 from .contents import Contents, Value, computed, literal, whole
@@ -179,7 +179,7 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.recording.suspended:
             return func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():  # the function mode has no part in what is looked at here
+        with without_functions():  # the function mode has no part in what is looked at here
             return self.recording.operations.follow(func, args, kwargs, lambda: func(*args, **kwargs))
 
 
@@ -209,7 +209,7 @@ class _Functions(TorchFunctionMode):
             tensor = args[0] if args else kwargs["tensor"]
             mode = args[2] if len(args) > 2 else kwargs.get("mode", "fan_in")
             if 0 not in tensor.shape:
-                recording.contents.note_fan(tensor, _calculate_correct_fan(tensor, mode))
+                recording.contents.note_fan(tensor, fan_by_mode(tensor, mode))
         elif func is Tensor.dim and args[0].is_meta:
             name, given = skipped_on_meta(sys._getframe(1))
             if name:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from initlab.kernels import Constant, Distribution, Draw, content_sum, fill_, named_key
+from initlab.kernels.torch_internals import FakeTensor
 
 from .._console import listing, warn
 from ..distributed.agreement import check_agreement

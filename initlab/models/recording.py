@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.init import _calculate_correct_fan
 from torch.utils._pytree import tree_leaves
 
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
+from initlab.kernels.torch_internals import fan_by_mode
 
 from .._init_draws import kaiming_std
 from .arithmetic import affine, clamped, inverse_error
@@ -412,7 +412,7 @@ class _RecordingSink:
         if 0 in tensor.shape:
             return self.recorder.sampled(tensor, Constant(0.0))
         bound = 3.0**0.5 * kaiming_std(tensor, a, mode, nonlinearity)
-        return self.recorder.sampled(tensor, Uniform(-bound, bound), _calculate_correct_fan(tensor, mode))
+        return self.recorder.sampled(tensor, Uniform(-bound, bound), fan_by_mode(tensor, mode))
 
     def trunc_normal_(
         self,

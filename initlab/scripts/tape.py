@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from initlab.kernels.torch_internals import count_function_modes, pop_function_mode, push_function_mode
+
 from .._tree import tensors_in
 
 _MOST_EVENTS = 100_000  # of a step that never comes to a backward pass
@@ -116,18 +118,18 @@ class Tape(TorchFunctionMode):
 
     def lift(self) -> bool:
         """Take the tape off the stack of modes, as if there were none; where others lie on it, let everything pass."""
-        innermost = torch.overrides._pop_mode() if torch._C._len_torch_function_stack() else None
+        innermost = pop_function_mode() if count_function_modes() else None
         if innermost is self:
             return True
         if innermost is not None:
-            torch.overrides._push_mode(innermost)
+            push_function_mode(innermost)
         self.paused = True
         return False
 
     def lay(self, lifted: bool) -> None:
         """Undo `lift`, which returned whether the tape was taken off."""
         if lifted:
-            torch.overrides._push_mode(self)
+            push_function_mode(self)
         self.paused = False
 
     def rest(self) -> None:
@@ -173,8 +175,6 @@ _NOT_STEPS |= {"size", "numel", "stride", "is_floating_point", "__bool__", "__fl
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    if not torch._C._is_any_autocast_enabled():
-        return ()
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from initlab.kernels import PLAIN, add_flag_, all_finite_fast, eagerly, nonfinite_flag
+from initlab.kernels.torch_internals import backward_id, count_dispatch_modes, is_transforming, without_dispatch_modes
 
 from .._tree import Path, tensors_in, tensors_with_paths
 from ..distributed.dtensors import local as local_part
@@ -272,7 +272,7 @@ class ModelHooks:
         if known is not None and known[0]() is tensor and not tensor.is_inference() and known[1] == tensor._version:
             observation = known[2]
         else:
-            if torch._C._are_functorch_transforms_active():
+            if is_transforming():
                 self.note_unseen(f"what {call.module.label} computes under torch.func's transforms")
                 return
             local = tensor if type(tensor) in PLAIN else _local(tensor)
@@ -352,7 +352,7 @@ class ModelHooks:
             )
         with self.lock:
             if self.running == 0:
-                if torch._C._current_graph_task_id() == -1:
+                if backward_id() == -1:
                     self.end_pass()
                     if not self.active:
                         return False
@@ -472,7 +472,7 @@ def _local(tensor: Tensor) -> Tensor | None:
 
 def _without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     """Hides our operations from modes that count or cache what the model does, as selective checkpointing does."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
+    return without_dispatch_modes() if count_dispatch_modes() else _NOTHING
 
 
 def _dead_reference() -> None:

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..torch_internals import without_dispatch_modes
 from . import stream
 from .distributions import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
@@ -42,7 +42,7 @@ def mapped(distribution: Distribution, dtype: torch.dtype) -> Mapped:
 def _mapped(distribution: Distribution, dtype: torch.dtype, text: str) -> Mapped:
     if not isinstance(distribution, Constant):
         return Mapped(map_of(distribution, dtype), dtype)
-    with _disable_current_modes():  # torch's own error, before the first write; a fake tensor would not raise it
+    with without_dispatch_modes():  # torch's own error, before the first write; a fake tensor would not raise it
         torch.empty((), dtype=dtype, device="cpu").fill_(distribution.value)
     return Mapped(distribution, dtype)
 
@@ -114,6 +114,6 @@ def _can_overflow(distribution: Normal | TruncatedNormal, m: stream.Map | Consta
     if isinstance(distribution, TruncatedNormal) and max(abs(distribution.low), abs(distribution.high)) <= largest:
         return False  # values are clamped to the bounds
     if isinstance(m, Constant):
-        with _disable_current_modes():
+        with without_dispatch_modes():
             return math.isinf(torch.tensor(m.value, dtype=torch.float64, device="cpu").to(dtype).item())
     return not all(map(math.isfinite, stream.extremes(m, dtype)))

@@ -23,13 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..region import Region, StridedRun
 from ..tensors import PLAIN, is_freed
+from ..torch_internals import FakeTensor, count_dispatch_modes, is_functional, is_transformed, is_wrapper
 from . import _memory, _torch
 from ._maps import Mapped, mapped
 from .distributions import Constant, Distribution
@@ -179,7 +177,7 @@ def _checked(draw: Draw, chosen: dict[torch.device, backends.Backend]) -> _Job |
         if math.prod(region.shape) * (2 if tensor.is_complex() else 1) >= 2**63:
             raise ValueError(f"{region}: a logical tensor has fewer than 2**63 elements, or half as many complex ones")
     known = type(tensor) in PLAIN
-    if not known and bool(is_traceable_wrapper_subclass(tensor)):
+    if not known and bool(is_wrapper(tensor)):
         raise NotImplementedError(f"cannot fill a {type(tensor).__name__}, which wraps other tensors; fill those")
     if tensor.layout != torch.strided:
         raise NotImplementedError(f"cannot fill a tensor of layout {tensor.layout}; fill its dense values")
@@ -312,11 +310,7 @@ def _entry(job: _Job) -> Any:
 
 def _is_followed(tensor: Tensor) -> bool:
     """Whether a dispatch mode or a torch.func transform follows what is done to a tensor."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or is_functorch_wrapped_tensor(tensor)
-        or torch._is_functional_tensor(tensor)
-    )
+    return count_dispatch_modes() > 0 or is_transformed(tensor) or is_functional(tensor)
 
 
 @functools.cache  # once in a process

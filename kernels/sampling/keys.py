@@ -9,6 +9,8 @@ from typing import SupportsIndex
 
 import torch
 
+from ..torch_internals import count_dispatch_modes, is_transforming
+
 STREAM_VERSION = 1
 
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -47,7 +49,8 @@ def named_key(seed: SupportsIndex, name: str) -> int:
 
 
 def _integer(seed: SupportsIndex) -> int:
-    is_bool = isinstance(seed, bool) or (isinstance(seed, torch.Tensor) and seed.dtype == torch.bool)
+    # numpy's bool by its name: numpy 1 takes it for an index, with a warning.
+    is_bool = type(seed).__name__ in ("bool", "bool_") or (isinstance(seed, torch.Tensor) and seed.dtype == torch.bool)
     try:
         if not is_bool:
             return operator.index(seed)
@@ -128,8 +131,4 @@ def _new_cell() -> tuple[torch.Tensor, ctypes.c_uint64]:
 
 def _is_watched() -> bool:
     """Whether a tensor to draw into must be a new one: under torch.compile, a dispatch mode or a transform."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return torch.compiler.is_dynamo_compiling() or count_dispatch_modes() > 0 or is_transforming()

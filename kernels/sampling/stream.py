@@ -17,7 +17,8 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ..torch_internals import without_dispatch_modes
 
 _MASK32 = 0xFFFFFFFF
 
@@ -277,7 +278,7 @@ def extremes(m: Map, dtype: torch.dtype) -> tuple[float, float]:
     every other map rises with its word.
     """
     extreme = (0, 0, 0, 1 << 31) if isinstance(m, NormalMap) else (0, 1, _MASK32 - 1, _MASK32)
-    with _disable_current_modes():  # fake tensors hold no values
+    with without_dispatch_modes():  # fake tensors hold no values
         words = torch.tensor(extreme, dtype=torch.int64, device="cpu")
         values = _values(m, (words[:1], words[1:2], words[2:3], words[3:]), dtype)
         return values.min().item(), values.max().item()

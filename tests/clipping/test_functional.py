@@ -161,6 +161,30 @@ def test_foreach_is_refused_where_torch_refuses_it():
         call(None)
 
 
+def torch_clips_sparse_gradients():
+    """Since 2.14."""
+    table = nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1, 3])).sum().backward()
+    try:
+        utils.clip_grad_norm_(table.parameters(), 1.0)
+    except NotImplementedError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not torch_clips_sparse_gradients(), reason="this torch refuses sparse gradients")
+def test_sparse_gradients_are_clipped_as_torch_does():
+    def gradients(clip):
+        table, dense = nn.Embedding(5, 2, sparse=True), parameters((3,))[0]
+        table(torch.tensor([1, 3, 1])).sum().backward()
+        norm = clip([dense, table.weight])
+        return norm, dense.grad, table.weight.grad.to_dense()
+
+    ours = gradients(lambda ps: initlab.clip_grad_norm_(ps, 1.0))
+    torch.testing.assert_close(ours, gradients(lambda ps: utils.clip_grad_norm_(ps, 1.0)))
+
+
+@pytest.mark.skipif(torch_clips_sparse_gradients(), reason="this torch clips sparse gradients")
 def test_sparse_gradients_are_refused_by_name():
     table = nn.Embedding(5, 2, sparse=True)
     table(torch.tensor([1, 3])).sum().backward()

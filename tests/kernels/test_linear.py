@@ -471,10 +471,13 @@ def test_opcheck(case):
         torch.library.opcheck(OP, (x, w, b, True))
 
 
-TORCH_IMPORTS_JIT = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.fixture
+def without_jit(monkeypatch):
+    """Forward-mode derivatives of torch's would call the deprecated torch.jit.script at their first use."""
+    monkeypatch.setenv("PYTORCH_JIT", "0")
 
 
-@TORCH_IMPORTS_JIT
+@pytest.mark.usefixtures("without_jit")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_without_a_graph_break(backend, activation):
@@ -540,7 +543,7 @@ def test_vmap(dims, activation):
     assert int(flags) == kinds(before) | (2 if (y == INF).any() else 0)
 
 
-@TORCH_IMPORTS_JIT
+@pytest.mark.usefixtures("without_jit")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_of_torch_func(activation):
     x, w, b = operands()

@@ -30,7 +30,7 @@ def same(a, b):
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
 
 
-def fill_check(parts, distribution, dtype):
+def fill_check(parts, distribution, dtype, keys_differ=True):
     """parts: (number of elements, region, offset of the first one) of tensors that are filled together."""
 
     def make():
@@ -39,7 +39,7 @@ def fill_check(parts, distribution, dtype):
             wholes.append(torch.full((numel + offset + 40,), 7, dtype=dtype))
             x = wholes[-1][offset : offset + numel]
             x = x if region is None else x.view(region.sizes)
-            draws.append(Draw(x, distribution, 0xFEDC_BA98_7654_3210 + place, region))
+            draws.append(Draw(x, distribution, 0xFEDC_BA98_7654_3210 + place * keys_differ, region))
         fill_(draws)
         return wholes
 
@@ -55,6 +55,23 @@ def fill_rows():
     return fill_check(parts, Normal(0.3, 1.5), BF16)
 
 
+def fill_rows_far_from_the_mean():
+    """Around some of the smallest random words below 2**26, where a value depends on the word's last bits."""
+    centres = (35723838, 3954100, 13308877, 58143212, 41525567, 32820583, 41593745, 53290720)
+    whole = (2**40,)
+    return fill_check([(4096, Region(whole, (c - 2048,), (4096,)), 0) for c in centres], Normal(0.0, 1.0), F32, False)
+
+
+def both(*makers):
+    """All of several checks."""
+
+    def make():
+        checks = [maker() for maker in makers]
+        return lambda: all(check() for check in checks)
+
+    return make
+
+
 def fill_short_rows():
     parts = [(210, Region((9, 7, 11), (2, 1, 3), (5, 6, 7)), 1), (602, Region((2**20, 2**22), (2**15, 5), (2, 301)), 0)]
     return fill_check(parts, TruncatedNormal(0.0, 0.02, -2.0, 2.0), F32)
@@ -67,6 +84,14 @@ def flag_of(values, launch):
 
 
 PLANTS = [{}, {4500: NAN}, {8999: INF, 0: -INF}, {50: NAN, 3: INF, 4: -INF}, {4095: INF}, {8192: -INF}]
+KINDS = ((NAN, 1), (INF, 2), (-INF, 4))
+
+
+def single_plants():
+    """(place, value) in a full block: each kind in each of a thread's elements, and in each warp."""
+    for i in range(96):
+        chunk, element, lane = i // 8 % 4, i % 8, 37 * i % 128
+        yield 1024 * chunk + 8 * lane + element, KINDS[(i + 2 * (i // 32)) % 3][0]
 
 
 def planted(numel, values, dtype):
@@ -83,8 +108,13 @@ def add_flag():
             x, expected = planted(numel, values, BF16)
             if flag_of(x, nonfinite.launch) != expected:
                 return False
-        for i, place in enumerate(range(0, 4096 * 7, 499)):  # each of the programs' blocks, each of a thread's elements
-            x, expected = planted(4096 * 7, {place: (NAN, INF, -INF)[i % 3]}, BF16)
+        for place, value in single_plants():
+            for numel in (4096, 8191):  # in a full block, and in one that is not
+                x, expected = planted(numel, {place % 4095 + numel - 4096: value}, BF16)
+                if flag_of(x, nonfinite.launch) != expected:
+                    return False
+        for i in range(7):  # each of the programs' blocks
+            x, expected = planted(4096 * 7 + 4090, {4096 * i + 97: KINDS[i % 3][0], 4096 * 7 + 4089: NAN}, BF16)
             if flag_of(x, nonfinite.launch) != expected:
                 return False
         return True
@@ -104,13 +134,17 @@ def exact_norm(tensors):
 
 def norms():
     tensors = [normal(n, seed=n) for n in (9001, 5, 4096, 1000)]
-    tensors += [normal(n, seed=n, dtype=d) for n, d in ((700, F32), (5000, F64), (4100, torch.float16))]
-    cases = [tensors, [torch.zeros(7, dtype=BF16)], [tensors[0][1:], tensors[5][1:]]]
+    tensors += [normal(n, seed=n, dtype=d) for n, d in ((700, F32), (5000, F64), (4930, torch.float16), (9001, F32))]
+    cases = [tensors, [torch.zeros(7, dtype=BF16)], [tensors[0][1:], tensors[5][1:], tensors[6][3:], tensors[7][2:]]]
     cases += [[(t.double() * scale).to(BF16) for t in tensors[:4]] for scale in (1e30, 1e-25)]
     cases += [[(t.double() * scale) for t in tensors[:4]] for scale in (1e180, 1e-190)]
     cases += [[normal(700, dtype=F64) * 1e180, normal(5000, dtype=F64)], [normal(700, dtype=F64) * 1e-190] * 2]
     cases += [[torch.full((2000,), 1e-20), torch.full((2000,), 1e18)]]
+    # All are read again; the last element of each is at another of a thread's places.
+    ends = [normal(n, seed=n, dtype=d) for d in (BF16, F32, F64, torch.float16) for n in (612, 740, 868, 996, 9001)]
+    cases += [[*ends, normal(600, dtype=F64) * 1e180], [*ends, normal(600, dtype=F64) * 1e-190]]
     wanted = [(exact_norm(c) if c[0].any() else 0.0, [exact_norm([t]) if t.any() else 0.0 for t in c]) for c in cases]
+    dtypes = (BF16, F32, F64, torch.float16)
 
     def check():
         for case, (total, each) in zip(cases, wanted, strict=True):
@@ -122,17 +156,18 @@ def norms():
                 return False
             if not all(close(n, e) for n, e in zip(found.tensor_norms, each, strict=True)):
                 return False
-        for place in range(0, 4096, 373):  # each of a thread's places
-            value, flag, norm = ((-INF, 4, INF), (INF, 2, INF), (NAN, 1, NAN))[place % 3]
-            bad = [t.clone() for t in tensors]
-            bad[2][place] = bad[5][4095 - place] = value
+        for kind, (value, flag) in enumerate(KINDS):  # in each warp, each of a thread's places, each dtype
+            bad = [normal(600, seed=9, dtype=dtypes[i % 4]) for i in range(32)]
+            for i, t in enumerate(bad):
+                t[(37 * i + 11 * kind) % 32 + 32 * ((i // 4 + kind) % 4) + 128 * (i // 16 + 2 * (i // 4 % 2))] = value
+            sound = normal(600, seed=8)
             table._plans.clear()
-            found = grad_norm(bad, per_tensor=True)
-            if (int(found.flag), int(found.first_nonfinite_index)) != (flag, 2):
+            found = grad_norm([sound, *bad, sound], per_tensor=True)
+            if (int(found.flag), int(found.first_nonfinite_index)) != (flag, 1):
                 return False
-            n = found.tensor_norms
-            expected = torch.tensor([norm if i in (2, 5) else float(n[i]) for i in range(len(bad))], dtype=F64)
-            if not same(found.norm64, torch.tensor(norm, dtype=F64)) or not same(n, expected):
+            norm, n = (NAN if flag == 1 else INF), found.tensor_norms
+            expected = torch.tensor([n[0], *[norm] * 32, n[0]], dtype=F64)
+            if not same(found.norm64, torch.tensor(norm, dtype=F64)) or not same(n, expected) or n[0].isinf():
                 return False
         return True
 
@@ -204,6 +239,12 @@ def finish_rescan():
         words[3, item], words[4, item] = kinds, k + 2**40
         norm = NAN if kinds == 1 else INF
         cases.append(((scratch, 1030), [0, 0, 0, 0, 1], [norm, norm, kinds, k + 2**40, 1]))
+    for count in (1026, 1027, 1282, 1283, 1538, 1539, 1794, 1795):  # the last item is at each of a thread's places
+        scratch = torch.zeros(5, count, dtype=F64)
+        words = scratch.view(torch.int64)
+        words[3], words[4] = 0, none
+        words[3, -1], words[4, -1] = 2, 11
+        cases.append(((scratch, count), [0, 0, 0, 0, 1], [INF, INF, 2, 11, 1]))
     sums = torch.ones(5, items, dtype=F64)
     cases.append(((sums, items), [0, 0, 3, 4, 0], [0.0, 0.0, 3, 4, 0]))
     return finish(lambda *args: norm_kernels._launch(norm_kernels.finish_rescan_kernel, 1, *args), cases)
@@ -220,24 +261,37 @@ def tensor_norms():
 
     def check():
         for all_again in (0, 1):
-            for flag in (0, 1, 2, 4):
-                scratch.view(torch.int64)[3, 1028] = flag
+            for kind, flag in enumerate((0, 1, 2, 4, 0, 0, *(1, 2, 4) * 3)):
+                again = torch.full((items,), bool(all_again)) | ~((sums >= 1e-30) & (sums < INF))
+                whole = scratch.clone()
+                flagged = torch.tensor([1032 + 128 * (kind % 8) + 5 * kind if all_again else 1028])
+                whole.view(torch.int64)[3, flagged] = flag  # each of a thread's places
+                if kind == 4:  # big ones beside the middling, and tiny ones alone
+                    whole[0] = sums.nan_to_num(0.5, 0.5)
+                if kind == 5:
+                    whole[2], whole[1] = scratch[1], 0.0
                 found = torch.full((8,), 7.0, dtype=F64)
                 results = torch.tensor([0, 0, 0, 0, all_again])
                 norm_kernels._launch(
-                    norm_kernels.tensor_norms_kernel, 4, columns, 4, 1, items, results, sums, scratch, found[2:6],
+                    norm_kernels.tensor_norms_kernel, 4, columns, 4, 1, items, results, sums, whole, found[2:6],
                     BLOCK_SIZE=table.BLOCK_SIZE,
                 )  # fmt: skip
-                again = torch.full((items,), bool(all_again)) | ~((sums >= 1e-30) & (sums < INF))
-                squares = torch.where(again, scratch[1], sums)
-                expected = torch.full((8,), 7.0, dtype=F64)
-                for first, end, place in zip(firsts, [*firsts[1:], items], places, strict=True):
-                    expected[2 + place] = squares[first:end].sum().sqrt()
-                if flag:
-                    expected[4] = NAN if flag == 1 else INF
-                if not torch.allclose(found, expected, rtol=1e-13, atol=0.0, equal_nan=True):
+                if not torch.allclose(found, expected(whole, again, flag, flagged), 1e-13, 0.0, equal_nan=True):
                     return False
         return True
+
+    def expected(whole, again, flag, flagged):
+        norms = torch.full((8,), 7.0, dtype=F64)
+        zero = torch.zeros((), dtype=F64)
+        for first, end, place in zip(firsts, [*firsts[1:], items], places, strict=True):
+            own = slice(first, end)
+            mid = torch.where(again, whole[1], sums)[own].sum()
+            big, tiny = (torch.where(again, row, zero)[own].sum() for row in (whole[0], whole[2]))
+            # Beside sums near 1, those of other scales add less than a unit in the last place.
+            norms[2 + place] = big.sqrt() * 2.0**538 if big else mid.sqrt() if mid else tiny.sqrt() / 2.0**537
+            if flag and bool(((flagged >= first) & (flagged < end)).any()):
+                norms[2 + place] = NAN if flag == 1 else INF
+        return norms
 
     return check
 
@@ -247,7 +301,7 @@ def scale():
     before[0][7], before[2][9] = NAN, -0.0
     cases = [(4.0, 1.0, "propagate"), (4.0, 0.37, "zero"), (0.5, 1.0, "zero"), (NAN, 1.0, "zero"), (INF, 1.0, "keep")]
     cases += [(NAN, 1.0, "propagate"), (INF, 1.0, "propagate"), (1e38, 1e-20, "zero"), (1e30, 1e-5, "keep")]
-    cases += [(3.0, 0.0, "zero"), (1e-6, 1e-7, "zero")]
+    cases += [(3.0, 0.0, "zero"), (1e-6, 1e-7, "zero"), (1e-6, 1e-7, "propagate"), (1e-6, 1e-7, "keep")]
 
     def expected(x, norm, max_norm, policy):
         c = max_norm / (norm + 1e-6)
@@ -287,11 +341,12 @@ def relu_in_place():
                 return False
             if not same(y, torch.relu(before)) or not bool((whole[9000:] == 3.0).all()):
                 return False
-        for i, place in enumerate(range(0, 4096, 67)):  # each of a thread's elements
-            y, expected = planted(4099, {place: (NAN, INF, -INF)[i % 3]}, BF16)
-            if flag_of(y, lambda flag, y: epilogue.relu_in_place(y, flag)) != expected:
-                return False
-        for numel in (4097, 9000):
+        for place, value in single_plants():
+            for numel in (4096, 4095):  # in a full block, and in one that is not
+                y, expected = planted(numel, {place % numel: value}, BF16)
+                if flag_of(y, lambda flag, y: epilogue.relu_in_place(y, flag)) != expected:
+                    return False
+        for numel in (4097, 8190, 9000):
             x = pool[torch.randint(0, 8, (numel,), generator=torch.Generator().manual_seed(numel))]
             y = x.clone()
             if flag_of(y, lambda flag, y: epilogue.relu_in_place(y, flag)) != 1 or not same(y, torch.relu(x)):
@@ -302,15 +357,20 @@ def relu_in_place():
 
 
 def mask_and_sum():
-    y, grad = normal(300, 130, seed=1).relu(), normal(300, 130, seed=2)
-    y[3, 3] = NAN
-    expected = torch.where(y <= 0, torch.zeros((), dtype=BF16), grad)
+    cases = []
+    for M, N in ((300, 130), *((M, 130) for M in range(33, 65)), (40, 257)):  # each remainder of a block's rows
+        y, grad = normal(M, N, seed=1).relu(), normal(M, N, seed=2)
+        y[3, 3] = NAN
+        cases.append((y, grad, torch.where(y <= 0, torch.zeros((), dtype=BF16), grad)))
 
     def check():
-        out, sums = epilogue.mask_and_sum(grad, y)
-        return torch.equal(bits(out), bits(expected)) and torch.allclose(
-            sums.double(), expected.double().sum(0), 1e-5, 1e-4
-        )
+        for y, grad, expected in cases:
+            out, sums = epilogue.mask_and_sum(grad, y)
+            if not torch.equal(bits(out), bits(expected)):
+                return False
+            if not torch.allclose(sums.double(), expected.double().sum(0), 1e-5, 1e-4):
+                return False
+        return True
 
     return check
 
@@ -321,7 +381,17 @@ def gemm(shape, capability_major, tile):
     exact = x.double() @ w.double().T + bias.double()
     size = x.double().abs() @ w.double().abs().T + bias.double().abs()
 
+    # One element that is the least that rounds to infinity: 511 * 2**119.
+    small, weights = torch.ones(tile.BLOCK_M, 64, dtype=BF16), torch.zeros(tile.BLOCK_N, 64, dtype=BF16)
+
     def check():
+        for i in range(32):
+            row, column = 29 * i % tile.BLOCK_M, 8 * (i % (tile.BLOCK_N // 8)) + i // 2 % 8
+            a, b, flags = small.clone(), weights.clone(), torch.zeros(1, dtype=torch.int32)
+            a[:, 0], a[row, 0], b[column, 0] = 1.0, 73 * 2.0**60, (-1) ** i * 7 * 2.0**59
+            y = linear.gemm(a, b, None, flags, capability_major, tile)
+            if int(flags) != (4 if i % 2 else 2) or (y[row, column] == INF) != (i % 2 == 0):
+                return False
         for place, value, flag in ((None, 0, 0), (N - 1, INF, 2), (3, -INF, 4), (N // 2, NAN, 1)):
             planted_bias, reference = bias.clone(), exact.clone()
             if place is not None:
@@ -341,7 +411,7 @@ def gemm(shape, capability_major, tile):
 
 # By kernel: compute capability, and what makes its check.
 CHECKS = {
-    "fill_rows": (90, fill_rows),
+    "fill_rows": (90, both(fill_rows, fill_rows_far_from_the_mean)),
     "fill_short_rows": (90, fill_short_rows),
     "add_flag_kernel": (90, add_flag),
     "norm_kernel": (90, norms),
@@ -353,5 +423,5 @@ CHECKS = {
     "relu_in_place_kernel": (90, relu_in_place),
     "mask_and_sum_kernel": (90, mask_and_sum),
     "linear_relu_kernel": (80, lambda: gemm((70, 144, 136), 8, linear.TILES[8][1])),
-    "linear_relu_tma_kernel": (90, lambda: gemm((200, 328, 264), 9, linear.TILES[9][2])),
+    "linear_relu_tma_kernel": (90, lambda: gemm((70, 328, 136), 9, linear.TILES[9][2])),
 }

@@ -1,6 +1,6 @@
 """Breaks the kernels' PTX in many places and looks whether a check notices: what the emulated tests are worth.
 
-``make mutants``, or ``python tests/ptx/mutants.py [--seed 0] [--count 240] [--minutes 30] [--write FILE]``
+``make mutants``, or ``python tests/ptx/mutants.py [--seed 0] [--count 240] [--minutes 45] [--write FILE]``
 
 The places are chosen by the seed among the instructions that the check executes: a third are what keeps threads in step
 (barriers, fences, waits), the others any. A mutant is caught where the check's result is wrong, or the emulator raises.
@@ -119,7 +119,7 @@ def main() -> int:
     parser.add_argument("kernels", nargs="*", help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=240, help="mutants in all")
-    parser.add_argument("--minutes", type=float, default=30.0, help="no further mutant is begun after these")
+    parser.add_argument("--minutes", type=float, default=45.0, help="no further mutant is begun after these")
     parser.add_argument("--jobs", type=int, default=2, help="kernels that are broken at the same time")
     parser.add_argument("--write", type=Path, help="where the list goes")
     arguments = parser.parse_args()
