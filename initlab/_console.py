@@ -109,7 +109,7 @@ def shortened(text: str, width: int) -> str:
     Example:
         >>> from initlab._console import shortened
         >>> shortened("encoder.layers.11.attention.weight", 28)
-        'encod….layers.11.att….weight'
+        'en…er.la…rs.11.att…on.weight'
     """
     from rich.cells import cell_len
 

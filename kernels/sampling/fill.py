@@ -260,7 +260,7 @@ def _as_real(job: _Job) -> tuple[Tensor, Iterable[StridedRun] | None]:
 
 def _fill_together(jobs: list[_Job], device: torch.device) -> None:
     """Fill tensors by one call of their backend; where their memory meets, it fills them in order."""
-    if jobs[0].tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a fill cannot be captured in a CUDA graph: its table would be read again from memory that is gone. "
             "Fill before the capture"

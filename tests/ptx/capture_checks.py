@@ -9,6 +9,7 @@ import math
 import sys
 import types
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ from initlab.kernels import _common_triton as common
 from initlab.kernels import _norms_table_triton as table
 from initlab.kernels import _norms_triton as kernels
 from initlab.kernels.sampling import fill
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import initlab
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ptx import launch
@@ -74,8 +79,36 @@ def capturing(monkeypatch):
 
 
 def replay(launches):
+    """What a graph does: the kernels, and torch's operations between them, in their order, on what memory holds now."""
     for recorded in list(launches):
-        launch.execute(recorded)
+        if not isinstance(recorded, _Operation):
+            launch.execute(recorded)
+            continue
+        with torch.no_grad():
+            results = recorded.function(*recorded.args, **recorded.kwargs)
+            for old, new in zip(*map(pytree.tree_leaves, (recorded.results, results)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class _Operation(NamedTuple):
+    function: Any
+    args: Any
+    kwargs: Any
+    results: Any
+
+
+class _Operations(TorchDispatchMode):
+    """Records torch's own operations among the launches."""
+
+    def __init__(self, launches):
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.launches.append(_Operation(function, args, kwargs or {}, results))
+        return results
 
 
 def entries_of(tensors):
@@ -148,6 +181,59 @@ def test_what_is_left_to_torch_copies_nothing_from_the_host(indices, capturing, 
             norms.clip_(tensors, found.norm64, 1.0, nonfinite="zero")
         assert (int(found.flag), int(found.first_nonfinite_index)) == (2, indices[1])
     assert not any(t.any() for t in tensors)
+
+
+@pytest.fixture
+def parameters(monkeypatch):
+    """Parameters with gradients, which the backend takes to be on `cuda:0`."""
+    prepare = kernels.prepare
+    monkeypatch.setattr(kernels, "prepare", lambda entries, device: prepare(entries, CUDA))
+    monkeypatch.setattr(norms, "_host_readable", lambda tensor: False)
+    table._plans.clear()
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (9001, 77)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape)
+    return parameters
+
+
+def check_replays(launches, gradients):
+    assert sum(not isinstance(recorded, _Operation) for recorded in launches) > 2
+    for scale in (1.0, 1e-3, 1e20):
+        for g in gradients:
+            g.copy_(torch.randn(g.shape) * scale)
+        expected = [g.double() for g in gradients]
+        norm = torch.cat(expected).norm()
+        replay(launches)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(
+                ours.double(), theirs * (1.0 / (norm + 1e-6)).clamp(max=1.0), rtol=1e-5, atol=0.0
+            )
+
+
+def test_clip_grad_norm_(capturing, parameters):
+    initlab.clip_grad_norm_(parameters, 1.0)
+    with capturing() as launches, _Operations(launches):
+        initlab.clip_grad_norm_(parameters, 1.0)
+    check_replays(launches, [p.grad for p in parameters])
+
+
+def test_grad_clipper(capturing, parameters):
+    clipper = initlab.GradClipper(torch.optim.SGD(parameters, lr=0.0), max_norm=1.0, nonfinite="propagate")
+    (optimizer,) = clipper._optimizers
+    optimizer.step()
+    with capturing() as launches, _Operations(launches):
+        optimizer.step()
+    check_replays(launches, [p.grad for p in parameters])
+
+
+def test_a_fused_optimizer_skips_without_the_host(capturing, parameters):
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    initlab.GradClipper(optimizer, max_norm=1.0)
+    optimizer.step()
+    with capturing() as launches:
+        optimizer.step()
+    assert launches
 
 
 def test_flags(capturing):
