@@ -213,7 +213,7 @@ def draw_key(tensor: Tensor, generator: torch.Generator | None) -> int:
         raise TypeError(f"generator must be a torch.Generator or None, not {type(generator).__name__}")
     if not has_values(tensor) or tensor.numel() == 0:
         return 0
-    if generator is None and not tensor.is_cpu and tensor.device.type == "cuda" and not is_dtensor(tensor):
+    if generator is None and tensor.device.type == "cuda" and not is_dtensor(tensor):
         _check_rank_seeds(tensor.device)
     key = generator_key(generator)
     if _thread.log is not None:
