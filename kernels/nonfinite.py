@@ -114,8 +114,8 @@ def small_magnitudes_below(tensor: Tensor, limit: float = math.inf) -> bool | No
         >>> small_magnitudes_below(torch.ones(3, device="meta")) is None
         True
     """
-    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.dtype.itemsize == 1:
-        return None
+    if type(tensor) not in PLAIN or not tensor.is_cpu or not tensor.is_contiguous() or tensor.dtype.itemsize == 1:
+        return None  # what wraps others has no memory that could be read
     requested = backends.requested()
     if requested not in _small_looks:  # to choose again each time would cost more than the look
         module = None if requested == "triton" else backends.load(tensor.device, _MODULES).module

@@ -478,6 +478,7 @@ def without_jit(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_jit")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method:DeprecationWarning")  # a module that inductor imports
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_without_a_graph_break(backend, activation):
