@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._tree import tensors_in
 from .restoring import restored
-from .usage import QUESTIONS, RELU, RELU_FUNCTIONS, VIEWS, Use, called, name_of
+from .usage import QUESTIONS, RELU_FUNCTIONS, VIEWS, Use, called, name_of
 
 _TORCH = os.path.dirname(torch.__file__)
 _HIDDEN = tuple(os.path.join(_TORCH, *parts) for parts in (("overrides.py",), ("_tensor.py",), ("utils", "")))
@@ -67,7 +67,7 @@ class _Follow(TorchFunctionMode):
         super().__init__()
         self.uses: dict[nn.Module, Use] = {}
         self.flops: dict[nn.Module, int] = {}
-        self.known: dict[int, tuple[weakref.ref[Tensor], nn.Module, int]] = {}
+        self.known: dict[int, tuple[weakref.ref[Tensor], nn.Module, bool]] = {}
 
     def note_call(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Begin to follow what a Linear put out."""
@@ -77,11 +77,11 @@ class _Follow(TorchFunctionMode):
 
     def follow(self, tensor: Tensor, module: nn.Module) -> None:
         """Follow a tensor that holds a Linear's output."""
-        self.known[id(tensor)] = weakref.ref(tensor), module, -1
+        self.known[id(tensor)] = weakref.ref(tensor), module, False
 
     def source(self, value: Any) -> nn.Module | None:
         """The Linear that a tensor comes from as it is."""
-        reference, module, _ = self.known.get(id(value), (None, None, 0))
+        reference, module, _ = self.known.get(id(value), (None, None, False))
         return module if reference is not None and reference() is value else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,11 +94,16 @@ class _Follow(TorchFunctionMode):
             if name in QUESTIONS:
                 continue
             if func in RELU_FUNCTIONS:
-                use.activations.add(RELU)
-                self.note_caller(use)
-                use.in_place |= result is tensor
+                in_module = self.note_caller(use)
+                if use.relu and self.known[id(tensor)][2]:
+                    use.others["more than one ReLU reads its output"] = None
+                use.relu = True
                 if result is tensor:  # in place: whoever reads it from here on reads what ReLU left
+                    if use.viewed or not in_module:
+                        use.others["its ReLU works in place"] = None
                     del self.known[id(tensor)]
+                else:
+                    self.known[id(tensor)] = (*self.known[id(tensor)][:2], True)
             elif name in VIEWS and args and args[0] is tensor and isinstance(result, Tensor):
                 use.viewed = True
                 self.follow(result, module)
@@ -106,18 +111,19 @@ class _Follow(TorchFunctionMode):
                 use.others[f"its output goes to {called(name)}"] = None
         return result
 
-    def note_caller(self, use: Use) -> None:
-        """Note the module and the code that applied ReLU."""
+    def note_caller(self, use: Use) -> bool:
+        """Note the module and the code that applied ReLU; whether it is an nn.ReLU."""
         frame: FrameType | None = sys._getframe()
         while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
             frame = frame.f_back
         owner = None if frame is None else frame.f_locals.get("self")
         if frame is None or not isinstance(owner, nn.Module):
-            return
+            return False
         if type(owner) is nn.ReLU:
             use.modules[owner] = None
-        else:
-            use.callers[owner, frame.f_code] = None
+            return True
+        use.callers[owner, frame.f_code] = None
+        return False
 
     def finish(self, output: Any) -> None:
         """What is left of the outputs at the end is returned by the model, or kept by it."""
@@ -126,5 +132,5 @@ class _Follow(TorchFunctionMode):
             if reference() is not None:
                 self.uses[module].others["the model returns it" if key in returned else "the model keeps it"] = None
         for use in self.uses.values():
-            if not use.activations and not use.others:
+            if not use.relu and not use.others:
                 use.others["nothing reads its output"] = None

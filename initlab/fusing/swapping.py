@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..nn import LinearReLU
-from .applied import AppliedActivation, AppliedFunction, AppliedMethod, FusedLinear, can_be_spliced
+from .applied import AppliedFunction, AppliedReLU, FusedLinear
 from .following import Followed, follow
 from .report import FuseReport
 from .symbolic import Reader
@@ -21,14 +21,14 @@ def fuse_linear_relu(model: nn.Module, example: Any = None) -> FuseReport:
     """Swap every nn.Linear whose output goes to a ReLU, and nowhere else, for a LinearReLU.
 
     The LinearReLU takes the Linear's place and parameters, the same objects, so that optimizers and the names in the
-    state dict stay as they are. Where its ReLU was, a module, a function that the owner holds, or a call such as
-    `F.relu(self.fc1(x))` in the owner's code, what is relu'd already is passed on.
+    state dict stay as they are. An nn.ReLU, or a function that the owner holds, passes on what is relu'd already. In
+    code such as `F.relu(self.fc1(x))` ReLU runs once more, which changes nothing.
 
     Where outputs go is read off every module's forward by torch.fx, on all its paths; nothing is computed. Code that
     cannot be followed so (loops over tensors, sizes used as numbers) is named in the report; with an example, what its
     run shows stands in for it. Code outside of the model that calls its layers cannot be seen. A Linear is left alone,
     too, if it is more than an nn.Linear (parametrised, quantised, wrapped), has hooks other than tensor parallelism's,
-    or lies in a module that is compiled, or sharded by FSDP: fuse before those.
+    or lies in a module that is compiled, or sharded by FSDP: fuse before those, and after tensor parallelism.
 
     Args:
         model: changed in place; it may itself be a container. No other thread may run modules meanwhile.
@@ -60,7 +60,7 @@ def fuse_linear_relu(model: nn.Module, example: Any = None) -> FuseReport:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    enclosing = _enclosing_reasons(model)
+    enclosing, held = _enclosing_reasons(model), _held_elsewhere(model)
     fused: dict[nn.Module, Use] = {}
     skipped: dict[str, str] = {}
     for module, places in names.items():
@@ -69,7 +69,8 @@ def fuse_linear_relu(model: nn.Module, example: Any = None) -> FuseReport:
                 skipped[places[0]] = f"a {type(module).__name__} is not an nn.Linear"
             continue
         use, why = _agreed(reader, followed, module)
-        why = why or enclosing.get(module) or _why_not(module)
+        why = why or enclosing.get(module) or _why_not(module) or held.get(module)
+        why = why or next((f"its ReLU has hooks ({h[0]})" for relu in use.modules if (h := _hooks(relu))), None)
         if "" in places:
             why = "it is the model itself"
         if why is None:
@@ -79,15 +80,16 @@ def fuse_linear_relu(model: nn.Module, example: Any = None) -> FuseReport:
     share = _share(names, fused, followed)
     notes = {}
     with torch.random.fork_rng(devices=[]):  # a layer draws its start before it takes over another's parameters
-        swapped = {linear: _fused(linear, use) for linear, use in fused.items()}
-    _swap_modules(model, swapped)
+        swapped: dict[nn.Module, nn.Module] = {linear: _fused(linear) for linear in fused}
     for linear, use in fused.items():
-        again = [name for module in use.modules if (name := _pass_on_module(model, reader, module, names))]
-        again += [name for owner, code in use.callers if (name := _pass_on_calls(owner, code))]
+        swapped |= {relu: _applied(relu) for relu in use.modules if type(relu) is nn.ReLU}
+        again = [names.get(module, ["a module"])[0] for module in use.modules if type(module) is not nn.ReLU]
+        again += [name for owner, code in use.callers if (name := _pass_on(owner, code))]
         again += ["a view of its output"] if use.viewed else []
         if again:
             where = ", ".join(dict.fromkeys(again))
             notes[names[linear][0]] = f"its ReLU runs once more in {where}, and changes nothing"
+    _swap_modules(model, swapped)
     return FuseReport(tuple(names[linear][0] for linear in fused), skipped, notes, share)
 
 
@@ -114,22 +116,20 @@ def unfuse(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse got a {type(model).__name__}; it needs an nn.Module")
     for name, module in model.named_modules():
-        if isinstance(module, FusedLinear | AppliedActivation) and (hooks := _hooks(module)):
+        if isinstance(module, FusedLinear | AppliedReLU) and (hooks := _hooks(module)):
             raise RuntimeError(f"{name} has got hooks since it was fused ({hooks[0]}); remove them first")
     originals: dict[nn.Module, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
         for module in model.modules():
             if isinstance(module, FusedLinear):
                 originals[module] = _linear(module)
-            elif isinstance(module, AppliedActivation):
-                originals[module] = module.original.train(module.training)
+            elif isinstance(module, AppliedReLU):
+                originals[module] = _taking_over(nn.ReLU(module.inplace), module, {*nn.ReLU().__dict__})
     _swap_modules(model, originals)
     for module in model.modules():
         for key, value in list(module.__dict__.items()):
             if isinstance(value, AppliedFunction):
                 module.__dict__[key] = value.original
-            elif isinstance(value, AppliedMethod):
-                del module.__dict__[key]
 
 
 def _agreed(reader: Reader, followed: Followed | None, linear: nn.Linear) -> tuple[Use, str | None]:
@@ -141,17 +141,32 @@ def _agreed(reader: Reader, followed: Followed | None, linear: nn.Linear) -> tup
         return read, others[0]
     if read.unknown and seen is None:
         return read, next(iter(read.unknown))
-    kinds = read.activations if not read.unknown or seen is None else read.activations | seen.activations
-    if seen is not None and not read.activations:
-        read, kinds = seen, seen.activations
-    if not kinds:
+    if not (read.relu or (seen is not None and seen.relu)):
         return read, "no call of it was seen"
-    if len(kinds) > 1:
-        return read, "its output goes to ReLU in one place, to its square in another"
     if seen is not None:
         read.modules.update(seen.modules)
         read.callers.update(seen.callers)
+        read.viewed |= seen.viewed
     return read, None
+
+
+def _held_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
+    """By Linear, where an attribute holds it that no swap of modules reaches."""
+    found: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key != "_modules":
+                where = f"{name}.{key}".lstrip(".")
+                found |= dict.fromkeys(_modules_in(value), f"{where} holds it too")
+    return found
+
+
+def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, dict | list | tuple | set):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(item, depth - 1)
 
 
 def _enclosing_reasons(model: nn.Module) -> dict[nn.Module, str]:
@@ -174,8 +189,9 @@ def _why_not(linear: nn.Linear) -> str | None:
         return f"a {type(linear).__name__} is more than an nn.Linear"
     if hooks := _hooks(linear):
         return f"it has hooks ({hooks[0]})"
-    if own := sorted(name for name in _own(linear, nn.Linear) if callable(linear.__dict__.get(name))):
-        return f"it has attributes of its own that can be called: {', '.join(own)}"
+    own = {*linear.__dict__} - _OF_LINEAR
+    if clash := sorted(name for name in own if callable(linear.__dict__[name]) or name in _OF_FUSED):
+        return f"it has attributes of its own that a LinearReLU cannot take over: {', '.join(clash)}"
     if linear._modules or linear._buffers or {*linear._parameters} != {"weight", "bias"}:
         return "it has parameters, buffers or modules that an nn.Linear does not have"
     weight = linear._parameters["weight"]
@@ -197,31 +213,32 @@ def _hooks(module: nn.Module) -> list[str]:
     return found
 
 
-def _own(module: nn.Module, kind: type[nn.Module]) -> set[str]:
-    """Attributes that a module of this kind does not have from its beginning."""
-    return {*module.__dict__} - {*kind(1, 1, device="meta").__dict__}
-
-
-def _fused(linear: nn.Module, use: Use) -> FusedLinear:
+def _fused(linear: nn.Module) -> nn.Module:
     assert isinstance(linear, nn.Linear)
-    (kind,) = use.activations
-    bias = linear._parameters["bias"] is not None
-    fused = FusedLinear(linear.in_features, linear.out_features, bias, device="meta", activation=kind)
-    fused.in_place = use.in_place
-    return _taking_over(fused, linear, nn.Linear)
+    fused = FusedLinear(linear.in_features, linear.out_features, linear._parameters["bias"] is not None, device="meta")
+    return _taking_over(fused, linear, _OF_LINEAR)
 
 
-def _linear(fused: FusedLinear) -> nn.Linear:
+def _linear(fused: FusedLinear) -> nn.Module:
     linear = nn.Linear(fused.in_features, fused.out_features, fused._parameters["bias"] is not None, device="meta")
-    return _taking_over(linear, fused, FusedLinear)
+    return _taking_over(linear, fused, _OF_FUSED)
 
 
-def _taking_over(new: Any, old: nn.Module, kind: type[nn.Module]) -> Any:
-    """A module with another's parameters, mode, hooks and attributes of its own."""
+def _applied(relu: nn.Module) -> nn.Module:
+    assert isinstance(relu, nn.ReLU)
+    return _taking_over(AppliedReLU(relu.inplace), relu, {*nn.ReLU().__dict__})
+
+
+def _taking_over(new: nn.Module, old: nn.Module, usual: set[str]) -> nn.Module:
+    """A module with another's parameters, mode, hooks and attributes beyond the usual ones."""
     new._parameters.update(old._parameters)
-    own = _own(old, kind) - {"in_place"}
-    new.__dict__.update({name: value for name, value in old.__dict__.items() if name in own or "_hooks" in name})
+    new.__dict__.update({name: value for name, value in old.__dict__.items() if name not in usual or "_hooks" in name})
     return new.train(old.training)
+
+
+with torch.random.fork_rng(devices=[]):
+    _OF_LINEAR = {*nn.Linear(1, 1, device="meta").__dict__}
+    _OF_FUSED = {*FusedLinear(1, 1, device="meta").__dict__, "_watch_flag"}
 
 
 def _swap_modules(model: nn.Module, others: dict[nn.Module, Any]) -> None:
@@ -231,40 +248,14 @@ def _swap_modules(model: nn.Module, others: dict[nn.Module, Any]) -> None:
                 module._modules[key] = others[child]
 
 
-def _pass_on_module(
-    model: nn.Module, reader: Reader, module: nn.Module, names: dict[nn.Module, list[str]]
-) -> str | None:
-    """Let an activation module pass on what is done; the name of one that must stay as it is."""
-    if isinstance(module, AppliedActivation):
-        return None
-    kind = reader.activation(module)
-    if kind is None or _hooks(module) or "forward" in module.__dict__:
-        return names.get(module, ["an activation"])[0]
-    _swap_modules(model, {module: AppliedActivation(module, kind)})
-    return None
-
-
-def _pass_on_calls(owner: nn.Module, code: Any) -> str | None:
-    """Let code that calls ReLU as a function pass on what is done; the name of code that must stay as it is."""
+def _pass_on(owner: nn.Module, code: Any) -> str | None:
+    """Let a function that a module holds pass on what is done; the name of code that calls ReLU by itself."""
     held = [key for key, value in owner.__dict__.items() if any(value is function for function in RELU_FUNCTIONS)]
     for key in held:
         owner.__dict__[key] = AppliedFunction(owner.__dict__[key])
     if held or any(isinstance(value, AppliedFunction) for value in owner.__dict__.values()):
         return None
-    for name, function in _methods(type(owner)):
-        if can_be_spliced(function, code):
-            owner.__dict__.setdefault(name, AppliedMethod(owner, name))
-            return None
     return f"{type(owner).__name__}.{getattr(code, 'co_name', 'forward')}"
-
-
-def _methods(kind: type) -> Iterator[tuple[str, Any]]:
-    for base in kind.__mro__:
-        if base is nn.Module:
-            return
-        for name, value in vars(base).items():
-            if getattr(kind, name, None) is value:
-                yield name, value
 
 
 def _share(names: dict[nn.Module, list[str]], fused: dict[nn.Module, Use], followed: Followed | None) -> float:

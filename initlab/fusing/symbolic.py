@@ -6,8 +6,7 @@ Where a condition depends on a symbol both ways are taken, so that every path is
 
 from __future__ import annotations
 
-import dis
-import functools
+import contextlib
 import inspect
 import itertools
 import os
@@ -15,27 +14,17 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._contents import CONTAINERS
+from .callers import attributes, callers_by_name, changes_more_than_its_result, loads, nested, tests_for_linear
 from .restoring import restored
-from .usage import (
-    QUESTIONS,
-    RELU,
-    RELU_FUNCTIONS,
-    RELU_METHODS,
-    RELU_SQUARED,
-    VIEWS,
-    Use,
-    called,
-    is_square_of,
-    name_of,
-)
+from .usage import QUESTIONS, RELU_FUNCTIONS, RELU_METHODS, VIEWS, Use, called, name_of
 
 _PATHS = 64  # through one forward
 _DECISIONS = 32  # on a path
@@ -51,13 +40,24 @@ class _Path(NamedTuple):
         graph: what was done on it.
         kept: outputs of modules that were still referred to where it ended, or that the model stored.
         error: what ended it before its end; None where it went through.
-        codes: the code that ran on it.
+        codes: the code that recorded something on it, and the id of its `self`.
+        lines: the lines that ran.
     """
 
     graph: Graph
     kept: frozenset[Node]
     error: Exception | None
-    codes: set[types.CodeType]
+    codes: set[tuple[types.CodeType, int]]
+    lines: set[tuple[types.CodeType, int]]
+
+
+class _NoWrites(TorchDispatchMode):
+    """Refuses to change tensors in place: nothing of a model is changed by reading it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            raise RuntimeError(f"{func} changes a tensor")
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(Tracer):
@@ -69,7 +69,7 @@ class _Recorder(Tracer):
         super().__init__()
         self.decisions = decisions
         self.asked = 0
-        self.codes: set[types.CodeType] = set()
+        self.codes: set[tuple[types.CodeType, int]] = set()
         self.make_arguments = make_arguments
         self.outputs: list[tuple[weakref.ref[Proxy], Node]] = []
 
@@ -90,7 +90,7 @@ class _Recorder(Tracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(kind, target, *args, **kwargs)
         if target in RELU_FUNCTIONS or (kind == "call_method" and target in RELU_METHODS):
-            node.meta["code"] = next(_codes())
+            node.meta["code"] = next(_codes())[0]
         self.codes.update(_codes())
         return node
 
@@ -113,13 +113,33 @@ class _Recorder(Tracer):
         return ()  # of **kwargs that are a symbol
 
 
-def _codes() -> Iterator[types.CodeType]:
-    """The code that is running, from the innermost outwards, without torch's and ours."""
+def _codes() -> Iterator[tuple[types.CodeType, int]]:
+    """The code that is running, from the innermost outwards, without torch's and ours, and the id of its `self`."""
     frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith(_HIDDEN):
-            yield frame.f_code
+    while frame is not None and frame.f_code is not _record.__code__:  # beyond is whoever reads
+        code = frame.f_code
+        if not code.co_filename.startswith(_HIDDEN):
+            names = code.co_varnames
+            yield code, id(frame.f_locals.get(names[0])) if code.co_argcount and names else 0
         frame = frame.f_back
+
+
+@contextlib.contextmanager
+def _lines(into: set[tuple[types.CodeType, int]]) -> Iterator[None]:
+    """Note the lines that run in this thread, without torch's and ours."""
+    before = sys.gettrace()
+
+    def note(frame: types.FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename.startswith(_HIDDEN):
+            return None
+        into.add((frame.f_code, frame.f_lineno))
+        return note
+
+    sys.settrace(note)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class _Reading(NamedTuple):
@@ -128,11 +148,13 @@ class _Reading(NamedTuple):
     Args:
         owner: the module that was run.
         uses: by the names of Linear layers in it.
+        followed: its own code that ran on paths that were read to their ends.
         why_not: why no path could be read to its end; None where one could.
     """
 
     owner: nn.Module
     uses: dict[str, Use]
+    followed: set[types.CodeType]
     why_not: str | None
 
 
@@ -147,8 +169,8 @@ class Reader:
     def __init__(self, model: nn.Module) -> None:
         self.uses: dict[nn.Module, Use] = {m: Use() for m in model.modules() if isinstance(m, nn.Linear)}
         self.unread: dict[nn.Module, str] = {}
-        self._kinds: dict[nn.Module, str | None] = {}
-        self._followed: set[types.CodeType] = set()  # code that ran on paths that were read to their ends
+        self._relus: dict[nn.Module, bool] = {}
+        self._followed: set[tuple[types.CodeType, int]] = set()  # with the id of `self`
         self._readings: dict[Any, _Reading] = {}
         owners = [m for m in model.modules() if m not in self.uses and any(c in self.uses for c in m.modules())]
         with torch.no_grad(), warnings.catch_warnings():
@@ -158,98 +180,136 @@ class Reader:
         for owner in owners:
             self._note_unread_calls(owner)
 
-    def activation(self, module: nn.Module) -> str | None:
-        """The kind of activation that a module applies: "relu", "relu_squared", or None."""
-        if module not in self._kinds:
-            self._kinds[module] = RELU if type(module) is nn.ReLU else _kind_of(module)
-        return self._kinds[module]
+    def is_relu(self, module: nn.Module) -> bool:
+        """Whether a module makes the same of a tensor and of its ReLU."""
+        if module not in self._relus:
+            self._relus[module] = type(module) is nn.ReLU or _begins_with_relu(module)
+        return self._relus[module]
 
     def _read(self, owner: nn.Module) -> None:
         """Read one module's forward; one like a module that was read before is not run again."""
-        reachable = _reachable(owner, self.uses)
-        if not reachable:
+        if type(owner).forward is nn.Module.forward:  # a list of modules
             return
         if "forward" in owner.__dict__:
             self.unread[owner] = "its forward has been replaced"
             return
         key = _likeness(owner)
         if key not in self._readings:
-            self._readings[key] = self._run(owner, reachable)
+            self._readings[key] = self._run(owner)
         reading = self._readings[key]
         if reading.why_not is not None:
             self.unread[owner] = reading.why_not
+        self._followed |= {(code, id(owner)) for code in reading.followed}
         for name, use in reading.uses.items():
             self.uses[owner.get_submodule(name)].add(use, reading.owner, owner)
 
-    def _run(self, owner: nn.Module, reachable: dict[nn.Module, list[types.CodeType]]) -> _Reading:
-        reading = _Reading(owner, {name: Use() for name, m in owner.named_modules() if m in reachable}, None)
-        errors = []
+    def _run(self, owner: nn.Module) -> _Reading:
+        callers = callers_by_name(owner, self.uses)
+        names = {m: name for name, m in owner.named_modules() if m in self.uses}
+        reading = _Reading(owner, {names[layer]: Use() for layer in callers}, set(), None)
+        by_name = list(reading.uses.values())
+        errors: list[Exception | None] = []
+        lines: dict[types.CodeType, set[int]] = {}
+        ran: set[types.CodeType] = set()
+        where = f"{type(owner).__name__}.forward"
         for path in _paths(owner):
             self._note(reading, path)
             errors.append(path.error)
+            for code, line in path.lines:
+                lines.setdefault(code, set()).add(line)
+            ran |= {code for code, _ in path.codes}
             if path.error is None:
                 self._followed |= path.codes
-            if all(use.others for use in reading.uses.values()):
+                reading.followed.update(code for code, of in path.codes if of == id(owner))
+            elif isinstance(path.error, _TooManyPathsError):
+                for use in by_name:
+                    use.unknown[f"{where} cannot be followed: {path.error}"] = None
+            if all(use.others for use in by_name):
                 break  # nothing is left to be learned
         if None not in errors:
-            reading = reading._replace(why_not=_first_line(errors[0]))
-        return reading
+            for use in by_name:
+                use.unknown[f"{where} cannot be followed: {_first_line(errors[0])}"] = None
+        missed = dict(_missed(lines))
+        asking = [code.co_name for code in ran if tests_for_linear(code)]
+        for name, use in reading.uses.items():
+            attribute = "".join(attributes(owner, name)[-1:])
+            if attribute in missed:
+                use.unknown[f"line {missed[attribute]} of {where} calls it and was on no path"] = None
+            if asking:
+                use.others[f"{asking[0]} asks which modules are nn.Linear"] = None
+        return reading if None in errors else reading._replace(why_not=_first_line(errors[0]))
 
     def _note(self, reading: _Reading, path: _Path) -> None:
         """Add to what is known of each Linear that was called on a path."""
         owner = reading.owner
         where = f"{type(owner).__name__}.forward"
         for node in path.graph.nodes:
+            if node.op == "get_attr":
+                self._note_weight(reading, node)
             if node.op != "call_module" or owner.get_submodule(node.target) not in self.uses:
                 continue
             use = reading.uses.setdefault(node.target, Use())
             before = len(use.others)
-            found = list(self._consumers(owner, node, use))
+            found = sum(self._count_relus(owner, node, use))
+            use.relu |= found > 0
+            if found > 1:
+                use.others["more than one ReLU reads its output"] = None
             if path.error is not None and (node in path.kept or (not found and len(use.others) == before)):
                 use.unknown[f"{where} cannot be followed: {_first_line(path.error)}"] = None
             elif node in path.kept:
                 use.others[f"{where} keeps its output"] = None
             elif not found and len(use.others) == before:
                 use.others["nothing reads its output"] = None
-            use.activations.update(found)
 
-    def _consumers(self, owner: nn.Module, node: Node, use: Use) -> Iterator[str]:
-        """The activations that read a tensor or a view of it; other readers are added to `use`."""
+    def _note_weight(self, reading: _Reading, node: Node) -> None:
+        """A Linear whose weight or bias is used without calling it, as by its forward."""
+        name, _, parameter = str(node.target).rpartition(".")
+        layer = reading.owner.get_submodule(name)
+        if layer in self.uses:
+            for user in node.users:
+                if not (user.target is getattr and user.args[1] in QUESTIONS):
+                    use = reading.uses.setdefault(name, Use())
+                    use.others[f"{type(reading.owner).__name__}.forward uses its {parameter} by itself"] = None
+
+    def _count_relus(self, owner: nn.Module, node: Node, use: Use) -> Iterator[int]:
+        """A 1 for each ReLU that reads a tensor or a view of it; other readers are added to `use`."""
         for user in sorted(node.users):
             name = user.target if isinstance(user.target, str) else name_of(user.target)
             reads_first = bool(user.args) and user.args[0] is node and user.all_input_nodes.count(node) == 1
             in_place = False
             if user.op == "call_module":
                 module = owner.get_submodule(str(user.target))
-                kind = self.activation(module) if reads_first else None
-                if kind is None:
+                if not reads_first or not self.is_relu(module):
                     use.others[f"its output goes to a {type(module).__name__}"] = None
                     continue
                 use.modules[module] = None
                 in_place = bool(getattr(module, "inplace", False))
-                yield kind
+                if in_place and use.viewed:
+                    use.others["its ReLU works in place on a view of it"] = None
+                yield 1
             elif user.op == "output":
                 use.others[f"{type(owner).__name__}.forward returns its output"] = None
             elif user.target in RELU_FUNCTIONS or (user.op == "call_method" and name in RELU_METHODS):
                 use.callers[owner, user.meta.get("code")] = None
                 in_place = name.endswith("_") or bool(user.kwargs.get("inplace", user.args[1:2] == (True,)))
-                yield RELU
+                if in_place:
+                    use.others["code applies ReLU to it in place"] = None
+                yield 1
             elif (name == "getattr" and user.args[1] in QUESTIONS) or name in QUESTIONS:
                 continue
             elif (name in VIEWS and reads_first) or (name == "getattr" and user.args[1] in VIEWS):
                 use.viewed = True
-                yield from self._consumers(owner, user, use)
+                yield from self._count_relus(owner, user, use)
             else:
                 use.others[f"its output goes to {called(str(user.args[1]) if name == 'getattr' else name)}"] = None
-            use.in_place |= in_place
             if in_place:  # whoever reads it from here on reads what ReLU left
                 return
 
     def _note_unread_calls(self, owner: nn.Module) -> None:
         """A Linear must be left alone where code that was not run to its end may call it too."""
-        for layer, functions in _reachable(owner, self.uses).items():
+        for layer, functions in callers_by_name(owner, self.uses).items():
             for code in functions:
-                if code not in self._followed:
+                if (code, id(owner)) not in self._followed:
                     why = self.unread.get(owner, "it is not called by forward")
                     name = getattr(code, "co_qualname", f"{type(owner).__name__}.{code.co_name}")
                     self.uses[layer].unknown[f"{name} may call it, and cannot be followed: {why}"] = None
@@ -260,27 +320,39 @@ def _first_line(error: Exception | None) -> str:
     return f"{type(error).__name__}{': ' * bool(text)}{text}"
 
 
-def _kind_of(module: nn.Module) -> str | None:
-    """What a module without parameters computes of its one input, if that is ReLU or its square."""
-    if module._parameters or module._buffers or module._modules or "forward" in module.__dict__:
-        return None
+def _missed(lines: dict[types.CodeType, set[int]]) -> Iterator[tuple[str, int]]:
+    """Attributes that code reads on lines that were on no path, with the line; of functions inside it as well."""
+    for code, ran in lines.items():
+        for part in nested(code):
+            for name, line in loads(part):
+                if line is not None and line not in (ran if part is code else lines.get(part, ())):
+                    yield name, line
+
+
+class _TooManyPathsError(RuntimeError):
+    """A forward has more paths than are read."""
+
+
+def _begins_with_relu(module: nn.Module) -> bool:
+    """Whether all that a module without state does with its one input begins with ReLU: its square, for one."""
+    forward = type(module).forward
+    code = getattr(forward, "__code__", None)
+    if {*module.__dict__} - {*nn.Module().__dict__} or module._parameters or module._buffers or module._modules:
+        return False
+    if code is None or changes_more_than_its_result(code):
+        return False
     paths = [*itertools.islice(_paths(module), _VARIANTS)]
-    if not 0 < len(paths) < _VARIANTS or any(path.error for path in paths):
-        return None
-    kinds = {_kind_of_graph(path.graph) for path in paths}
-    return kinds.pop() if len(kinds) == 1 else None
+    return 0 < len(paths) < _VARIANTS and all(path.error is None and _reads_by_relu(path.graph) for path in paths)
 
 
-def _kind_of_graph(graph: Graph) -> str | None:
+def _reads_by_relu(graph: Graph) -> bool:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    others = [node for node in graph.nodes if node.op != "placeholder"]
-    if len(inputs) != 1 or len(others) not in (2, 3):
-        return None
-    first, last = others[0], others[-1]
-    is_relu = first.target in RELU_FUNCTIONS or (first.op == "call_method" and first.target in RELU_METHODS)
-    if not is_relu or first.args[0] is not inputs[0] or last.args[0] is not others[-2]:
-        return None
-    return RELU if len(others) == 2 else RELU_SQUARED if is_square_of(others[1], first) else None
+    if len(inputs) != 1 or len(inputs[0].users) != 1:
+        return False
+    (user,) = inputs[0].users
+    in_place = str(user.target).endswith("_") or user.kwargs.get("inplace") or len(user.args) > 1
+    is_relu = user.target in RELU_FUNCTIONS or (user.op == "call_method" and user.target in RELU_METHODS)
+    return is_relu and not in_place and user.args[:1] == (inputs[0],)
 
 
 _VARIANTS = 8  # of arguments: parameters that are None by default, or not
@@ -291,18 +363,21 @@ def _paths(owner: nn.Module) -> Iterator[_Path]:
     parameters = list(inspect.signature(type(owner).forward).parameters.values())[1:]
     optional = {p.name for p in parameters if p.default is not p.empty}
     missing = [p.name for p in parameters if p.default is None]
-    left_out: list[set[str]] = [set(), optional, *({name} for name in missing[: _VARIANTS - 2])]
+    left_out: list[set[str]] = [set(), optional]
+    for name in missing[: _VARIANTS - 2]:  # it alone, and all but it
+        left_out += [{name}, optional - {name}]
     seen: list[set[str]] = []
     training = owner.training
     for names in left_out:
         if names in seen:
             continue
         seen.append(names)
-        for mode in (training, not training) if not names else (training,):
+        modes = ((training, False), (not training, False), (training, True)) if not names else ((training, False),)
+        for mode in modes:
             for count, decisions in enumerate(_decisions()):
                 if count == _PATHS:
-                    error = RuntimeError(f"more than {_PATHS} paths lead through it")
-                    yield _Path(Graph(), frozenset(), error, set())
+                    error = _TooManyPathsError(f"more than {_PATHS} paths lead through it")
+                    yield _Path(Graph(), frozenset(), error, set(), set())
                     break
                 yield _record(owner, decisions, parameters, names, mode)
 
@@ -320,9 +395,13 @@ def _decisions() -> Iterator[list[bool]]:
 
 
 def _record(
-    owner: nn.Module, decisions: list[bool], parameters: list[inspect.Parameter], left_out: set[str], training: bool
+    owner: nn.Module,
+    decisions: list[bool],
+    parameters: list[inspect.Parameter],
+    left_out: set[str],
+    mode: tuple[bool, bool],
 ) -> _Path:
-    """Follow one path, and put the module back as it was."""
+    """Follow one path, in a mode (training, with gradients), and put the module back as it was."""
 
     def make_arguments(tracer: Tracer) -> tuple[list[Any], dict[str, Any]]:
         symbols: list[Any] = []
@@ -338,118 +417,35 @@ def _record(
         return symbols, named
 
     recorder = _Recorder(decisions, make_arguments)
-    kept: frozenset[Node] = frozenset()
+    lines: set[tuple[types.CodeType, int]] = set()
     failure: Exception | None = None
-    with restored(owner) as stored:
-        owner.__dict__["training"] = training
+    with restored(owner), torch.set_grad_enabled(mode[1]), _NoWrites(), _lines(lines):
+        owner.__dict__["training"] = mode[0]
         try:
             recorder.trace(owner)
+            kept = recorder.alive()
         except Exception as error:
             failure = error
             kept = recorder.alive()  # while the traceback holds what the forward's variables referred to
             error.__traceback__ = None
-        else:
-            ids = {id(value) for value in stored()}
-            kept = frozenset(node for symbol, node in recorder.outputs if symbol() is not None and id(symbol()) in ids)
-    return _Path(recorder.graph, kept, failure, recorder.codes)
-
-
-def _reachable(owner: nn.Module, layers: Container[nn.Module]) -> dict[nn.Module, list[types.CodeType]]:
-    """By Linear layer in a module, the module's code that may call it, going by the names that the code reads."""
-    forward = type(owner).forward
-    if forward is nn.Module.forward:  # a list of modules
-        return {}
-    if (forward.__module__ or "").startswith("torch.nn.modules.container"):  # it calls its children
-        return {child: [] for child in owner.children() if child in layers}
-    functions = _functions(type(owner))  # type: ignore[arg-type]
-    of_items = isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    found: dict[nn.Module, list[types.CodeType]] = {}
-    for path, layer in owner.named_modules():
-        if layer in layers:
-            names = _attributes(owner, path)
-            callers = [f for f in functions if names and names[-1] in f.loaded and f.names >= {*names}]
-            by_any_name = of_items or any(f.names & _ANY_CHILD for f in functions)
-            if callers or (by_any_name and path in owner._modules):
-                # What is overridden is called by super() alone, in code that is followed then.
-                found[layer] = [f.code for f in callers if not f.overridden]
-    return found
-
-
-def _attributes(owner: nn.Module, path: str) -> list[str]:
-    """The attributes by which code reaches a module: its path, without the keys of lists and dicts of modules."""
-    module, names = owner, []
-    for part in path.split("."):
-        if not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            names.append(part)
-        module = getattr(module, part) if not isinstance(module, nn.ModuleDict) else module[part]
-    return names
+    return _Path(recorder.graph, kept, failure, recorder.codes, lines)
 
 
 def _likeness(owner: nn.Module) -> Any:
-    """What modules have in common whose forwards do the same: classes, settings, the kinds of modules in them."""
-    settings = []
-    for name, value in owner.__dict__.items():
-        plain = value is None or isinstance(value, int | float | str | torch.dtype)
-        settings.append((name, value if plain else type(value) if isinstance(value, CONTAINERS) else id(value)))
-    parameters = [(name, p is None) for name, p in (*owner._parameters.items(), *owner._buffers.items())]
-    inside = [
-        (name, type(m), getattr(m, "inplace", None), "forward" in m.__dict__) for name, m in owner.named_modules()
-    ]
-    return type(owner), tuple(settings), tuple(parameters), tuple(inside)
+    """What modules have in common whose forwards do the same: classes and settings, those of the modules in them too.
+
+    What is no plain setting is the same object in both.
+    """
+    parts: list[Any] = []
+    for name, module in owner.named_modules():
+        parts.append((name, type(module)))
+        for key, value in module.__dict__.items():
+            if key in ("_parameters", "_buffers"):
+                parts.append(tuple((k, v is None) for k, v in value.items()))
+            elif key != "_modules" and not (key in _EMPTY and not value):
+                plain = value is None or isinstance(value, int | float | str | torch.dtype)
+                parts.append((key, value if plain else id(value)))
+    return tuple(parts)
 
 
-# Names by which code may reach any child of its module.
-_ANY_CHILD = {"children", "named_children", "_modules", "getattr"}
-
-
-class _Function(NamedTuple):
-    """A method's code, the attributes that it reads, all names in it, and whether a class below overrides it."""
-
-    code: types.CodeType
-    loaded: frozenset[str]
-    names: frozenset[str]
-    overridden: bool
-
-
-@functools.lru_cache(maxsize=512)
-def _functions(kind: Any) -> tuple[_Function, ...]:
-    """The methods of a class, but for nn.Module's."""
-    found = []
-    names = {*_SETTING_UP}
-    for base in kind.__mro__:
-        if base is nn.Module:
-            break
-        if (base.__module__ or "").startswith("torch.nn.modules.container"):
-            continue
-        for name, value in vars(base).items():
-            value = getattr(value, "fget", None) or getattr(value, "__func__", value)
-            code = getattr(inspect.unwrap(value) if callable(value) else None, "__code__", None)
-            if isinstance(code, types.CodeType):
-                found.append(_Function(code, frozenset(_loaded(code)), frozenset(_all_names(code)), name in names))
-        names.update(vars(base))
-    return tuple(found)
-
-
-_SETTING_UP = {"__init__", "reset_parameters", "_reset_parameters", "init_weights", "_init_weights", "extra_repr"}
-
-
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _nested(constant)
-
-
-def _all_names(code: types.CodeType) -> set[str]:
-    return {name for part in _nested(code) for name in part.co_names}
-
-
-def _loaded(code: types.CodeType) -> set[str]:
-    """Attributes that code reads, but for those of which it only reads another attribute, such as a weight."""
-    found = set()
-    for part in _nested(code):
-        instructions = [i for i in dis.get_instructions(part) if i.opname not in ("CACHE", "EXTENDED_ARG")]
-        for one, after in itertools.pairwise(instructions):
-            if one.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.opname not in ("LOAD_ATTR", "STORE_ATTR"):
-                found.add(one.argval)
-    return found
+_EMPTY = {key for key, value in nn.Module().__dict__.items() if isinstance(value, dict | set)}

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-RELU, RELU_SQUARED = "relu", "relu_squared"
 RELU_FUNCTIONS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_)
 RELU_METHODS = ("relu", "relu_")
 
@@ -48,9 +47,9 @@ QUESTIONS = frozenset(
             "is_complex",
             "names",
             "grad_fn",
-            "type",
+           
         ),
-        *("__len__", "_version", "is_mkldnn", "is_xpu", "is_leaf", "is_cpu", "is_mps", "type"),
+        *("__len__", "_version", "is_mkldnn", "is_xpu", "is_leaf", "is_cpu", "is_mps"),
     }
 )
 
@@ -60,27 +59,24 @@ class Use:
     """What is known of one Linear layer.
 
     Attributes:
-        activations: the kinds of activation that its output was seen to go to, and nowhere else.
-        modules: the activation modules among them.
-        in_place: whether one of them works in place.
-        viewed: whether one of them reads a view.
-        callers: modules whose code applies its ReLU as a function, and that code.
+        relu: whether its output was seen to go to a ReLU.
+        modules: the modules that apply it.
+        callers: modules whose code applies it as a function, and that code.
+        viewed: whether a ReLU reads a view of its output.
         others: what else its output goes to, in words.
         unknown: why it may go elsewhere too, in words: code that could not be followed.
     """
 
-    activations: set[str] = field(default_factory=set)
+    relu: bool = False
     modules: dict[nn.Module, None] = field(default_factory=dict)
-    in_place: bool = False
-    viewed: bool = False
     callers: dict[tuple[nn.Module, Any], None] = field(default_factory=dict)
+    viewed: bool = False
     others: dict[str, None] = field(default_factory=dict)
     unknown: dict[str, None] = field(default_factory=dict)
 
     def add(self, other: Use, read_in: nn.Module, owner: nn.Module) -> None:
         """Add what was read of a Linear in one module, as it holds for the same one in a module like it."""
-        self.activations |= other.activations
-        self.in_place |= other.in_place
+        self.relu |= other.relu
         self.viewed |= other.viewed
         self.others |= other.others
         self.unknown |= other.unknown
@@ -101,15 +97,3 @@ def name_of(function: Callable[..., Any]) -> str:
     if name == "__get__":
         name = getattr(getattr(function, "__self__", None), "__name__", name)
     return name
-
-
-def is_square_of(node: torch.fx.Node, source: torch.fx.Node) -> bool:
-    """Whether a node of a graph is another's square, and reads nothing else."""
-    name = node.target if isinstance(node.target, str) else name_of(node.target)
-    if node.kwargs or node.op not in ("call_function", "call_method") or not name:
-        return False
-    if name.strip("_") == "square":
-        return node.args == (source,)
-    if name.strip("_") == "pow":
-        return node.args in ((source, 2), (source, 2.0))
-    return name.strip("_") == "mul" and node.args == (source, source)

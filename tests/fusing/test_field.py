@@ -139,7 +139,7 @@ def test_forward_and_gradients(case, dtype, training, with_example):
     linears = [name for name, module in before.named_modules() if isinstance(module, nn.Linear)]
     assert set(report.fused) == {name for name in linears if re.fullmatch(names, name)}
     assert {*report.fused, *report.skipped} == set(linears)
-    assert not report.notes
+    assert bool(report.notes) == (case in (detr, nanochat))  # where code calls F.relu
     results = []
     for m in (model, before):
         y = call(m, batch)
