@@ -47,7 +47,6 @@ QUESTIONS = frozenset(
             "is_complex",
             "names",
             "grad_fn",
-           
         ),
         *("__len__", "_version", "is_mkldnn", "is_xpu", "is_leaf", "is_cpu", "is_mps"),
     }
