@@ -5,40 +5,24 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from initlab.kernels.torch_internals import without_functions
 
 from .._tree import tensors_in
 from . import names
 from .graph import line_of_user
-from .trace import Modules
+from .trace import ModuleMode
 
 _SHAPES = ("get", "size", "dim", "numel", "stride", "len", "is_floating_point", "is_complex", "data_ptr")
 _READ = ("item", "tolist", "numpy", "float", "int")  # give no tensor
-_COMPARED = (
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "isnan",
-    "isfinite",
-    "isinf",
-    "all",
-    "any",
-    "bool",
-    "allclose",
-    "equal",
-)
+_COMPARED: tuple[str, ...] = ("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isfinite", "isinf")
+_COMPARED += ("all", "any", "bool", "allclose", "equal")
 _DISTRIBUTIONS = str(Path(torch.distributions.__file__).parent)
 
 
@@ -58,7 +42,7 @@ class Cut(NamedTuple):
     no_grad: bool
 
 
-class Cuts(TorchFunctionMode):
+class Cuts(ModuleMode):
     """Follows what is computed from some parameters, to where it no longer wants a gradient. A context manager.
 
     Attributes:
@@ -66,20 +50,9 @@ class Cuts(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.modules = Modules(model)
+        super().__init__(model)
         self.found: list[Cut] = []
         self._marked: dict[int, weakref.ref[Tensor]] = {id(p): weakref.ref(p) for p in parameters}
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> Cuts:
-        self._hooks = self.modules.hooked()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        self._hooks.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -7,15 +7,13 @@ comment, and what it would do is seen by running it in place of the operation: `
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from . import names
-from .trace import Modules
+from .trace import ModuleMode
 
 Change = Callable[[Any], Any]
 
@@ -36,7 +34,7 @@ class SafeForm(NamedTuple):
 EVERYWHERE = "*"  # no path of a module
 
 
-class Substitution(TorchFunctionMode):
+class Substitution(ModuleMode):
     """Runs the safe form of an operation wherever one module, or the loss function, calls it. A context manager.
 
     Args:
@@ -50,19 +48,9 @@ class Substitution(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module, module: str | None, op: str, form: SafeForm) -> None:
-        super().__init__()
-        self.modules, self.module, self.op, self.form = Modules(model), module, op, form
+        super().__init__(model)
+        self.module, self.op, self.form = module, op, form
         self.count = 0
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> Substitution:
-        self._hooks = self.modules.hooked()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        self._hooks.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

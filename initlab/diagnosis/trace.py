@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,39 @@ class Modules:
         return self.stack[-1] if self.stack else None
 
 
-class Trace(TorchFunctionMode):
+M = TypeVar("M", bound="ModuleMode")
+
+
+class ModuleMode(TorchFunctionMode):
+    """A mode that knows which module runs. A context manager.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        modules: the stack of those that are running.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.modules = Modules(model)
+        self._hooks = ExitStack()
+
+    def __enter__(self: M) -> M:
+        self._hooks = self.hooked()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._hooks.close()
+
+    def hooked(self) -> ExitStack:
+        """Puts the hooks in place; they go when the stack is closed."""
+        return self.modules.hooked()
+
+
+class Trace(ModuleMode):
     """Observes a forward pass. Use as a context manager around the call of loss_fn.
 
     Attributes:
@@ -149,12 +181,11 @@ class Trace(TorchFunctionMode):
     def __init__(
         self, model: nn.Module, batch_storages: Mapping[int, tuple[Any, ...]], flow: Flow | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         self.flow = flow
         self.slopes = Slopes()
         if flow is not None:
             flow.slopes = self.slopes
-        self.modules = Modules(model)
         self.calls: list[Call] = []
         self.losses: list[LossCall] = []
         self.products: list[tuple[str, torch.Size]] = []
@@ -171,16 +202,12 @@ class Trace(TorchFunctionMode):
         self._counts: dict[nn.Module, int] = {}
         self._makers: dict[int, tuple[weakref.ref[Tensor], Call]] = {}
         self._batch = batch_storages
-        self._hooks = ExitStack()
 
-    def __enter__(self) -> Trace:
-        self._hooks = self.modules.hooked(self._before, self._after)
-        super().__enter__()
-        return self
+    def hooked(self) -> ExitStack:
+        return self.modules.hooked(self._before, self._after)
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
-        self._hooks.close()
         if exc[1] is not None and exc[1] is not self._raised:
             self.failed = self.modules.raised_in if exc[1] is self.modules.error else None, ""
 
