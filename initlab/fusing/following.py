@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import weakref
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._tree import tensors_in
 from .restoring import restored
-from .usage import QUESTIONS, RELU_FUNCTIONS, VIEWS, Use, called, name_of
-
-_TORCH = os.path.dirname(torch.__file__)
-_HIDDEN = tuple(os.path.join(_TORCH, *parts) for parts in (("overrides.py",), ("_tensor.py",), ("utils", "")))
-_HIDDEN += (os.path.join(_TORCH, "nn", "functional.py"), os.path.dirname(__file__))
+from .usage import QUESTIONS, RELU_FUNCTIONS, VIEWS, Use, called, frames, name_of
 
 
 class Followed(NamedTuple):
@@ -113,9 +106,7 @@ class _Follow(TorchFunctionMode):
 
     def note_caller(self, use: Use) -> bool:
         """Note the module and the code that applied ReLU; whether it is an nn.ReLU."""
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame.f_code.co_filename.startswith(_HIDDEN):
-            frame = frame.f_back
+        frame = next(frames(), None)
         owner = None if frame is None else frame.f_locals.get("self")
         if frame is None or not isinstance(owner, nn.Module):
             return False

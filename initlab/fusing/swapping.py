@@ -82,7 +82,7 @@ def fuse_linear_relu(model: nn.Module, example: Any = None) -> FuseReport:
     with torch.random.fork_rng(devices=[]):  # a layer draws its start before it takes over another's parameters
         swapped: dict[nn.Module, nn.Module] = {linear: _fused(linear) for linear in fused}
     for linear, use in fused.items():
-        swapped |= {relu: _applied(relu) for relu in use.modules if type(relu) is nn.ReLU}
+        swapped |= {relu: _relu(relu, AppliedReLU) for relu in use.modules if type(relu) is nn.ReLU}
         again = [names.get(module, ["a module"])[0] for module in use.modules if type(module) is not nn.ReLU]
         again += [name for owner, code in use.callers if (name := _pass_on(owner, code))]
         again += ["a view of its output"] if use.viewed else []
@@ -124,7 +124,7 @@ def unfuse(model: nn.Module) -> None:
             if isinstance(module, FusedLinear):
                 originals[module] = _linear(module)
             elif isinstance(module, AppliedReLU):
-                originals[module] = _taking_over(nn.ReLU(module.inplace), module, {*nn.ReLU().__dict__})
+                originals[module] = _relu(module, nn.ReLU)
     _swap_modules(model, originals)
     for module in model.modules():
         for key, value in list(module.__dict__.items()):
@@ -224,9 +224,9 @@ def _linear(fused: FusedLinear) -> nn.Module:
     return _taking_over(linear, fused, _OF_FUSED)
 
 
-def _applied(relu: nn.Module) -> nn.Module:
+def _relu(relu: nn.Module, kind: type[nn.ReLU]) -> nn.Module:
     assert isinstance(relu, nn.ReLU)
-    return _taking_over(AppliedReLU(relu.inplace), relu, {*nn.ReLU().__dict__})
+    return _taking_over(kind(relu.inplace), relu, _OF_RELU)
 
 
 def _taking_over(new: nn.Module, old: nn.Module, usual: set[str]) -> nn.Module:
@@ -238,6 +238,7 @@ def _taking_over(new: nn.Module, old: nn.Module, usual: set[str]) -> nn.Module:
 
 with torch.random.fork_rng(devices=[]):
     _OF_LINEAR = {*nn.Linear(1, 1, device="meta").__dict__}
+    _OF_RELU = {*nn.ReLU().__dict__}
     _OF_FUSED = {*FusedLinear(1, 1, device="meta").__dict__, "_watch_flag"}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import os
 import sys
 import types
 import warnings
@@ -24,13 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .callers import attributes, callers_by_name, changes_more_than_its_result, loads, nested, tests_for_linear
 from .restoring import restored
-from .usage import QUESTIONS, RELU_FUNCTIONS, RELU_METHODS, VIEWS, Use, called, name_of
+from .usage import QUESTIONS, RELU_FUNCTIONS, RELU_METHODS, VIEWS, Use, called, frames, is_models, name_of
 
 _PATHS = 64  # through one forward
 _DECISIONS = 32  # on a path
-_TORCH = os.path.dirname(torch.__file__)
-_HIDDEN = tuple(os.path.join(_TORCH, *parts) for parts in (("fx",), ("overrides.py",), ("_tensor.py",)))
-_HIDDEN += (os.path.join(_TORCH, "nn", "functional.py"), os.path.dirname(__file__))
 
 
 class _Path(NamedTuple):
@@ -90,7 +86,7 @@ class _Recorder(Tracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(kind, target, *args, **kwargs)
         if target in RELU_FUNCTIONS or (kind == "call_method" and target in RELU_METHODS):
-            node.meta["code"] = next(_codes())[0]
+            node.meta["code"] = next((code for code, _ in _codes()), None)
         self.codes.update(_codes())
         return node
 
@@ -114,14 +110,10 @@ class _Recorder(Tracer):
 
 
 def _codes() -> Iterator[tuple[types.CodeType, int]]:
-    """The code that is running, from the innermost outwards, without torch's and ours, and the id of its `self`."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _record.__code__:  # beyond is whoever reads
+    """The code that is running, from the innermost outwards, and the id of its `self`."""
+    for frame in frames(_record.__code__):  # beyond is whoever reads
         code = frame.f_code
-        if not code.co_filename.startswith(_HIDDEN):
-            names = code.co_varnames
-            yield code, id(frame.f_locals.get(names[0])) if code.co_argcount and names else 0
-        frame = frame.f_back
+        yield code, id(frame.f_locals.get(code.co_varnames[0])) if code.co_argcount else 0
 
 
 @contextlib.contextmanager
@@ -130,7 +122,7 @@ def _lines(into: set[tuple[types.CodeType, int]]) -> Iterator[None]:
     before = sys.gettrace()
 
     def note(frame: types.FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename.startswith(_HIDDEN):
+        if not is_models(frame.f_code):
             return None
         into.add((frame.f_code, frame.f_lineno))
         return note

@@ -5,8 +5,11 @@ A tensor is followed through what only looks at it differently (views, shapes); 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -19,38 +22,36 @@ RELU_METHODS = ("relu", "relu_")
 # By the names of tensors' methods, attributes and torch's functions.
 VIEWS = frozenset(
     {
-        *(
-            "view",
-            "view_as",
-            "reshape",
-            "reshape_as",
-            "flatten",
-            "unflatten",
-            "ravel",
-            "transpose",
-            "swapaxes",
-            "permute",
-        ),
-        *("squeeze", "unsqueeze", "contiguous", "movedim", "t", "mT"),
+        *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "transpose", "swapaxes"),
+        *("permute", "squeeze", "unsqueeze", "contiguous", "movedim", "t", "mT"),
     }
 )
 QUESTIONS = frozenset(
     {
         *("shape", "size", "dim", "ndim", "dtype", "device", "numel", "nelement", "is_cuda", "is_floating_point"),
         *("stride", "element_size", "get_device", "requires_grad", "is_contiguous", "layout", "itemsize", "nbytes"),
-        *(
-            "is_nested",
-            "is_sparse",
-            "is_quantized",
-            "is_meta",
-            "is_inference",
-            "is_complex",
-            "names",
-            "grad_fn",
-        ),
+        *("is_nested", "is_sparse", "is_quantized", "is_meta", "is_inference", "is_complex", "names", "grad_fn"),
         *("__len__", "_version", "is_mkldnn", "is_xpu", "is_leaf", "is_cpu", "is_mps"),
     }
 )
+
+_TORCH = os.path.dirname(torch.__file__)
+_HIDDEN = tuple(os.path.join(_TORCH, name) for name in ("fx", "utils", "overrides.py", "_tensor.py"))
+_HIDDEN += (os.path.join(_TORCH, "nn", "functional.py"), os.path.dirname(__file__))
+
+
+def is_models(code: CodeType) -> bool:
+    """Whether code may be a model's own, and is not what torch and this package have around its functions."""
+    return not code.co_filename.startswith(_HIDDEN)
+
+
+def frames(below: CodeType | None = None) -> Iterator[FrameType]:
+    """The frames that run such code, from the innermost outwards, up to one that runs `below`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not below:
+        if is_models(frame.f_code):
+            yield frame
+        frame = frame.f_back
 
 
 @dataclass
