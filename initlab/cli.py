@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--recipe",
         default="own",
         help="own (the default), torch, he, xavier, lecun, gpt2, trunc_normal, auto, depth_scaled, mitchell, deepnorm, "
-        "small_embedding, zero_residual",
+        "small_embedding, zero_residual, lsuv",
     )
     plan.add_argument("--seed", type=_seed, default=0, help="of the keys (default: 0)")
     plan.add_argument("--only", action="append", metavar="PATTERN", help="name pattern; may be given several times")

@@ -1,7 +1,7 @@
 """init_model_: a whole model filled by name. Plan, materialize, fill, report."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ def init_model_(
     values: Values | None = None,
     progress: bool | None = None,
     check_ranks: bool = False,
+    batch: Any = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> InitReport:
     """Fill a model's parameters from the stream, each keyed by its name: the same bits however the model came about.
 
@@ -79,6 +81,10 @@ def init_model_(
         progress: whether to show a progress bar on stderr; None shows one for 2**28 elements and more in a terminal.
         check_ranks: compare, before anything is written, what ranks are about to fill DTensors with: one all-reduce of
             16 bytes for each dimension of a mesh, in which every rank takes part.
+        batch: for recipe "lsuv", one real batch: tensors, or arrays of numpy's, in tuples, lists, dicts and dataclasses.
+            The last item of a tuple or list is taken for the target, and is not handed to the model.
+        forward: for recipe "lsuv", how the model is called: a function of model and batch. None calls model(x), or with
+            the items of a dict or dataclass by name, as its forward() takes them.
 
     Returns:
         A report, which prints as a table.
@@ -86,7 +92,8 @@ def init_model_(
     Raises:
         ValueError: before anything is written, listing names: if the recipe has no distribution for a selected
             parameter, a buffer on the meta device is set by nobody, two tensors have one name, two parameters share
-            memory, a pattern matches nothing, or a parameter on the meta device has no `device` to go to.
+            memory, a pattern matches nothing, or a parameter on the meta device has no `device` to go to; or if a
+            weight cannot be fitted to the batch, whose rows must differ.
         NotImplementedError: for a DTensor placed by Partial, for other wrappers, and dtypes that a distribution cannot
             fill.
         RuntimeError: for a parameter that overlaps itself, or whose dtype cannot hold its distribution; on every rank,
@@ -114,6 +121,8 @@ def init_model_(
             values=values,
             progress=progress,
             check_ranks=check_ranks,
+            batch=batch,
+            forward=forward,
         ),
         model,
         seed,
@@ -169,6 +178,8 @@ def _init_model(
     values: Values | None,
     progress: bool | None,
     check_ranks: bool,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None,
 ) -> InitReport:
     if buffers is not None and not callable(buffers):
         raise TypeError(f"buffers is {short_repr(buffers)}; it must be a function of name and tensor, or None")
@@ -178,6 +189,52 @@ def _init_model(
     plan.refuse_meta(target)
     if check_ranks:
         plan.compare_ranks()
+    if any(task.spec is not None and task.spec.fitted for task in plan.tasks):
+        return _init_fitted(model, plan, target, buffers, progress, batch, forward)
+    if batch is not None or forward is not None:
+        raise ValueError(
+            f"recipe {plan.recipe!r} is not fitted to data: leave batch= and forward= out, or pass recipe='lsuv'"
+        )
+    _write(model, plan, target, buffers, progress)
+    return plan.report()
+
+
+def _init_fitted(
+    model: nn.Module,
+    plan: Plan,
+    target: torch.device | None,
+    buffers: Buffers | None,
+    progress: bool | None,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None,
+) -> InitReport:
+    """Fit a plan to a batch and carry it out; whatever raises leaves the model as it was."""
+    from ..diagnosis.state import Snapshot  # both know models
+    from ..fitting.scaling import fitted_plan
+
+    if target is not None:
+        raise ValueError("recipe 'lsuv' runs the model where it lies: leave device= out, and move it before")
+
+    def write_one(task: Task) -> None:
+        _fill([task], {}, frozenset(), lambda elements: None)
+
+    def write_all(whole: Plan) -> None:
+        _write(model, whole, None, buffers, False)
+
+    fitted = fitted_plan(model, plan, batch, forward, write_all, write_one)
+    snapshot = Snapshot([model], None, ())
+    try:
+        _write(model, fitted, None, buffers, progress)
+    except BaseException:
+        snapshot.restore()
+        raise
+    return fitted.report()
+
+
+def _write(
+    model: nn.Module, plan: Plan, target: torch.device | None, buffers: Buffers | None, progress: bool | None
+) -> None:
+    """Carry a plan out."""
     elements = sum(task.numel for task in plan.tasks)
     show = False if progress is None and elements < _LONG else progress
     with _console.progress("initlab", elements, show) as advance:
@@ -185,21 +242,22 @@ def _init_model(
         ready = set_buffers(plan, new, target, buffers)
         new |= ready
         computed = computed_values(plan, ready.keys())
-        _fill(plan, new, ready.keys(), advance)
+        _fill(plan.tasks, new, ready.keys(), advance)
         place_values(plan, new, computed)
     attach((*(task.ref for task in plan.tasks), *plan.others), new, target)
     refresh_hooks(model)
-    return plan.report()
 
 
-def _fill(plan: Plan, new: Mapping[int, Tensor], ready: Set[int], advance: Callable[[int], object]) -> None:
+def _fill(
+    tasks: Iterable[Task], new: Mapping[int, Tensor], ready: Set[int], advance: Callable[[int], object]
+) -> None:
     """Fill what is planned, in the new tensors where there are any, but for the buffers that are ready."""
     current = ""
     dtensors: list[Tensor] = []
 
     def draws() -> Iterator[Draw]:
         nonlocal current
-        for task in plan.tasks:
+        for task in tasks:
             old = task.ref.tensor
             if task.spec is None or task.spec.program is not None or id(old) in ready:
                 continue

@@ -54,11 +54,11 @@ def ways_out(refused: Sequence[TensorRef], every: Sequence[TensorRef], recipe: N
 
 
 def _rule(ref: TensorRef) -> str:
-    value = _only_value(ref.tensor)
+    value = only_value(ref.tensor)
     return "..." if value is None else f"Constant({value})"
 
 
-def _only_value(tensor: Tensor) -> str | None:
+def only_value(tensor: Tensor) -> str | None:
     """The value that all of a tensor has, as few digits as give it back; None where there is none, or no values."""
     values = local(tensor).detach()
     if values.is_meta or values.layout != torch.strided or values.numel() == 0 or values.dtype.is_complex:

@@ -1,0 +1,1 @@
+"""Starts that are fitted to data: unit variance layer by layer, and advice on what a model and a batch ask for."""
