@@ -290,12 +290,11 @@ class Fitting:
             fits.setdefault(id(weight.task.ref.tensor), []).append(
                 Fit(weight.unit.part, weight.unit.op, weight.factor, weight.before, after, len(weight.calls))
             )
-        tasks = [
-            task._replace(spec=self._spec(task), fits=tuple(fits.get(id(task.ref.tensor), ())))
-            if id(task.ref.tensor) in self.tasks
-            else task
-            for task in self.plan.tasks
-        ]
+        tasks = list(self.plan.tasks)
+        for place, task in enumerate(tasks):
+            if (found := fits.get(id(task.ref.tensor))) is not None:
+                spec = dataclasses.replace(self._spec(task), guess=False)  # the pass has shown that it is a weight
+                tasks[place] = task._replace(spec=spec, fits=tuple(found))
         return dataclasses.replace(self.plan, tasks=tasks)
 
 
@@ -385,7 +384,8 @@ def _refuse(model: nn.Module, plan: Plan, batch: Any) -> None:
 
 
 _UNSHARDED = (
-    "recipe 'lsuv' runs the model on one rank. Fit one unsharded copy, then give the sharded model its distributions: "
-    "recipe={row.name: row.distribution for row in report.rows}"
+    "recipe 'lsuv' runs the model on one rank. Fit one unsharded copy, with normal weights, report = "
+    "init_model_(copy, seed, recipes.lsuv('lecun'), batch=batch), then fill the sharded model from the same "
+    "distributions: init_model_(model, seed, recipe=report)"
 )
 _NAMED = 8  # names in an example of a recipe

@@ -16,12 +16,12 @@ from .resolving import based_on, resolve
 from .specs import FillSpec, Refused, constant_fill, whole_fill
 
 
-def lsuv(base: RecipeLike | None = None) -> NamedRecipe:
+def lsuv(base: RecipeLike = "orthogonal") -> NamedRecipe:
     """Layer-sequential unit variance: each weight scaled so that its layer's output has variance 1 on your own batch.
 
     `init_model_(model, seed, recipe="lsuv", batch=batch)` draws all parameters, runs the model on the batch, and scales
     one weight after the other in the order in which they are used. Factors are powers of 2^(1/32), and are folded into
-    the distributions: the report's, given as a recipe, fill any copy of the model with the same bits.
+    the distributions: the report, given as a recipe, fills any copy of the model with the same values.
 
     Layers are the products that a pass calls, wherever their weights are kept: Linear, convolutions, transposed ones,
     Bilinear, nn.MultiheadAttention's projections one by one, parameters in F.linear, matmul and einsum, and embeddings.
@@ -31,12 +31,12 @@ def lsuv(base: RecipeLike | None = None) -> NamedRecipe:
     where they train. What the passes change is put back.
 
     Args:
-        base: where the shapes of the distributions come from; only their scale is fitted. None draws weights normal,
-            biases 0, a parameter that no code explains as the one value that it has, and all else as "torch".
+        base: what is scaled: "orthogonal", matrices that normal draws make, with biases 0, a parameter that no code
+            explains as the one value that it has, and all else as "torch"; or a recipe. "lecun" has normal weights,
+            whose bits do not depend on a library's factorisation, and which a sharded model can be filled with.
 
     Source:
-        D. Mishkin and J. Matas, "All you need is a good init", 2015. They begin with orthogonal weights; normal ones
-        have the same bits on every machine.
+        D. Mishkin and J. Matas, "All you need is a good init", 2015.
 
     Example:
         >>> import torch, initlab
@@ -46,14 +46,14 @@ def lsuv(base: RecipeLike | None = None) -> NamedRecipe:
         >>> 0.9 < float(model(data).var()) < 1.1
         True
     """
-    rest = None if base is None else resolve(base)
+    rest = None if base == "orthogonal" else resolve(base)
 
     def prepare(view: View) -> Chooser:
         made = {id(whole) for whole in view.wholes.values()}
-        chosen = (lambda ref: _start(view, ref)) if rest is None else rest(view)
+        chosen = (lambda ref: None) if rest is None else rest(view)
 
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
-            spec = chosen(ref)
+            spec = chosen(ref) or _start(view, ref, rest is None)
             fitted = _fitted(ref, spec)
             if not isinstance(spec, FillSpec) or not fitted:
                 return spec
@@ -80,11 +80,11 @@ def _fitted(ref: TensorRef, spec: FillSpec | Refused | None) -> Literal["", "if 
 _UNKNOWN = "used as a weight"
 
 
-def _start(view: View, ref: TensorRef) -> FillSpec | Refused | None:
+def _start(view: View, ref: TensorRef, orthogonal: bool) -> FillSpec | Refused | None:
     """The distribution of a parameter before it is scaled."""
     counted = compute_fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
     if counted is not None:
-        return _normal(counted.fan_in, ref.owner)
+        return _normal(ref, counted.fan_in, ref.owner, orthogonal)
     found = zero_bias(ref)
     if found is None and not holds_experts(ref.module, ref.attribute, ref.tensor):
         found = by_default(view, ref)
@@ -96,8 +96,10 @@ def _start(view: View, ref: TensorRef) -> FillSpec | Refused | None:
         return found
     if ref.tensor.dim() == 0 or ref.tensor.numel() == 0:
         return None
-    return replace(_normal(ref.tensor.numel() / max(1, ref.tensor.shape[0]), _UNKNOWN), fan=None, guess=True)
+    fan = ref.tensor.numel() / ref.tensor.shape[0]
+    return replace(_normal(ref, fan, _UNKNOWN, orthogonal), fan=None, guess=True)
 
 
-def _normal(fan: float, why: str) -> FillSpec:
-    return whole_fill(Normal(0.0, 1.0 / math.sqrt(max(1.0, fan))), why, fan)
+def _normal(ref: TensorRef, fan: float, why: str, orthogonal: bool) -> FillSpec:
+    spec = whole_fill(Normal(0.0, 1.0 / math.sqrt(max(1.0, fan))), why, fan)
+    return replace(spec, orthogonal=orthogonal and ref.tensor.dim() > 1 and ref.tensor.numel() > 0)

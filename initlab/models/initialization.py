@@ -1,7 +1,7 @@
 """init_model_: a whole model filled by name. Plan, materialize, fill, report."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..distributed.shards import draws_of_shards, shards_in
 from .buffers import Buffers, set_buffers
 from .materialize import attach, materialized, resolved_device
 from .naming import Names
+from .orthogonal import make_orthogonal_
 from .parametrized import refresh_hooks
 from .plan import Only, Plan, Task, make_plan
 from .recipe_parts import RecipeLike, short_repr
@@ -57,9 +58,9 @@ def init_model_(
         seed: -2**63 <= seed < 2**64.
         recipe: which distribution each parameter gets: "own", what the model's own code gives it, or "torch", "he",
             "xavier", "lecun", "gpt2", "trunc_normal", "auto", "depth_scaled", "mitchell", "deepnorm",
-            "small_embedding", "zero_residual", a recipe made by initlab.recipes, a build that record_build() has
-            recorded, a distribution, a function from TensorRef to distribution, or a mapping from name patterns to any
-            of these. Of a mapping the first match counts, and "own" serves the rest. "own" compares what it reads with
+            "small_embedding", "zero_residual", "lsuv", a recipe made by initlab.recipes, a build that record_build() has
+            recorded, a distribution, a function from TensorRef to distribution, the report of another call, or a mapping
+            from name patterns to any of these. "lsuv" scales the weights to `batch`, see recipes.lsuv. Of a mapping the first match counts, and "own" serves the rest. "own" compares what it reads with
             the values that are there, and refuses what does not fit, also of a model that has been trained since; see
             recipes.own. The padding row of an embedding stays 0, but where the model's own code fills it, under "own"
             and a recorded build. Buffers with a distribution in reset_parameters, such as running statistics, are set
@@ -249,7 +250,7 @@ def _write(
 
 
 def _fill(
-    tasks: Iterable[Task], new: Mapping[int, Tensor], ready: Set[int], advance: Callable[[int], object]
+    tasks: Sequence[Task], new: Mapping[int, Tensor], ready: Set[int], advance: Callable[[int], object]
 ) -> None:
     """Fill what is planned, in the new tensors where there are any, but for the buffers that are ready."""
     current = ""
@@ -280,6 +281,9 @@ def _fill(
         raise type(error)(f"{current}: {error}") from error
     for tensor in dtensors:
         count_as_written(tensor)
+    for task in tasks:
+        if task.spec is not None and task.spec.orthogonal:
+            make_orthogonal_(new.get(id(task.ref.tensor), task.ref.tensor), task.spec)
 
 
 def _draws_of(task: Task, tensor: Tensor) -> Iterator[Draw]:

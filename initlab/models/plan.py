@@ -73,9 +73,10 @@ class Task(NamedTuple):
             slices = tuple((part, distribution) for part, distribution in spec.fills if part is not None)
             drawn = drawn or any(not isinstance(distribution, Constant) for _, distribution in others)
         key = self.key if drawn else None
-        return Row(
-            ref.name, aliases, shape, dtype, first, slices, spec.fan, first.stddev, key, spec.why, spec.guess, fits=self.fits
-        )
+        row = Row(ref.name, aliases, shape, dtype, first, slices, spec.fan, first.stddev, key, spec.why, spec.guess)
+        if spec.orthogonal:
+            row = row._replace(distribution=None, source="orthogonal")
+        return row._replace(fits=self.fits) if self.fits else row
 
 
 @dataclass
@@ -169,6 +170,9 @@ def make_plan(
                 refused.append(ref)
                 continue
             spec = keep_padding(ref, spec)
+            if spec.orthogonal and shards[ref] is not None:
+                missing.append(f"{ref.name} (in {ref.owner}): an orthogonal start needs the whole matrix on each rank")
+                refused.append(ref)
             for _, distribution in spec.fills:
                 fault = checked.get((distribution, ref.tensor.dtype))
                 if fault is None:

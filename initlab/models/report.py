@@ -59,7 +59,7 @@ class Row(NamedTuple):
         why: what the distribution was read from.
         guess: whether it was guessed from names or from the order of modules.
         source: where values come from that have no distribution: "own code" of a buffer's owner, "computed" by the
-            operators that the code called, or "given" by the caller.
+            operators that the code called, "given" by the caller, or "orthogonal": the matrix that normal draws make.
         fits: how it was scaled to a batch, one for each part that is a layer; empty where it was not.
     """
 
@@ -99,6 +99,7 @@ class Row(NamedTuple):
             "key": None if self.key is None else f"{self.key:016x}",
             "why": self.why,
             "guess": self.guess,
+            **({"source": self.source} if self.source == "orthogonal" else {}),
             **({"fits": [fit.to_dict() for fit in self.fits]} if self.fits else {}),
         }
 
@@ -216,7 +217,8 @@ class InitReport:
         distribution = row.source if row.distribution is None else str(row.distribution)
         for part, other in row.slices:
             rows = f"{part.start}" if part.length == 1 else f"{part.start}:{part.start + part.length}"
-            distribution += f"; [{':, ' * part.dim}{rows}] {other!s}"
+            told = f"std {other.stddev:.4g}" if row.source == "orthogonal" else str(other)
+            distribution += f"; [{':, ' * part.dim}{rows}] {told}"
         why = row.why + ("".join(f", tied: {alias}" for alias in row.aliases))
         return [
             row.name,

@@ -37,6 +37,7 @@ class FillSpec:
         check: whether the values that a parameter has must be ones that it can have made.
         known_as: by the names that the program has for parameters, those of today, where they differ.
         fitted: whether it is scaled to a batch: "always", or only where the parameter turns out to be a layer's weight.
+        orthogonal: whether the draws are replaced by the orthogonal matrix that they make.
     """
 
     fills: tuple[tuple[DimSlice | None, Distribution], ...]
@@ -49,6 +50,7 @@ class FillSpec:
     check: bool = False
     known_as: Mapping[str, str] = field(default_factory=dict)
     fitted: Literal["", "if a weight", "always"] = ""
+    orthogonal: bool = False
 
     @property
     def distribution(self) -> Distribution | None:
