@@ -160,7 +160,9 @@ class Products(TorchFunctionMode):
         operand = self._operand(name, raw, args, kwargs) if isinstance(out, Tensor) else None
         if operand is not None:
             weight, signal = operand
-            in_place = getattr(func, "__name__", "x_").endswith("_") and not getattr(func, "__name__", "").endswith("__")
+            in_place = getattr(func, "__name__", "x_").endswith("_") and not getattr(func, "__name__", "").endswith(
+                "__"
+            )
             return self._product(name, weight, signal, out, lambda: func(*args, **kwargs), in_place, args)
         if name in RECURRENT:
             self.recurrent.update(ref for t in tensors_in((args, kwargs)) if (o := self._origin(t)) for ref in o.refs)

@@ -184,7 +184,9 @@ class Fitting:
         if task is None or out.numel() == 0 or (name in LOOKUPS and not unit.is_lookup):
             return out
         if not out.is_floating_point() or out.layout != torch.strided:
-            raise NotImplementedError(f"{unit.name}: {name} puts out {out.dtype}, {out.layout}; only dense floats are fitted")
+            raise NotImplementedError(
+                f"{unit.name}: {name} puts out {out.dtype}, {out.layout}; only dense floats are fitted"
+            )
         weight = self.weights.get(unit.key)
         if weight is None:
             weight = self.weights[unit.key] = _Weight(unit, task)
@@ -268,7 +270,9 @@ class Fitting:
         for weight in self.weights.values():
             variance = Moments.pooled(weight.calls).variance if weight.calls else math.nan
             if not LOW <= variance <= HIGH:
-                missing.append((weight.unit.ref.name, f"{weight.told}: the nearest variance of its output is {variance:.4g}"))
+                missing.append(
+                    (weight.unit.ref.name, f"{weight.told}: the nearest variance of its output is {variance:.4g}")
+                )
         if missing:
             names = [name for name, _ in missing]
             raise ValueError(

@@ -66,7 +66,9 @@ def lsuv(base: RecipeLike = "orthogonal") -> NamedRecipe:
         return choose
 
     name = "lsuv" if rest is None else based_on("lsuv", rest)
-    return NamedRecipe(name, prepare, None if rest is None else rest.prepare_buffers, "" if rest is None else rest.advice)
+    return NamedRecipe(
+        name, prepare, None if rest is None else rest.prepare_buffers, "" if rest is None else rest.advice
+    )
 
 
 def _fitted(ref: TensorRef, spec: FillSpec | Refused | None) -> Literal["", "if a weight", "always"]:

@@ -249,9 +249,7 @@ def _write(
     refresh_hooks(model)
 
 
-def _fill(
-    tasks: Sequence[Task], new: Mapping[int, Tensor], ready: Set[int], advance: Callable[[int], object]
-) -> None:
+def _fill(tasks: Sequence[Task], new: Mapping[int, Tensor], ready: Set[int], advance: Callable[[int], object]) -> None:
     """Fill what is planned, in the new tensors where there are any, but for the buffers that are ready."""
     current = ""
     dtensors: list[Tensor] = []
