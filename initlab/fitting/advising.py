@@ -1,4 +1,7 @@
-"""advise(): runs a model on a batch, and says which start each layer asks for; the recipe is tried before it is told."""
+"""advise(): runs a model on a batch, says which start each layer asks for, and tries the recipe before it is told.
+
+`_Adviser` has one method for each pass and what follows from it.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +30,20 @@ from ..models.fitted_recipes import lsuv
 from ..models.initialization import init_model_
 from ..models.naming import TensorRef, tensor_refs, unwrapped
 from ..models.parametrized import made_weights
-from ..models.recipe_parts import View, centred
+from ..models.recipe_parts import View, by_default, centred
 from ..models.recipes import resolve
 from ..models.refusals import only_value, with_globs
-from ..models.specs import FillSpec
+from ..models.specs import FillSpec, whole_fill
 from .advice import Advice, InputAdvice, LayerAdvice
 from .calling import call_model, check_batch
-from .products import Key, Products, Unit
+from .products import LOOKUPS, Key, Products, Unit
 from .scaling import Moments
 
 _HEAD = 0.1  # of a head's outputs: cross_entropy is then ln(V) + 0.005
 _FAR = 30.0  # a signal that has grown or shrunk so much with the schemes alone is fitted to the batch instead
 _DISTANCES = frozenset(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"))
+_CLOSE = 0.03  # of the expected loss
+_ROUNDS = 6
 _REST = "he"
 
 
@@ -121,12 +126,13 @@ class _Observer(Products):
     """Measures what each weight reads and puts out, and notes the calls of loss functions.
 
     Args:
-        quiet_heads: units whose outputs are replaced by 0, or a number for each.
+        quiet_heads: (key of a unit, whether it is looked up): number, by which its outputs are replaced.
     """
 
-    def __init__(self, model: nn.Module, refs: list[TensorRef], quiet_heads: Mapping[Key, float]) -> None:
+    def __init__(self, model: nn.Module, refs: list[TensorRef], quiet_heads: Mapping[tuple[Key, bool], float]) -> None:
         super().__init__(model, refs, self._measure)
         self.quiet_heads = quiet_heads
+        self._as_lookup: set[Key] = set()
         self.outputs: dict[Key, list[Moments]] = {}
         self.inputs: dict[Key, list[Moments]] = {}
         self.losses: list[tuple[str, Any, Any]] = []  # name, prediction, target
@@ -141,13 +147,19 @@ class _Observer(Products):
     def _measure(
         self, unit: Unit, name: str, signal: Tensor | None, out: Tensor, again: Callable[[], Tensor], direct: bool
     ) -> Tensor:
+        if name in LOOKUPS and not unit.is_lookup:
+            return out
+        if name not in LOOKUPS and unit.key in self._as_lookup:  # the head that is tied to an embedding
+            self._as_lookup.discard(unit.key)
+            self.outputs.pop(unit.key, None)
+        elif name in LOOKUPS:
+            self._as_lookup.add(unit.key)
         if out.numel() and out.is_floating_point():
             self.outputs.setdefault(unit.key, []).append(Moments.of(out))
             if signal is not None and signal.is_floating_point():
                 self.inputs.setdefault(unit.key, []).append(Moments.of(signal))
-        if unit.key in self.quiet_heads:
-            return torch.full_like(out, self.quiet_heads[unit.key])
-        return out
+        number = self.quiet_heads.get((unit.key, name in LOOKUPS))
+        return out if number is None else torch.full_like(out, number)
 
 
 class _Adviser:
@@ -167,7 +179,7 @@ class _Adviser:
         self.static = activations_after(model)
         self.notes: list[str] = []
 
-    def run(self, quiet_heads: Mapping[Key, float] | None = None) -> tuple[_Seen, _Observer]:
+    def run(self, quiet_heads: Mapping[tuple[Key, bool], float] | None = None) -> tuple[_Seen, _Observer]:
         """One pass."""
         observer = _Observer(self.model, self.refs, quiet_heads or {})
         self.snapshot.random.restore()
@@ -193,8 +205,8 @@ class _Adviser:
         units = [unit for unit in observer.units.values() if unit.key in now.outputs]
         if not units:
             raise ValueError("no weight of the model meets a signal on this batch: there is nothing to advise on")
-        heads = [unit for unit in units if not unit.inner] if now.loss is not None else []
-        quiet = dict.fromkeys((unit.key for unit in heads), 0.0)
+        heads = [unit for unit in units if observer.is_head(unit)] if now.loss is not None else []
+        quiet = {(unit.key, unit.is_lookup): 0.0 for unit in heads}
         expected, why = None, ""
         size = _HEAD
         biases: dict[str, Distribution] = {}
@@ -204,7 +216,7 @@ class _Adviser:
                 name = next((ref.name for ref in self.refs if ref.tensor is bias), None)
                 if name is not None:
                     biases[name] = Constant(mean)
-                    quiet[heads[0].key] = mean
+                    quiet[heads[0].key, heads[0].is_lookup] = mean
                     why = "the variance of the targets"
             self.snapshot.restore()
             expected = self.run(quiet)[0].loss
@@ -213,7 +225,9 @@ class _Adviser:
                 self.notes.append("outputs of 0 have no finite loss, so the last weights start as the others")
         self.snapshot.restore()
         stds = {unit.ref.tensor: _std(unit.ref.tensor) for unit in units}
-        recipe, schemes = self._recipe(units, heads, now, biases)
+        recipe, schemes = self._recipe(units, heads, now, biases, observer.recurrent)
+        if observer.recurrent:
+            self.notes.append("recurrent weights keep torch's own start")
         seen = self._tried(recipe)
         if self._strays(seen, units, heads):
             self.notes.append(
@@ -222,13 +236,7 @@ class _Adviser:
             )
             recipe = self._fitted(recipe, units)
             seen = self._tried(recipe)
-        for unit in heads:
-            out, name = seen.outputs.get(unit.key), unit.ref.name
-            own = recipe.get(name)
-            if out is not None and own is not None and out.variance > 0.0 and math.isfinite(out.variance):
-                recipe[name] = Normal(0.0, own.stddev * size / math.sqrt(out.variance))
-        if heads:
-            seen = self._tried(recipe)
+        seen = self._quietened(recipe, heads, size, seen, expected)
         rows = [self._row(unit, unit in heads, now, seen, recipe, schemes, stds) for unit in units]
         inputs = self._inputs()
         if expected is not None and seen.loss is not None and not abs(seen.loss - expected) <= 0.1 * abs(expected):
@@ -239,6 +247,21 @@ class _Adviser:
         return Advice(
             tuple(rows), inputs, now.loss, expected, why, seen.loss, short, code, tuple(self.notes), self.seed
         )
+
+    def _quietened(
+        self, recipe: dict[str, Any], heads: list[Unit], size: float, seen: _Seen, expected: float | None
+    ) -> _Seen:
+        """Make the last weights so small that the first loss is the expected one; what a pass shows then."""
+        for _ in range(_ROUNDS if heads else 0):
+            for unit in heads:
+                out, own = seen.outputs.get(unit.key), recipe.get(unit.ref.name)
+                if out is not None and own is not None and out.variance > 0.0 and math.isfinite(out.variance):
+                    recipe[unit.ref.name] = Normal(0.0, own.stddev * size / math.sqrt(out.variance))
+            seen = self._tried(recipe)
+            if expected is None or seen.loss is None or abs(seen.loss - expected) <= _CLOSE * abs(expected):
+                break
+            size /= 4
+        return seen
 
     def _objective(self, observer: _Observer) -> tuple[str, float, float]:
         """How the expected loss comes about, the scale at which a head's outputs do not matter, and their mean."""
@@ -263,7 +286,7 @@ class _Adviser:
     def _scheme(self, unit: Unit, head: bool, now: _Seen) -> tuple[FillSpec | None, str]:
         """The start of a weight, and what it is called."""
         if unit.is_lookup:
-            return None, "rows that are looked up"
+            return (whole_fill(Normal(0.0, 1.0), ""), "a head: small") if head else (None, "rows that are looked up")
         ref = unit.ref
         fans = compute_fans(ref.module, ref.attribute, ref.tensor, ref.module_name)
         if fans is None:
@@ -291,7 +314,12 @@ class _Adviser:
         return spec, f"{scheme}, before {_proper(known.name)}{told}"
 
     def _recipe(
-        self, units: list[Unit], heads: list[Unit], now: _Seen, biases: Mapping[str, Distribution]
+        self,
+        units: list[Unit],
+        heads: list[Unit],
+        now: _Seen,
+        biases: Mapping[str, Distribution],
+        recurrent: set[TensorRef],
     ) -> tuple[dict[str, Any], dict[Key, str]]:
         """Distributions by name, and the scheme of each unit."""
         recipe: dict[str, Any] = {}
@@ -305,8 +333,11 @@ class _Adviser:
             elif spec is not None and unit.ref.name not in recipe:
                 recipe[unit.ref.name] = spec.distribution
         recipe |= biases
-        choose = resolve(_REST)(View(self.model, self.refs, False))
+        view = View(self.model, self.refs, False)
+        choose = resolve(_REST)(view)
         for ref in self.refs:
+            if ref in recurrent and (own := by_default(view, ref)) is not None and ref.name not in recipe:
+                recipe[ref.name] = own.distribution
             if ref.name in recipe or id(ref.tensor) in parts or isinstance(choose(ref), FillSpec):
                 continue
             value = only_value(ref.tensor)

@@ -1,4 +1,4 @@
-"""Which weights a pass multiplies signals with, wherever they are kept: modules, parameters, slices, views and copies."""
+"""Which weights a pass multiplies signals with, wherever they are kept: modules, parameters, slices, views, copies."""
 
 from __future__ import annotations
 
@@ -122,6 +122,7 @@ class Products(TorchFunctionMode):
         super().__init__()
         self.units: dict[Key, Unit] = {}
         self.recurrent: set[TensorRef] = set()
+        self.lookups: dict[Key, Unit] = {}  # the same weights as embeddings: one may be a head too
         self._on_product = on_product
         self._model = model
         self._refs = {storage_of(ref.tensor): ref for ref in refs}
@@ -165,7 +166,11 @@ class Products(TorchFunctionMode):
             )
             return self._product(name, weight, signal, out, lambda: func(*args, **kwargs), in_place, args)
         if name in RECURRENT:
-            self.recurrent.update(ref for t in tensors_in((args, kwargs)) if (o := self._origin(t)) for ref in o.refs)
+            own = [ref for t in tensors_in((args, kwargs)) if (o := self._origin(t)) is not None for ref in o.refs]
+            self.recurrent.update(own)
+            for tensor in tensors_in(out) if own else ():
+                self._signals[id(tensor)] = weakref.ref(tensor), _Signal(frozenset((Unit(own[0], None, name),)))
+            return out
         self._follow(name, args, kwargs, out)
         return out
 
@@ -231,9 +236,15 @@ class Products(TorchFunctionMode):
         if unit.is_lookup:
             unit.op = name  # a head that is tied to its embedding
         out = self._on_product(unit, name, signal, out, again, origin.in_place and not in_place and len(units) == 1)
+        if name in LOOKUPS:
+            units = [self.lookups.setdefault(unit.key, Unit(unit.ref, unit.part, name)) for unit in units]
         made = frozenset(units)
         self._signals[id(out)] = weakref.ref(out), _Signal(made, made)
         return out
+
+    def is_head(self, unit: Unit) -> bool:
+        """Whether what a unit puts out reached no other weight."""
+        return not (self.lookups[unit.key] if unit.is_lookup else unit).inner
 
     def _unit(self, ref: TensorRef, part: DimSlice | None, name: str) -> Unit:
         key = id(ref.tensor), part
