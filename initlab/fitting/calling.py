@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..diagnosis.batch import leaves
+from ..diagnosis.batch import leaves, mapped
 from ..diagnosis.loaders import is_loader
 from ..models.naming import unwrapped
 from ..models.recipe_parts import short_repr
@@ -38,7 +38,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         >>> call_model(torch.nn.Linear(2, 3), (torch.ones(4, 2), torch.zeros(4))).shape
         torch.Size([4, 3])
     """
-    args, kwargs = arguments_for(model, batch)
+    args, kwargs = arguments_for(model, mapped(batch, lambda x: x if isinstance(x, Tensor) else torch.as_tensor(x)))
     return model(*args, **kwargs)
 
 
@@ -58,7 +58,7 @@ def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[s
         items = tuple(batch)
         tried = [(items[:-1] or items, {}), (items[:1], {}), (items, {})]
     else:
-        tried = [((torch.as_tensor(batch) if not isinstance(batch, Tensor) else batch,), {})]
+        tried = [((batch,), {})]
     for args, kwargs in tried:
         try:
             signature.bind(*args, **kwargs)

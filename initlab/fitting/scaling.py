@@ -33,7 +33,9 @@ from .products import LOOKUPS, Key, Products, Unit
 
 STEPS = 32  # of an octave: factors are powers of 2^(1/32)
 LOW, HIGH = 0.9, 1.1  # what an output variance may be in the end
-_TRIES = 40  # drawings of one weight within a pass, and passes for one that is used several times
+_LEAP, _LEAPS = 8 * STEPS, 8  # of a weight that a bias hides
+_TRIES = 20  # changes for each weight, after its first fit, where it is used several times
+_DRAWS = 100  # of one weight
 
 
 class _Restart(Exception):
@@ -69,10 +71,12 @@ class _Weight:
     def __init__(self, unit: Unit, task: Task) -> None:
         self.unit, self.task = unit, task
         self.is_lookup = unit.is_lookup
+        self.draws = 0
         self.exponent = 0  # the factor is 2^(exponent / 32)
         self.before: float | None = None
         self.calls: list[Moments] = []  # of this pass
         self.fitted = False
+        self.last: tuple[int, float] | None = None  # exponent and variance
         self.tried: dict[int, float] = {}  # variance by exponent, while nothing else changes
 
     @property
@@ -147,6 +151,7 @@ class Fitting:
         refs = [*(task.ref for task in plan.tasks), *plan.others]
         self.products = Products(model, (ref for ref in refs if ref.is_parameter), self._on_product)
         self.weights: dict[Key, _Weight] = {}
+        self._redrawn = False
 
     def run(self) -> None:
         """Find the factors. The model is left as the last pass left it.
@@ -154,15 +159,14 @@ class Fitting:
         Raises:
             ValueError: naming each layer that cannot be fitted, and why.
         """
-        several = 0
-        passes = 0
-        while passes <= _TRIES * (1 + several):
-            passes += 1
-            if not self._pass():
-                continue
-            several = sum(len(weight.calls) > 1 for weight in self.weights.values())
-            if not self._adjust():
+        changes = 0
+        while True:
+            self._redrawn = False
+            if not self._pass() or self._redrawn:
+                continue  # what is measured in the end is measured with nothing changing
+            if changes > _TRIES * len(self.weights) or not self._adjust():
                 break
+            changes += 1
         self._check()
 
     def _pass(self) -> bool:
@@ -199,38 +203,61 @@ class Fitting:
             weight.before = weight.calls[0].variance
         if weight.fitted:
             return out
-        for _ in range(_TRIES):
-            variance = weight.calls[-1].variance
-            self._refuse_constant(weight, weight.calls[-1], out.dtype)
-            exponent = weight.next_exponent(variance)
+        while True:
+            self._refuse_constant(weight, weight.calls[-1], out)
+            exponent = self._next(weight, weight.calls[-1].variance)
             if exponent == weight.exponent:
                 break
             self._redraw(weight, exponent)
             if not direct:
                 raise _Restart
+            torch.clear_autocast_cache()  # of the weight before
             out = again()
             weight.calls[-1] = Moments.of(out)
-            if _unmoved(variance, weight.calls[-1].variance):
-                raise ValueError(
-                    f"{weight.told}: its output's variance is {variance:.4g} whatever the weight's scale is, so "
-                    f"something normalises the weight. {self._way_out([weight.unit.ref.name])}"
-                )
         weight.fitted = True
         weight.tried.clear()
         return out
 
-    def _refuse_constant(self, weight: _Weight, moments: Moments, dtype: torch.dtype) -> None:
+    def _next(self, weight: _Weight, variance: float) -> int:
+        """The exponent to try next; refuses a weight whose scale does not matter.
+
+        A bias may hide what a weight adds as long as that is small. So a factor that is to grow may leap.
+        """
+        last = weight.last
+        weight.last = weight.exponent, variance
+        if last is None or last[0] == weight.exponent:
+            return weight.next_exponent(variance)
+        octaves = (weight.exponent - last[0]) / STEPS
+        if abs(math.log2(variance / last[1])) > 0.05 * abs(octaves):
+            return weight.next_exponent(variance)
+        if variance < 1.0 and octaves > 0 and weight.exponent < _LEAPS * _LEAP:
+            weight.tried[weight.exponent] = variance
+            return weight.exponent + _LEAP
+        raise ValueError(
+            f"{weight.told}: its output's variance is {variance:.4g} whatever the weight's scale is, so something "
+            f"normalises the weight, or a bias outweighs it. {self._way_out([weight.unit.ref.name])}"
+        )
+
+    def _refuse_constant(self, weight: _Weight, moments: Moments, out: Tensor) -> None:
         if not math.isfinite(moments.variance) or not math.isfinite(moments.mean):
             what = "is not finite"
-        elif moments.variance <= (4 * torch.finfo(dtype).eps * moments.mean) ** 2:  # 0, or rounding errors
+        elif moments.variance <= (4 * torch.finfo(out.dtype).eps * moments.mean) ** 2:  # 0, or rounding errors
             what = f"is {moments.mean:.4g} everywhere"
+        elif out.dim() in (2, 4, 5) and len(out) > 1 and not weight.unit.is_lookup and bool((out == out[:1]).all()):
+            what = "is the same for every row"  # three dimensions may be those of learned queries, alike in every row
         else:
             return
         raise ValueError(f"{weight.told}: its output {what} on this batch. {self._way_out([weight.unit.ref.name])}")
 
     def _redraw(self, weight: _Weight, exponent: int) -> None:
         """Draw a weight again with another factor."""
-        weight.exponent = exponent
+        weight.exponent, self._redrawn = exponent, True
+        weight.draws += 1
+        if weight.draws > _DRAWS:
+            raise ValueError(
+                f"{weight.told}: no factor brings its output's variance to 1; tried {_DRAWS}. "
+                f"{self._way_out([weight.unit.ref.name])}"
+            )
         self._write(weight.task._replace(spec=self._spec(weight.task)))
 
     def _spec(self, task: Task) -> FillSpec:
@@ -241,11 +268,11 @@ class Fitting:
     def _adjust(self) -> bool:
         """Change the first weight whose uses together have another variance than 1; False where none is left."""
         for weight in self.weights.values():
-            if len(weight.calls) < 2:
+            if not weight.calls:
                 continue
             variance = Moments.pooled(weight.calls).variance
-            if not math.isfinite(variance) or not variance > 0.0:
-                variance = 1e30 if not variance == 0.0 else 1e-30
+            if not math.isfinite(variance) or variance == 0.0:
+                variance = 1e-30 if variance == 0.0 else 1e30
             exponent = weight.next_exponent(variance)
             if exponent == weight.exponent:
                 continue
@@ -302,10 +329,6 @@ class Fitting:
         return dataclasses.replace(self.plan, tasks=tasks)
 
 
-def _unmoved(before: float, after: float) -> bool:
-    return before > 0 and abs(math.log2(after / before) if after > 0 else 1.0) < 1.0 / (4 * STEPS)
-
-
 def _wants_fit(task: Task) -> bool:
     return task.spec is not None and bool(task.spec.fitted)
 
@@ -315,6 +338,7 @@ def fitted_plan(
     plan: Plan,
     batch: Any,
     forward: Forward | None,
+    device: torch.device | None,
     write_all: Callable[[Plan], None],
     write: Callable[[Task], None],
 ) -> Plan:
@@ -326,7 +350,7 @@ def fitted_plan(
     Args:
         model: as it was given, in its wrappers.
         plan: with tasks that are to be fitted.
-        batch, forward: as for init_model_.
+        batch, forward, device: as for init_model_.
         write_all: writes a whole plan; `write` one task of it.
 
     Raises:
@@ -334,12 +358,13 @@ def fitted_plan(
     """
     if batch is None:
         raise ValueError(
-            "recipe 'lsuv' is fitted to data: pass a batch of yours, init_model_(model, seed, recipe='lsuv', batch=batch)"
+            "recipe 'lsuv' is fitted to data: pass one real batch, "
+            "init_model_(model, seed, recipe='lsuv', batch=batch)"
         )
     if forward is not None and not callable(forward):
         raise TypeError(f"forward is a {type(forward).__name__}; it must be a function of model and batch, or None")
     check_batch(batch)
-    _refuse(model, plan, batch)
+    _refuse(model, plan, batch, device)
     inner = unwrapped(model)
     others = referenced_modules(forward) if forward is not None else []
     tensors = [leaf.tensor for leaf in leaves(batch)]
@@ -354,7 +379,7 @@ def fitted_plan(
         return fitting.result()
 
 
-def _refuse(model: nn.Module, plan: Plan, batch: Any) -> None:
+def _refuse(model: nn.Module, plan: Plan, batch: Any, device: torch.device | None) -> None:
     """Raise for models that cannot be run here, or whose weights cannot be scaled."""
     for leaf in leaves(batch):
         if is_dtensor(leaf.tensor):
@@ -375,6 +400,10 @@ def _refuse(model: nn.Module, plan: Plan, batch: Any) -> None:
                 f"{name or 'the model'} is a quantised {type(module).__name__}, whose weight cannot be scaled; fit the "
                 "model before it is quantised"
             )
+    if device is not None:
+        raise ValueError("recipe 'lsuv' runs the model where it lies: leave device= out, and move the model before")
+    if not any(map(_wants_fit, plan.tasks)):
+        raise ValueError(f"recipe {plan.recipe!r} found no weight in the model that it could fit to the batch")
     for task in plan.tasks:
         if not _wants_fit(task):
             continue

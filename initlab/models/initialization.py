@@ -187,10 +187,12 @@ def _init_model(
     reshard(model)
     plan = make_plan(model, seed, recipe, only, names, values)
     target = None if device is None else resolved_device(device)
-    plan.refuse_meta(target)
+    fitted = plan.recipe == "lsuv" or any(task.spec is not None and task.spec.fitted for task in plan.tasks)
+    if not fitted:
+        plan.refuse_meta(target)
     if check_ranks:
         plan.compare_ranks()
-    if any(task.spec is not None and task.spec.fitted for task in plan.tasks):
+    if fitted:
         return _init_fitted(model, plan, target, buffers, progress, batch, forward)
     if batch is not None or forward is not None:
         raise ValueError(
@@ -213,16 +215,13 @@ def _init_fitted(
     from ..diagnosis.state import Snapshot  # both know models
     from ..fitting.scaling import fitted_plan
 
-    if target is not None:
-        raise ValueError("recipe 'lsuv' runs the model where it lies: leave device= out, and move it before")
-
     def write_one(task: Task) -> None:
         _fill([task], {}, frozenset(), lambda elements: None)
 
     def write_all(whole: Plan) -> None:
         _write(model, whole, None, buffers, False)
 
-    fitted = fitted_plan(model, plan, batch, forward, write_all, write_one)
+    fitted = fitted_plan(model, plan, batch, forward, target, write_all, write_one)
     snapshot = Snapshot([model], None, ())
     try:
         _write(model, fitted, None, buffers, progress)
