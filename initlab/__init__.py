@@ -78,6 +78,7 @@ __all__ = [
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
+    "advise",
     "all_reduce_flags_",
     "clip_grad_norm_",
     "clip_grad_value_",

@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument(
         "--batch",
         action="store_true",
-        help="the function returns (model, batch) or (model, batch, loss_fn), as for doctor: run the model on the batch, "
-        "and say which start each layer asks for and what it does to the first loss",
+        help="the function returns (model, batch) or (model, batch, loss_fn), as for doctor: run the model on the "
+        "batch, and say which start each layer asks for and what it does to the first loss",
     )
     plan.add_argument("--meta", action="store_true", help="build the model on the meta device: no memory, no time")
     doctor = commands.add_parser(
@@ -223,7 +223,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     from .models.recipes import resolve
 
     if arguments.batch and (arguments.meta or arguments.only or arguments.recipe != "own"):
-        return _failed("plan", "--batch runs the model, and finds the recipe: leave --meta, --only, --recipe out", EX_USAGE)
+        return _failed(
+            "plan", "--batch runs the model, and finds the recipe: leave --meta, --only, --recipe out", EX_USAGE
+        )
     try:
         build = _function(arguments.function)
         recipe = resolve(arguments.recipe)

@@ -44,6 +44,7 @@ _FAR = 30.0  # a signal that has grown or shrunk so much with the schemes alone 
 _DISTANCES = frozenset(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"))
 _CLOSE = 0.03  # of the expected loss
 _ROUNDS = 6
+_LISTED = 16  # rules that are shown one by one
 _REST = "he"
 
 
@@ -303,15 +304,15 @@ class _Adviser:
             else 1.0
         )
         scale = 1.0 if 0.5 <= data <= 2.0 or not math.isfinite(data) or data == 0.0 else data
-        told = "" if scale == 1.0 else f", for data of scale {scale:.3g}"
+        told = [] if scale == 1.0 else [f"for data of scale {scale:.3g}"]
         if head or known is None:
             spec = centred("normal", 1.0 / scale, fans.fan_in, "")
-            return spec, f"LeCun, a head: small{told}" if head else f"LeCun, before no activation{told}"
+            return spec, ", ".join(["LeCun, a head: small" if head else "LeCun, before no activation", *told])
         start = known.start
         fan = (fans.fan_in + fans.fan_out) / 2 if start.recipe == "xavier" else fans.fan_in
         spec = centred("uniform" if start.recipe == "xavier" else "normal", start.gain / scale, fan, "")
         scheme = {"he": "He", "xavier": "Xavier", "lecun": "LeCun"}[start.recipe]
-        return spec, f"{scheme}, before {_proper(known.name)}{told}"
+        return spec, ", ".join([f"{scheme}, before {_proper(known.name)}", *told])
 
     def _recipe(
         self,
@@ -432,9 +433,9 @@ class _Adviser:
             found.append(row)
             if row.unscaled:
                 self.notes.append(
-                    f"{row.code} has mean {row.mean:.4g} and standard deviation {row.std:.4g}, from {row.low:.4g} to "
-                    f"{row.high:.4g}: bring each feature to mean 0 and standard deviation 1, and ask again. The recipe "
-                    "makes up for the scale, and not for the mean"
+                    f"data: {row.code} has mean {row.mean:.4g} and standard deviation {row.std:.4g}, "
+                    f"from {row.low:.4g} to {row.high:.4g}: bring each feature to mean 0 and standard deviation 1, "
+                    "and ask again. The recipe makes up for the scale, and not for the mean"
                 )
         return tuple(found)
 
@@ -442,7 +443,7 @@ class _Adviser:
         """A recipe as code to paste, and the same as a mapping, with globs for what repeats."""
         every = [name for ref in self.refs for name in ref.names]
         kept = {name: repr(distribution) for name, distribution in recipe.items()}
-        short = with_globs(kept, every)
+        short = with_globs(kept, every) if len(kept) > _LISTED else kept
         values = {repr(distribution): distribution for distribution in recipe.values()}
         told: dict[str, str] = {}
         for ref in self.refs:

@@ -97,8 +97,8 @@ def check_batch(batch: Any) -> None:
     found = leaves(batch)
     if not found:
         raise TypeError(
-            f"batch is {short_repr(batch)}; it must be one real batch: tensors, or arrays of numpy's, alone or in tuples, "
-            "lists, dicts and dataclasses"
+            f"batch is {short_repr(batch)}; it must be one real batch: tensors, or arrays of numpy's, alone or in "
+            "tuples, lists, dicts and dataclasses"
         )
     inputs = [leaf for leaf in found if not leaf.is_target] or found
     for leaf in inputs:

@@ -285,7 +285,7 @@ class Products(TorchFunctionMode):
         def attend() -> Tensor:
             nonlocal result
             result = func(*bound.args, **bound.kwargs)
-            return result[0]  # type: ignore[no-any-return]
+            return result[0]
 
         out = self._product("linear", weight, None, result[0], attend, False)
         unit = next(iter(self._signal(out).makers))

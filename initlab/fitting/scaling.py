@@ -43,9 +43,9 @@ class _Restart(Exception):
 
 
 class Moments(NamedTuple):
-    """Count, mean and variance of a tensor's elements."""
+    """Number, mean and variance of a tensor's elements."""
 
-    count: int
+    elements: int
     mean: float
     variance: float
 
@@ -59,10 +59,10 @@ class Moments(NamedTuple):
     def pooled(cls, parts: Iterable[Moments]) -> Moments:
         """Those of all elements together."""
         parts = list(parts)
-        count = sum(part.count for part in parts)
-        mean = sum(part.count * part.mean for part in parts) / count
-        square = sum(part.count * (part.variance + (part.mean - mean) ** 2) for part in parts)
-        return cls(count, mean, square / count)
+        elements = sum(part.elements for part in parts)
+        mean = sum(part.elements * part.mean for part in parts) / elements
+        square = sum(part.elements * (part.variance + (part.mean - mean) ** 2) for part in parts)
+        return cls(elements, mean, square / elements)
 
 
 class _Weight:
@@ -358,8 +358,7 @@ def fitted_plan(
     """
     if batch is None:
         raise ValueError(
-            "recipe 'lsuv' is fitted to data: pass one real batch, "
-            "init_model_(model, seed, recipe='lsuv', batch=batch)"
+            "recipe 'lsuv' is fitted to data: pass one real batch, init_model_(model, seed, recipe='lsuv', batch=batch)"
         )
     if forward is not None and not callable(forward):
         raise TypeError(f"forward is a {type(forward).__name__}; it must be a function of model and batch, or None")

@@ -58,13 +58,13 @@ def init_model_(
         seed: -2**63 <= seed < 2**64.
         recipe: which distribution each parameter gets: "own", what the model's own code gives it, or "torch", "he",
             "xavier", "lecun", "gpt2", "trunc_normal", "auto", "depth_scaled", "mitchell", "deepnorm",
-            "small_embedding", "zero_residual", "lsuv", a recipe made by initlab.recipes, a build that record_build() has
-            recorded, a distribution, a function from TensorRef to distribution, the report of another call, or a mapping
-            from name patterns to any of these. "lsuv" scales the weights to `batch`, see recipes.lsuv. Of a mapping the first match counts, and "own" serves the rest. "own" compares what it reads with
-            the values that are there, and refuses what does not fit, also of a model that has been trained since; see
-            recipes.own. The padding row of an embedding stays 0, but where the model's own code fills it, under "own"
-            and a recorded build. Buffers with a distribution in reset_parameters, such as running statistics, are set
-            too.
+            "small_embedding", "zero_residual", "lsuv", a recipe made by initlab.recipes, a build that record_build()
+            has recorded, a distribution, a function from TensorRef to distribution, the report of another call, or a
+            mapping from name patterns to any of these. Of a mapping the first match counts, and "own" serves the rest.
+            "own" compares what it reads with the values that are there, and refuses what does not fit, also of a model
+            that has been trained since; see recipes.own. "lsuv" is fitted to `batch`; see recipes.lsuv. The padding row
+            of an embedding stays 0, but where the model's own code fills it, under "own" and a recorded build. Buffers
+            with a distribution in reset_parameters, such as running statistics, are set too.
         device: where the model is to lie afterwards; needed for parameters on the meta device. What is not filled is
             moved there with its values, unless it is on the meta device and not selected. None leaves all where it is.
         only: what to fill: a name pattern (a glob, or the name of a module, which selects all within it), several of
@@ -82,7 +82,7 @@ def init_model_(
         progress: whether to show a progress bar on stderr; None shows one for 2**28 elements and more in a terminal.
         check_ranks: compare, before anything is written, what ranks are about to fill DTensors with: one all-reduce of
             16 bytes for each dimension of a mesh, in which every rank takes part.
-        batch: for recipe "lsuv", one real batch: tensors, or arrays of numpy's, in tuples, lists, dicts and dataclasses.
+        batch: for recipe "lsuv", one real batch: tensors, or arrays of numpy's, in tuples, lists, dicts, dataclasses.
             The last item of a tuple or list is taken for the target, and is not handed to the model.
         forward: for recipe "lsuv", how the model is called: a function of model and batch. None calls model(x), or with
             the items of a dict or dataclass by name, as its forward() takes them.

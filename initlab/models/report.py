@@ -217,7 +217,7 @@ class InitReport:
         distribution = row.source if row.distribution is None else str(row.distribution)
         for part, other in row.slices:
             rows = f"{part.start}" if part.length == 1 else f"{part.start}:{part.start + part.length}"
-            told = f"std {other.stddev:.4g}" if row.source == "orthogonal" else str(other)
+            told = f"{other.stddev:.4g}" if row.source == "orthogonal" else str(other)
             distribution += f"; [{':, ' * part.dim}{rows}] {told}"
         why = row.why + ("".join(f", tied: {alias}" for alias in row.aliases))
         return [

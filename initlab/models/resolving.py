@@ -34,8 +34,8 @@ def resolve(recipe: RecipeLike) -> NamedRecipe:
     Args:
         recipe: a name; a recipe made by a function of this module; a distribution for every parameter; a function that
             takes a TensorRef and returns a distribution, or None where it has none; the report of another call, whose
-            distributions are given again; or a mapping from name patterns to any of these. Of the patterns that match one of a parameter's names the first that has a distribution for
-            it counts, and then "own".
+            distributions are given again; or a mapping from name patterns to any of these. Of the patterns that match
+            one of a parameter's names the first that has a distribution for it counts, and then "own".
 
     Raises:
         ValueError: for a name that is not known.

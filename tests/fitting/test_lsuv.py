@@ -7,12 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from initlab.kernels import Normal
 from torch import nn
 from torch.nn import functional as F
 
 import initlab
 from initlab import recipes
-from initlab.kernels import Normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.Bilinear)
@@ -26,7 +26,9 @@ def output_variances(model, run):
     """By module, the variance of all that it puts out while `run(model)` runs; dropout modules are off."""
     kept = {}
     hooks = [
-        module.register_forward_hook(lambda m, args, out: kept.setdefault(m, []).append(out.detach().double().flatten()))
+        module.register_forward_hook(
+            lambda m, args, out: kept.setdefault(m, []).append(out.detach().double().flatten())
+        )
         for module in model.modules()
         if isinstance(module, LAYERS)
     ]
@@ -38,7 +40,8 @@ def output_variances(model, run):
 
 
 def assert_unit(variances, count=None):
-    assert variances and all(0.9 <= v <= 1.1 for v in variances), variances
+    assert variances
+    assert all(0.9 <= v <= 1.1 for v in variances), variances
     assert count is None or len(variances) == count
 
 
@@ -66,7 +69,9 @@ def test_plain_layers(scale):
     assert not any(bias.detach().any() for name, bias in model.named_parameters() if name.endswith("bias"))
     for row in report.rows:
         for one in row.fits:
-            assert 0.9 <= one.after <= 1.1 and one.calls == 1 and one.op == "linear"
+            assert 0.9 <= one.after <= 1.1
+            assert one.calls == 1
+            assert one.op == "linear"
             assert math.log2(one.factor) * 32 == pytest.approx(round(math.log2(one.factor) * 32), abs=1e-9)
     weight = model[2].weight.double()
     assert torch.allclose(weight @ weight.T, torch.eye(32).double() * weight.var() * 32, atol=2e-2)
@@ -81,8 +86,9 @@ def test_convolutions():
     model(x)
     before = state(model[1])
     fit(model, (x, torch.zeros(8)))
-    after = {name: tensor for name, tensor in state(model[1]).items()}
-    assert float(after["running_mean"].abs().max()) == 0.0 and int(after["num_batches_tracked"]) == 0  # as "torch" sets them
+    after = dict(state(model[1]).items())
+    assert float(after["running_mean"].abs().max()) == 0.0
+    assert int(after["num_batches_tracked"]) == 0
     assert before["num_batches_tracked"] == 1
     model[6].eval()
     assert_unit(output_variances(model, lambda m: m(x)), 5)
@@ -97,8 +103,10 @@ def test_projections_of_attention():
     attention.eval()
     assert_unit([float(attention(q, k, v)[0].detach().var(correction=0))])
     parts = {one.part: one.factor for row in report.rows for one in row.fits if row.name == "in_proj_weight"}
-    assert len(parts) == 3 and len(set(parts.values())) == 3
-    assert "in_proj_weight" in str(report) and report.to_dict()["rows"][0]["fits"][0]["part"]["length"] == 16
+    assert len(parts) == 3
+    assert len(set(parts.values())) == 3
+    assert "in_proj_weight" in str(report)
+    assert report.to_dict()["rows"][0]["fits"][0]["part"]["length"] == 16
 
 
 class Functional(nn.Module):
@@ -168,7 +176,7 @@ def test_a_head_that_is_tied_to_its_embedding():
     plain, t = nn.Sequential(nn.Embedding(50, 8, padding_idx=0), nn.Linear(8, 8)), torch.randint(1, 50, (64, 9))
     fit(plain, t)
     assert_unit(output_variances(plain, lambda m: m(t)), 2)
-    assert float(plain[0].weight[0].abs().max()) == 0.0
+    assert float(plain[0].weight[0].detach().abs().max()) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -192,7 +200,8 @@ def test_autocast():
 def test_a_bias_of_the_models_own():
     model, x = mlp(nn.Tanh, 4), 1e-5 * torch.randn(64, 8)
     report = fit(model, x, recipes.lsuv("own"))
-    assert report.recipe == "lsuv" and float(model[0].bias.detach().abs().max()) > 0.0
+    assert report.recipe == "lsuv"
+    assert float(model[0].bias.detach().abs().max()) > 0.0
     assert_unit(output_variances(model, lambda m: m(x)), 4)
 
 
@@ -239,7 +248,8 @@ def test_nothing_but_weights_changes():
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     seen = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     fit(model, x, only=["0", "3"])
-    assert torch.equal(torch.get_rng_state(), seen[0]) and random.getstate() == seen[1]
+    assert torch.equal(torch.get_rng_state(), seen[0])
+    assert random.getstate() == seen[1]
     assert (np.random.get_state()[1] == seen[2]).all()
     assert [m.training for m in model] == [True, False, True, True]
     assert all(p.grad is grads[name] for name, p in model.named_parameters())
@@ -268,7 +278,8 @@ def test_nothing_is_written_when_a_pass_raises(error):
     with pytest.raises(type(error)):
         fit(model, torch.randn(16, 8))
     assert_same(before, state(model))
-    assert model.seen == [] and model.left == 1
+    assert model.seen == []
+    assert model.left == 1
 
 
 def test_nothing_is_written_when_writing_raises(monkeypatch):
@@ -300,6 +311,13 @@ class Normalised(nn.Linear):
 
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+
+def behind(value):
+    """A layer that reads the same number everywhere."""
+    return nn.Sequential(nn.Linear(8, 8), nn.Threshold(1e9, value), nn.Linear(8, 8))
+
+
 Unused = lambda: nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})  # noqa: E731
 
 
@@ -315,7 +333,11 @@ Unused = lambda: nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})  # 
         (lambda: nn.Linear(8, 8, device="meta"), X, "weight is on the meta device"),
         (lambda: nn.LazyLinear(8), X, "weight has no shape yet"),
         (lambda: nn.LSTM(8, 4), X, "weight_ih_l0 .in LSTM.: its gates"),
-        (lambda: nn.Sequential(nn.Linear(8, 8), nn.Threshold(1e9, 0.0), nn.Linear(8, 8)), X, "2.weight .* is 0 everywhere"),
+        (
+            lambda: nn.Sequential(nn.Linear(8, 8), nn.Threshold(1e9, 0.0), nn.Linear(8, 8)),
+            X,
+            "2.weight .* is 0 everywhere",
+        ),
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.Threshold(1e9, 3.0), nn.Linear(8, 8)), X, "2.weight .in Linear."),
         (lambda: Normalised(8, 8), X, "whatever the weight's scale is"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), X, "parameters make this weight up"),
@@ -363,8 +385,10 @@ def test_quantised_models_are_refused():
 
 def test_plan_says_what_will_be_fitted():
     report = initlab.plan_model(mlp(), 0, "lsuv")
-    assert report.rows[0].source == "orthogonal" and report.rows[0].fits == ()
-    assert "orthogonal" in str(report) and report.rows[0].to_dict()["source"] == "orthogonal"
+    assert report.rows[0].source == "orthogonal"
+    assert report.rows[0].fits == ()
+    assert "orthogonal" in str(report)
+    assert report.rows[0].to_dict()["source"] == "orthogonal"
 
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -421,7 +445,8 @@ def test_twenty_deep_models():
         if before[-1] > 0.9 * math.log(5):  # the untreated run has learned next to nothing
             stuck += 1
             better += after[-1] < before[-1]
-    assert stuck >= 5 and better >= stuck - 1, (better, stuck, ahead)
+    assert stuck >= 5
+    assert better >= stuck - 1, (better, stuck, ahead)
 
 
 @pytest.mark.long
@@ -451,7 +476,8 @@ def test_transformers():
         t = torch.randint(50, (4, 16))
         report = fit(model, {"input_ids": t, "labels": t})
         fits = [one for row in report.rows for one in row.fits]
-        assert len(fits) >= 10 and all(0.9 <= one.after <= 1.1 for one in fits)
+        assert len(fits) >= 10
+        assert all(0.9 <= one.after <= 1.1 for one in fits)
         model.eval()
         with torch.no_grad():
             assert_unit([float(model(t).logits.var(correction=0))])
