@@ -82,7 +82,7 @@ def advise(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, seed:
         >>> batch = 255 * torch.rand(64, 8), torch.randint(5, (64,))
         >>> advice = initlab.advise(model, batch, initlab.supervised(torch.nn.CrossEntropyLoss()))
         >>> [row.scheme for row in advice.layers]
-        ['He, before ReLU, for data of scale 147', 'LeCun, a head: small']
+        ['He, before ReLU, for data of scale 1...', 'LeCun, a head: small']
         >>> 0.9 < advice.predicted / advice.expected < 1.1
         True
     """

@@ -141,11 +141,19 @@ class Fitting:
         plan: what is to be written.
         batch, forward: as for init_model_.
         write: writes a task's values.
+        others: by name, other rules for parameters that are guessed to be weights.
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, batch: Any, forward: Forward, write: Callable[[Task], None]
+        self,
+        model: nn.Module,
+        plan: Plan,
+        batch: Any,
+        forward: Forward,
+        write: Callable[[Task], None],
+        others: Mapping[str, str],
     ) -> None:
+        self.others = others
         self.model, self.plan, self.batch, self.forward, self._write = model, plan, batch, forward, write
         self.tasks = {id(task.ref.tensor): task for task in plan.tasks if _wants_fit(task)}
         refs = [*(task.ref for task in plan.tasks), *plan.others]
@@ -308,9 +316,11 @@ class Fitting:
             )
 
     def _way_out(self, names: list[str]) -> str:
-        rules = ", ".join(f'"{name}": "torch"' for name in dict.fromkeys(names[:_NAMED]))
+        shown = list(dict.fromkeys(names))[:_NAMED]
+        rules = ", ".join(f'"{name}": {self.others.get(name, _TORCH)}' for name in shown)
         more = ", ..." if len(names) > _NAMED else ""
-        return f'Give another rule to what is not to be fitted: recipe={{{rules}{more}, "*": "lsuv"}}'
+        told = " (the deviation that it has now)" if any(name in self.others for name in shown) else ""
+        return f'Give another rule to what is not to be fitted{told}: recipe={{{rules}{more}, "*": "lsuv"}}'
 
     def result(self) -> Plan:
         """The plan with the scaled distributions, and what was measured."""
@@ -372,10 +382,17 @@ def fitted_plan(
         stack.enter_context(ranks.without_collectives())
         snapshot = Snapshot([inner, *others], None, tensors, [batch, forward])
         stack.callback(snapshot.restore)
+        kept = _deviations(plan)
         write_all(plan)
-        fitting = Fitting(inner, plan, batch, forward or call_model, write)
+        fitting = Fitting(inner, plan, batch, forward or call_model, write, kept)
         fitting.run()
         return fitting.result()
+
+
+def _deviations(plan: Plan) -> dict[str, str]:
+    """By name, a rule with the deviation of the values that are there, of what is guessed to be a weight."""
+    guessed = (task.ref for task in plan.tasks if _wants_fit(task) and task.spec is not None and task.spec.guess)
+    return {ref.name: f"Normal(0.0, {math.sqrt(Moments.of(ref.tensor).variance):.3g})" for ref in guessed}
 
 
 def _refuse(model: nn.Module, plan: Plan, batch: Any, device: torch.device | None) -> None:
@@ -420,4 +437,5 @@ _UNSHARDED = (
     "init_model_(copy, seed, recipes.lsuv('lecun'), batch=batch), then fill the sharded model from the same "
     "distributions: init_model_(model, seed, recipe=report)"
 )
+_TORCH = '"torch"'
 _NAMED = 8  # names in an example of a recipe

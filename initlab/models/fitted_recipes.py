@@ -43,7 +43,7 @@ def lsuv(base: RecipeLike = "orthogonal") -> NamedRecipe:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
         >>> data = 100 * torch.rand(256, 64)
         >>> report = initlab.init_model_(model, seed=0, recipe="lsuv", batch=data)
-        >>> 0.9 < float(model(data).var()) < 1.1
+        >>> 0.9 < model(data).var().item() < 1.1
         True
     """
     rest = None if base == "orthogonal" else resolve(base)

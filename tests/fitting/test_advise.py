@@ -187,6 +187,7 @@ CASES = {
 EXPECTED = {"functional": math.log(7), "one target": None, "probabilities": math.log(2), "tied": math.log(100)}
 
 
+@pytest.mark.long_if(lambda case: case not in ("functional", "one target", "tied"))
 @pytest.mark.parametrize("case", CASES)
 def test_pasted(case):
     torch.manual_seed(0)

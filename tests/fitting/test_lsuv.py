@@ -358,6 +358,13 @@ def test_refused_otherwise():
         fit(Unused(), X, forward=lambda m, b: m["a"](b))
     way_out = eval(str(caught.value).rpartition("recipe=")[2])
     fit(Unused(), X, way_out, forward=lambda m, b: m["a"](b))
+    model = nn.Linear(8, 8)
+    model.position = nn.Parameter(torch.randn(4, 8) / 50)
+    with pytest.raises(ValueError, match=r"position .in Linear.: no signal meets it") as caught:
+        fit(model, X)
+    way_out = eval(str(caught.value).rpartition("recipe=")[2])
+    assert 0.01 < way_out["position"].std < 0.03
+    fit(model, X, way_out)
     with pytest.raises(TypeError, match="gives batches"):
         fit(nn.Linear(8, 8), iter([X]))
     with pytest.raises(TypeError, match="it must be one real batch"):
