@@ -78,6 +78,7 @@ class TensorScale:
         index: which of them are here: all, or the extremes and some between.
         mean: of the finite values of each; of a class the share of the elements that it has.
         std: about that mean; 0 for classes.
+        bad: whether each has NaN or infinities.
     """
 
     code: str
@@ -87,6 +88,7 @@ class TensorScale:
     index: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    bad: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -196,21 +198,27 @@ def _scales(leaf: Leaf) -> Iterator[TensorScale]:
         mean = torch.where(finite, x, 0.0).sum(1) / size
         std = (torch.where(finite, x - mean[:, None], 0.0).square().sum(1) / size).sqrt()
         what: Literal["channel", "values"] = "channel" if channels else "values"
-        means, stds = torch.stack([mean, std]).tolist()
-        yield TensorScale(leaf.code, role, what, len(means), tuple(range(len(means))), tuple(means), tuple(stds))
+        means, stds, bad = torch.stack([mean, std, (~finite).any(1).double()]).tolist()
+        index = tuple(range(len(means)))
+        yield TensorScale(leaf.code, role, what, len(means), index, tuple(means), tuple(stds), tuple(map(bool, bad)))
         return
     spread = (known.rms.square() - known.mean.square()).clamp_min(0.0).sqrt()
-    index = _some(spread, known.mean)
-    means, stds = torch.stack([known.mean[index], spread[index]]).tolist()
-    yield TensorScale(leaf.code, role, "feature", len(spread), tuple(index.tolist()), tuple(means), tuple(stds))
+    shown = _some(spread + known.mean.abs(), known.bad)
+    means, stds = torch.stack([known.mean[shown], spread[shown]]).tolist()
+    index = tuple(shown.tolist())
+    found = set(known.bad)
+    bad = tuple(column in found for column in index)
+    yield TensorScale(leaf.code, role, "feature", len(spread), index, tuple(means), tuple(stds), bad)
 
 
-def _some(spread: Tensor, mean: Tensor) -> Tensor:
-    """Which features are shown: all; or the largest, the smallest and some between."""
+def _some(size: Tensor, bad: Sequence[int]) -> Tensor:
+    """Which features are shown: all; or the first bad ones, the largest, the smallest and some between."""
     most = LIMITS.plotted_columns
-    if len(spread) <= most:
-        return torch.arange(len(spread))
-    order = (spread + mean.abs()).argsort(stable=True)
+    if len(size) <= most:
+        return torch.arange(len(size))
+    size = size.clone()
+    size[list(bad[: most // 4])] = torch.inf
+    order = size.argsort(stable=True)
     ends = torch.cat([order[: most // 4], order[-(most // 4) :]])
     between = order[most // 4 : -(most // 4)]
     return torch.cat([ends, between[spread_out(len(between), most - len(ends))]]).sort().values
@@ -225,4 +233,4 @@ def _classes(code: str, role: Literal["input", "target"], tensor: Tensor) -> Ite
     order = counts.argsort(descending=True, stable=True)[: LIMITS.plotted_columns].sort().values
     shares = tuple((counts[order] / x.numel()).tolist())
     index = tuple(int(label) for label in labels[order])
-    yield TensorScale(code, role, "class", len(labels), index, shares, (0.0,) * len(index))
+    yield TensorScale(code, role, "class", len(labels), index, shares, (0.0,) * len(index), (False,) * len(index))

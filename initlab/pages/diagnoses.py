@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..languages import Say, translator
 from ..plots import diagnosis_panels
-from .layout import html_page
+from .layout import MAKER, html_page
 from .parts import code_block, facts, listing, panels, paragraph
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def diagnosis_page(diagnosis: Diagnosis, lang: str = "en") -> str:
     """
     say = translator(lang)
     headline = diagnosis.headline(lang)
-    return html_page(headline[0], diagnosis_body(diagnosis, lang, say), lang, say)
+    return html_page(headline[0], diagnosis_body(diagnosis, lang, say), lang)
 
 
 def diagnosis_body(diagnosis: Diagnosis, lang: str, say: Say, before: str = "", after: str = "") -> str:
@@ -45,7 +45,7 @@ def diagnosis_body(diagnosis: Diagnosis, lang: str, say: Say, before: str = "", 
     told = f"<section><h2>{escape(say('Notes'))}</h2>{notes}</section>" if notes else ""
     nothing = paragraph(say("Nothing is wrong."), "cause")
     return (
-        f'<header class="{diagnosis.verdict}"><h1>{escape(verdict)}</h1>{listing(course)}</header><main>{before}'
+        f'<header class="{diagnosis.verdict}">{MAKER}<h1>{escape(verdict)}</h1>{listing(course)}</header><main>{before}'
         f'<div class="top"><div>{causes or nothing}{after}</div>'
         f"{panels(loss, say) if loss else ''}</div>{panels(others, say)}{told}</main>"
     )

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import torch
 
-from ..languages import Say
-
+MAKER = '<p class="maker">initlab</p>'  # above a page's headline
 _HTML_LANGUAGES = {"en": "en", "zh": "zh-CN"}
 
 
-def html_page(title: str, body: str, lang: str, say: Say) -> str:
+def html_page(title: str, body: str, lang: str) -> str:
     """A whole page.
 
     Args:
         title: plain text.
         body: HTML, of `parts`.
-        lang, say: the language of the text, and what translates into it.
+        lang: the language of the text.
 
     Returns:
         The page, the same text for the same report.
@@ -46,7 +45,7 @@ def html_page(title: str, body: str, lang: str, say: Say) -> str:
 </head>
 <body>
 {body}
-<footer>{escape(say(made))}</footer>
+<footer>{escape(made)}</footer>
 <script>{script}</script>
 </body>
 </html>

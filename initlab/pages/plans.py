@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..languages import translator
 from ..plots import plan_panels
-from .layout import html_page
+from .layout import MAKER, html_page
 from .parts import listing, panels, table
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def plan_page(report: InitReport, lang: str = "en") -> str:
     head, rows = report.cells()
     label = say("Parameters and buffers")
     body = (
-        f'<header class="plan"><h1>{escape(headline)}</h1>{listing(others)}</header><main>'
+        f'<header class="plan">{MAKER}<h1>{escape(headline)}</h1>{listing(others)}</header><main>'
         f"{panels(plan_panels(report, say), say)}<section><h2>{escape(label)}</h2>"
         f"{table([*map(say, head)], rows, label)}</section></main>"
     )
-    return html_page(headline, body, lang, say)
+    return html_page(headline, body, lang)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..languages import translator
 from .diagnoses import diagnosis_body
-from .layout import html_page
+from .layout import MAKER, html_page
 from .parts import code_block, listing, paragraph
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def script_page(report: ScriptReport, lang: str = "en") -> str:
     headline, *lines = report.summary(lang)
     told = "".join(paragraph(line.strip()) for line in lines)
     if report.diagnosis is None:
-        header = f'<header class="{report.verdict}"><h1>{escape(headline)}</h1></header>'
-        return html_page(headline, f"{header}<main><section>{told}</section></main>", lang, say)
+        header = f'<header class="{report.verdict}">{MAKER}<h1>{escape(headline)}</h1></header>'
+        return html_page(headline, f"{header}<main><section>{told}</section></main>", lang)
     preamble = ""
     if report.shows_preamble:
         preamble = code_block(report.preamble, say("In the script, the names of the remedy are:"), say, "preamble")
     before = f"<section>{listing([headline])}{told}</section>"
-    return html_page(headline, diagnosis_body(report.diagnosis, lang, say, before, preamble), lang, say)
+    return html_page(headline, diagnosis_body(report.diagnosis, lang, say, before, preamble), lang)

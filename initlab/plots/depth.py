@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..diagnosis.limits import LIMITS
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from ..diagnosis import Diagnosis, LayerRow
     from ..diagnosis.measurements import WeightRow
 
-_HEIGHT = 270
+_HEIGHT = 235
 _FLOAT16 = 65504.0  # the largest number of a dtype that training often reaches
 
 
@@ -99,12 +98,13 @@ def gradient_panel(diagnosis: Diagnosis, say: Say) -> Panel | None:
     if not rows:
         return None
     names, norms = [name for name, _ in rows], [norm for _, norm in rows]
-    known = [norm for norm in norms if norm > 0 and math.isfinite(norm)]
-    middle, reach = (median(known) if known else 1.0), math.sqrt(LIMITS.gradient_ratio)
+    # Gradients come from the end, so the last one that there is tells what the others should be like.
+    last = next((norm for norm in reversed(norms) if norm > 0 and math.isfinite(norm)), 1.0)
+    reach = math.sqrt(LIMITS.gradient_ratio)
 
     def draw(figure: Any) -> None:
         axes = subplot(figure)
-        ends = (middle / reach, middle * reach)
+        ends = (last / reach, last * reach)
         log_limits(axes, norms, ends)
         band(axes, *ends, say("healthy range"))
         series(axes, range(1, len(norms) + 1), norms, say("norm of the gradient"))
@@ -114,7 +114,7 @@ def gradient_panel(diagnosis: Diagnosis, say: Say) -> Panel | None:
         key="gradient",
         title=say("Gradients by depth"),
         about=say(
-            "Norm of the gradient of each layer's own parameters, in the first step; the range is about their median."
+            "Norm of the gradient of each layer's own parameters, in the first step; the range is about the last one's."
         ),
         alt=_alt(say, names, norms, say("norms of the gradients")),
         head=("#", say("layer"), say("gradient")),

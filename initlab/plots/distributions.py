@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from ..diagnosis import Diagnosis
     from ..diagnosis.histograms import Histogram
 
-_ROW = 130  # pixels of a row of histograms
+_ROW = 112  # pixels of a row of histograms
 _LEGEND = 30
+_FULL = 10  # elements of a bin on average, as a rule
 
 
 def weight_histograms(diagnosis: Diagnosis, say: Say) -> Panel | None:
@@ -70,6 +71,7 @@ def activation_histograms(diagnosis: Diagnosis, say: Say) -> Panel | None:
             _outline(axes, row.activated, say("after the activation"))
 
     names = [f"{row.name or say('(model)')}{f', {row.function}' if row.function else ''}" for row in rows]
+    titles = [f"{name}{_bad(row.output, say)}" for name, row in zip(names, rows, strict=True)]
     return Panel(
         key="activation-histograms",
         title=say("Outputs, distributed"),
@@ -82,7 +84,7 @@ def activation_histograms(diagnosis: Diagnosis, say: Say) -> Panel | None:
         ),
         head=tuple(map(say, ("layer", "activation", "lowest", "highest", "not finite"))),
         rows=tuple((row.name or say("(model)"), row.function, *_ends(row.output)) for row in rows),
-        draw=lambda figure: _grid(figure, names, draw),
+        draw=lambda figure: _grid(figure, titles, draw),
         height=_height(len(rows)),
     )
 
@@ -96,6 +98,11 @@ def _ends(histogram: Histogram | None) -> tuple[str, str, str]:
 
 def _height(count: int) -> int:
     return _LEGEND + _ROW * ((count + 1) // 2)
+
+
+def _bad(histogram: Histogram | None, say: Say) -> str:
+    """How much of a histogram is not finite, for its title."""
+    return say(f", {100 * histogram.bad:.2g} % not finite") if histogram is not None and histogram.bad else ""
 
 
 def _grid(figure: Any, names: Sequence[str], draw: Callable[[Any, int], None]) -> None:
@@ -121,21 +128,23 @@ def _bars(axes: Any, histogram: Histogram | None, label: str, color: str) -> flo
     """Filled bars; how high the highest is."""
     if histogram is None or not histogram.counts:
         axes.text(0.5, 0.5, "NaN, inf", transform=axes.transAxes, ha="center", va="center", color=INK)
+        axes.plot([0.5], [0.8], transform=axes.transAxes, color=SECOND, marker="X", linestyle="none")
         axes.set_xticks([])
         return 0.0
-    counts, edges = histogram.counts, _edges(histogram)
-    peak = max(counts)
-    axes.stairs([count / peak for count in counts], edges, fill=True, color=color, alpha=0.55, label=label)
+    axes.stairs(*_steps(histogram), fill=True, color=color, alpha=0.55, label=label)
     return 1.0
 
 
 def _outline(axes: Any, histogram: Histogram, label: str) -> None:
     if histogram.counts:
-        peak = max(histogram.counts)
-        heights = [count / peak for count in histogram.counts]
-        axes.stairs(heights, _edges(histogram), color=SECOND, linewidth=1.4, label=label)
+        axes.stairs(*_steps(histogram), color=SECOND, linewidth=1.4, label=label)
 
 
-def _edges(histogram: Histogram) -> list[float]:
-    bins = len(histogram.counts)
-    return [histogram.low + (histogram.high - histogram.low) * at / bins for at in range(bins + 1)]
+def _steps(histogram: Histogram) -> tuple[list[float], list[float]]:
+    """Heights, the highest 1, and the edges between them: bins that would hold few elements are put together."""
+    counts = histogram.counts
+    together = next((n for n in (1, 2, 4, 5) if sum(counts) * n >= _FULL * len(counts)), 8)
+    sums = [sum(counts[at : at + together]) for at in range(0, len(counts), together)]
+    width = (histogram.high - histogram.low) / len(counts)
+    edges = [histogram.low + width * min(at * together, len(counts)) for at in range(len(sums) + 1)]
+    return [count / max(sums) for count in sums], edges

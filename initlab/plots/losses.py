@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..diagnosis import Diagnosis
 
 _WIDE = 30.0  # largest to smallest loss, from which on the scale is logarithmic
+_LOOKS = ((FIRST, "o"), (THIRD, "^"))  # of runs with a remedy
 
 
 class _Run(NamedTuple):
@@ -45,20 +46,32 @@ def loss_panel(diagnosis: Diagnosis, say: Say) -> Panel | None:
         head=(say("steps"), *(run.label for run in runs)),
         rows=tuple(rows),
         draw=lambda figure: _draw(figure, runs, say),
-        height=270,
+        height=240,
     )
 
 
 def _runs(diagnosis: Diagnosis, say: Say) -> list[_Run]:
     """The run as it is, and those with a remedy."""
-    untreated = next((cause.untreated for cause in diagnosis.causes if cause.untreated), ())
     own = tuple(math.nan if loss is None else loss for loss in diagnosis.losses)
-    runs = [_Run(say("as it is"), untreated if len(untreated) >= len(own) else own, SECOND, "s")]
-    treated = [(place, cause) for place, cause in enumerate(diagnosis.causes, 1) if cause.trial or cause.emulated]
-    for (place, cause), color, marker in zip(treated, (FIRST, THIRD), ("o", "^"), strict=False):
-        label = say(f"with remedy {place}") if cause.trial else say(f"remedy {place}, emulated")
-        runs.append(_Run(label, cause.trial or cause.emulated, color, marker))
+    longer = [cause.untreated for cause in diagnosis.causes if _begins_alike(cause.untreated, own)]
+    runs = [_Run(say("as it is"), max(longer, key=len) if longer and len(own) < 2 else own, SECOND, "s")]
+    for place, cause in enumerate(diagnosis.causes, 1):
+        losses = cause.trial or cause.emulated
+        if not losses or len(runs) > len(_LOOKS) or any(losses == run.losses for run in runs):
+            continue
+        # What was found behind other remedies ran with them.
+        alone = not cause.untreated or place == 1 or _begins_alike(cause.untreated, own)
+        label = f"with remedy {place}" if alone else f"with remedies 1 to {place}"
+        runs.append(_Run(say(label if cause.trial else f"remedy {place}, emulated"), losses, *_LOOKS[len(runs) - 1]))
     return [run for run in runs if run.losses]
+
+
+def _begins_alike(losses: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether two runs are of one start: by their first loss."""
+    if not losses or not others:
+        return False
+    first, other = losses[0], others[0]
+    return math.isclose(first, other, rel_tol=1e-5) or not (math.isfinite(first) or math.isfinite(other))
 
 
 def _draw(figure: Any, runs: Sequence[_Run], say: Say) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from .._console import shortened
 from .style import FIRST, HEALTHY, MUTED, SECOND
 
-NAME = 24  # characters of a name in a plot
+NAME = 20  # characters of a name in a plot
 
 
 def subplot(figure: Any, rows: int = 1, columns: int = 1, at: int = 1) -> Any:
@@ -96,11 +96,12 @@ def series(
         linewidth=1.2,
         label=label,
     )
-    edge(axes, [at for at, v in pairs if v == 0], 0.02, color, "v")
-    edge(axes, [at for at, v in pairs if not math.isfinite(v)], 0.97, SECOND, "X")
+    size = 3.5 if dense else 7
+    edge(axes, [at for at, v in pairs if v == 0], 0.02, color, "v", size)
+    edge(axes, [at for at, v in pairs if not math.isfinite(v)], 0.97, SECOND, "X", size)
 
 
-def edge(axes: Any, x: Sequence[float], height: float, color: str, marker: str) -> None:
+def edge(axes: Any, x: Sequence[float], height: float, color: str, marker: str, size: float = 7) -> None:
     """Marks at the bottom or the top, where the values themselves have no place."""
     if x:
         axes.plot(
@@ -109,7 +110,7 @@ def edge(axes: Any, x: Sequence[float], height: float, color: str, marker: str) 
             transform=axes.get_xaxis_transform(),
             color=color,
             marker=marker,
-            markersize=7,
+            markersize=size,
             linestyle="none",
             clip_on=False,
             zorder=4,

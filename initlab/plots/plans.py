@@ -61,7 +61,7 @@ def plan_panels(report: InitReport, say: Say) -> list[Panel]:
                 for at, row in enumerate(rows, 1)
             ),
             draw=draw,
-            height=300,
+            height=260,
         )
     ]
 

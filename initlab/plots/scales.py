@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._console import inline_listing
 from ..diagnosis.limits import LIMITS
 from ..languages import Say
-from .marks import band, log_limits, series
+from .marks import band, edge, log_limits, series
 from .panel import Panel, number, span
 from .style import FIRST, SECOND
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 _MOST = 4  # tensors that are drawn
 _ROWS = 200  # of the table
-_ROW = 190  # pixels of one tensor
+_ROW = 165  # pixels of one tensor
 
 
 def scale_panel(diagnosis: Diagnosis, say: Say) -> Panel | None:
@@ -29,14 +30,21 @@ def scale_panel(diagnosis: Diagnosis, say: Say) -> Panel | None:
         key="scales",
         title=say("Inputs and targets"),
         about=say(
-            "Each feature of the batch; weights in use expect inputs of a size near 1. A triangle at the bottom is 0."
+            "Each feature of the batch; weights in use expect inputs of a size near 1. A triangle at the bottom is 0, "
+            "a cross at the top has values that are not finite."
         ),
         alt=say("; ").join(_alt(scale, say) for scale in scales),
-        head=tuple(map(say, ("tensor", "column", "mean", "std"))),
+        head=tuple(map(say, ("tensor", "column", "mean", "std", "not finite"))),
         rows=tuple(
-            (scale.code, f"{say(scale.what)} {index}", number(mean), "" if scale.what == "class" else number(std))
+            (
+                scale.code,
+                f"{say(scale.what)} {index}",
+                number(mean),
+                "" if scale.what == "class" else number(std),
+                "x" * bad,
+            )
             for scale in scales
-            for index, mean, std in zip(scale.index, scale.mean, scale.std, strict=True)
+            for index, mean, std, bad in zip(scale.index, scale.mean, scale.std, scale.bad, strict=True)
         )[:_ROWS],
         draw=lambda figure: _draw(figure, scales, say),
         height=_ROW * len(scales) + 40,
@@ -49,7 +57,9 @@ def _alt(scale: TensorScale, say: Say) -> str:
         return name + say(f"{scale.total} classes, shares {span(scale.mean)}")
     if scale.what == "values":
         return name + say(f"mean {number(scale.mean[0])}, std {number(scale.std[0])}")
-    return name + say(f"std of {scale.total} columns {span(scale.std)}")
+    bad = [str(index) for index, one in zip(scale.index, scale.bad, strict=True) if one]
+    worst = say("; ") + say(f"not finite in {inline_listing(bad, 6)}") if bad else ""
+    return name + say(f"std of {scale.total} columns {span(scale.std)}") + worst
 
 
 def _draw(figure: Any, scales: Sequence[TensorScale], say: Say) -> None:
@@ -67,6 +77,7 @@ def _draw(figure: Any, scales: Sequence[TensorScale], say: Say) -> None:
             log_limits(axes, [*sizes, *scale.std], ends if scale.role == "input" else ())
             if scale.role == "input":
                 band(axes, *ends, say("healthy range"))
+            edge(axes, [at for at in x if scale.bad[at]], 0.97, SECOND, "X")
             series(axes, x, scale.std, say("std"), line=False)
             series(axes, x, sizes, say("size of the mean"), color=SECOND, marker="D", line=False, filled=False)
             handles.update(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

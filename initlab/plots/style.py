@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-WIDTH = 420  # pixels of a figure
+WIDTH = 360  # pixels of a figure
 DPI = 72  # of SVG's units: a point is a pixel
 
 INK = "#1f2329"
@@ -43,7 +43,7 @@ RC: dict[str, Any] = {
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "hatch.color": MUTED,
-    "legend.fontsize": 10.5,
+    "legend.fontsize": 10,
     "legend.frameon": False,
     "legend.labelcolor": INK,
     "lines.linewidth": 1.8,
