@@ -18,6 +18,7 @@ from initlab import cli
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cases import HOSTILE, made
 
+pytest.importorskip("matplotlib")
 VOID = {"meta", "br", "img", "link", "input", "hr", "path", "use"}
 
 
