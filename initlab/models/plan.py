@@ -171,7 +171,10 @@ def make_plan(
                 continue
             spec = keep_padding(ref, spec)
             if spec.orthogonal and shards[ref] is not None:
-                missing.append(f"{ref.name} (in {ref.owner}): an orthogonal start needs the whole matrix on each rank")
+                missing.append(
+                    f"{ref.name} (in {ref.owner}): an orthogonal start needs the whole matrix on each rank; fit an "
+                    "unsharded copy by recipes.lsuv('lecun'), and pass its report as recipe="
+                )
                 refused.append(ref)
             for _, distribution in spec.fills:
                 fault = checked.get((distribution, ref.tensor.dtype))
