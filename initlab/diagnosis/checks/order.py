@@ -7,7 +7,7 @@ operations, the step.
 from __future__ import annotations
 
 from ..evidence import Evidence
-from .cutoffs import flat, forgets_gradient, much_noise, not_smooth
+from .cutoffs import flat, much_noise, not_smooth, wrong_backward
 from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range, target_scale
 from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
@@ -17,7 +17,7 @@ from .objective import apart, broadcast, empty_reduction, pushes_away, unreachab
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow, vanished_eps
 from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
-from .recurrence import growing_state
+from .recurrence import forgotten, growing_state
 from .start import never_written, nowhere, spoilt_state
 from .step import exploding_gradient, too_fast
 from .weights import dead, growing, loud_factors, shrinking, sure_of_nothing, symmetric
@@ -61,8 +61,9 @@ CHECKS: tuple[Check, ...] = (
     no_rate,
     other_parameters,
     upside_down,
-    forgets_gradient,
+    wrong_backward,
     detached,
+    forgotten,
     shrinking,
     sure_of_nothing,
     underflow,
