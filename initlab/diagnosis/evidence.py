@@ -134,6 +134,7 @@ class Evidence:
     kept_graph: str = ""  # a tensor of a module that has a graph of an earlier step
     cut: Cut | None = None  # the first operation that a gradient should pass and does not
     forgotten: Forgotten | None = None  # a recurrence whose first steps get no gradient
+    constant_derivative: bool = False  # whether the loss uses a derivative that has no graph
     negated: bool = False  # whether the loss begins with a minus
     movement: Movement | None = None  # of the first step that an optimizer took
     silent: list[SilentNode] = field(default_factory=list)  # operations that make a gradient of 0 of one that is not

@@ -216,6 +216,8 @@ def _observed(
         return _observed(other, steps, budget, on_stage, further)[1]
 
     causes = hypotheses.judge(training_step, evidence, found, budget, behind, depth)
+    if not causes and (last := checks.unexplained(evidence)) is not None:  # no experiment spoke for a suspicion
+        causes = hypotheses.judge(training_step, evidence, [last], budget, behind, 0)
     return evidence, emulated(training_step, found, causes, budget)
 
 

@@ -119,7 +119,7 @@ def wrong_backward(evidence: Evidence) -> Finding | None:
         advice = f"# correct {op}.backward(); torch.autograd.gradcheck({op}.apply, ...) in float64 checks it"
     return Finding(
         "gradient",
-        "broken" if evidence.broke_at is not None or not bad.forgets else "warning",
+        severity_of(evidence.untreated) if evidence.broke_at is None and evidence.untreated else "broken",
         Place(module=bad.module, op=op),
         f"backward() of {op} {why}. All gradients behind it are wrong.",
         {"line": bad.line} if bad.line else {},
