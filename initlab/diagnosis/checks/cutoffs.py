@@ -111,7 +111,7 @@ def wrong_backward(evidence: Evidence) -> Finding | None:
     elif bad.factor is not None and bad.factor < 0:
         why = f"has the wrong sign: it gives {bad.factor:.3g} times the derivative of forward(), so steps go uphill"
         advice = (
-            f"# in {op}.backward(): change the sign; torch.autograd.gradcheck({op}.apply, inputs) in float64 checks it"
+            f"# in {op}.backward(): change the sign; torch.autograd.gradcheck({op}.apply, ...) in float64 checks it"
         )
     else:
         times = f"{bad.factor:.3g} times" if bad.factor is not None else "something other than"
