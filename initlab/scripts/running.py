@@ -232,6 +232,9 @@ class _Run:
             why: how the loss stands still, in words; "" where it falls.
         """
         sure = list(causes_in_loop(seen, self.optimizers, "broken" if why else "warning"))
+        if not sure and (why or self.over):
+            updates = self.optimizers.updates
+            sure = [cause for key, cause in self.idle.items() if updates[key].idle == updates[key].steps]
         stuck = stuck_parameters(seen, self.optimizers)
         answers = self.answers(seen) if self.over and not sure else None
         if not why and answers is not None and len(seen.values) >= 2 * EARLY:
@@ -242,11 +245,14 @@ class _Run:
             elif not answers.tell_much:
                 why = seen.falls_little(max(EARLY, len(seen.values) // 10))
         found = None
-        if not sure and why and (still := hardly_moves(seen, self.optimizers)) is not None:
+        still = hardly_moves(seen, self.optimizers) if not sure and why else None
+        if still is not None and still.kind != "learning rate":
             sure = [still]
         if not sure and (why or stuck):
             found = self.examined_from_start(seen) or (None if self.over else self.examined_now(3))
         causes = [*sure, *(found.causes if found is not None else ())] or ([stuck] if stuck is not None else [])
+        if not causes and still is not None:
+            causes = [still]
         if not causes and why:
             found = self.diagnosed_at_start(seen, inspect_memory)
             causes = list(found.causes) if found is not None else []
@@ -264,11 +270,6 @@ class _Run:
         self.over = self.report.over = True
         if self.fault is not None:
             return
-        for key, cause in self.idle.items():
-            if self.optimizers.updates[key].idle == self.optimizers.updates[key].steps:
-                self.report.diagnosis = Diagnosis((cause,))
-                self.report.stopped, self.report.place = "an optimizer does nothing", self.place
-                return
         for (place, _), seen in self.lines.items():
             self.place = place
             why = seen.stands_still(max(EARLY, len(seen.values) // 10)) if len(seen.values) > seen.examined else ""
