@@ -66,7 +66,7 @@ class Functions:
         try:
             yield
         finally:
-            torch.autograd.Function.apply = inherited
+            torch.autograd.Function.apply = inherited  # type: ignore[method-assign]
 
 
 def bad_backward(loss: Tensor, functions: Functions, makers: dict[type, str]) -> BadBackward | None:

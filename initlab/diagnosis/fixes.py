@@ -351,7 +351,7 @@ def smaller_rate(factor: float, optimizer: Any) -> str:
 def usual_rates(optimizer: Any) -> list[str]:
     """Rates to begin with: what an optimizer was made with by default, and less."""
     adaptive = any("betas" in group or "eps" in group for group in optimizer.param_groups)
-    rates = (1e-3, 1e-4) if adaptive else (1e-2, 1e-3)
+    rates: tuple[float, ...] = (1e-3, 1e-4) if adaptive else (1e-2, 1e-3)
     own = inspect.signature(type(optimizer)).parameters.get("lr")
     if own is not None and isinstance(own.default, float) and own.default > 10 * rates[0]:
         rates = (own.default, *rates)  # Adadelta's is 1

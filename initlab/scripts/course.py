@@ -36,7 +36,8 @@ def without_gradients(optimizer: Optimizer, events: Sequence[Event], frames: lis
     holders = [v for _, v in variables(frames) if isinstance(v, nn.Module) and parameters.keys() & _ids(v)]
     holder = min(holders, key=lambda module: len(_ids(module) - parameters.keys()), default=None)
     name = known.get(id(holder), "") or "a model"
-    why, facts = "no loss depends on them", {"parameters": len(parameters)}
+    why = "no loss depends on them"
+    facts: dict[str, Any] = {"parameters": len(parameters)}
     for event in events:
         if isinstance(event.function, nn.Module) and parameters.keys() & _ids(event.function):
             if not event.grad:

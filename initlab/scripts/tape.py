@@ -193,7 +193,7 @@ class Tape(TorchFunctionMode):
             yield
         finally:
             nn.Module.__call__ = plain  # type: ignore[method-assign]
-            torch.autograd.Function.apply = inherited
+            torch.autograd.Function.apply = inherited  # type: ignore[method-assign]
 
 
 class _Apply:
