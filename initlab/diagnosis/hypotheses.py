@@ -100,7 +100,8 @@ def judge(
     if not ranked:
         return []
     first, behind = _completed(training_step, ranked[0], untreated, budget, observe, depth)
-    if first.remedy and not trials.is_code(first.remedy) and untreated.effect == "breaks" and not behind:
+    only_said = bool(first.remedy) and not trials.is_code(first.remedy)
+    if only_said and untreated.effect == "breaks" and not behind and evidence.trace.slopes.wrong is None:
         first = _with_other_values(training_step, evidence, first, untreated, budget)
     # Beside a first cause whose remedy is enough, suspicions are what it leads to.
     rest = [_cause(one, untreated) for one in ranked[1:] if not (first.tried and one.finding.suspicion)]
@@ -324,7 +325,7 @@ def _with_other_values(
         if not budget.allows_a_run():
             break
         outcome = trials.run(training_step, code, budget)
-        if outcome.effect == "falls" and not outcome.fails:
+        if outcome.effect == "falls" and not outcome.fails and outcome.losses[-1] > -LIMITS.absurd:
             return dataclasses.replace(
                 first,
                 remedy=f"{first.remedy}\n{code}",
