@@ -35,7 +35,7 @@ from ..models.recipes import resolve
 from ..models.refusals import only_value, with_globs
 from ..models.specs import FillSpec, whole_fill
 from .advice import Advice, InputAdvice, LayerAdvice
-from .calling import call_model, check_batch
+from .calling import call_model, check_batch, refuse_scripted
 from .products import LOOKUPS, Key, Products, Unit
 from .scaling import Moments
 
@@ -74,7 +74,7 @@ def advise(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, seed:
         TypeError: if an argument, or what loss_fn returns, is of the wrong kind.
         ValueError: if the batch says nothing: no rows that differ, or values that are not finite; for parameters on the
             meta device.
-        NotImplementedError: for DTensors, FSDP, and what communicates with other ranks.
+        NotImplementedError: for DTensors, FSDP, what communicates with other ranks, and what torch.jit has made.
 
     Example:
         >>> import torch, initlab
@@ -93,6 +93,7 @@ def advise(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, seed:
     check_batch(batch)
     inner = unwrapped(model)
     others = referenced_modules(loss_fn) if loss_fn is not None else []
+    refuse_scripted(model, *others)
     ranks.refuse_sharded(model, others, (leaf.tensor for leaf in leaves(batch)))
     parameters, buffers = tensor_refs(inner)
     empty = [ref.name for ref in (*parameters, *buffers) if ref.tensor.is_meta or is_lazy(ref.tensor)]

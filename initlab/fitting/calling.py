@@ -70,6 +70,21 @@ def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[s
     )
 
 
+def refuse_scripted(*models: nn.Module) -> None:
+    """Raise for models that torch.jit has made: no pass can be followed in them, nor put back.
+
+    Raises:
+        NotImplementedError: naming the module.
+    """
+    for model in models:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise NotImplementedError(
+                    f"{name or 'the model'} is a {type(module).__name__} that torch.jit has traced or scripted, whose "
+                    "passes cannot be followed: pass the model that it was made of, and trace or script it afterwards"
+                )
+
+
 def _named_items(batch: Any) -> dict[str, Any] | None:
     """The items of a batch that has names for them; None of any other."""
     if isinstance(batch, Mapping):

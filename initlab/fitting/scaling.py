@@ -28,7 +28,7 @@ from ..models.naming import unwrapped
 from ..models.plan import Plan, Task
 from ..models.report import Fit
 from ..models.specs import DimSlice, FillSpec
-from .calling import Forward, call_model, check_batch
+from .calling import Forward, call_model, check_batch, refuse_scripted
 from .products import LOOKUPS, Key, Products, Unit
 
 STEPS = 32  # of an octave: factors are powers of 2^(1/32)
@@ -373,9 +373,10 @@ def fitted_plan(
     if forward is not None and not callable(forward):
         raise TypeError(f"forward is a {type(forward).__name__}; it must be a function of model and batch, or None")
     check_batch(batch)
+    others = referenced_modules(forward) if forward is not None else []
+    refuse_scripted(model, *others)
     _refuse(model, plan, batch, device)
     inner = unwrapped(model)
-    others = referenced_modules(forward) if forward is not None else []
     tensors = [leaf.tensor for leaf in leaves(batch)]
     with ExitStack() as stack:
         stack.enter_context(quiet())

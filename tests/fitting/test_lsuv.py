@@ -390,6 +390,21 @@ def test_quantised_models_are_refused():
         fit(model, X)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make", [lambda m: torch.jit.trace(m, X), torch.jit.script, lambda m: nn.Sequential(torch.jit.trace(m, X))]
+)
+def test_what_torch_jit_made_is_refused(make):
+    model = make(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
+    before = state(model)
+    for forward in (None, lambda m, b: 1 / 0):
+        with pytest.raises(NotImplementedError, match="torch.jit has traced or scripted"):
+            fit(model, X, forward=forward)
+    with pytest.raises(NotImplementedError, match="torch.jit has traced or scripted"):
+        initlab.advise(model, X)
+    assert_same(before, state(model))
+
+
 def test_plan_says_what_will_be_fitted():
     report = initlab.plan_model(mlp(), 0, "lsuv")
     assert report.rows[0].source == "orthogonal"
