@@ -44,6 +44,7 @@ _FAR = 30.0  # a signal that has grown or shrunk so much with the schemes alone 
 _DISTANCES = frozenset(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"))
 _CLOSE = 0.03  # of the expected loss
 _ROUNDS = 6
+_NAMES_TOLD = 3
 _LISTED = 16  # rules that are shown one by one
 _REST = "he"
 
@@ -230,6 +231,14 @@ class _Adviser:
         recipe, schemes = self._recipe(units, heads, now, biases, observer.recurrent)
         if observer.recurrent:
             self.notes.append("recurrent weights keep torch's own start")
+        by_function: dict[str, list[str]] = {}
+        for ref, function in observer.unknown.items():
+            by_function.setdefault(function, []).append(ref.name)
+        for function, names in by_function.items():
+            self.notes.append(
+                f"what {function} makes of {_few(names)} is not known: no activation after it is seen for the weights "
+                "before it, and what it multiplies gets no scheme"
+            )
         seen = self._tried(recipe)
         if self._strays(seen, units, heads):
             self.notes.append(
@@ -465,6 +474,12 @@ def _bias_of(unit: Unit) -> Tensor | None:
     """The bias that is added to what a unit puts out, where its module has one."""
     bias = unit.ref.module._parameters.get("bias")
     return bias if unit.ref.attribute == "weight" and bias is not None and bias.dim() == 1 else None
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_TOLD]) + (
+        f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
+    )
 
 
 def _rms(moments: Moments) -> float:

@@ -8,12 +8,13 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .._tree import tensors_in
-from ..diagnosis.names import of_function
+from ..diagnosis.names import is_loss, of_function
 from ..diagnosis.trace import storage_of
 from ..models.activations import ACTIVATIONS, Start, start_before
 from ..models.memory import Layout, slice_of
@@ -26,8 +27,21 @@ RECURRENT = frozenset(
 )
 _CONVOLUTIONS = frozenset(f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3))
 _SECOND = _CONVOLUTIONS | {"linear"}  # their weight is the second argument
-_EITHER = frozenset(("matmul", "mv", "einsum", "tensordot", "inner", "addbmm", "addmv"))
+_EITHER = frozenset(("matmul", "mv", "einsum", "tensordot", "inner", "addbmm", "addmv", "grouped_mm"))
 _WITH_A_SUM = frozenset(("addmm", "baddbmm", "addbmm", "addmv"))  # the first argument is added to the product
+# What a parameter may do beside being a weight: be added, scale, take a place. Its values have no fan.
+_ELEMENTWISE = frozenset(
+    (
+        *("add", "iadd", "radd", "sub", "mul", "div", "pow", "lerp", "addcmul", "addcdiv", "where", "prelu", "copy"),
+        *("maximum", "minimum", "clamp", "clip", "clamp_min", "clamp_max", "masked_scatter", "index_put", "index_copy"),
+        *("index_add", "scatter", "scatter_add", "slice_scatter", "select_scatter", "cat", "concat", "concatenate"),
+        *("stack", "hstack", "vstack", "dstack", "column_stack", "row_stack", "batch_norm", "layer_norm", "rms_norm"),
+        *("group_norm", "instance_norm", "broadcast_tensors"),
+    )
+)
+_SCALED = frozenset(("mul", "div", "addcmul"))  # no scale but a product where the signal is repeated for it
+_FORM_ONLY = frozenset(("to", "type_as", "expand_as", "view_as", "reshape_as", "data", "set", "get"))
+_ATTENTION = frozenset(("scaled_dot_product_attention", "attention"))
 _DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"))
 _ACTIVATIONS = frozenset(ACTIVATIONS) - {"softmax", "log_softmax"}
 _GATES = {"sigmoid": "silu", "tanh": "gelu", "erf": "gelu"}  # x times one of these of x
@@ -111,6 +125,11 @@ class Products(TorchFunctionMode):
         on_product: called with the unit, the function's short name, the signal, the output, a function that computes
             the output again, and whether that would see new values of the parameter; returns the output that the pass
             goes on with.
+
+    Attributes:
+        units: the weights that were met.
+        elementwise, unknown: by parameter, the function through which it met a signal: one that adds, scales or
+            places it, or one of which it is not known what it makes of it.
     """
 
     def __init__(
@@ -122,10 +141,13 @@ class Products(TorchFunctionMode):
         super().__init__()
         self.units: dict[Key, Unit] = {}
         self.recurrent: set[TensorRef] = set()
+        self.elementwise: dict[TensorRef, str] = {}
+        self.unknown: dict[TensorRef, str] = {}
         self.lookups: dict[Key, Unit] = {}  # the same weights as embeddings: one may be a head too
         self._on_product = on_product
         self._model = model
         self._refs = {storage_of(ref.tensor): ref for ref in refs}
+        self._buffers = {storage_of(buffer) for buffer in model.buffers()}
         self._origins: dict[int, tuple[weakref.ref[Tensor], _Origin]] = {}
         self._signals: dict[int, tuple[weakref.ref[Tensor], _Signal]] = {}
         self._hooks: list[Any] = []
@@ -147,7 +169,7 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = of_function(func)
+        name = _short_name(func)
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if name == "multi_head_attention_forward":
@@ -301,17 +323,47 @@ class Products(TorchFunctionMode):
             return
         given = [tensor for tensor in tensors_in((args, kwargs), 3) if tensor.is_floating_point()]
         origins = [self._origin(tensor) for tensor in given]
+        if any(origins):
+            given = [tensor for tensor in given if not self._is_constant(tensor)]
+            origins = [self._origin(tensor) for tensor in given]
         if given and all(origins):
             refs = tuple(dict.fromkeys(ref for origin in origins if origin for ref in origin.refs))
             for tensor in made:
                 self._from_parameters(tensor, refs, [origin for origin in origins if origin])
             return
         signals = [self._signal(tensor) for tensor in given]
+        refs = tuple(dict.fromkeys(ref for origin in origins if origin for ref in origin.refs))
+        if refs and not is_loss(name) and name not in _FORM_ONLY:
+            if self._is_elementwise(name, args, kwargs, given, made):
+                self.elementwise.update((ref, name) for ref in refs if ref not in self.elementwise)
+            elif any(ref.tensor.requires_grad for ref in refs):
+                self.unknown.update((ref, name) for ref in refs if ref not in self.unknown)
+                for unit in frozenset().union(*(signal.makers for signal in signals)):
+                    unit.inner = True
+                stands_for = _Signal(frozenset((Unit(refs[0], None, name),)))
+                for tensor in made:
+                    self._signals[id(tensor)] = weakref.ref(tensor), stands_for
+                return
         if not any(signal is not _NOTHING for signal in signals):
             return
         known = self._combined(name, args, kwargs, given, signals)
         for tensor in made:
             self._signals[id(tensor)] = weakref.ref(tensor), known
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        """Whether it is a buffer, or one number, such as a mask of a weight or its factor, and no signal."""
+        if self._origin(tensor) is not None or self._signal(tensor) is not _NOTHING:
+            return False
+        return tensor.dim() == 0 or storage_of(tensor) in self._buffers
+
+    def _is_elementwise(self, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> bool:
+        """Whether parameters are only added, multiplied element by element, or put beside signals."""
+        if name in _SCALED:
+            return max(t.numel() for t in given if self._origin(t) is None) >= made[0].numel()
+        mask = _argument(args, kwargs, 3, "attn_mask")
+        if name in _ATTENTION and isinstance(mask, Tensor):
+            return all(tensor is mask for tensor in given if self._origin(tensor) is not None)
+        return name in _ELEMENTWISE
 
     def _from_parameters(self, tensor: Tensor, refs: tuple[TensorRef, ...], origins: Sequence[_Origin]) -> None:
         part, in_place = origins[0].part if len(origins) == 1 else None, False
@@ -351,6 +403,13 @@ class Products(TorchFunctionMode):
                 self._signals[id(tensor)] = weakref.ref(tensor), known._replace(waiting=frozenset())
 
         return meets
+
+
+def _short_name(func: Any) -> str:
+    """As of_function; of an operator from torch.ops that is not torch's own, all of its name."""
+    func = getattr(func, "overloadpacket", func)
+    own = isinstance(func, type(torch.ops.aten.mm)) and not str(func).startswith(("aten.", "prims."))
+    return str(func) if own else of_function(func)
 
 
 def _meets(units: Iterable[Unit], name: str, start: Start) -> None:

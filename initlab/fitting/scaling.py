@@ -24,7 +24,7 @@ from ..diagnosis.batch import leaves
 from ..diagnosis.probes import quiet
 from ..diagnosis.state import Snapshot, referenced_modules
 from ..distributed.dtensors import is_dtensor
-from ..models.naming import unwrapped
+from ..models.naming import TensorRef, unwrapped
 from ..models.plan import Plan, Task
 from ..models.report import Fit
 from ..models.specs import DimSlice, FillSpec
@@ -156,6 +156,7 @@ class Fitting:
         self.others = others
         self.model, self.plan, self.batch, self.forward, self._write = model, plan, batch, forward, write
         self.tasks = {id(task.ref.tensor): task for task in plan.tasks if _wants_fit(task)}
+        self.unwritten = {id(task.ref): task for task in plan.tasks if _is_open(task)}
         refs = [*(task.ref for task in plan.tasks), *plan.others]
         self.products = Products(model, (ref for ref in refs if ref.is_parameter), self._on_product)
         self.weights: dict[Key, _Weight] = {}
@@ -170,7 +171,7 @@ class Fitting:
         changes = 0
         while True:
             self._redrawn = False
-            if not self._pass() or self._redrawn:
+            if not self._pass() or self._written_late() or self._redrawn:
                 continue  # what is measured in the end is measured with nothing changing
             if changes > _TRIES * len(self.weights) or not self._adjust():
                 break
@@ -189,12 +190,35 @@ class Fitting:
             return False
         return True
 
+    def _begin(self, task: Task) -> None:
+        """Write the start of a parameter that has turned out to be a weight."""
+        del self.unwritten[id(task.ref)]
+        self._redrawn = True
+        self._write(task)
+        torch.clear_autocast_cache()
+
+    def _written_late(self) -> bool:
+        """Write those that a pass has used in a weight that several parameters make up."""
+        used = {id(unit.ref) for unit in self.products.units.values()}
+        late = [task for task in self.unwritten.values() if id(task.ref) in used]
+        for task in late:
+            self._begin(task)
+        for weight in self.weights.values() if late else ():
+            weight.fitted, weight.last = False, None
+            weight.tried.clear()
+        return bool(late)
+
     def _on_product(
         self, unit: Unit, name: str, signal: Tensor | None, out: Tensor, again: Callable[[], Tensor], direct: bool
     ) -> Tensor:
         task = self.tasks.get(id(unit.ref.tensor))
         if task is None or out.numel() == 0 or (name in LOOKUPS and not unit.is_lookup):
             return out
+        if id(task.ref) in self.unwritten:
+            self._begin(task)
+            if not direct:
+                raise _Restart
+            out = again()
         if not out.is_floating_point() or out.layout != torch.strided:
             raise NotImplementedError(
                 f"{unit.name}: {name} puts out {out.dtype}, {out.layout}; only dense floats are fitted"
@@ -298,9 +322,8 @@ class Fitting:
         missing = []
         for task in self.tasks.values():
             assert task.spec is not None
-            if task.spec.fitted == "always" and id(task.ref) not in used:
-                recurrent = task.ref in self.products.recurrent
-                why = "its gates are no sums of unit variance" if recurrent else "no signal meets it on this batch"
+            if task.spec.fitted == "always" and id(task.ref) not in used and not self._is_kept(task):
+                why = self._why_unused(task.ref)
                 missing.append((task.ref.name, f"{task.ref.name} (in {task.ref.owner}): {why}"))
         for weight in self.weights.values():
             variance = Moments.pooled(weight.calls).variance if weight.calls else math.nan
@@ -314,6 +337,20 @@ class Fitting:
                 f"recipe 'lsuv' cannot fit {len(missing)} of {len(self.tasks)} weights to this batch, and nothing is "
                 f"written:{listing([text for _, text in missing])}\n{self._way_out(names)}"
             )
+
+    def _is_kept(self, task: Task) -> bool:
+        """Whether it keeps its values: no code explains them, and it is no weight."""
+        ref, seen = task.ref, self.products
+        return id(ref) in self.unwritten and ref in seen.elementwise and ref not in seen.unknown
+
+    def _why_unused(self, ref: TensorRef) -> str:
+        if ref in self.products.recurrent:
+            return "its gates are no sums of unit variance"
+        if ref in self.products.unknown:
+            return f"what {self.products.unknown[ref]} does, through which it meets a signal, is not known"
+        if ref in self.products.elementwise:
+            return f"it meets signals element by element only, in {self.products.elementwise[ref]}"
+        return "no signal meets it on this batch"
 
     def _way_out(self, names: list[str]) -> str:
         shown = list(dict.fromkeys(names))[:_NAMED]
@@ -336,11 +373,19 @@ class Fitting:
             if (found := fits.get(id(task.ref.tensor))) is not None:
                 spec = dataclasses.replace(self._spec(task), guess=False)  # the pass has shown that it is a weight
                 tasks[place] = task._replace(spec=spec, fits=tuple(found))
+            elif self._is_kept(task):
+                why = f"kept as it is: no weight, {self.products.elementwise[task.ref]} element by element"
+                tasks[place] = task._replace(spec=None, kept=why)
         return dataclasses.replace(self.plan, tasks=tasks)
 
 
 def _wants_fit(task: Task) -> bool:
     return task.spec is not None and bool(task.spec.fitted)
+
+
+def _is_open(task: Task) -> bool:
+    """Whether only a pass can tell if it is a weight: until then it keeps its values."""
+    return task.spec is not None and task.spec.fitted == "always" and task.spec.guess
 
 
 def fitted_plan(
@@ -384,7 +429,7 @@ def fitted_plan(
         snapshot = Snapshot([inner, *others], None, tensors, [batch, forward])
         stack.callback(snapshot.restore)
         kept = _deviations(plan)
-        write_all(plan)
+        write_all(dataclasses.replace(plan, tasks=[task for task in plan.tasks if not _is_open(task)]))
         fitting = Fitting(inner, plan, batch, forward or call_model, write, kept)
         fitting.run()
         return fitting.result()

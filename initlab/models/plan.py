@@ -41,6 +41,7 @@ class Task(NamedTuple):
         shards: of a DTensor, what this rank holds of it; None for any other tensor.
         value: what the caller gave it by `values=`; None for all else.
         fits: how it was scaled to a batch; empty where it was not.
+        kept: why it keeps the values that it has; empty where it does not.
     """
 
     ref: TensorRef
@@ -49,6 +50,7 @@ class Task(NamedTuple):
     shards: list[LocalShard] | None
     value: Tensor | None = None
     fits: tuple[Fit, ...] = ()
+    kept: str = ""
 
     @property
     def numel(self) -> int:
@@ -62,6 +64,8 @@ class Task(NamedTuple):
         shape, dtype = tuple(ref.tensor.shape), ref.tensor.dtype
         if self.value is not None:
             return Row(ref.name, aliases, shape, dtype, None, why="values=", source="given")
+        if self.kept:
+            return Row(ref.name, aliases, shape, dtype, None, why=self.kept, source="kept")
         if spec is None:
             return Row(ref.name, aliases, shape, dtype, None, why=ref.owner)
         if spec.distribution is None:

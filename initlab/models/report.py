@@ -61,7 +61,8 @@ class Row(NamedTuple):
         why: what the distribution was read from.
         guess: whether it was guessed from names or from the order of modules.
         source: where values come from that have no distribution: "own code" of a buffer's owner, "computed" by the
-            operators that the code called, "given" by the caller, or "orthogonal": the matrix that normal draws make.
+            operators that the code called, "given" by the caller, "kept" as they were, or "orthogonal": the matrix that
+            normal draws make.
         fits: how it was scaled to a batch, one for each part that is a layer; empty where it was not.
     """
 
@@ -101,7 +102,7 @@ class Row(NamedTuple):
             "key": None if self.key is None else f"{self.key:016x}",
             "why": self.why,
             "guess": self.guess,
-            **({"source": self.source} if self.source == "orthogonal" else {}),
+            **({"source": self.source} if self.source in ("orthogonal", "kept") else {}),
             **({"fits": [fit.to_dict() for fit in self.fits]} if self.fits else {}),
         }
 

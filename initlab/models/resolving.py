@@ -86,6 +86,8 @@ def _by_report(report: InitReport) -> NamedRecipe:
             return Refused("the report says nothing of it")
         orthogonal = row.source == "orthogonal"
         whole = Normal(0.0, row.std) if orthogonal and row.std is not None else row.distribution
+        if row.source == "kept":
+            return Refused("its values were kept, and the report does not hold them: pass them with values=")
         if whole is None:
             return Refused("the report has no distribution for it")
         return FillSpec(((None, whole), *row.slices), row.fan, row.why, row.guess, exact=True, orthogonal=orthogonal)

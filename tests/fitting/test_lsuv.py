@@ -398,9 +398,9 @@ def test_what_torch_jit_made_is_refused(make):
     model = make(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
     before = state(model)
     for forward in (None, lambda m, b: 1 / 0):
-        with pytest.raises(NotImplementedError, match="torch.jit has traced or scripted"):
+        with pytest.raises(NotImplementedError, match=r"torch\.jit has traced or scripted"):
             fit(model, X, forward=forward)
-    with pytest.raises(NotImplementedError, match="torch.jit has traced or scripted"):
+    with pytest.raises(NotImplementedError, match=r"torch\.jit has traced or scripted"):
         initlab.advise(model, X)
     assert_same(before, state(model))
 
