@@ -20,7 +20,7 @@ ENTRIES = json.loads((PACKAGE / "languages" / "zh.json").read_text(encoding="utf
 # Where messages are written. Errors, which are raised, are English: they are looked up on the web.
 PLACES = (
     *("diagnosis", "scripts", "data", "checkpoints", "models/report.py", "plots", "pages"),
-    *("fitting/advice.py", "fitting/advising.py"),
+    *("fitting/advice.py", "fitting/advising.py", "fitting/objectives.py"),
 )
 PROSE = re.compile(r"[a-zA-Z]{2,}[,;:.]? [a-zA-Z]{2,}|[a-z]{2,} \{\}|\{\} [a-z]{2,}")
 MARKUP = re.compile(r"<[a-z!]+\b[^>]*>")

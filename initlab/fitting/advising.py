@@ -36,12 +36,11 @@ from ..models.refusals import only_value, with_globs
 from ..models.specs import FillSpec, whole_fill
 from .advice import Advice, InputAdvice, LayerAdvice
 from .calling import call_model, check_batch, refuse_scripted
+from .objectives import HEAD, Loss, is_close, objective
 from .products import LOOKUPS, Key, Products, Unit
 from .scaling import Moments
 
-_HEAD = 0.1  # of a head's outputs: cross_entropy is then ln(V) + 0.005
 _FAR = 30.0  # a signal that has grown or shrunk so much with the schemes alone is fitted to the batch instead
-_DISTANCES = frozenset(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"))
 _CLOSE = 0.03  # of the expected loss
 _ROUNDS = 6
 _NAMES_TOLD = 3
@@ -138,13 +137,12 @@ class _Observer(Products):
         self._as_lookup: set[Key] = set()
         self.outputs: dict[Key, list[Moments]] = {}
         self.inputs: dict[Key, list[Moments]] = {}
-        self.losses: list[tuple[str, Any, Any]] = []  # name, prediction, target
+        self.losses: list[Loss] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = of_function(func)
         if is_loss(name):
-            tensors = list(tensors_in((args, kwargs or {}), 3))
-            self.losses.append((name, *(tensors[:2] if len(tensors) > 1 else (None, None))))
+            self.losses.append(Loss(name, list(tensors_in((args, kwargs or {}), 3))))
         return super().__torch_function__(func, types, args, kwargs)
 
     def _measure(
@@ -211,18 +209,20 @@ class _Adviser:
         heads = [unit for unit in units if observer.is_head(unit)] if now.loss is not None else []
         quiet = {(unit.key, unit.is_lookup): 0.0 for unit in heads}
         expected, why = None, ""
-        size = _HEAD
+        size = HEAD
         biases: dict[str, Distribution] = {}
         if now.loss is not None:
-            why, size, mean = self._objective(observer)
-            if mean and len(heads) == 1 and (bias := _bias_of(heads[0])) is not None:
-                name = next((ref.name for ref in self.refs if ref.tensor is bias), None)
-                if name is not None:
-                    biases[name] = Constant(mean)
-                    quiet[heads[0].key, heads[0].is_lookup] = mean
-                    why = "the variance of the targets"
+            bias = _bias_of(heads[0]) if len(heads) == 1 else None
+            name = next((ref.name for ref in self.refs if ref.tensor is bias), None)
+            goal = objective(observer.losses, None if bias is None or name is None else bias)
+            if goal.bias is not None and name is not None:
+                biases[name] = Constant(goal.bias)
+                quiet[heads[0].key, heads[0].is_lookup] = goal.bias
+            size = goal.size
+            self.notes += goal.notes
             self.snapshot.restore()
             expected = self.run(quiet)[0].loss
+            why = goal.told(expected)
             if expected is None or not math.isfinite(expected):
                 expected, heads = None, []
                 self.notes.append("outputs of 0 have no finite loss, so the last weights start as the others")
@@ -249,11 +249,9 @@ class _Adviser:
             seen = self._tried(recipe)
         seen = self._quietened(recipe, heads, size, seen, expected)
         rows = [self._row(unit, unit in heads, now, seen, recipe, schemes, stds) for unit in units]
-        inputs = self._inputs()
-        if expected is not None and seen.loss is not None and not abs(seen.loss - expected) <= 0.1 * abs(expected):
-            self.notes.append(
-                "the loss with the recipe is not the expected one: something after the last weights changes their scale"
-            )
+        inputs = self._inputs(self._made_up(observer, schemes))
+        if expected is not None and seen.loss is not None and not is_close(seen.loss, expected, 0.1):
+            self.notes.append(f"the loss with the recipe, {seen.loss:.4g}, is not the expected one, {expected:.4g}")
         code, short = self._code(recipe, schemes)
         return Advice(
             tuple(rows), inputs, now.loss, expected, why, seen.loss, short, code, tuple(self.notes), self.seed
@@ -269,30 +267,10 @@ class _Adviser:
                 if out is not None and own is not None and out.variance > 0.0 and math.isfinite(out.variance):
                     recipe[unit.ref.name] = Normal(0.0, own.stddev * size / math.sqrt(out.variance))
             seen = self._tried(recipe)
-            if expected is None or seen.loss is None or abs(seen.loss - expected) <= _CLOSE * abs(expected):
+            if expected is None or seen.loss is None or is_close(seen.loss, expected, _CLOSE):
                 break
             size /= 4
         return seen
-
-    def _objective(self, observer: _Observer) -> tuple[str, float, float]:
-        """How the expected loss comes about, the scale at which a head's outputs do not matter, and their mean."""
-        zero = "the loss of outputs that are 0"
-        if len(observer.losses) != 1:
-            return zero, _HEAD, 0.0
-        name, prediction, target = observer.losses[0]
-        if name == "cross_entropy" and isinstance(prediction, Tensor):
-            classes = prediction.shape[1 if prediction.dim() > 1 else 0]
-            return f"ln {classes} for cross_entropy over {classes} classes", _HEAD, 0.0
-        if name == "binary_cross_entropy_with_logits":
-            return "ln 2 for binary cross entropy", _HEAD, 0.0
-        if name in _DISTANCES and isinstance(target, Tensor) and target.numel() > 1:
-            moments = Moments.of(target)
-            scale = math.sqrt(moments.variance)
-            one = isinstance(prediction, Tensor) and (prediction.dim() < 2 or prediction.shape[-1] == 1)
-            mean = moments.mean if one and abs(moments.mean) > 0.1 * scale else 0.0
-            told = "the mean square of the targets" if name == "mse_loss" else zero
-            return told, _HEAD * scale or _HEAD, mean if name == "mse_loss" else 0.0
-        return zero, _HEAD, 0.0
 
     def _scheme(self, unit: Unit, head: bool, now: _Seen) -> tuple[FillSpec | None, str]:
         """The start of a weight, and what it is called."""
@@ -432,7 +410,13 @@ class _Adviser:
             distribution,
         )
 
-    def _inputs(self) -> tuple[InputAdvice, ...]:
+    def _made_up(self, observer: _Observer, schemes: Mapping[Key, str]) -> bool:
+        """Whether every weight that reads the data is divided by their scale."""
+        reads = [u for u in observer.units.values() if u.reads_data and not u.is_lookup]
+        known = not observer.recurrent and not observer.unknown
+        return known and bool(reads) and all("for data of scale" in schemes.get(unit.key, "") for unit in reads)
+
+    def _inputs(self, made_up: bool) -> tuple[InputAdvice, ...]:
         found = []
         for leaf in leaves(self.batch):
             x = leaf.tensor
@@ -445,8 +429,10 @@ class _Adviser:
                 self.notes.append(
                     f"data: {row.code} has mean {row.mean:.4g} and standard deviation {row.std:.4g}, "
                     f"from {row.low:.4g} to {row.high:.4g}: bring each feature to mean 0 and standard deviation 1, "
-                    "and ask again. The recipe makes up for the scale, and not for the mean"
+                    "and ask again"
                 )
+        if made_up and any(row.unscaled for row in found):
+            self.notes.append("the recipe makes up for the scale of the data, and not for the mean")
         return tuple(found)
 
     def _code(self, recipe: Mapping[str, Any], schemes: Mapping[Key, str]) -> tuple[str, dict[str, Any]]:

@@ -257,7 +257,15 @@ class Products(TorchFunctionMode):
                 each.reads_data = not known.makers and (signal is None or self._origin(signal) is None)
         if unit.is_lookup:
             unit.op = name  # a head that is tied to its embedding
-        out = self._on_product(unit, name, signal, out, again, origin.in_place and not in_place and len(units) == 1)
+        try:
+            out = self._on_product(unit, name, signal, out, again, origin.in_place and not in_place and len(units) == 1)
+        except RuntimeError as error:
+            if "vmap" not in str(error) or ".item()" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"{unit.name}: {name} is called inside torch.func.vmap, where what it puts out cannot be measured; "
+                "call the model without vmap, forward=lambda model, batch: ..."
+            ) from error
         if name in LOOKUPS:
             units = [self.lookups.setdefault(unit.key, Unit(unit.ref, unit.part, name)) for unit in units]
         made = frozenset(units)

@@ -266,8 +266,8 @@ class Fitting:
             weight.tried[weight.exponent] = variance
             return weight.exponent + _LEAP
         raise ValueError(
-            f"{weight.told}: its output's variance is {variance:.4g} whatever the weight's scale is, so something "
-            f"normalises the weight, or a bias outweighs it. {self._way_out([weight.unit.ref.name])}"
+            f"{weight.told}: its output's variance is {variance:.4g} whatever the weight's scale is. "
+            f"{self._way_out([weight.unit.ref.name])}"
         )
 
     def _refuse_constant(self, weight: _Weight, moments: Moments, out: Tensor) -> None:
@@ -279,6 +279,14 @@ class Fitting:
             what = "is the same for every row"  # three dimensions may be those of learned queries, alike in every row
         else:
             return
+        if weight.exponent and weight.last is not None:
+            exponent, variance = weight.last
+            other = 2.0 ** (exponent / STEPS)
+            raise ValueError(
+                f"{weight.told}: its output's variance is {variance:.4g} with a factor of {other:.4g} "
+                f"on the weight, and with one of {weight.factor:.4g} the output {what}: no factor brings it to 1. "
+                f"{self._way_out([weight.unit.ref.name])}"
+            )
         raise ValueError(f"{weight.told}: its output {what} on this batch. {self._way_out([weight.unit.ref.name])}")
 
     def _redraw(self, weight: _Weight, exponent: int) -> None:

@@ -222,6 +222,74 @@ def test_schemes_of_functions():
     assert all(0.5 < row.measured < 2 for row in advice.layers if not row.is_head)
 
 
+def bce(model, batch):
+    return F.binary_cross_entropy_with_logits(model(batch[0]), batch[1])
+
+
+def with_bias(layer, value):
+    nn.init.constant_(layer.bias, value)
+    return layer
+
+
+def test_words_are_true():
+    torch.manual_seed(0)
+    x, y = classes(10)
+    plain = nn.Linear(20, 10)
+    summed = initlab.advise(plain, (x, y), lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="sum"))
+    assert summed.expected == pytest.approx(128 * math.log(10), rel=1e-5)
+    assert summed.why == "the loss of outputs that are 0"
+    assert initlab.advise(plain, (x, y), ce).why == "ln 10 for cross_entropy over 10 classes"
+    more = initlab.advise(plain, (x, y), lambda m, b: ce(m, b) + 1.0)
+    assert more.expected == pytest.approx(1 + math.log(10), rel=1e-5)
+    assert more.why == "the loss of outputs that are 0"
+    weighted = initlab.advise(
+        nn.Linear(20, 3),
+        (x, torch.randint(2, (128, 3)).float()),
+        lambda m, b: F.binary_cross_entropy_with_logits(m(b[0]), b[1], pos_weight=torch.full((3,), 9.0)),
+    )
+    assert weighted.why == "the loss of outputs that are 0"
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(16, 10))
+    parts = initlab.advise(nn.Sequential(nn.Linear(20, 16), nn.ReLU(), head), (x, y), ce)
+    assert "something" not in str(parts)
+    said = initlab.advise(Recurrent(), (255 * torch.rand(32, 5, 8), y[:32] % 3), ce).notes
+    assert any("has mean 12" in note for note in said)
+    assert not any("makes up" in note for note in said)
+    scaled = initlab.advise(
+        nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10)), (255 * torch.rand(128, 20), y), ce
+    )
+    assert any("makes up for the scale" in note for note in scaled.notes)
+
+
+def test_targets():
+    torch.manual_seed(0)
+    net = lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))  # noqa: E731
+    advice = initlab.advise(net(), targets(1, 0.0, 1e5), mse)
+    assert any("the targets have mean" in note and "e+0" in note for note in advice.notes)
+    assert not any("targets" in note for note in initlab.advise(net(), targets(1, 0.0, 1.0), mse).notes)
+    for value in (0.0, 7.0):
+        advice = initlab.advise(net(), targets(1, value, 0.0), mse)
+        assert advice.expected == pytest.approx(0.0, abs=1e-9)
+        assert advice.predicted < 1e-3
+        assert advice.notes == ()
+
+
+def test_rare_positives():
+    torch.manual_seed(0)
+    x, y = torch.randn(500, 8), torch.zeros(500, 1)
+    y[:10] = 1
+    advice = initlab.advise(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)), (x, y), bce)
+    assert advice.recipe["2.bias"].value == pytest.approx(math.log(0.02 / 0.98), rel=1e-5)
+    assert advice.expected == pytest.approx(-0.02 * math.log(0.02) - 0.98 * math.log(0.98), rel=1e-4)
+    assert advice.predicted == pytest.approx(advice.expected, rel=0.1)
+    for columns, rare in ((3, y.expand(-1, 3)), (1, torch.zeros(500, 1))):
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), with_bias(nn.Linear(16, columns), -4.6))
+        advice = initlab.advise(model, (x, rare), bce)
+        assert advice.recipe["2.bias"].value == pytest.approx(-4.6)
+        assert "the head's own bias" in advice.why
+    advice = initlab.advise(nn.Linear(8, 1), (x, (torch.rand(500, 1) < 0.4).float()), bce)
+    assert advice.why == "ln 2 for binary cross entropy"
+
+
 def test_without_a_loss():
     model = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 3))
     advice = initlab.advise(model, classes(3))
