@@ -379,11 +379,15 @@ class Fitting:
         tasks = list(self.plan.tasks)
         for place, task in enumerate(tasks):
             if (found := fits.get(id(task.ref.tensor))) is not None:
-                spec = dataclasses.replace(self._spec(task), guess=False)  # the pass has shown that it is a weight
+                spec = dataclasses.replace(
+                    self._spec(task), guess=False, fitted=""
+                )  # the pass has shown that it is a weight
                 tasks[place] = task._replace(spec=spec, fits=tuple(found))
             elif self._is_kept(task):
                 why = f"kept as it is: no weight, {self.products.elementwise[task.ref]} element by element"
                 tasks[place] = task._replace(spec=None, kept=why)
+            elif task.spec is not None and task.spec.fitted:
+                tasks[place] = task._replace(spec=dataclasses.replace(task.spec, fitted=""))
         return dataclasses.replace(self.plan, tasks=tasks)
 
 

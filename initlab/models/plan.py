@@ -80,7 +80,7 @@ class Task(NamedTuple):
         row = Row(ref.name, aliases, shape, dtype, first, slices, spec.fan, first.stddev, key, spec.why, spec.guess)
         if spec.orthogonal:
             row = row._replace(distribution=None, source="orthogonal")
-        return row._replace(fits=self.fits) if self.fits else row
+        return row._replace(fits=self.fits, unfitted=bool(spec.fitted)) if self.fits or spec.fitted else row
 
 
 @dataclass

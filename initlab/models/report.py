@@ -64,6 +64,7 @@ class Row(NamedTuple):
             operators that the code called, "given" by the caller, "kept" as they were, or "orthogonal": the matrix that
             normal draws make.
         fits: how it was scaled to a batch, one for each part that is a layer; empty where it was not.
+        unfitted: whether it is still to be scaled to a batch, so that std and distribution are not final.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Row(NamedTuple):
     guess: bool = False
     source: str = "own code"
     fits: tuple[Fit, ...] = ()
+    unfitted: bool = False
 
     @property
     def numel(self) -> int:
@@ -103,6 +105,7 @@ class Row(NamedTuple):
             "why": self.why,
             "guess": self.guess,
             **({"source": self.source} if self.source in ("orthogonal", "kept") else {}),
+            **({"unfitted": True} if self.unfitted else {}),
             **({"fits": [fit.to_dict() for fit in self.fits]} if self.fits else {}),
         }
 
@@ -211,6 +214,8 @@ class InitReport:
         digest = "" if self.digests is None else f", digest {self.digests.total}"
         recipe = f"recipe {self.recipe}, seed {self.seed}, stream {self.stream}{digest}"
         lines = [say(f"{len(self.rows)} tensors, {total:,} elements: {recipe}")]
+        if unfitted := sum(row.unfitted for row in self.rows):
+            lines.append(say(f"{unfitted} not scaled yet: init_model_ with batch= scales what is a weight"))
         if self.guesses:
             lines.append(say(f"* {len(self.guesses)} guessed, from names or from the order of modules"))
         return lines
@@ -278,7 +283,11 @@ class InitReport:
             rows = f"{part.start}" if part.length == 1 else f"{part.start}:{part.start + part.length}"
             told = f"{other.stddev:.4g}" if row.source == "orthogonal" else str(other)
             distribution += f"; [{':, ' * part.dim}{rows}] {told}"
-        why = row.why + ("".join(f", tied: {alias}" for alias in row.aliases))
+        why = (
+            row.why
+            + (", not scaled yet" if row.unfitted else "")
+            + ("".join(f", tied: {alias}" for alias in row.aliases))
+        )
         return [
             row.name,
             " x ".join(map(str, row.shape)) or "scalar",

@@ -79,6 +79,11 @@ def _resolve(recipe: Any, where: str) -> NamedRecipe:
 def _by_report(report: InitReport) -> NamedRecipe:
     """What a report says, by name; whoever has no distribution there is refused."""
     rows = {row.name: row for row in report.rows}
+    if any(row.unfitted for row in report.rows):
+        raise ValueError(
+            f"recipe is plan_model's report of recipe {report.recipe!r}, whose weights are not scaled to a batch yet; "
+            "pass the report that init_model_ returns with batch="
+        )
 
     def choose(ref: TensorRef) -> FillSpec | Refused | None:
         row = rows.get(ref.name)

@@ -409,6 +409,16 @@ def test_plan_says_what_will_be_fitted():
     report = initlab.plan_model(mlp(), 0, "lsuv")
     assert report.rows[0].source == "orthogonal"
     assert report.rows[0].fits == ()
+    assert report.rows[0].unfitted
+    assert report.rows[0].to_dict()["unfitted"]
+    assert not report.rows[1].unfitted
+    assert "12 not scaled yet: init_model_ with batch=" in str(report)
+    model = mlp()
+    before = state(model)
+    with pytest.raises(ValueError, match="not scaled to a batch yet"):
+        initlab.init_model_(model, 0, report)
+    assert_same(before, state(model))
+    assert not any(row.unfitted for row in fit(model, torch.randn(64, 8)).rows)
     assert "orthogonal" in str(report)
     assert report.rows[0].to_dict()["source"] == "orthogonal"
 
