@@ -35,10 +35,10 @@ from ..models.recipes import resolve
 from ..models.refusals import only_value, with_globs
 from ..models.specs import FillSpec, whole_fill
 from .advice import Advice, InputAdvice, LayerAdvice
-from .calling import call_model, check_batch, refuse_scripted
+from .calling import call_model, check_batch, in_its_mode, refuse_scripted, speaking_of
+from .moments import Moments
 from .objectives import HEAD, Loss, is_close, objective
 from .products import LOOKUPS, Key, Products, Unit
-from .scaling import Moments
 
 _FAR = 30.0  # a signal that has grown or shrunk so much with the schemes alone is fitted to the batch instead
 _CLOSE = 0.03  # of the expected loss
@@ -94,7 +94,8 @@ def advise(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, seed:
     inner = unwrapped(model)
     others = referenced_modules(loss_fn) if loss_fn is not None else []
     refuse_scripted(model, *others)
-    ranks.refuse_sharded(model, others, (leaf.tensor for leaf in leaves(batch)))
+    with speaking_of("advise"):
+        ranks.refuse_sharded(model, others, (leaf.tensor for leaf in leaves(batch)))
     parameters, buffers = tensor_refs(inner)
     empty = [ref.name for ref in (*parameters, *buffers) if ref.tensor.is_meta or is_lazy(ref.tensor)]
     if empty:
@@ -103,7 +104,10 @@ def advise(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, *, seed:
             "Build it on a device (model.to_empty(device='cpu')), and run lazy modules once"
         )
     with ExitStack() as stack:
+        stack.enter_context(speaking_of("advise"))
+        mode = in_its_mode(inner)
         stack.enter_context(quiet())
+        stack.enter_context(mode)
         stack.enter_context(ranks.without_collectives())
         snapshot = Snapshot([inner, *others], None, [leaf.tensor for leaf in leaves(batch)], [batch, loss_fn])
         stack.callback(snapshot.restore)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..diagnosis.batch import leaves, mapped
 from ..diagnosis.loaders import is_loader
+from ..diagnosis.ranks import CommunicatesError
 from ..models.naming import unwrapped
 from ..models.recipe_parts import short_repr
 
@@ -83,6 +85,26 @@ def refuse_scripted(*models: nn.Module) -> None:
                     f"{name or 'the model'} is a {type(module).__name__} that torch.jit has traced or scripted, whose "
                     "passes cannot be followed: pass the model that it was made of, and trace or script it afterwards"
                 )
+
+
+def in_its_mode(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inference mode, where the caller is in it and the model was built in it: elsewhere its tensors take no values."""
+    built = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    return torch.inference_mode() if built and torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def speaking_of(name: str) -> Iterator[None]:
+    """Let the errors about what communicates say whose passes must not: those of `name`."""
+    try:
+        yield
+    except CommunicatesError as error:
+        what = str(error).partition(", and a diagnosis ")[0]
+        error.args = (
+            f"{what}, and {name} runs passes that other ranks do not run, so it must not communicate. Pass one "
+            "unsharded copy of the model, and what it does with its own batch alone",
+        )
+        raise
 
 
 def _named_items(batch: Any) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..models.refusals import only_value
 from .advice import InputAdvice
-from .scaling import Moments
+from .moments import Moments
 
 HEAD = 0.1  # of a head's outputs: cross_entropy is then ln(V) + 0.005
 _DISTANCES = frozenset(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ from ..models.naming import TensorRef, unwrapped
 from ..models.plan import Plan, Task
 from ..models.report import Fit
 from ..models.specs import DimSlice, FillSpec
-from .calling import Forward, call_model, check_batch, refuse_scripted
+from .calling import Forward, call_model, check_batch, in_its_mode, refuse_scripted, speaking_of
+from .moments import Moments
 from .products import LOOKUPS, Key, Products, Unit
 
 STEPS = 32  # of an octave: factors are powers of 2^(1/32)
@@ -40,29 +41,6 @@ _DRAWS = 100  # of one weight
 
 class _Restart(Exception):
     """The pass begins anew: a copy of the weight that it works with is out of date."""
-
-
-class Moments(NamedTuple):
-    """Number, mean and variance of a tensor's elements."""
-
-    elements: int
-    mean: float
-    variance: float
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Moments:
-        """Those of a tensor, in float64."""
-        variance, mean = torch.var_mean(tensor.detach().double(), correction=0)
-        return cls(tensor.numel(), float(mean), float(variance))
-
-    @classmethod
-    def pooled(cls, parts: Iterable[Moments]) -> Moments:
-        """Those of all elements together."""
-        parts = list(parts)
-        elements = sum(part.elements for part in parts)
-        mean = sum(part.elements * part.mean for part in parts) / elements
-        square = sum(part.elements * (part.variance + (part.mean - mean) ** 2) for part in parts)
-        return cls(elements, mean, square / elements)
 
 
 class _Weight:
@@ -436,7 +414,10 @@ def fitted_plan(
     inner = unwrapped(model)
     tensors = [leaf.tensor for leaf in leaves(batch)]
     with ExitStack() as stack:
+        stack.enter_context(speaking_of("recipe 'lsuv'"))
+        mode = in_its_mode(inner)
         stack.enter_context(quiet())
+        stack.enter_context(mode)
         stack.enter_context(ranks.without_collectives())
         snapshot = Snapshot([inner, *others], None, tensors, [batch, forward])
         stack.callback(snapshot.restore)

@@ -315,6 +315,19 @@ def test_refused(model, batch, loss_fn, error, message):
         initlab.advise(model, batch, loss_fn)
 
 
+def test_sharded_models_are_refused(tmp_path):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model = fsdp.fully_shard(nn.Linear(20, 3), mesh=mesh)
+        with pytest.raises(NotImplementedError, match="and advise runs passes") as caught:
+            initlab.advise(model, classes(3), ce)
+        assert "diagnos" not in str(caught.value).lower()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.long
 def test_transformers():
     transformers = pytest.importorskip("transformers")
