@@ -182,7 +182,7 @@ def relu_in_place(y: Tensor, flags: Tensor | None, flag_square: bool = False, sq
                 BLOCK_SIZE=RELU_BLOCK, LIMIT=LIMITS[y.dtype],
                 POSITIVE_LIMIT=(SQUARE_LIMITS if flag_square else LIMITS)[y.dtype], SQUARED=squared,
                 FLAG_TILE=None if flags is None else flag_tile, INTERPRETED=INTERPRETED,
-                num_warps=8,
+                num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
     return y
 
@@ -205,6 +205,6 @@ def mask_and_sum(grad: Tensor, y: Tensor, squared: bool = False) -> tuple[Tensor
         mask_and_sum_kernel[(triton.cdiv(N, MASK_BLOCK_N), parts)](
             grad, y, out, sums, M, N, grad.stride(0), grad.stride(1),
             ROWS=rows, BLOCK_M=MASK_BLOCK_M, BLOCK_N=MASK_BLOCK_N, SQUARED=squared, INTERPRETED=INTERPRETED,
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out, sums.sum(0)

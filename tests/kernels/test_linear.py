@@ -482,7 +482,7 @@ def without_jit(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_jit")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method:DeprecationWarning")  # a module that inductor imports
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method")  # a module that inductor imports
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_without_a_graph_break(backend, activation):
@@ -627,7 +627,7 @@ def test_nested_tensors():
     assert int(flags) == kinds(F.linear(torch.cat(parts), w))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 def test_a_traced_call_says_that_it_keeps_no_flags():
     w, flags = torch.randn(4, 5), torch.zeros(1, dtype=torch.int32)
     with pytest.warns(UserWarning, match="drops flags that are no input"):
