@@ -66,19 +66,24 @@ def flag_tile(flag_ptr, y, start_m, start_n, M, N, LIMIT: tl.constexpr, POSITIVE
 
     What lies beyond the matrix is left out: zeros in an operand make NaNs there, and the bias an infinity.
     """
-    offs_m = tl.arange(0, y.shape[0])
-    offs_n = tl.arange(0, y.shape[1])
-    mask = (offs_m < M - start_m)[:, None] & (offs_n < N - start_n)[None, :]
-    flag = 0
-    for kind in range(3):  # one after the other: side by side they would need more registers than there are
-        magnitude = tl.where(kind == 0, 0x7FFFFFFF, 0xFFFFFFFF).to(tl.uint32)
-        sign = tl.where(kind == 2, 0x80000000, 0).to(tl.uint32)
-        first = tl.where(kind == 0, 0x7F800001, tl.where(kind == 1, POSITIVE_LIMIT, LIMIT)).to(tl.uint32)
-        last = tl.where(kind == 0, 0x7FFFFFFF, 0x7F800000).to(tl.uint32)
-        bits = (y.to(tl.uint32, bitcast=True) ^ sign) & magnitude
-        flag |= tl.max((mask & (bits - first <= last - first)).to(tl.int32)) << kind
-    if flag != 0:
-        tl.atomic_or(flag_ptr, flag, sem="relaxed")
+    if y.shape[0] * y.shape[1] > 128 * 128:  # one half after the other: the whole would need more registers than there are
+        left, right = split_columns(y)
+        flag_tile(flag_ptr, left, start_m, start_n, M, N, LIMIT, POSITIVE_LIMIT)
+        flag_tile(flag_ptr, right, start_m, start_n + y.shape[1] // 2, M, N, LIMIT, POSITIVE_LIMIT)
+    else:
+        offs_m = tl.arange(0, y.shape[0])
+        offs_n = tl.arange(0, y.shape[1])
+        mask = (offs_m < M - start_m)[:, None] & (offs_n < N - start_n)[None, :]
+        flag = 0
+        for kind in range(3):  # one after the other: side by side they would need more registers than there are
+            magnitude = tl.where(kind == 0, 0x7FFFFFFF, 0xFFFFFFFF).to(tl.uint32)
+            sign = tl.where(kind == 2, 0x80000000, 0).to(tl.uint32)
+            first = tl.where(kind == 0, 0x7F800001, tl.where(kind == 1, POSITIVE_LIMIT, LIMIT)).to(tl.uint32)
+            last = tl.where(kind == 0, 0x7FFFFFFF, 0x7F800000).to(tl.uint32)
+            bits = (y.to(tl.uint32, bitcast=True) ^ sign) & magnitude
+            flag |= tl.max((mask & (bits - first <= last - first)).to(tl.int32)) << kind
+        if flag != 0:
+            tl.atomic_or(flag_ptr, flag, sem="relaxed")
 
 
 @triton.jit
