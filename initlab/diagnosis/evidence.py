@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,17 @@ from ..models.fans import compute_fans
 from ..models.naming import TensorRef
 from .batch import Leaf
 from .cuts import Cut
-from .graph import FunctionCall, SilentNode
+from .derivatives import BadBackward
+from .graph import SilentNode
 from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
 from .outcomes import Outcome
 from .stats import Stats, sample, stored
 from .trace import Call, Trace
+
+if TYPE_CHECKING:
+    from .recall import Forgotten
 
 
 @dataclass
@@ -32,6 +36,7 @@ class ParameterStats:
         stats: of its starting values; None where it has none to read.
         grad: of its gradient in the first step.
         grad_norm: 2-norm of that gradient.
+        update: 2-norm of that step's update against its own; of a weight matrix that is not 0, where one was taken.
         distribution: the standard deviation that its layer's activation wants (He's, Xavier's or LeCun's); None if
             unknown.
         alike: whether all its rows are equal, and those of its gradient too.
@@ -43,6 +48,7 @@ class ParameterStats:
     stats: Stats | None
     grad: Stats | None = None
     grad_norm: float | None = None
+    update: float | None = None
     distribution: float | None = None
     alike: bool = False
     tiny: float = 0.0
@@ -126,9 +132,11 @@ class Evidence:
     fresh_optimizer: bool = True  # whether it had taken no step before
     mixed: list[str] = field(default_factory=list)  # layers that take the batch for time
     custom: bool = False  # whether the graph has a torch.autograd.Function of the user's
-    forgetful: tuple[str, FunctionCall] | None = None  # an autograd.Function that ignores the gradient that it gets
+    backward: BadBackward | None = None  # of an autograd.Function of the user's
     kept_graph: str = ""  # a tensor of a module that has a graph of an earlier step
     cut: Cut | None = None  # the first operation that a gradient should pass and does not
+    forgotten: Forgotten | None = None  # a recurrence whose first steps get no gradient
+    constant_derivative: bool = False  # whether the loss uses a derivative that has no graph
     negated: bool = False  # whether the loss begins with a minus
     movement: Movement | None = None  # of the first step that an optimizer took
     silent: list[SilentNode] = field(default_factory=list)  # operations that make a gradient of 0 of one that is not

@@ -11,6 +11,12 @@ class Limits(NamedTuple):
     most_features: int = 1 << 14  # wider inputs are images or one-hot, which no feature table helps
     most_input_elements: int = 1 << 22
     calls_measured: int = 64  # of one module in one pass; a recurrence shows its trend in these
+    counted: int = 1 << 12  # elements behind a histogram: a bin of average height is good to ten percent
+    bins: int = 40
+    far_share: float = 0.002  # of the elements, on each side, that may lie beyond a histogram's ends
+    plotted: int = 6  # layers with a histogram
+    plotted_columns: int = 64  # features, channels or classes of one tensor
+    scaled_rows: int = 64  # of images
 
     # Inputs
     scale_spread: float = 100.0  # of one feature against the median feature; two orders of magnitude
@@ -38,6 +44,7 @@ class Limits(NamedTuple):
     gradient_ratio: float = 1e4  # largest against smallest typical gradient over depth
     gradient_norm: float = 1e3  # per unit of loss: a step at a rate of 1e-3 moves weights by their own size
     gradient_norm_in_time: float = 1e2  # likewise, where a module runs again and again: each run multiplies
+    forgotten: float = 1e-6  # the gradient of the first steps in time against the last ones
     recurrence: int = 10  # calls, or time steps, that make depth in time the suspect
 
     # Learning rate

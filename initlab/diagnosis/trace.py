@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from .._tree import tensors_in
 from ..models.fans import compute_fans
 from ..models.naming import walk
 from . import names
+from .histograms import count
 from .limits import LIMITS
 from .losses import LossCall, Stopped, hinge_of_bits, loss_call, multiplies, shapes
 from .slopes import Slopes
@@ -54,6 +56,7 @@ class Call:
         output: of its first floating output.
         activation: the function that its output went through, "" if none was seen.
         activated: of that function's output.
+        counts, activated_counts: histograms of both, for `histograms.read`, where they are asked for.
         edge: share of that output near the ends of tanh or sigmoid.
         recorded: whether its output can pass a gradient on; not under no_grad().
         reads_batch: paths of the leaves of the batch that it got unchanged.
@@ -67,6 +70,8 @@ class Call:
         self.output: Stats | None = None
         self.activation = ""
         self.activated: Stats | None = None
+        self.counts: Tensor | None = None
+        self.activated_counts: Tensor | None = None
         self.edge = 0.0
         self.recorded = True
         self.reads_batch: list[tuple[Any, ...]] = []
@@ -164,6 +169,12 @@ class ModuleMode(TorchFunctionMode):
 class Trace(ModuleMode):
     """Observes a forward pass. Use as a context manager around the call of loss_fn.
 
+    Args:
+        model: the model.
+        batch_storages: paths of the leaves of the batch, by `storage_of`.
+        flow: follows the tensors of the batch.
+        histograms: whether to count how outputs are distributed.
+
     Attributes:
         calls: of modules, in the order in which they began.
         losses: of loss functions.
@@ -174,15 +185,21 @@ class Trace(ModuleMode):
         dropped: (module, function, share) of calls of dropout outside its modules.
         makers: of torch.autograd.Functions, the path of the first module that puts out what one gives.
         over_rows: (module, function, shape) of each softmax over dimension 0 of several columns.
+        singles: (module, function) of each normalisation whose statistics are of one number each.
         slopes: of what the loss is to make smaller, once the backward pass has run.
         differentiates: whether the loss takes a gradient itself, to be differentiated again.
     """
 
     def __init__(
-        self, model: nn.Module, batch_storages: Mapping[int, tuple[Any, ...]], flow: Flow | None = None
+        self,
+        model: nn.Module,
+        batch_storages: Mapping[int, tuple[Any, ...]],
+        flow: Flow | None = None,
+        histograms: bool = False,
     ) -> None:
         super().__init__(model)
         self.flow = flow
+        self.histograms = histograms
         self.slopes = Slopes()
         if flow is not None:
             flow.slopes = self.slopes
@@ -197,6 +214,7 @@ class Trace(ModuleMode):
         self.differentiates = False
         self.makers: dict[type, str] = {}
         self.over_rows: list[tuple[str | None, str, torch.Size]] = []
+        self.singles: list[tuple[str | None, str]] = []
         self._raised: Exception | None = None
         self._open: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
@@ -258,6 +276,8 @@ class Trace(ModuleMode):
                 self.makers.setdefault(getattr(node, "_forward_cls"), call.path)  # noqa: B009
             call.recorded = tensor.requires_grad or physical(tensor).requires_grad
             call.output = measure(tensor)
+            if self.histograms and self._counts[module] == 1:
+                call.counts = count(tensor)
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call
 
@@ -299,6 +319,8 @@ class Trace(ModuleMode):
                 within = bool(self._open) and self._open[-1].is_layer
                 layer = self.flow.called(name, args, kwargs, out, within)
             if layer is not None:
+                if self.histograms:
+                    layer.counts = count(out)
                 self.calls.append(layer)
                 self._makers[id(out)] = weakref.ref(out), layer
         if name == "grad":
@@ -307,6 +329,8 @@ class Trace(ModuleMode):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if dim in (0, -out.dim()) and out.shape[-1] > 1:
                 self.over_rows.append((self.modules.current, name, out.shape))
+        elif name in ("group_norm", "layer_norm") and _of_single_numbers(name, args):
+            self.singles.append((self.modules.current, name))
         elif name in _DROPOUTS and not isinstance(self._module, nn.modules.dropout._DropoutNd):
             training = args[2] if len(args) > 2 else kwargs.get("training", True)
             share = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
@@ -322,13 +346,14 @@ class Trace(ModuleMode):
         return out
 
     def _difference(self, args: tuple[Any, ...]) -> LossCall | None:
-        """The beginning of a loss by hand: a prediction less a tensor of the batch, where the two are broadcast."""
+        """The beginning of a loss by hand: a prediction less its target, (n, 1) against (n,), which are broadcast."""
         if len(args) < 2 or not all(isinstance(arg, Tensor) for arg in args[:2]):
             return None
         first, second = args[:2]
         for prediction, target in ((first, second), (second, first)):
-            of_batch = not target.requires_grad and storage_of(target) in self._batch
-            if of_batch and prediction.requires_grad and multiplies(prediction, target):
+            rows = {prediction.dim(), target.dim()} == {1, 2}  # a target that was computed: rewards and values
+            fixed = not target.requires_grad and (rows or storage_of(target) in self._batch)
+            if fixed and prediction.requires_grad and multiplies(prediction, target):
                 return LossCall("sub", problem="shapes", facts=shapes(prediction, target))
         return None
 
@@ -343,8 +368,18 @@ class Trace(ModuleMode):
         elif not call.activation:
             call.activation = name
             call.activated = measure(out)
+            if call.counts is not None:
+                call.activated_counts = count(out)
             if name in ("tanh", "sigmoid"):
                 call.edge = edge_share(out, name)
+
+
+def _of_single_numbers(name: str, args: Any) -> bool:
+    """Whether a normalisation takes the mean of one number at a time: what comes out is its bias, whatever goes in."""
+    if len(args) < 2 or not isinstance(args[0], Tensor) or not args[0].numel():
+        return False
+    x, of = args[:2]
+    return (x.numel() == len(x) * of) if name == "group_norm" else math.prod(of) == 1
 
 
 def storage_of(tensor: Tensor) -> int:
