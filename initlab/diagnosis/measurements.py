@@ -231,6 +231,6 @@ def _classes(code: str, role: Literal["input", "target"], tensor: Tensor) -> Ite
         x = x[spread_out(x.numel(), LIMITS.sample).to(x.device)]
     labels, counts = x.cpu().unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)[: LIMITS.plotted_columns].sort().values
-    shares = tuple((counts[order] / x.numel()).tolist())
+    shares = tuple((counts[order].double() / x.numel()).tolist())
     index = tuple(int(label) for label in labels[order])
     yield TensorScale(code, role, "class", len(labels), index, shares, (0.0,) * len(index), (False,) * len(index))
