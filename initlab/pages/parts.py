@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ..languages import Say
-from ..plots import Panel, panel_svg, plots_installed
+from ..plots import Panel, panel_svg, why_not
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -52,9 +52,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str
 
 def panels(found: Sequence[Panel], say: Say) -> str:
     """Panels as figures, each with its numbers; without matplotlib the numbers alone, and a sentence that says so."""
-    drawn = plots_installed()
-    without = "" if drawn else paragraph(say("matplotlib is not installed, so tables stand in place of plots."), "note")
-    return without + f'<div class="grid">{"".join(figure(panel, say, drawn) for panel in found)}</div>'
+    missing = why_not()
+    without = paragraph(say(f"{missing}, so tables stand in place of plots."), "note") if missing else ""
+    return without + f'<div class="grid">{"".join(figure(panel, say, not missing) for panel in found)}</div>'
 
 
 def figure(panel: Panel, say: Say, drawn: bool) -> str:
@@ -63,7 +63,13 @@ def figure(panel: Panel, say: Say, drawn: bool) -> str:
     Args:
         drawn: whether as a plot, with its numbers behind a click; else as a table.
     """
-    picture = panel_svg(panel) if drawn else ""
+    picture = ""
+    if drawn:
+        try:
+            picture = panel_svg(panel)
+        except Exception as error:  # a report is not lost with a plot
+            drawn = False
+            picture = paragraph(say(f"this plot cannot be drawn: {type(error).__name__}: {error}"), "note")
     numbers = table(panel.head, panel.rows, f"{panel.title}{say(': ')}{say('numbers')}")
     opened = "" if drawn else " open"
     return (
