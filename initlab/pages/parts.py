@@ -14,18 +14,20 @@ def paragraph(text: str, kind: str = "") -> str:
     return f"<p{_class(kind)}>{escape(text)}</p>"
 
 
-def code_block(code: str, label: str, say: Say, key: str) -> str:
+def code_block(code: str, label: str, say: Say, key: str, where: str = "") -> str:
     """Code with a button that copies it.
 
     Args:
         label: what the code is.
         key: identifies it in the page.
+        where: tells it from others of that label, for who does not see where it is.
     """
     label, copy, copied = escape(label), escape(say("Copy")), escape(say("Copied"))
+    region = f'tabindex="0" role="region" aria-label="{escape(where)}{label}"'
     button = f'<button type="button" class="copy" data-copy="{key}" data-done="{copied}">{copy}</button>'
     return (
         f'<div class="code"><div class="bar"><span>{label}</span>{button}</div>'
-        f'<pre tabindex="0" role="region" aria-label="{label}"><code id="{key}">{escape(code)}</code></pre></div>'
+        f'<pre {region}><code id="{key}">{escape(code)}</code></pre></div>'
     )
 
 
