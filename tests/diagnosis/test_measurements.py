@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 import initlab
-from initlab.diagnosis.histograms import Histogram, count, read
+from initlab.diagnosis.histograms import Histogram, count, read, some
 from initlab.diagnosis.limits import LIMITS
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def of(tensor):
-    return read([count(tensor)])[0]
+    return read([count(some(tensor))])[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3000,), (60, 50), (5, 4, 3, 50), (1,), (), (60, 0)])
+@pytest.mark.parametrize("shape", [(2000,), (40, 50), (5, 4, 3, 30), (1,), (), (60, 0)])
 def test_counts_are_numpys(shape, dtype):
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype)
@@ -85,7 +85,7 @@ def test_large_tensors_are_sampled_the_same_way_each_time():
 
 def test_integers_sparse_and_meta_tensors_have_none():
     empty = [torch.ones(3, dtype=torch.long), torch.ones(3, device="meta"), torch.eye(3).to_sparse(), torch.ones(0)]
-    assert read([count(x) for x in empty]) == [None] * 4
+    assert read([count(some(x)) for x in empty]) == [None] * 4
 
 
 def net():
