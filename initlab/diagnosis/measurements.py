@@ -120,8 +120,8 @@ def collect(evidence: Evidence, causes: Sequence[Cause]) -> Measurements:
     """
     calls = _calls_that_matter(evidence, causes)
     weights = [one for one in evidence.parameters if one.stats is not None and one.ref.tensor.dim() > 1]
-    chosen = _weights_that_matter(weights, calls, causes)
-    kept = [some(one.ref.tensor) if one in chosen else None for one in weights]
+    chosen = {id(one) for one in _weights_that_matter(weights, calls, causes)}
+    kept = [some(one.ref.tensor) if id(one) in chosen else None for one in weights]
     kept += [elements for call in calls for elements in (call.some, call.some_activated)]
     found = iter(read([count(elements) for elements in kept]))
     return Measurements(
