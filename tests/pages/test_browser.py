@@ -130,9 +130,9 @@ def test_a_script_that_is_not_ours_does_not_run(browser, reports, tmp_path):
     path.write_text(text)
     context = browser.new_context()
     page = context.new_page()
-    failed = []
-    page.on("requestfinished", lambda request: failed.append(request.url))
+    refused = []
+    page.on("requestfailed", lambda request: refused.append((request.url, request.failure)))
     page.goto(path.as_uri())
     assert page.title() != "ran"
-    assert failed == [path.as_uri()]
+    assert refused == [("http://a.invalid/b", "csp")]
     context.close()
