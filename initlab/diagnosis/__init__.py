@@ -7,9 +7,10 @@ plots beside that; ranks.py keeps all of it from communicating.
 """
 
 from .measurements import Measurements
-from .objectives import inspect_objective
+from .objectives import inspect_memory, inspect_objective
 from .probes import UsageError
 from .ranks import CommunicatesError
+from .reasons import Operation, reason
 from .report import Cause, Diagnosis, LayerRow, Place
 from .workflow import diagnose, diagnose_alone, supervised
 
@@ -19,10 +20,13 @@ __all__ = [
     "Diagnosis",
     "LayerRow",
     "Measurements",
+    "Operation",
     "Place",
     "UsageError",
     "diagnose",
     "diagnose_alone",
+    "inspect_memory",
     "inspect_objective",
+    "reason",
     "supervised",
 ]
