@@ -35,7 +35,7 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
-        pytest.skip("Chromium is not installed: apt-get install chromium")
+        pytest.skip("this machine has no Chromium, and .ci/install_chromium could not get it: apt-get install chromium")
     options = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium does not run as root with one
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=path, args=options)
