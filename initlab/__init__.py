@@ -31,6 +31,7 @@ from .clipping import (  # noqa: E402
 )
 from .data import ColumnRow, DataFault, DataReport, scan_data  # noqa: E402
 from .diagnosis import Cause, Diagnosis, LayerRow, Place, diagnose, supervised  # noqa: E402
+from .fitting import Advice, InputAdvice, LayerAdvice, advise  # noqa: E402
 from .fusing import FuseReport, fuse_linear_relu, unfuse  # noqa: E402
 from .models import (  # noqa: E402
     BuildRecord,
@@ -49,6 +50,7 @@ from .nn import LinearReLU, all_reduce_flags_, linear_relu  # noqa: E402
 from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 
 __all__ = [
+    "Advice",
     "BuildRecord",
     "Cause",
     "CheckpointReport",
@@ -62,6 +64,8 @@ __all__ = [
     "FuseReport",
     "GradClipper",
     "InitReport",
+    "InputAdvice",
+    "LayerAdvice",
     "LayerRow",
     "LinearReLU",
     "MedianSpikes",
@@ -74,6 +78,7 @@ __all__ = [
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
+    "advise",
     "all_reduce_flags_",
     "clip_grad_norm_",
     "clip_grad_value_",
