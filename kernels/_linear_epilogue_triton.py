@@ -66,7 +66,7 @@ def flag_tile(flag_ptr, y, start_m, start_n, M, N, LIMIT: tl.constexpr, POSITIVE
 
     What lies beyond the matrix is left out: zeros in an operand make NaNs there, and the bias an infinity.
     """
-    if y.shape[0] * y.shape[1] > 128 * 128:  # one half after the other: the whole would need more registers than there are
+    if y.shape[0] * y.shape[1] > 128 * 128:  # by halves: the whole would need more registers than there are
         left, right = split_columns(y)
         flag_tile(flag_ptr, left, start_m, start_n, M, N, LIMIT, POSITIVE_LIMIT)
         flag_tile(flag_ptr, right, start_m, start_n + y.shape[1] // 2, M, N, LIMIT, POSITIVE_LIMIT)
