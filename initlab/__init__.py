@@ -32,6 +32,7 @@ from .clipping import (  # noqa: E402
 from .data import ColumnRow, DataFault, DataReport, scan_data  # noqa: E402
 from .diagnosis import Cause, Diagnosis, LayerRow, Place, diagnose, supervised  # noqa: E402
 from .fusing import FuseReport, fuse_linear_relu, unfuse  # noqa: E402
+from .guarding import BadStep, GuardReport, TrainingGuard, guard  # noqa: E402
 from .models import (  # noqa: E402
     BuildRecord,
     InitReport,
@@ -49,6 +50,7 @@ from .nn import LinearReLU, all_reduce_flags_, linear_relu  # noqa: E402
 from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 
 __all__ = [
+    "BadStep",
     "BuildRecord",
     "Cause",
     "CheckpointReport",
@@ -61,6 +63,7 @@ __all__ = [
     "Fault",
     "FuseReport",
     "GradClipper",
+    "GuardReport",
     "InitReport",
     "LayerRow",
     "LinearReLU",
@@ -71,6 +74,7 @@ __all__ = [
     "QuantileSpikes",
     "Row",
     "TensorRow",
+    "TrainingGuard",
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
@@ -81,6 +85,7 @@ __all__ = [
     "diagnose",
     "fuse_linear_relu",
     "get_total_norm",
+    "guard",
     "init",
     "init_model_",
     "linear_relu",

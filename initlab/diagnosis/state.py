@@ -42,7 +42,7 @@ class Snapshot:
             roots += [optimizer, getattr(optimizer, "_initlab_clipper", None)]
         self.reach = Reach(roots, others)
         self.tensors = [_TensorCopy(tensor) for tensor in self.reach.tensors]
-        self.random = _RandomState()
+        self.random = RandomState()
 
     def restore(self) -> None:
         """Put everything back."""
@@ -127,7 +127,7 @@ def _without_repeats(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _RandomState:
+class RandomState:
     """Where the random generators of torch, its devices, Python and numpy stand."""
 
     def __init__(self) -> None:
