@@ -6,6 +6,7 @@ import inspect
 import random
 import sys
 import types
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,6 +67,8 @@ def referenced_modules(function: Any, depth: int = 3) -> list[nn.Module]:
     They run with the model, collect gradients and change their buffers.
     """
     values: list[Any] = []
+    if isinstance(function, weakref.ProxyTypes):  # which answers as what it stands for, and cannot be hashed
+        return []
     if isinstance(function, nn.Module):
         return [function]
     if isinstance(function, functools.partial):

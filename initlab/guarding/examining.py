@@ -70,9 +70,7 @@ class Examiner:
             notes.append("several optimizers: the diagnosis ran without them, and took no steps")
         try:
             with self._again(ran):
-                found = diagnose(
-                    self.model, ran.batch, self.loss_fn, optimizer, budget=self.budget, across=self.across
-                )
+                found = diagnose(self.model, ran.batch, self.loss_fn, optimizer, budget=self.budget, across=self.across)
             if found.verdict == "healthy":
                 notes.append(
                     "the same batch from the same state was finite when it ran again: what was bad came from something "

@@ -109,8 +109,8 @@ class TrainingGuard:
     def step(self, batch: Any) -> Tensor:
         """One training step: zero_grad, loss, backward, clipping, the optimizer's step.
 
-        With a scaler the loss is scaled, and the scaler steps and is updated. An optimizer whose step() needs a closure,
-        as LBFGS, gets one.
+        With a scaler the loss is scaled, and the scaler steps and is updated. An optimizer whose step() needs a
+        closure, as LBFGS, gets one.
 
         Args:
             batch: what loss_fn takes.
@@ -256,8 +256,10 @@ class TrainingGuard:
         if measured.spike is not None and self._skips_spikes:
             skips = measured.spike.spike
         flags = any_rank_(torch.stack([bad, loss_bad, skips]).to(torch.int32), self._examiner.groups)
-        self._flags.append(flags)
         self._scaled |= any(getattr(one, "found_inf", None) is not None for one in self._optimizers)
+        self._flags.append(flags)
+        if self._nonfinite == "propagate":  # afterwards the weights would be others
+            self._settle(self._record(self._steps + 1, flags))
         self._lag = 0 if bad.device.type == "cpu" else _LAG
         bad = flags.amax() > 0 if self._examiner.groups else bad | loss_bad
         if self._lag and not self._is_scaled():
@@ -273,14 +275,16 @@ class TrainingGuard:
         self._steps += 1
         if self._flags:
             flags = self._flags[0] if len(self._flags) == 1 else torch.stack(self._flags).amax(0)
-            assert self.clipper.report is not None
-            self._pending.append(
-                StepRecord(self._steps, self._passes, HostFlags(flags), self.clipper.report, self._is_scaled())
-            )
+            if self._nonfinite != "propagate":
+                self._pending.append(self._record(self._steps, flags))
             self._metrics.record(self._steps, self.clipper, flags, [x for ran in self._passes for x in ran.losses])
         self._passes, self._flags, self._scaled = [], [], False
         while len(self._pending) > self._lag:
             self._settle(self._pending.pop(0))
+
+    def _record(self, step: int, flags: Tensor) -> StepRecord:
+        assert self.clipper.report is not None
+        return StepRecord(step, self._passes, HostFlags(flags), self.clipper.report, self._is_scaled())
 
     @property
     def _skips_spikes(self) -> bool:
@@ -307,7 +311,7 @@ class TrainingGuard:
             found = self._handle(record, bool(loss), bool(spike))
         finally:
             self._busy = False
-        what = "the step was taken as it was" if self._nonfinite == "propagate" and not spike else "it was skipped"
+        what = "the step was taken as it was" if self._nonfinite == "propagate" and not spike else "the step was skipped"
         if self._nonfinite == "raise":
             raise FloatingPointError(f"{found.headline}\n  raised by initlab.guard; {what}{_saved(found)}")
         if found in self._examined:

@@ -129,7 +129,7 @@ class TrainingGuardCallback(Callback):
         super().__init__()
         self.guard: TrainingGuard | None = None
         self._options: dict[str, Any] = {"max_norm": max_norm, **options}
-        self._batch_idx = 0
+        self._position = {"batch_idx": 0}  # apart from the callback: a diagnosis copies what it reaches
         self._loaded: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -145,10 +145,12 @@ class TrainingGuardCallback(Callback):
                 "initlab.guard in training_step, with guard.batch(batch) and guard.loss(loss)"
             )
 
+        context, position = trainer.precision_plugin.train_step_context, self._position
+
         def loss_fn(module: Any, batch: Any) -> Tensor:
             takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
-            with _without_logging(module), trainer.precision_plugin.train_step_context():
-                output = module.training_step(batch, *([self._batch_idx] if takes_index else []))
+            with _without_logging(module), context():
+                output = module.training_step(batch, *([position["batch_idx"]] if takes_index else []))
             loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
             return loss
 
@@ -162,7 +164,7 @@ class TrainingGuardCallback(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Note the batch."""
         assert self.guard is not None
-        self._batch_idx = batch_idx
+        self._position["batch_idx"] = batch_idx
         self.guard.batch(batch)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
