@@ -260,7 +260,7 @@ class TrainingGuard:
         self._flags.append(flags)
         if self._nonfinite == "propagate":  # afterwards the weights would be others
             self._settle(self._record(self._steps + 1, flags))
-        self._lag = 0 if bad.device.type == "cpu" else _LAG
+        self._lag = _LAG if self._is_behind(bad.device) else 0
         bad = flags.amax() > 0 if self._examiner.groups else bad | loss_bad
         if self._lag and not self._is_scaled():
             # Until the host knows of a bad step the device skips those that follow: weights stay what they were.
@@ -285,6 +285,11 @@ class TrainingGuard:
     def _record(self, step: int, flags: Tensor) -> StepRecord:
         assert self.clipper.report is not None
         return StepRecord(step, self._passes, HostFlags(flags), self.clipper.report, self._is_scaled())
+
+    @staticmethod
+    def _is_behind(device: torch.device) -> bool:
+        """Whether the host would wait for a device that has just been given a step."""
+        return device.type != "cpu"
 
     @property
     def _skips_spikes(self) -> bool:
