@@ -48,7 +48,8 @@ class BadStep:
             place = f" at {cause.place}" if str(cause.place) else ""
             return f"{text}; cause: {cause.kind}{place}: {cause.explanation}"
         if self.watched is not None and self.watched.fault is not None:
-            return f"{text}; {self.watched.fault.headline}"
+            fault = self.watched.fault
+            return f"{text}; {'' if fault.rank is None else f'rank {fault.rank}, '}{fault.headline}"
         return text
 
     def __str__(self) -> str:

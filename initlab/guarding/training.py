@@ -23,6 +23,7 @@ from ..diagnosis.probes import LossFn
 from ..diagnosis.state import referenced_modules
 from ..models.naming import unwrapped
 from .clipper import GuardedClipper
+from .divergence import History
 from .examining import Examiner
 from .metrics import Metrics
 from .passes import ForwardPass, HostFlags, StateKeeper, StepRecord
@@ -93,6 +94,7 @@ class TrainingGuard:
         optimizers = list(dict.fromkeys(map(hooked_optimizer, self._given)))
         self._examiner = Examiner(model, loss_fn, optimizers, self._keeper, budget, across)
         self._optimizers = optimizers
+        self._history = History(unwrapped(model))
         self._busy = False  # while a step runs again, whose steps and measurements are none of the run's
         self._passes: list[ForwardPass] = []  # since the last step
         self._flags: list[Tensor] = []  # of the step at hand; more than one where a closure runs again
@@ -277,7 +279,9 @@ class TrainingGuard:
             flags = self._flags[0] if len(self._flags) == 1 else torch.stack(self._flags).amax(0)
             if self._nonfinite != "propagate":
                 self._pending.append(self._record(self._steps, flags))
-            self._metrics.record(self._steps, self.clipper, flags, [x for ran in self._passes for x in ran.losses])
+            losses = [loss for ran in self._passes for loss in ran.losses]
+            self._history.record(losses)
+            self._metrics.record(self._steps, self.clipper, flags, losses)
         self._passes, self._flags, self._scaled = [], [], False
         while len(self._pending) > self._lag:
             self._settle(self._pending.pop(0))
@@ -316,7 +320,8 @@ class TrainingGuard:
             found = self._handle(record, bool(loss), bool(spike))
         finally:
             self._busy = False
-        what = "the step was taken as it was" if self._nonfinite == "propagate" and not spike else "the step was skipped"
+        taken = self._nonfinite == "propagate" and not spike
+        what = "the step was taken as it was" if taken else "the step was skipped"
         if self._nonfinite == "raise":
             raise FloatingPointError(f"{found.headline}\n  raised by initlab.guard; {what}{_saved(found)}")
         if found in self._examined:
@@ -367,6 +372,8 @@ class TrainingGuard:
                 notes.append(f"none of its {len(record.passes)} micro-batches is bad by itself; this is the first")
         ran = record.passes[place or 0]
         diagnosis, watched, more = self._examiner.diagnose(ran)
+        if diagnosis is not None:
+            diagnosis = self._history.refined(diagnosis, record.step - 1)
         fields |= {"diagnosis": diagnosis, "watched": watched, "notes": (*notes, *more)}
         fields["micro_batch"] = place if len(record.passes) > 1 else None
         found = BadStep(**fields)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""guard(): healthy runs are untouched; bad steps leave no trace, are diagnosed on the state that they had, and saved."""
+"""guard(): healthy runs are untouched; bad steps leave no trace, are diagnosed in their own state, and saved."""
 
 import copy
 import csv
@@ -42,8 +42,28 @@ def same(a, b):
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
+def warned(text, run):
+    """Runs a loop, which gives a warning that says so."""
+    with pytest.warns(UserWarning, match=text):
+        run()
+
+
+def steps(guard, batches):
+    """All steps of a loop, and the end of the guard."""
+    with guard:
+        for batch in batches:
+            guard.step(batch)
+
+
 def hooks(optimizer):
     return [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
+
+
+def noting(batches, kept, state):
+    """Batches; before each the state is kept."""
+    for batch in batches:
+        kept.append(state())
+        yield batch
 
 
 OPTIMIZERS = {
@@ -70,7 +90,7 @@ def test_a_healthy_run_is_the_same_bit_for_bit(name):
             losses = []
             for batch in batches():
 
-                def closure(batch=batch):
+                def closure(batch=batch, model=model, optimizer=optimizer):
                     optimizer.zero_grad()
                     loss = MSE(model, batch)
                     loss.backward()
@@ -91,10 +111,8 @@ def test_a_bad_step_leaves_no_trace(name):
     model = net()
     optimizer = OPTIMIZERS[name](model.parameters())
     kept = []
-    with initlab.guard(model, optimizer, loss_fn=MSE, **QUICK) as guard, pytest.warns(UserWarning, match="step 4"):
-        for batch in batches(3):
-            kept.append(state(model, optimizer))
-            guard.step(batch)
+    guard = initlab.guard(model, optimizer, loss_fn=MSE, **QUICK)
+    warned("step 4", lambda: steps(guard, noting(batches(3), kept, lambda: state(model, optimizer))))
     assert same(kept[3], kept[4])
     assert not same(kept[4], kept[5])
     assert all(x.isfinite().all() for x in state(model, optimizer))
@@ -149,12 +167,10 @@ def test_raise_saves_and_leaves_no_hooks(tmp_path):
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
     guard = initlab.guard(model, optimizer, loss_fn=MSE, nonfinite="raise", folder=tmp_path / "a" / "b", **QUICK)
-    kept = None
-    with pytest.raises(FloatingPointError, match=r"(?s)step 2: the loss is nan; cause: input.*saved: "), guard:
-        for batch in batches(1):
-            kept = state(model, optimizer)
-            guard.step(batch)
-    assert same(kept, state(model, optimizer))
+    kept = []
+    with pytest.raises(FloatingPointError, match=r"(?s)step 2: the loss is nan; cause: input.*saved: "):
+        steps(guard, noting(batches(1), kept, lambda: state(model, optimizer)))
+    assert same(kept[-1], state(model, optimizer))
     assert hooks(optimizer) == []
     assert not hasattr(optimizer, "_initlab_clipper")
     names = [path.name for path in guard.saved]
@@ -172,10 +188,8 @@ def test_propagate_diagnoses_before_it_steps():
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
     options = {"nonfinite": "propagate", "limit": 1, **QUICK}
-    with pytest.warns(UserWarning, match="taken as it was"):
-        with initlab.guard(model, optimizer, loss_fn=MSE, **options) as guard:
-            for batch in batches(3):
-                guard.step(batch)
+    guard = initlab.guard(model, optimizer, loss_fn=MSE, **options)
+    warned("taken as it was", lambda: steps(guard, batches(3)))
     assert model[0].weight.isnan().any()
     report = guard.report()
     assert (report.bad_steps, report.skipped) == (3, 0)
@@ -187,7 +201,9 @@ def test_a_loop_of_ones_own_with_accumulation():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     kept = []
-    with initlab.guard(model, optimizer, loss_fn=MSE, **QUICK) as guard, pytest.warns(UserWarning, match="micro-batch"):
+    guard = initlab.guard(model, optimizer, loss_fn=MSE, **QUICK)
+
+    def run():
         for number, batch in enumerate(map(guard.batch, batches(3))):
             if number % 2 == 0:
                 kept.append(state(model, optimizer))
@@ -195,6 +211,9 @@ def test_a_loop_of_ones_own_with_accumulation():
             if number % 2:
                 optimizer.step()
                 optimizer.zero_grad()
+
+    with guard:
+        warned("micro-batch", run)
     assert same(kept[1], kept[2])
     [found] = guard.report().examined
     assert (found.step, found.micro_batch, found.loss) == (2, 1, None)
@@ -243,9 +262,8 @@ def test_gradients_that_no_scale_helps():
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     given = batches()
     given[2][0][0] = 0.0
-    with initlab.guard(model, optimizer, loss_fn=MSE, scaler=scaler, **QUICK) as guard, pytest.warns(UserWarning):
-        for batch in given:
-            guard.step(batch)
+    guard = initlab.guard(model, optimizer, loss_fn=MSE, scaler=scaler, **QUICK)
+    warned("is not finite", lambda: steps(guard, given))
     [found] = guard.report().examined
     assert (found.step, guard.report().left_to_scaler) == (3, 0)
     assert guard.diagnosis.causes[0].place.op == "sqrt"
@@ -283,7 +301,7 @@ def test_the_first_the_tenth_and_no_more_are_examined():
 
 
 def test_a_device_that_is_a_step_behind():
-    """As on a GPU: the host reads flags a step late, the step in between is skipped too, and the state is the step's."""
+    """As on a GPU: the host reads flags a step late. The step in between is skipped, and the state is the bad one's."""
     from initlab.guarding import training
 
     model = net()
@@ -291,10 +309,8 @@ def test_a_device_that_is_a_step_behind():
     guard = initlab.guard(model, optimizer, loss_fn=MSE, **QUICK)
     guard._is_behind = lambda device: True
     kept = []
-    with guard, pytest.warns(UserWarning, match="step 4"):
-        for batch in batches(3, count=8):
-            kept.append([p.detach().clone() for p in model.parameters()])
-            guard.step(batch)
+    given = noting(batches(3, count=8), kept, lambda: [p.detach().clone() for p in model.parameters()])
+    warned("step 4", lambda: steps(guard, given))
     assert training._LAG == 1
     assert same(kept[3], kept[4])
     assert same(kept[4], kept[5])
@@ -304,25 +320,35 @@ def test_a_device_that_is_a_step_behind():
     assert guard.diagnosis.causes[0].kind == "input"
 
 
-@pytest.mark.parametrize("backend", ["eager", *(pytest.param(name, marks=pytest.mark.long) for name in ("aot_eager", "inductor"))])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.long_if(lambda backend: backend != "eager")
 def test_compiled_models(backend):
     """A compiled model is guarded by its gradients; the diagnosis runs it uncompiled."""
     model = torch.compile(net(), backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    with initlab.guard(model, optimizer, loss_fn=MSE, **QUICK) as guard, pytest.warns(UserWarning, match="step 2"):
-        for batch in batches(1, count=3):
-            guard.step(batch)
+    guard = initlab.guard(model, optimizer, loss_fn=MSE, **QUICK)
+    warned("step 2", lambda: steps(guard, batches(1, count=3)))
     assert all(x.isfinite().all() for x in state(model, optimizer))
     assert guard.diagnosis.causes[0].kind == "input"
     assert any("uncompiled" in note for note in guard.diagnosis.notes)
 
 
+def test_a_run_that_had_left_its_path():
+    """Steps of a rate that is far too large: the last one shows weights that no start has, and the rate is to blame."""
+    model = net(dropout=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), 100.0)
+    guard = initlab.guard(model, optimizer, loss_fn=MSE, limit=1, **QUICK)
+    warned("the steps? before|steps before", lambda: steps(guard, batches(count=30)))
+    kinds = [cause.kind for cause in guard.diagnosis.causes]
+    assert kinds[0] == "learning rate"
+    assert "uninitialised" not in kinds
+
+
 def test_several_optimizers():
     model = net()
     optimizers = [torch.optim.SGD(model[0].parameters(), 0.01), torch.optim.AdamW(model[4].parameters())]
-    with initlab.guard(model, optimizers, loss_fn=MSE, **QUICK) as guard, pytest.warns(UserWarning, match="step 2"):
-        for batch in batches(1, count=3):
-            guard.step(batch)
+    guard = initlab.guard(model, optimizers, loss_fn=MSE, **QUICK)
+    warned("step 2", lambda: steps(guard, batches(1, count=3)))
     assert all(p.isfinite().all() for p in model.parameters())
     assert (guard.report().steps, guard.report().bad_steps) == (3, 1)
     assert not any(map(hooks, optimizers))

@@ -1,4 +1,4 @@
-"""Guards in the loops of Lightning, of Hugging Face's Trainer and of accelerate: bad steps are found, skipped, diagnosed."""
+"""Guards in the loops of Lightning, Hugging Face's Trainer and accelerate: bad steps are skipped and diagnosed."""
 
 import warnings
 
