@@ -30,8 +30,10 @@ test: $(VENV)/wheel.stamp
 	$(TEST) --doctest-modules --pyargs initlab $(CURDIR)/tests; tests=$$?; \
 	wait $$types || { cat $(VENV)/mypy.log; exit 1; }; exit $$tests
 
-# And what takes long: every GPU's static costs, worlds of 4 and 8 ranks, the fault corpus, real libraries.
+# And what takes long: every GPU's static costs, worlds of 4 and 8 ranks, the fault corpus, real libraries, pages in a
+# browser.
 test-all: test $(VENV)/requirements-all.stamp
+	.ci/install_chromium
 	$(TEST) -m 'long and not large and not exhaustive' $(CURDIR)/tests
 
 bench: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp

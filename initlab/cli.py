@@ -63,12 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared = _Parser(add_help=False)  # what every report takes
     shared.add_argument("--json", action="store_true", help="print JSON instead of text")
     shared.add_argument("--lang", choices=LANGUAGES, default="en", help="of the text: en (the default) or zh, Chinese")
+    paged = _Parser(add_help=False)  # what can be a page as well
+    paged.add_argument("--html", type=_page, metavar="FILE", help="also write the report as a page, FILE.html")
     parser.add_argument("--version", action="version", version=f"initlab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser("demo", help="bad starts, a good one and equal bits, on real data")
     demo.add_argument("--seed", type=_seed, default=0, help="of every draw in the demo (default: 0)")
     plan = commands.add_parser(
-        "plan", parents=[shared], help="which distribution each parameter of a model gets, without touching it"
+        "plan", parents=[shared, paged], help="which distribution each parameter of a model gets, without touching it"
     )
     plan.add_argument(
         "function",
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--only", action="append", metavar="PATTERN", help="name pattern; may be given several times")
     plan.add_argument("--meta", action="store_true", help="build the model on the meta device: no memory, no time")
     doctor = commands.add_parser(
-        "doctor", parents=[shared], help="why is the loss inf or NaN: run a script or a step, and say"
+        "doctor", parents=[shared, paged], help="why is the loss inf or NaN: run a script or a step, and say"
     )
     doctor.add_argument("--steps", type=_positive, help="of training to take and undo (default: 25, or what fits)")
     doctor.add_argument("--budget", type=_seconds, default=15.0, help="seconds for all runs together (default: 15)")
@@ -193,6 +195,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _page(text: str) -> Path:
+    from .pages import checked_path
+
+    try:
+        return checked_path(text)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _demo(seed: int) -> int:
     import torch
 
@@ -228,6 +239,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         report = plan_model(model, arguments.seed, recipe, only=arguments.only)
     except (NotImplementedError, TypeError, ValueError) as error:
         return _failed("plan", error, EX_FAILED)
+    _save(report, arguments)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report.text(arguments.lang, line_width()))
     return 0
 
@@ -299,6 +311,7 @@ def _judged(report: Any, arguments: argparse.Namespace) -> int:
     status, style = {"healthy": (0, "green"), "warning": (EX_FAILED, "yellow"), "broken": (EX_BROKEN, "bold red")}[
         report.verdict
     ]
+    _save(report, arguments)
     if arguments.json:
         print(report.to_json())
     else:
@@ -307,6 +320,18 @@ def _judged(report: Any, arguments: argparse.Namespace) -> int:
         if rest:
             print(rest)
     return status
+
+
+def _save(report: Any, arguments: argparse.Namespace) -> None:
+    """Write the page that --html asks for."""
+    path = getattr(arguments, "html", None)  # scan has none
+    if path is not None:
+        try:
+            report.save(path, lang=arguments.lang)
+        except OSError as error:  # what is printed is not lost with it
+            _failed(arguments.command, error, EX_USAGE)
+        else:
+            say(f"initlab {arguments.command}: wrote {path}", "dim", stderr=True)
 
 
 def _failed(command: str, error: object, status: int) -> int:

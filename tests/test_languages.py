@@ -18,8 +18,9 @@ from faults import FAULTS
 PACKAGE = Path(initlab.__file__).parent
 ENTRIES = json.loads((PACKAGE / "languages" / "zh.json").read_text(encoding="utf-8"))
 # Where messages are written. Errors, which are raised, are English: they are looked up on the web.
-PLACES = ("diagnosis", "scripts", "data", "checkpoints", "models/report.py")
+PLACES = ("diagnosis", "scripts", "data", "checkpoints", "models/report.py", "plots", "pages")
 PROSE = re.compile(r"[a-zA-Z]{2,}[,;:.]? [a-zA-Z]{2,}|[a-z]{2,} \{\}|\{\} [a-z]{2,}")
+MARKUP = re.compile(r"<[a-z!]+\b[^>]*>")
 FIELD = re.compile(r"\{(\d+)(?::t)?\}")
 
 # Prose by its looks that nobody reads: parts of torch's own errors, code that does not parse by itself, identifiers.
@@ -64,6 +65,14 @@ NO_MESSAGES = {
     "initlab doctor",
     "initlab scan",
     "initlab scan_data",
+    # of pages and plots: versions, and what matplotlib is told
+    "initlab {}, torch {}, Python {}",
+    "DejaVu Sans",
+    "'DejaVu Sans'(, [^;\\\"]*)?",
+    "Glyph \\d+ .* missing from",
+    "lower left",
+    "offset points",
+    "outside lower center",
     # what an error says, which is raised elsewhere
     "a tensor of shape {}",
     "{} items",
@@ -72,7 +81,7 @@ NO_MESSAGES = {
 
 
 # What has no words in Chinese either.
-SAME = {"dtype", "fan", "key", "digest", "{} -> {}", ", ", "{} of {}"} | {
+SAME = {"dtype", "fan", "key", "digest", "{} -> {}", ", ", ": ", "; ", "{} of {}"} | {
     "recipe {}, seed {}, stream {}",
     "recipe {}, seed {}, stream {}, digest {}",
 }
@@ -114,6 +123,8 @@ def strings(path):
 
 def messages_in(text):
     """What of a string is read by people: a comment, or all of what is no code."""
+    if MARKUP.search(text):  # of a page; what is read in it comes from elsewhere
+        return
     for line in text.split("\n"):
         comment = line.partition("# ")[2]
         if comment:

@@ -32,6 +32,7 @@ class ParameterStats:
         stats: of its starting values; None where it has none to read.
         grad: of its gradient in the first step.
         grad_norm: 2-norm of that gradient.
+        update: 2-norm of that step's update against its own; of a weight matrix that is not 0, where one was taken.
         distribution: the standard deviation that its layer's activation wants (He's, Xavier's or LeCun's); None if
             unknown.
         alike: whether all its rows are equal, and those of its gradient too.
@@ -43,6 +44,7 @@ class ParameterStats:
     stats: Stats | None
     grad: Stats | None = None
     grad_norm: float | None = None
+    update: float | None = None
     distribution: float | None = None
     alike: bool = False
     tiny: float = 0.0

@@ -112,8 +112,12 @@ def quiet() -> Iterator[None]:
         warnings.warn_explicit(text, one.category, one.filename, one.lineno)
 
 
-def observe_at_rest(training_step: TrainingStep) -> Evidence:
-    """What the batch, the parameters and the optimizer show before anything runs."""
+def observe_at_rest(training_step: TrainingStep, histograms: bool = False) -> Evidence:
+    """What the batch, the parameters and the optimizer show before anything runs.
+
+    Args:
+        histograms: whether its trace counts how outputs are distributed.
+    """
     for leaf in training_step.leaves:
         leaf.features = features(leaf.tensor)
     parameters, buffers = tensor_refs(training_step.model)
@@ -130,7 +134,7 @@ def observe_at_rest(training_step: TrainingStep) -> Evidence:
         training_step.optimizer,
         training_step.leaves,
         both,
-        Trace(training_step.model, storages, Flow(training_step.model, training_step.leaves)),
+        Trace(training_step.model, storages, Flow(training_step.model, training_step.leaves), histograms),
         fresh_optimizer=training_step.optimizer is None or not training_step.optimizer.state,
     )
 
@@ -273,16 +277,21 @@ def _driven(training_step: TrainingStep, evidence: Evidence) -> list[tuple[Tenso
 def _update(training_step: TrainingStep, evidence: Evidence, before: Sequence[tuple[Tensor, Tensor]]) -> float | None:
     """The size of the update that a step has made, against the weights."""
     assert training_step.optimizer is not None
-    if evidence.movement is None:
+    first = evidence.movement is None
+    if first:
         evidence.movement = movement.of_step(
             training_step.optimizer, training_step.model, training_step.referenced_modules, before
         )
-    weights = [(p.detach(), old) for p, old in before if p.dim() > 1]
+    weights = [(p, old) for p, old in before if p.dim() > 1]
     with torch.no_grad():
-        moved = foreach_sub([p for p, _ in weights], [old for _, old in weights]) if weights else []
-        size = norm_of([old for _, old in weights])
-        change = norm_of(list(moved))
-    return change / size if size and change is not None else None
+        moved = foreach_sub([p.detach() for p, _ in weights], [old for _, old in weights]) if weights else []
+        sizes, changes = list(_norms([old for _, old in weights])), list(_norms(list(moved)))
+    if first:
+        known = zip(weights, sizes, changes, strict=True)
+        ratios = {id(p): change / size for (p, _), size, change in known if size}
+        for one in evidence.parameters:
+            one.update = ratios.get(id(one.ref.tensor))
+    return math.hypot(*changes) / math.hypot(*sizes) if any(sizes) else None
 
 
 def take_step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> None:

@@ -1,14 +1,17 @@
 """What a diagnosis consists of, and how it is printed: places, causes, layers."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .._console import inline_listing, plain_data, table
 from ..distributed.collectives import listed
 from ..languages import Say, translator
+from .measurements import Measurements
 from .outcomes import in_words
 
 Kind: TypeAlias = Literal[
@@ -85,6 +88,22 @@ class Place:
         return " ".join(parts)
 
 
+class Said(NamedTuple):
+    """A cause in a language.
+
+    Args:
+        title: kind, severity and place.
+        lines: what happens, and how runs with and without a change went.
+        evidence: names and values.
+        remedy: what its remedy's code is called.
+    """
+
+    title: str
+    lines: list[str]
+    evidence: list[tuple[str, str]]
+    remedy: str
+
+
 @dataclass(frozen=True)
 class Cause:
     """One thing that is wrong, or about to go wrong.
@@ -116,6 +135,23 @@ class Cause:
     untreated: tuple[float, ...] = ()
     change: str = ""
     emulated: tuple[float, ...] = ()
+
+    def said(self, say: Say) -> Said:
+        """The cause as it is printed, without its remedy's code.
+
+        Args:
+            say: translates it.
+        """
+        where = str(self.place) or _WHERE.get(self.kind, "the model")
+        lines = [say(self.explanation)]
+        if self.emulated:
+            lines.append(say(_emulated(self)))
+        if self.trial:
+            lines.append(say(_compared(self)))
+        evidence = [(say(name), _short(value)) for name, value in self.evidence.items() if name != "error"]
+        how = ", tried" if self.tried else ", emulated: finite and falling" if self.emulated else ""
+        title = f"{say(self.kind)} ({say(self.severity)}): {say(where)}"
+        return Said(title, lines, evidence, say(f"remedy{how}:"))
 
     def to_dict(self) -> dict[str, Any]:
         """The cause as plain data, for JSON."""
@@ -179,6 +215,7 @@ class Diagnosis:
         verdicts: across ranks, the verdict of each, by global rank; empty otherwise.
         data: of a loader, what the scan of its batches found; None otherwise.
         batch_index: of a loader, the batch whose diagnosis it is, from 0; None otherwise.
+        measurements: what `save` and `plot` show beside the layers; None in a diagnosis that was made without them.
     """
 
     causes: tuple[Cause, ...]
@@ -191,6 +228,7 @@ class Diagnosis:
     verdicts: Mapping[int, Verdict] = field(default_factory=dict)
     data: Any = None  # a DataReport
     batch_index: int | None = None
+    measurements: Measurements | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -218,11 +256,58 @@ class Diagnosis:
             "verdicts": plain_data(dict(self.verdicts)),
             "batch_index": self.batch_index,
             "data": None if self.data is None else self.data.to_dict(),
+            "measurements": None if self.measurements is None else self.measurements.to_dict(),
         }
 
     def to_json(self) -> str:
         """The diagnosis as JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def save(self, path: str | os.PathLike[str], *, lang: str = "en") -> Path:
+        """Write the diagnosis as one HTML page that needs nothing else: no network, no other file.
+
+        Plots need matplotlib (pip install "initlab[plots]"); without it the page has tables in their places, and says
+        so.
+
+        Args:
+            path: of the page, ending in .html; its folder must exist. A file of that name is replaced.
+            lang: as of `text`.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            ValueError: for another ending, or another language.
+            OSError: if it cannot be written; then what was there before is still there.
+
+        Example:
+            >>> import tempfile, torch, initlab
+            >>> model, batch = torch.nn.Linear(2, 1), (torch.ones(4, 2), torch.zeros(4, 1))
+            >>> found = initlab.diagnose(model, batch, initlab.supervised(torch.nn.MSELoss()))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     found.save(f"{folder}/report.html").name
+            'report.html'
+        """
+        from ..pages import diagnosis_page, write_page
+
+        return write_page(path, lambda: diagnosis_page(self, lang))
+
+    def plot(self, *, lang: str = "en") -> Any:
+        """The plots of the page, as one matplotlib figure.
+
+        Args:
+            lang: as of `text`.
+
+        Returns:
+            A matplotlib.figure.Figure, which no window shows: `.savefig("report.png")`, or the last line of a cell.
+
+        Raises:
+            ImportError: where matplotlib is not installed.
+            ValueError: for another language.
+        """
+        from ..plots import diagnosis_panels, draw_panels
+
+        return draw_panels(diagnosis_panels(self, translator(lang)))
 
     def __str__(self) -> str:
         return self.text()
@@ -238,30 +323,28 @@ class Diagnosis:
             ValueError: for another language.
         """
         say = translator(lang)
-        lines = [self._headline(say), *self._ranks(say)]
+        verdict, *course = self.headline(lang)
+        ranks = [course.pop()] if self.verdicts else []
+        lines = [say(", ").join((verdict, *course)), *ranks]
         for number, cause in enumerate(self.causes, 1):
-            where = str(cause.place) or _WHERE.get(cause.kind, "the model")
-            lines += ["", f"{number}. {say(cause.kind)} ({say(cause.severity)}): {say(where)}"]
-            lines.append(f"   {say(cause.explanation)}")
-            if cause.emulated:
-                lines.append(f"   {say(_emulated(cause))}")
-            if cause.trial:
-                lines.append(f"   {say(_compared(cause))}")
-            if cause.evidence:
-                said = {name: _short(value) for name, value in cause.evidence.items() if name != "error"}
-                lines += (
-                    ["   " + say(", ").join(f"{say(name)} {value}" for name, value in said.items())] if said else []
-                )
+            said = cause.said(say)
+            lines += ["", f"{number}. {said.title}", *(f"   {line}" for line in said.lines)]
+            if said.evidence:
+                lines.append("   " + say(", ").join(f"{name} {value}" for name, value in said.evidence))
             if cause.remedy:
-                how = ", tried" if cause.tried else ", emulated: finite and falling" if cause.emulated else ""
-                lines.append(f"   {say(f'remedy{how}:')}")
-                lines += [f"       {line}" for line in say.code(cause.remedy).splitlines()]
+                lines += [f"   {said.remedy}", *(f"       {line}" for line in say.code(cause.remedy).splitlines())]
         if self.layers:
             lines += ["", self._table(say, width)]
         lines += [say(f"note: {note}") for note in self.notes]
         return "\n".join(lines)
 
-    def _headline(self, say: Say) -> str:
+    def headline(self, lang: str = "en") -> list[str]:
+        """What comes first, part by part: the verdict, the course of the loss, the ranks.
+
+        Args:
+            lang: as of `text`.
+        """
+        say = translator(lang)
         parts = [say(f"{'' if self.rank is None else f'rank {self.rank}, '}verdict: {self.verdict}")]
         if self.broke_at is not None:
             parts.append(say(f"broke in step {self.broke_at}"))
@@ -269,7 +352,7 @@ class Diagnosis:
             parts.append(f"{say('loss')} {say(in_words(self.losses))}")
         if self.gradient_norm is not None:
             parts.append(say(f"gradient norm {self.gradient_norm:.3g}"))
-        return say(", ").join(parts)
+        return [*parts, *self._ranks(say)]
 
     def _ranks(self, say: Say) -> Iterator[str]:
         alike: dict[Verdict, list[int]] = {}

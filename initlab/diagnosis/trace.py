@@ -19,6 +19,7 @@ from .._tree import tensors_in
 from ..models.fans import compute_fans
 from ..models.naming import walk
 from . import names
+from .histograms import count
 from .limits import LIMITS
 from .losses import LossCall, Stopped, hinge_of_bits, loss_call, multiplies, shapes
 from .slopes import Slopes
@@ -54,6 +55,7 @@ class Call:
         output: of its first floating output.
         activation: the function that its output went through, "" if none was seen.
         activated: of that function's output.
+        counts, activated_counts: histograms of both, for `histograms.read`, where they are asked for.
         edge: share of that output near the ends of tanh or sigmoid.
         recorded: whether its output can pass a gradient on; not under no_grad().
         reads_batch: paths of the leaves of the batch that it got unchanged.
@@ -67,6 +69,8 @@ class Call:
         self.output: Stats | None = None
         self.activation = ""
         self.activated: Stats | None = None
+        self.counts: Tensor | None = None
+        self.activated_counts: Tensor | None = None
         self.edge = 0.0
         self.recorded = True
         self.reads_batch: list[tuple[Any, ...]] = []
@@ -164,6 +168,12 @@ class ModuleMode(TorchFunctionMode):
 class Trace(ModuleMode):
     """Observes a forward pass. Use as a context manager around the call of loss_fn.
 
+    Args:
+        model: the model.
+        batch_storages: paths of the leaves of the batch, by `storage_of`.
+        flow: follows the tensors of the batch.
+        histograms: whether to count how outputs are distributed.
+
     Attributes:
         calls: of modules, in the order in which they began.
         losses: of loss functions.
@@ -179,10 +189,15 @@ class Trace(ModuleMode):
     """
 
     def __init__(
-        self, model: nn.Module, batch_storages: Mapping[int, tuple[Any, ...]], flow: Flow | None = None
+        self,
+        model: nn.Module,
+        batch_storages: Mapping[int, tuple[Any, ...]],
+        flow: Flow | None = None,
+        histograms: bool = False,
     ) -> None:
         super().__init__(model)
         self.flow = flow
+        self.histograms = histograms
         self.slopes = Slopes()
         if flow is not None:
             flow.slopes = self.slopes
@@ -258,6 +273,8 @@ class Trace(ModuleMode):
                 self.makers.setdefault(getattr(node, "_forward_cls"), call.path)  # noqa: B009
             call.recorded = tensor.requires_grad or physical(tensor).requires_grad
             call.output = measure(tensor)
+            if self.histograms and self._counts[module] == 1:
+                call.counts = count(tensor)
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call
 
@@ -299,6 +316,8 @@ class Trace(ModuleMode):
                 within = bool(self._open) and self._open[-1].is_layer
                 layer = self.flow.called(name, args, kwargs, out, within)
             if layer is not None:
+                if self.histograms:
+                    layer.counts = count(out)
                 self.calls.append(layer)
                 self._makers[id(out)] = weakref.ref(out), layer
         if name == "grad":
@@ -343,6 +362,8 @@ class Trace(ModuleMode):
         elif not call.activation:
             call.activation = name
             call.activated = measure(out)
+            if call.counts is not None:
+                call.activated_counts = count(out)
             if name in ("tanh", "sigmoid"):
                 call.edge = edge_share(out, name)
 

@@ -23,6 +23,7 @@ from .budget import Budget
 from .emulation import emulated
 from .evidence import Evidence
 from .limits import LIMITS
+from .measurements import collect
 from .outcomes import Outcome
 from .probes import LossFn, TrainingStep, UsageError, quiet
 from .report import Cause, Diagnosis, LayerRow
@@ -166,6 +167,7 @@ def diagnose_alone(
                 evidence, found = _observed(training_step, steps, time_left, on_stage)
             finally:
                 training_step.snapshot.restore()
+            measurements = collect(evidence, found)
     return Diagnosis(
         causes=tuple(found),
         losses=tuple(evidence.losses),
@@ -179,6 +181,7 @@ def diagnose_alone(
             *_without_gradients(evidence),
             *_close_calls(evidence),
         ),
+        measurements=measurements,
     )
 
 
@@ -186,7 +189,7 @@ def _observed(
     training_step: TrainingStep, steps: int | None, budget: Budget, on_stage: Callable[[str], None], depth: int = _DEPTH
 ) -> tuple[Evidence, list[Cause]]:
     """The evidence, and the causes with their remedies."""
-    evidence = probes.observe_at_rest(training_step)
+    evidence = probes.observe_at_rest(training_step, histograms=depth == _DEPTH)
     if probes.runnable(evidence):
         on_stage("running the model under observation")
         start = time.monotonic()

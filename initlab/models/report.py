@@ -2,20 +2,22 @@
 
 import copy
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from initlab.kernels import STREAM_VERSION, Distribution
 
 from .._console import table
 from ..languages import translator
 from .digest import ModelDigest, model_digest
-from .naming import Names
+from .naming import Names, tensor_refs
 from .specs import DimSlice
 
 
@@ -165,21 +167,77 @@ class InitReport:
             ValueError: for another language.
         """
         say = translator(lang)
+        head, rows = self.cells()
+        spare = [say(name) for name in ("digest", "key", "fan", "dtype")]
+        return "\n".join([table([*map(say, head)], rows, width=width, spare=spare), *self.summary(lang)])
+
+    def summary(self, lang: str = "en") -> list[str]:
+        """What is printed under the table.
+
+        Args:
+            lang: as of `text`.
+        """
+        say = translator(lang)
         total = sum(row.numel for row in self.rows)
+        digest = "" if self.digests is None else f", digest {self.digests.total}"
+        recipe = f"recipe {self.recipe}, seed {self.seed}, stream {self.stream}{digest}"
+        lines = [say(f"{len(self.rows)} tensors, {total:,} elements: {recipe}")]
+        if self.guesses:
+            lines.append(say(f"* {len(self.guesses)} guessed, from names or from the order of modules"))
+        return lines
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table: its head, in English, and its rows."""
         head = ["name", "shape", "dtype", "distribution", "fan", "std", "key", "why"]
         rows = [self._cells(row) for row in self.rows]
         if self.digests is not None:
             head.insert(7, "digest")
             for cells, row in zip(rows, self.rows, strict=True):
                 cells.insert(7, self.digests.parameters.get(row.name, ""))
-        spare = [say(name) for name in ("digest", "key", "fan", "dtype")]
-        lines = [table([*map(say, head)], rows, width=width, spare=spare)]
-        digest = "" if self.digests is None else f", digest {self.digests.total}"
-        recipe = f"recipe {self.recipe}, seed {self.seed}, stream {self.stream}{digest}"
-        lines.append(say(f"{len(self.rows)} tensors, {total:,} elements: {recipe}"))
-        if self.guesses:
-            lines.append(say(f"* {len(self.guesses)} guessed, from names or from the order of modules"))
-        return "\n".join(lines)
+        return head, rows
+
+    def save(self, path: str | os.PathLike[str], *, lang: str = "en") -> Path:
+        """Write the report as one HTML page that needs nothing else.
+
+        Args:
+            path: of the page, ending in .html; its folder must exist.
+            lang: as of `text`.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            ValueError: for another ending, or another language.
+            OSError: if it cannot be written; then what was there before is still there.
+        """
+        from ..pages import plan_page, write_page
+
+        return write_page(path, lambda: plan_page(self, lang))
+
+    def plot(self, *, lang: str = "en") -> Any:
+        """The standard deviations by depth, beside what keeps the signal's size, as a matplotlib figure.
+
+        Args:
+            lang: as of `text`.
+
+        Returns:
+            A matplotlib.figure.Figure, which no window shows. Where the model is there, it also shows the values now.
+
+        Raises:
+            ImportError: where matplotlib is not installed.
+            ValueError: for another language.
+        """
+        from ..plots import draw_panels, plan_panels
+
+        return draw_panels(plan_panels(self, translator(lang)))
+
+    def parameters_now(self) -> dict[str, Tensor]:
+        """The plain parameters of the report's model by name, as they are; empty where the model is not there."""
+        model = self._model()
+        if model is None:
+            return {}
+        parameters, _ = tensor_refs(model, self._names)
+        return {ref.name: ref.tensor for ref in parameters if ref.kind == "plain"}
 
     def _cells(self, row: Row) -> list[str]:
         distribution = row.source if row.distribution is None else str(row.distribution)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import linecache
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,32 @@ class ScriptReport:
             lang, width: as of `Diagnosis.text`.
         """
         say = translator(lang)
+        lines = self.summary(lang)
+        if self.diagnosis is not None:
+            lines += ["", self.diagnosis.text(lang, width)]
+            if self.shows_preamble:
+                lines += ["", say("In the script, the names of the remedy are:"), f"    {self.preamble}"]
+        return "\n".join(lines)
+
+    @property
+    def shows_preamble(self) -> bool:
+        """Whether there is a remedy whose names the preamble gives."""
+        return bool(self.preamble) and self.diagnosis is not None and any(c.remedy for c in self.diagnosis.causes)
+
+    def summary(self, lang: str = "en") -> list[str]:
+        """The report without its diagnosis: what became of the script, where it was stopped, notes.
+
+        Args:
+            lang: as of `text`.
+        """
+        say = translator(lang)
         name = Path(self.script).name
         notes = [say(note) for note in self.notes]
         if not self.stopped:
             if not self.steps:
-                return "\n".join([say(f"{name}: no backward pass was seen"), *notes])
+                return [say(f"{name}: no backward pass was seen"), *notes]
             fell = f", loss {self.first:.4g} -> {self.last:.4g}" if math.isfinite(self.first) else ""
-            return "\n".join([say(f"{name}: {self.steps} steps{fell}, nothing to report"), *notes])
+            return [say(f"{name}: {self.steps} steps{fell}, nothing to report"), *notes]
         file, line = self.place
         if self.over:
             lines = [say(f"{name}: ended after {self.steps} steps: {self.stopped}")]
@@ -95,9 +115,20 @@ class ScriptReport:
             lines = [say(f"{name}: stopped in step {self.steps}: {self.stopped}")]
         if line:
             lines.append(f"  {Path(file).name}:{line}: {linecache.getline(file, line).strip()}")
-        lines += [f"  {note}" for note in notes]
-        if self.diagnosis is not None:
-            lines += ["", self.diagnosis.text(lang, width)]
-            if self.preamble and any(cause.remedy for cause in self.diagnosis.causes):
-                lines += ["", say("In the script, the names of the remedy are:"), f"    {self.preamble}"]
-        return "\n".join(lines)
+        return lines + [f"  {note}" for note in notes]
+
+    def save(self, path: str | os.PathLike[str], *, lang: str = "en") -> Path:
+        """Write the report as one HTML page, with its diagnosis.
+
+        Args:
+            path, lang: as of `Diagnosis.save`.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            OSError, ValueError: as of `Diagnosis.save`.
+        """
+        from ..pages import script_page, write_page
+
+        return write_page(path, lambda: script_page(self, lang))
