@@ -16,6 +16,7 @@ PAGES = [("README.md", 4), ("docs/sampling.md", 1), ("docs/linear-relu.md", 2), 
 
 
 @pytest.mark.parametrize(("page", "blocks"), PAGES)
+@pytest.mark.long_if(lambda page, blocks: page == "docs/guard.md")  # diagnoses take seconds
 @pytest.mark.filterwarnings("default")  # as for a reader
 def test_code_runs_and_prints_what_the_page_shows(page, blocks, tmp_path, monkeypatch):
     """Blocks of one page run one after the other, as a reader would paste them; `...` stands for lines left out."""

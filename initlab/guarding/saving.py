@@ -91,8 +91,6 @@ def save(
         if found.diagnosis is not None:
             data, page = folder / f"{name}.json", folder / f"{name}.html"
             data.write_text(found.diagnosis.to_json(), encoding="utf-8")
-            saved.append(data)
-            if hasattr(found.diagnosis, "save"):
-                found.diagnosis.save(page)
-                saved.append(page)
+            found.diagnosis.save(page)
+            saved += [data, page]
     return tuple(saved)

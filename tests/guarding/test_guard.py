@@ -174,14 +174,13 @@ def test_raise_saves_and_leaves_no_hooks(tmp_path):
     assert hooks(optimizer) == []
     assert not hasattr(optimizer, "_initlab_clipper")
     names = [path.name for path in guard.saved]
-    pages = ["step-2.html"] if hasattr(initlab.Diagnosis, "save") else []
-    assert names == ["step-2-batch.pt", "step-2.txt", "step-2.json", *pages]
+    assert names == ["step-2-batch.pt", "step-2.txt", "step-2.json", "step-2.html"]
     saved = torch.load(guard.saved[0], weights_only=True)
     assert torch.equal(saved["batch"][0], batches(1)[1][0]) or saved["batch"][0].isnan().sum() == 1
     assert saved["step"] == 2
     assert saved["buffers"]["1.running_mean"].isfinite().all()
     assert json.loads(guard.saved[2].read_text())["verdict"] == "broken"
-    assert all("<html" in path.read_text() for path in guard.saved[3:])
+    assert "<html" in guard.saved[3].read_text()
 
 
 def test_propagate_diagnoses_before_it_steps():
@@ -320,6 +319,7 @@ def test_a_device_that_is_a_step_behind():
     assert guard.diagnosis.causes[0].kind == "input"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of inductor's own imports
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.long_if(lambda backend: backend != "eager")
 def test_compiled_models(backend):

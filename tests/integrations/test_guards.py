@@ -34,8 +34,7 @@ def check(report, model, folder, step, micro_batch=None):
     cause = found.diagnosis.causes[0]
     assert (found.diagnosis.verdict, cause.kind, cause.place.feature) == ("broken", "input", 1)
     names = {path.name for path in folder.iterdir()}
-    pages = {f"step-{step}.html"} if hasattr(initlab.Diagnosis, "save") else set()
-    assert {f"step-{step}-batch.pt", f"step-{step}.json", f"step-{step}.txt", *pages} == names
+    assert {f"step-{step}-batch.pt", f"step-{step}.json", f"step-{step}.txt", f"step-{step}.html"} == names
     torch.load(folder / f"step-{step}-batch.pt", weights_only=True)
 
 
