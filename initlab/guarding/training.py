@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from initlab.kernels import eagerly
+
 from .._console import warn
 from ..clipping import GradClipper, SpikePolicy
 from ..clipping.optimizers import hooked_optimizer
@@ -137,7 +139,6 @@ class TrainingGuard:
         self._step_optimizers()
         return loss.detach()
 
-    @torch.compiler.disable
     def batch(self, batch: T) -> T:
         """Say that a batch is about to run, in a loop of your own: `for batch in map(guard.batch, loader):`.
 
@@ -150,10 +151,12 @@ class TrainingGuard:
             The batch.
         """
         self._refuse_removed()
-        self._passes.append(ForwardPass(batch, self._keeper.take()))
+        eagerly(self._note_batch, batch)
         return batch
 
-    @torch.compiler.disable
+    def _note_batch(self, batch: Any) -> None:
+        self._passes.append(ForwardPass(batch, self._keeper.take()))
+
     def loss(self, loss: Tensor) -> Tensor:
         """Say what the loss of the batch is, in a loop of your own: `guard.loss(loss).backward()`.
 
@@ -165,9 +168,12 @@ class TrainingGuard:
         Returns:
             The loss.
         """
+        eagerly(self._note_loss, loss)
+        return loss
+
+    def _note_loss(self, loss: Tensor) -> None:
         if self._passes and not self._busy:
             self._passes[-1].losses.append(loss.detach())
-        return loss
 
     def _forward_backward(self, batch: Any) -> Tensor:
         for one in self._given:
