@@ -25,13 +25,13 @@ def mlp(width, norm):
         for _ in range(4)
         for module in (nn.Linear(width, width), nn.BatchNorm1d(width) if norm else nn.Identity(), nn.ReLU())
     ]
-    return nn.Sequential(*layers), (torch.randn(128, width),)
+    return nn.Sequential(*layers), (torch.randn(256, width),)
 
 
 def transformer(width):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(width, 16, 4 * width, dropout=0.1, batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), (torch.randn(2, 64, width),)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), (torch.randn(4, 64, width),)
 
 
 MODELS = {
