@@ -32,3 +32,29 @@ def test_code_runs_and_prints_what_the_page_shows(page, blocks, tmp_path, monkey
             exec(compile(code, page, "exec"), scope)
         same = doctest.OutputChecker().check_output(wanted, printed.getvalue(), doctest.ELLIPSIS)
         assert same, f"the page shows\n{wanted}\nand its code prints\n{printed.getvalue()}"
+
+
+def test_the_chinese_readme_shows_the_same():
+    """The same code, the same output, and the same figures."""
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+    for pattern in (r"```.*?```", r"^ {4}\S.*$", r"^\|.*?\| (.*)$"):
+        shown = [
+            re.findall(pattern, page, re.DOTALL if "```" in pattern else re.MULTILINE) for page in (english, chinese)
+        ]
+        shown = [[row for row in rows if "ratio" not in row and "\u500d" not in row] for rows in shown]
+        assert shown[0] == shown[1] != []
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", *map(str, sorted((ROOT / "docs").glob("*.md")))]
+)
+def test_links_lead_somewhere(page):
+    """Links to files of the project and to headings in them."""
+    path = ROOT / page
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+        other = path.parent / target if target else path
+        assert other.exists(), f"{page} links to {target}"
+        if heading and other.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+            assert heading in anchors, f"{page} links to {target}#{heading}"

@@ -6,9 +6,10 @@ it shows; checks/ finds causes; fixes.py writes remedies; report.py is what is p
 communicating.
 """
 
-from .objectives import inspect_objective
+from .objectives import inspect_memory, inspect_objective
 from .probes import UsageError
 from .ranks import CommunicatesError
+from .reasons import Operation, reason
 from .report import Cause, Diagnosis, LayerRow, Place
 from .workflow import diagnose, diagnose_alone, supervised
 
@@ -17,10 +18,13 @@ __all__ = [
     "CommunicatesError",
     "Diagnosis",
     "LayerRow",
+    "Operation",
     "Place",
     "UsageError",
     "diagnose",
     "diagnose_alone",
+    "inspect_memory",
     "inspect_objective",
+    "reason",
     "supervised",
 ]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._tree import tensors_in
-from . import graph, movement
+from . import movement
 from .batch import Leaf, mapped
 from .cuts import Cuts
+from .derivatives import Functions, bad_backward
 from .evidence import Evidence
 from .limits import LIMITS
 from .origin import Search
@@ -48,17 +49,19 @@ def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
         training_step.snapshot.restore()
 
 
-def find_forgetful(training_step: TrainingStep, evidence: Evidence) -> None:
-    """Look for a torch.autograd.Function of the user's whose backward() ignores the gradient that it gets."""
+def find_bad_backward(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Look for a torch.autograd.Function of the user's whose backward() is not the derivative of its forward()."""
     training_step.snapshot.restore()
     training_step.clear_gradients()
+    functions = Functions()
     try:
-        with evidence.trace.modules.hooked():
-            evidence.forgetful = graph.forgetful(training_step.loss(), evidence.trace.makers)
+        with evidence.trace.modules.hooked(), functions.recorded():
+            loss = training_step.loss()
+        evidence.backward = bad_backward(loss, functions, evidence.trace.makers)
     except FOR_THE_CALLER:
         raise
     except Exception:
-        evidence.forgetful = None
+        evidence.backward = None
     finally:
         training_step.snapshot.restore()
 

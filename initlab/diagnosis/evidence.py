@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,17 @@ from ..models.fans import compute_fans
 from ..models.naming import TensorRef
 from .batch import Leaf
 from .cuts import Cut
-from .graph import FunctionCall, SilentNode
+from .derivatives import BadBackward
+from .graph import SilentNode
 from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
 from .outcomes import Outcome
 from .stats import Stats, sample, stored
 from .trace import Call, Trace
+
+if TYPE_CHECKING:
+    from .recall import Forgotten
 
 
 @dataclass
@@ -128,9 +132,11 @@ class Evidence:
     fresh_optimizer: bool = True  # whether it had taken no step before
     mixed: list[str] = field(default_factory=list)  # layers that take the batch for time
     custom: bool = False  # whether the graph has a torch.autograd.Function of the user's
-    forgetful: tuple[str, FunctionCall] | None = None  # an autograd.Function that ignores the gradient that it gets
+    backward: BadBackward | None = None  # of an autograd.Function of the user's
     kept_graph: str = ""  # a tensor of a module that has a graph of an earlier step
     cut: Cut | None = None  # the first operation that a gradient should pass and does not
+    forgotten: Forgotten | None = None  # a recurrence whose first steps get no gradient
+    constant_derivative: bool = False  # whether the loss uses a derivative that has no graph
     negated: bool = False  # whether the loss begins with a minus
     movement: Movement | None = None  # of the first step that an optimizer took
     silent: list[SilentNode] = field(default_factory=list)  # operations that make a gradient of 0 of one that is not

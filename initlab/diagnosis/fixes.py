@@ -5,6 +5,7 @@ Where several may fit, the best is first; `diagnose` tries them on the user's ow
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -118,6 +119,31 @@ def reshape(leaf: Leaf | None, batch: Any, shape: tuple[int, ...]) -> list[str]:
     sizes = ", ".join(map(str, (-1, *shape[1:])))
     advice = "# in the loss function: target.reshape(prediction.shape)"
     return [*([leaf.rebind(batch, f"{leaf.value}.reshape({sizes})")] if leaf is not None else []), advice]
+
+
+def without_rows(leaves: Sequence[Leaf], batch: Any, rows: Sequence[int]) -> list[str]:
+    """The batch without some rows; nothing where its tensors are not of equally many."""
+    held = [leaf for leaf in leaves if leaf.tensor.dim()]
+    counts = {len(leaf.tensor) for leaf in held}
+    if len(counts) != 1 or len(rows) >= (count := counts.pop()) or max(rows) >= count:
+        return []
+    bad = ", ".join(map(str, rows)) + ("," if len(rows) == 1 else "")
+    keep = f"rows = [row for row in range({count}) if row not in ({bad})]"
+    return ["\n".join([keep, *(leaf.rebind(batch, f"{leaf.value}[rows]") for leaf in held)])]
+
+
+def positive_outputs() -> str:
+    """A model whose outputs are above 0; its parameters are the same ones."""
+    return "model = torch.nn.Sequential(model, torch.nn.Softplus())"
+
+
+def short_embeddings() -> str:
+    """Embeddings of length 1, whose products are below 1."""
+    return (
+        "for module in model.modules():\n"
+        "    if isinstance(module, torch.nn.Embedding):\n"
+        "        torch.nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)"
+    )
 
 
 def positive(leaf: Leaf, batch: Any) -> str:
@@ -325,10 +351,11 @@ def smaller_rate(factor: float, optimizer: Any) -> str:
 def usual_rates(optimizer: Any) -> list[str]:
     """Rates to begin with: what an optimizer was made with by default, and less."""
     adaptive = any("betas" in group or "eps" in group for group in optimizer.param_groups)
-    return [
-        f'for group in optimizer.param_groups:\n    group["lr"] = {x}'
-        for x in ((1e-3, 1e-4) if adaptive else (1e-2, 1e-3))
-    ]
+    rates: tuple[float, ...] = (1e-3, 1e-4) if adaptive else (1e-2, 1e-3)
+    own = inspect.signature(type(optimizer)).parameters.get("lr")
+    if own is not None and isinstance(own.default, float) and own.default > 10 * rates[0]:
+        rates = (own.default, *rates)  # Adadelta's is 1
+    return [f'for group in optimizer.param_groups:\n    group["lr"] = {x}' for x in rates]
 
 
 def planned_rate() -> str:

@@ -31,6 +31,8 @@ _PRODUCTS = frozenset(
         *("rnn_tanh_cell", "rnn_relu_cell", "multi_head_attention_forward", "mv", "addmv"),
     )
 )
+_DRAWS = frozenset(("randn", "randn_like", "normal", "normal_"))
+_RESHAPING = frozenset(("view", "reshape", "to", "float", "contiguous", "squeeze", "unsqueeze", "flatten", "detach"))
 _LOOKUPS = frozenset(("embedding", "embedding_bag"))
 _JOINING = frozenset(("cat", "concat", "concatenate", "stack", "hstack", "vstack", "column_stack", "dstack"))
 _DISTANCES = frozenset(("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "sub", "rsub", "gaussian_nll_loss"))
@@ -45,11 +47,23 @@ Path = tuple[Any, ...]
 
 
 class _Entry(NamedTuple):
-    """What a tensor was made of: leaves of the batch, parameters, and whether any of it came past all of them."""
+    """What a tensor was made of.
+
+    Args:
+        paths: leaves of the batch.
+        weights: whether parameters are among it.
+        raw: whether any of it came past all of them.
+        drawn: the random draws among it, by number.
+        draw: the one that it is, in another shape at most; 0 for none.
+        cut: whether it is made of a derivative that autograd.grad() gave without a graph.
+    """
 
     paths: frozenset[Path] = frozenset()
     weights: bool = False
     raw: bool = False
+    drawn: frozenset[int] = frozenset()
+    draw: int = 0
+    cut: bool = False
 
 
 @dataclass
@@ -138,6 +152,8 @@ class Flow:
         self.arrivals: list[Arrival] = []
         self.compared: dict[Path, Comparison] = {}
         self.read: set[Path] = set()
+        self.noise = ""  # a loss function whose target is a draw that the model does not see
+        self.draws = 0
         self._weights = {storage_of(p): name for name, p in model.named_parameters()}
         self._sizes = {name: p.dim() for name, p in model.named_parameters()}
         self._leaves = {id(leaf.tensor): leaf.path for leaf in leaves}
@@ -176,15 +192,33 @@ class Flow:
             compares = self._comparison(name, tensors, entries)
             if compares and name in ("sub", "rsub") and self.slopes is not None:
                 self.slopes.compared(name, made[0])
-        known = [entry for entry in entries if entry is not None]
+        entry = self._made(name, kwargs, [one for one in entries if one is not None], tensors)
+        if entry != _Entry():
+            for tensor in made:
+                self._entries[id(tensor)] = weakref.ref(tensor), entry
+        return found
+
+    def _made(self, name: str, kwargs: Any, known: list[_Entry], tensors: list[Tensor]) -> _Entry:
+        """What a function's results are made of."""
+        if name in _DRAWS:  # randn_like reads a shape, and no values
+            self.draws += 1
+            return _Entry(drawn=frozenset((self.draws,)), draw=self.draws)
         paths = frozenset().union(*(entry.paths for entry in known)) if known else frozenset()
         self.read |= paths
         weights = any(entry.weights for entry in known)
         raw = any(entry.raw for entry in known) if name in _JOINING else bool(paths) and not weights
-        if paths or weights:
-            for tensor in made:
-                self._entries[id(tensor)] = weakref.ref(tensor), _Entry(paths, weights, raw)
-        return found
+        drawn = frozenset().union(*(entry.drawn for entry in known)) if known else frozenset()
+        draw = known[0].draw if len(known) == 1 and name in _RESHAPING else 0
+        meets = name in _PRODUCTS and any(storage_of(tensor) in self._weights for tensor in tensors)
+        cut = any(entry.cut for entry in known) and not meets  # what the model then gets is data: an attack's steps
+        if name == "grad" and not kwargs.get("create_graph"):
+            cut = not any(storage_of(tensor) in self._weights for tensor in tensors)
+        return _Entry(paths, weights, raw, drawn, draw, cut)
+
+    def uses_constant_derivative(self, loss: Tensor) -> bool:
+        """Whether a loss is made of a derivative that is a constant to the optimizer."""
+        entry = self._entry(loss)
+        return entry is not None and entry.cut
 
     def _entry(self, tensor: Tensor) -> _Entry | None:
         known = self._entries.get(id(tensor))
@@ -236,6 +270,9 @@ class Flow:
             return False
         compares = False
         for (target, entry), (prediction, other) in (sides, sides[::-1]):
+            alone = entry.draw and not entry.paths and not entry.weights and other.weights
+            if alone and entry.draw not in other.drawn and op in _DISTANCES and target.shape == prediction.shape:
+                self.noise = op
             if entry.raw and not entry.weights and other.weights and not other.raw:
                 compares = True
                 for path in entry.paths:

@@ -132,7 +132,7 @@ class Graph:
                 given = any(isinstance(g, Tensor) and bool(g.any()) for g in from_outputs)
                 silent = [n for n, g in made if n is not None and not bool(g.any())]
                 if len(found) < _MOST_SILENT and silent and given:
-                    op = _function_of(node).__name__ if is_custom(node) else names.of_node(node.name())
+                    op = function_of(node).__name__ if is_custom(node) else names.of_node(node.name())
                     call = self.calls.get(node) or FunctionCall("", None)
                     op = op if is_custom(node) or not call.name else call.name
                     found.append(SilentNode(op, call, len(silent) == len(made), _leaves_behind(silent)))
@@ -170,7 +170,7 @@ class Graph:
                 before = (float(g.abs().max()) for g in reached if g.numel())
                 call = self.calls.get(node) or FunctionCall("", None)
                 custom = is_custom(node)
-                op = _function_of(node).__name__ if custom else names.of_node(node.name())
+                op = function_of(node).__name__ if custom else names.of_node(node.name())
                 found.append(BadNode(op, custom, call, flag, dtype, max(before, default=0.0)))
 
         return inspect
@@ -210,43 +210,6 @@ def has_custom(loss: Tensor) -> bool:
     return False
 
 
-def forgetful(loss: Tensor, makers: dict[type, str]) -> tuple[str, FunctionCall] | None:
-    """The first torch.autograd.Function of the user's whose backward() gives the same whatever it gets.
-
-    Args:
-        makers: paths of modules by the functions whose results they put out.
-    """
-    seen, stack, known = set(), [loss.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        stack += [n for n, _ in node.next_functions]
-        if not is_custom(node) or _function_of(node) in known:
-            continue
-        known.add(_function_of(node))
-        if _ignores_gradient(node):
-            return _function_of(node).__name__, FunctionCall("", makers.get(_function_of(node)))
-    return None
-
-
-def _ignores_gradient(node: Any) -> bool:
-    """Whether a node's gradients are the same, and not 0, for a gradient that is a thousandth as large."""
-    try:
-        with torch.no_grad():
-            ones = [torch.ones(m.shape, dtype=m.dtype, device=m.device) for m in node._input_metadata]
-            made = [_as_tuple(node.apply(*(x * size for x in ones))) for size in (1.0, 1e-3)]
-            large, small = ([g for g in each if isinstance(g, Tensor)] for each in made)
-            return bool(large) and all(bool(a.any()) and torch.equal(a, b) for a, b in zip(large, small, strict=True))
-    except Exception:  # a backward() that takes other gradients than these
-        return False
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
 def names_of_nodes(loss: Tensor) -> set[str]:
     """The names of all nodes behind a loss."""
     found, seen, stack = set(), set(), [loss.grad_fn]
@@ -275,10 +238,10 @@ def _leaves_behind(nodes: Iterable[Any]) -> set[int]:
 
 def is_custom(node: Any) -> bool:
     """Whether a node is of a torch.autograd.Function that is not torch's own."""
-    return isinstance(node, BackwardCFunction) and not _function_of(node).__module__.startswith("torch.")
+    return isinstance(node, BackwardCFunction) and not function_of(node).__module__.startswith("torch.")
 
 
-def _function_of(node: Any) -> type:
+def function_of(node: Any) -> type:
     """The torch.autograd.Function that a node is of."""
     return node._forward_cls
 

@@ -7,13 +7,14 @@ begin from the same start and random state, take as many steps, and are measured
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from . import emulation, trials
 from .budget import Budget
-from .checks import Finding, guesses, of_little, of_rise, of_standstill
+from .checks import Finding, guesses, of_little, of_rise, of_standstill, of_values
 from .evidence import Evidence
 from .fixes import smaller_rate
 from .limits import LIMITS
@@ -99,6 +100,9 @@ def judge(
     if not ranked:
         return []
     first, behind = _completed(training_step, ranked[0], untreated, budget, observe, depth)
+    only_said = bool(first.remedy) and not trials.is_code(first.remedy)
+    if only_said and untreated.effect == "breaks" and not behind and evidence.trace.slopes.wrong is None:
+        first = _with_other_values(training_step, evidence, first, untreated, budget)
     # Beside a first cause whose remedy is enough, suspicions are what it leads to.
     rest = [_cause(one, untreated) for one in ranked[1:] if not (first.tried and one.finding.suspicion)]
     return [first, *rest, *(one for one in behind if one.kind not in {c.kind for c in (first, *rest)})]
@@ -311,6 +315,26 @@ def _completed(
         return _cause(Tried(found, both, outcome), untreated, change), behind
     worth = outcome.losses and behind and second_kind != found.kind
     return _cause(Tried(found, both if worth else one.remedy), untreated), behind
+
+
+def _with_other_values(
+    training_step: TrainingStep, evidence: Evidence, first: Cause, untreated: Outcome, budget: Budget
+) -> Cause:
+    """A cause whose advice only its author can follow, with what keeps its operation from the values it fails on."""
+    for code, change in of_values(evidence)[: LIMITS.suspects]:
+        if not budget.allows_a_run():
+            break
+        outcome = trials.run(training_step, code, budget)
+        if outcome.effect == "falls" and not outcome.fails and outcome.losses[-1] > -LIMITS.absurd:
+            return dataclasses.replace(
+                first,
+                remedy=f"{first.remedy}\n{code}",
+                tried=True,
+                trial=outcome.losses,
+                untreated=untreated.losses,
+                change=change,
+            )
+    return first
 
 
 def _cause(one: Tried, untreated: Outcome, change: str | None = None) -> Cause:

@@ -44,6 +44,7 @@ class Limits(NamedTuple):
     gradient_ratio: float = 1e4  # largest against smallest typical gradient over depth
     gradient_norm: float = 1e3  # per unit of loss: a step at a rate of 1e-3 moves weights by their own size
     gradient_norm_in_time: float = 1e2  # likewise, where a module runs again and again: each run multiplies
+    forgotten: float = 1e-6  # the gradient of the first steps in time against the last ones
     recurrence: int = 10  # calls, or time steps, that make depth in time the suspect
 
     # Learning rate

@@ -1,4 +1,4 @@
-"""inspect_objective(): one step, and only what is wrong with its loss function, whatever the loss does."""
+"""Looks at one thing only, whatever the loss does: the calls of loss functions, the gradient in time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .budget import Budget
 from .checks import of_objective
 from .limits import LIMITS
 from .probes import LossFn, TrainingStep, quiet
-from .report import Diagnosis
+from .recall import find_forgotten
+from .report import Cause, Diagnosis, Place
 
 
 def inspect_objective(
@@ -53,3 +54,37 @@ def inspect_objective(
         finally:
             training_step.snapshot.restore()
     return Diagnosis(tuple(causes), losses=tuple(evidence.losses))
+
+
+def inspect_memory(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFn,
+    optimizer: Optimizer | None = None,
+    *,
+    steps: int | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Diagnosis:
+    """Look at how far back in time the gradient of a recurrent model goes, for a run that is known to learn nothing.
+
+    Args:
+        model, batch, loss_fn, optimizer: as for `diagnose`.
+        steps: not used; one pass is enough.
+        on_stage: called with a description of each stage as it begins.
+
+    Returns:
+        A `Diagnosis`, with no causes where the first steps in time are not forgotten.
+    """
+    on_stage("following the gradient in time")
+    with quiet(), ranks.without_collectives():
+        training_step = TrainingStep(model, batch, loss_fn, optimizer)
+        try:
+            found = find_forgotten(training_step)
+        finally:
+            training_step.snapshot.restore()
+    if found is None:
+        return Diagnosis(())
+    facts = {"steps in time": found.steps, "first steps against last": found.ratio}
+    return Diagnosis(
+        (Cause("gradient", "warning", Place(module=found.module), found.explanation, facts, found.remedy),)
+    )

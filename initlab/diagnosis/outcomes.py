@@ -28,10 +28,12 @@ class Outcome(NamedTuple):
     @property
     def effect(self) -> Effect:
         """What the loss did; "" where nothing ran."""
-        if not self.ran or len(self.losses) < 2:
+        if not self.ran or not self.losses:
             return ""
         if not all(map(math.isfinite, self.losses)):
             return "breaks"
+        if len(self.losses) < 2:
+            return ""
         first, last = self.losses[0], self.losses[-1]
         if self.constant and first - last > LIMITS.stays * abs(first):
             return "plateau"

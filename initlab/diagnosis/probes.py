@@ -166,6 +166,8 @@ def observe_steps(
                     loss = training_step.loss()
                 evidence.negated = graph.is_negated(loss)
                 evidence.custom = graph.has_custom(loss)
+                if evidence.trace.flow is not None:
+                    evidence.constant_derivative = evidence.trace.flow.uses_constant_derivative(loss)
                 if evidence.trace.differentiates:
                     evidence.nodes = graph.names_of_nodes(loss)
             else:

@@ -56,6 +56,7 @@ class Reason(NamedTuple):
         facts: numbers, for the evidence.
         parameter: the parameter that is to blame.
         op: a better name for the operation than its own.
+        rows: of the batch, that it fails for, where leaving them out is a way.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Reason(NamedTuple):
     facts: dict[str, Any] = {}  # noqa: RUF012
     parameter: str | None = None
     op: str | None = None
+    rows: tuple[int, ...] = ()
 
 
 def reason(operation: Operation, backward: bool = False) -> Reason | None:
@@ -352,13 +354,14 @@ def _normalisation(op: Operation, backward: bool) -> Reason | None:
 def _ctc(op: Operation, backward: bool) -> Reason | None:
     frames, targets, lengths, labels = op.args[:4]
     lengths, labels = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (lengths, labels))
-    start, bad, first = 0, 0, ""
+    start, first = 0, ""
+    bad: list[int] = []
     for row, (length, count) in enumerate(zip(lengths, labels, strict=True)):
         sequence = targets[row, :count] if targets.dim() > 1 else targets[start : start + count]
         start += count
         repeats = int((sequence[1:] == sequence[:-1]).sum()) if count > 1 else 0
         if count + repeats > length:
-            bad += 1
+            bad.append(row)
             again = f" and {repeats} repeats" if repeats else ""
             first = (
                 first or f"row {row} has {count} labels{again}, which need {count + repeats} frames, and has {length}"
@@ -366,9 +369,10 @@ def _ctc(op: Operation, backward: bool) -> Reason | None:
     if not bad:
         return None
     return Reason(
-        f"has no path for {bad} of {len(lengths)} rows: {first}",
+        f"has no path for {len(bad)} of {len(lengths)} rows: {first}",
         safe_forms.CTC,
-        {"rows": bad, "frames": frames.shape[0]},
+        {"rows": len(bad), "frames": frames.shape[0]},
+        rows=tuple(bad),
     )
 
 

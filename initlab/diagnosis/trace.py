@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -184,6 +185,7 @@ class Trace(ModuleMode):
         dropped: (module, function, share) of calls of dropout outside its modules.
         makers: of torch.autograd.Functions, the path of the first module that puts out what one gives.
         over_rows: (module, function, shape) of each softmax over dimension 0 of several columns.
+        singles: (module, function) of each normalisation whose statistics are of one number each.
         slopes: of what the loss is to make smaller, once the backward pass has run.
         differentiates: whether the loss takes a gradient itself, to be differentiated again.
     """
@@ -212,6 +214,7 @@ class Trace(ModuleMode):
         self.differentiates = False
         self.makers: dict[type, str] = {}
         self.over_rows: list[tuple[str | None, str, torch.Size]] = []
+        self.singles: list[tuple[str | None, str]] = []
         self._raised: Exception | None = None
         self._open: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
@@ -326,6 +329,8 @@ class Trace(ModuleMode):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if dim in (0, -out.dim()) and out.shape[-1] > 1:
                 self.over_rows.append((self.modules.current, name, out.shape))
+        elif name in ("group_norm", "layer_norm") and _of_single_numbers(name, args):
+            self.singles.append((self.modules.current, name))
         elif name in _DROPOUTS and not isinstance(self._module, nn.modules.dropout._DropoutNd):
             training = args[2] if len(args) > 2 else kwargs.get("training", True)
             share = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
@@ -341,13 +346,14 @@ class Trace(ModuleMode):
         return out
 
     def _difference(self, args: tuple[Any, ...]) -> LossCall | None:
-        """The beginning of a loss by hand: a prediction less a tensor of the batch, where the two are broadcast."""
+        """The beginning of a loss by hand: a prediction less its target, (n, 1) against (n,), which are broadcast."""
         if len(args) < 2 or not all(isinstance(arg, Tensor) for arg in args[:2]):
             return None
         first, second = args[:2]
         for prediction, target in ((first, second), (second, first)):
-            of_batch = not target.requires_grad and storage_of(target) in self._batch
-            if of_batch and prediction.requires_grad and multiplies(prediction, target):
+            rows = {prediction.dim(), target.dim()} == {1, 2}  # a target that was computed: rewards and values
+            fixed = not target.requires_grad and (rows or storage_of(target) in self._batch)
+            if fixed and prediction.requires_grad and multiplies(prediction, target):
                 return LossCall("sub", problem="shapes", facts=shapes(prediction, target))
         return None
 
@@ -366,6 +372,14 @@ class Trace(ModuleMode):
                 call.activated_counts = count(out)
             if name in ("tanh", "sigmoid"):
                 call.edge = edge_share(out, name)
+
+
+def _of_single_numbers(name: str, args: Any) -> bool:
+    """Whether a normalisation takes the mean of one number at a time: what comes out is its bias, whatever goes in."""
+    if len(args) < 2 or not isinstance(args[0], Tensor) or not args[0].numel():
+        return False
+    x, of = args[:2]
+    return (x.numel() == len(x) * of) if name == "group_norm" else math.prod(of) == 1
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -26,6 +26,7 @@ from .limits import LIMITS
 from .measurements import collect
 from .outcomes import Outcome
 from .probes import LossFn, TrainingStep, UsageError, quiet
+from .recall import find_forgotten
 from .report import Cause, Diagnosis, LayerRow
 from .state import referenced_modules
 
@@ -218,6 +219,8 @@ def _observed(
         return _observed(other, steps, budget, on_stage, further)[1]
 
     causes = hypotheses.judge(training_step, evidence, found, budget, behind, depth)
+    if not causes and (last := checks.unexplained(evidence)) is not None:  # no experiment spoke for a suspicion
+        causes = hypotheses.judge(training_step, evidence, [last], budget, behind, 0)
     return evidence, emulated(training_step, found, causes, budget)
 
 
@@ -249,7 +252,11 @@ def _probe_further(
     run = evidence.untreated
     if evidence.custom and (broke or run is None or run.fallen < LIMITS.learns):
         on_stage("running backward() of autograd functions")
-        connections.find_forgetful(training_step, evidence)
+        connections.find_bad_backward(training_step, evidence)
+    recurs = max(evidence.trace.repeats.values(), default=0) >= LIMITS.recurrence
+    if recurs and not broke and run is not None and run.fallen < LIMITS.stands_still:
+        on_stage("following the gradient in time")
+        evidence.forgotten = find_forgotten(training_step)
     if any(call.takes_time_first for call in evidence.trace.calls):
         on_stage("changing one row of the batch")
         connections.find_mixed(training_step, evidence)

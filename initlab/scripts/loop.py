@@ -11,17 +11,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..diagnosis import Cause
 from ..diagnosis.report import Place, Severity
+from .optimizers import Optimizers, held_by
 from .steps import Start
+from .tape import Event
 
 EARLY = 10  # steps whose mean is compared
 _FALL = 0.99  # of the first steps' mean: what counts as fallen
 _RISE = 2.0  # times the first steps' mean: what counts as risen
+_LITTLE = 0.9  # of the first steps' mean: what is left of a loss that may be held back
+_BOTTOMLESS = 1e4  # times the first loss, below 0: no likelihood, reward or margin gets there
 _AGAIN = 5  # steps in a row that use the gradients of those before
 _SHARE = 0.25  # of the elements that a loss reaches: so many do not stand still by design
 
@@ -34,7 +37,7 @@ class Line:
         values: of the losses.
         start: the first step, with its weights.
         reached: ids of the tensors that the first loss's graph ends in.
-        events_before: how many events the tape had when this line was last reached.
+        last_events: of the last step.
         examined: how many losses there were when the doctor last found nothing.
         first_step: how many steps optimizers had taken at the first loss.
     """
@@ -42,7 +45,7 @@ class Line:
     values: list[float] = field(default_factory=list)
     start: Start | None = None
     reached: set[int] = field(default_factory=set)
-    events_before: int = 0
+    last_events: list[Event] = field(default_factory=list)
     examined: int = 0
     first_step: int = 0
 
@@ -57,57 +60,19 @@ class Line:
             return f"the loss has risen from {first:.4g} to {last:.4g} in {count} steps"
         if first > 0 and last > _FALL * first:
             return f"the loss has not fallen in {count} steps: {first:.4g} to {last:.4g}"
+        middle = self.values[count * 3 // 4]
+        if -last > max(_BOTTOMLESS * max(abs(first), 1.0), -_RISE * middle):
+            return f"the loss has no lower bound: {first:.4g} to {last:.4g} in {count} steps"
         return ""
 
-
-@dataclass
-class _Left:
-    """The gradient that a step of an optimizer has used: of one parameter, which stands for all.
-
-    Args:
-        kept: whether every backward pass since then has found it as it was, or with something added.
-        passes: backward passes since then.
-        steps: in a row that used the gradients of the step before once more.
-    """
-
-    parameter: Tensor
-    gradient: Tensor
-    kept: bool = True
-    passes: int = 0
-    steps: int = 0
-
-
-class Optimizers:
-    """The optimizers of a script that take steps, and the gradients that they leave."""
-
-    def __init__(self) -> None:
-        self.seen: list[Optimizer] = []
-        self.steps = 0
-        self.left: dict[int, _Left] = {}  # by the optimizer's id
-
-    def before_backward(self) -> None:
-        """Note which gradients are to be added to."""
-        for left in self.left.values():
-            left.passes += 1
-            left.kept = left.kept and left.parameter.grad is left.gradient and bool(left.gradient.any())
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Note a step."""
-        if not any(optimizer is other for other in self.seen):
-            self.seen.append(optimizer)
-        self.steps += 1
-        last = self.left.pop(id(optimizer), None)
-        parameter = last.parameter if last is not None else None
-        if parameter is None or parameter.grad is None:
-            parameter = min((p for p in _held_by((optimizer,)) if _is_plain(p.grad)), key=Tensor.numel, default=None)
-        if parameter is not None and parameter.grad is not None:
-            again = last is not None and last.kept and last.passes > 0
-            steps = last.steps + 1 if last is not None and again else 0
-            self.left[id(optimizer)] = _Left(parameter, parameter.grad, steps=steps)
-
-    def used_again(self, line: Line) -> int:
-        """How many steps in a row have used the gradients of those before, of what a loss reaches."""
-        return max((one.steps for one in self.left.values() if id(one.parameter) in line.reached), default=0)
+    def falls_little(self, window: int) -> str:
+        """Whether the loss has lost so little that something may hold it back, in words; "" where it has not."""
+        count = len(self.values)
+        first = sum(self.values[:EARLY]) / EARLY
+        last = sum(self.values[-window:]) / len(self.values[-window:])
+        if count < 5 * EARLY or not first > 0 or last < _LITTLE * first:
+            return ""
+        return f"the loss has fallen by {1 - last / first:.1%} in {count} steps: {first:.4g} to {last:.4g}"
 
 
 def causes_in_loop(line: Line, optimizers: Optimizers, severity: Severity) -> Iterator[Cause]:
@@ -125,10 +90,10 @@ def causes_in_loop(line: Line, optimizers: Optimizers, severity: Severity) -> It
             {"steps": again},
             "optimizer.zero_grad()  # before each backward(), or after each step()",
         )
-    own, reached = _parameters_of(line)
+    own, reached = parameters_of(line)
     if not own:
         return
-    held = {id(p) for p in _held_by(optimizers.seen)}
+    held = {id(p) for p in held_by(optimizers.seen)}
     if not reached and not held & line.reached:
         yield Cause(
             "gradient",
@@ -163,8 +128,8 @@ def causes_in_loop(line: Line, optimizers: Optimizers, severity: Severity) -> It
             {"parameters": len(reached)},
             "# give the optimizer of this loss the parameters that it reaches: model.parameters()",
         )
-    elif not any(rate for _, rate in _rates(optimizers.seen, reached)):
-        planned = max(float(group.get("initial_lr", 0.0)) for group, _ in _rates(optimizers.seen, reached))
+    elif not any(rate for _, rate in rates_of(optimizers.seen, reached)):
+        planned = max(float(group.get("initial_lr", 0.0)) for group, _ in rates_of(optimizers.seen, reached))
         whence = f" The optimizer was made with {planned:g}: its schedule multiplies it by 0." if planned else ""
         look = "# look at the schedule: print(scheduler.get_last_lr()); // of two integers is 0 until it is 1"
         yield Cause(
@@ -182,8 +147,8 @@ def stuck_parameters(line: Line, optimizers: Optimizers) -> Cause | None:
 
     Only what it leads to: the doctor may know why.
     """
-    _, reached = _parameters_of(line)
-    held = {id(p) for p in _held_by(optimizers.seen)}
+    _, reached = parameters_of(line)
+    held = {id(p) for p in held_by(optimizers.seen)}
     if line.start is None or optimizers.steps - line.first_step < EARLY:
         return None
     still = {
@@ -192,7 +157,7 @@ def stuck_parameters(line: Line, optimizers: Optimizers) -> Cause | None:
         if id(p) in held and (p.grad is None or not bool(p.grad.any())) and not line.start.moved(p)
     }
     share = sum(p.numel() for p in still.values()) / max(1, sum(p.numel() for p in reached.values()))
-    if share < _SHARE or not all(rate for _, rate in _rates(optimizers.seen, still)):
+    if share < _SHARE or not all(rate for _, rate in rates_of(optimizers.seen, still)):
         return None
     first = next(iter(still))
     return Cause(
@@ -206,7 +171,7 @@ def stuck_parameters(line: Line, optimizers: Optimizers) -> Cause | None:
     )
 
 
-def _parameters_of(line: Line) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def parameters_of(line: Line) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the model of a line has to learn, by name; and what of it the loss reaches."""
     model = line.start.step.model if line.start is not None else None
     own: dict[str, Tensor] = (
@@ -215,15 +180,7 @@ def _parameters_of(line: Line) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return own, {name: p for name, p in own.items() if id(p) in line.reached}
 
 
-def _is_plain(gradient: Tensor | None) -> bool:
-    return gradient is not None and gradient.layout == torch.strided and not gradient.is_inference()
-
-
-def _held_by(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
-    return (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-
-
-def _rates(optimizers: Iterable[Optimizer], parameters: dict[str, Tensor]) -> list[tuple[dict[str, Any], float]]:
+def rates_of(optimizers: Iterable[Optimizer], parameters: dict[str, Tensor]) -> list[tuple[dict[str, Any], float]]:
     """The groups that hold some of these parameters, with their rates."""
     wanted = set(map(id, parameters.values()))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]

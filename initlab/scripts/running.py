@@ -15,20 +15,24 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from initlab.kernels import all_finite_fast
 
-from ..diagnosis import Cause, Diagnosis, diagnose_alone, inspect_objective
-from .loop import EARLY, Line, Optimizers, causes_in_loop, stuck_parameters
+from ..diagnosis import Cause, Diagnosis, diagnose_alone, inspect_memory, inspect_objective
+from .course import Answers, answers_of, hardly_moves, unrelated_targets, without_gradients
+from .history import cause_of
+from .loop import EARLY, Line, causes_in_loop, stuck_parameters
+from .optimizers import Optimizers
 from .report import ScriptReport
 from .steps import Start, Step, leaves_of, model_of, names_of, optimizer_of
 from .tape import Event, Replay, Tape
 
 PATIENCE = 200  # steps in which a loss should have fallen
 _AGAIN = 20  # steps that an examination from the start takes at most
+_MODELS = 8  # that one line trains, and are told apart
 _SCALED = 50  # steps in a row that a GradScaler may skip before it is a fault
 
 
@@ -108,13 +112,17 @@ class _Run:
         self.on_stage = on_stage
         self.report = ScriptReport(str(path))
         self.tape = Tape(self.is_users)
-        self.lines: dict[tuple[str, int], Line] = {}
+        self.lines: dict[tuple[tuple[str, int], tuple[int, ...]], Line] = {}  # by place, and the models that ran
+        self.seen: Line | None = None  # of the last backward pass
+        self.events_before: dict[tuple[str, int], int] = {}  # on the tape when a line was last reached
+        self.idle: dict[int, Cause] = {}  # of optimizers that no gradient reaches, by id
         self.optimizers = Optimizers()
         self.loss: Tensor | None = None  # of the last backward pass
         self.place: tuple[str, int] = ("", 0)
         self.step_events: list[Event] = []
         self.skipped = 0  # steps in a row with gradients that are not finite, under a GradScaler
         self.examining = False
+        self.losses_from_start: tuple[float | None, ...] = ()  # of the last examination from there
         self.over = False  # the script has ended: no step is under way
         self.fault: Exception | None = None  # of the watch itself
 
@@ -140,12 +148,12 @@ class _Run:
                 run.tape.rest()
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            run.tape.resume()
+            run.seeing(run.optimizers.after_step, optimizer)
 
         handles = register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)
         torch.autograd.backward = watched
         try:
-            with self.tape.module_calls(), self.tape:
+            with self.tape.calls(), self.tape:
                 try:
                     yield
                 finally:
@@ -184,25 +192,38 @@ class _Run:
             self.report.first = value
         self.report.last = value
         self.loss, self.place = loss, self.tape.place()
-        seen = self.lines.setdefault(self.place, Line())
-        self.tape.drop(seen.events_before)
-        for other in self.lines.values():
-            other.events_before = max(0, other.events_before - seen.events_before)
+        old = self.events_before.get(self.place, 0)
+        self.tape.drop(old)
+        self.events_before = {place: max(0, count - old) for place, count in self.events_before.items()}
         self.step_events = list(self.tape.events)
-        seen.events_before = len(self.tape.events)
+        self.events_before[self.place] = len(self.tape.events)
+        self.seen = seen = self.line()
         seen.values.append(value)
+        seen.last_events = self.step_events
         if len(seen.values) == 1:
             seen.reached, seen.first_step = set(leaves_of(loss)), self.optimizers.steps
             if (step := self.step()) is not None:
                 seen.start = Start(step)
         if not math.isfinite(value):
             self.stop(f"the loss is {value:g}")
+        self.tape.history.next_step()
         # Where nothing is found, twice as many losses are awaited.
         if len(seen.values) >= max(self.patience, 2 * seen.examined):
             why = seen.stands_still(max(EARLY, self.patience // 10))
             if why and self.judged(seen, why):
                 raise _Stop
             seen.examined = len(seen.values)
+
+    def line(self) -> Line:
+        """What is known of this line of the script with these models: one that was loaded anew begins anew."""
+        roots = {
+            id(event.function): None
+            for event in self.step_events
+            if isinstance(event.function, nn.Module) and next(event.function.parameters(), None) is not None
+        }
+        if sum(place == self.place for place, _ in self.lines) < _MODELS:
+            return self.lines.setdefault((self.place, tuple(roots)), Line())
+        return self.lines.get((self.place, tuple(roots))) or self.lines.setdefault((self.place, ()), Line())
 
     def judged(self, seen: Line, why: str) -> bool:
         """Whether it is known what a loss stands still from, or what is wrong with the loop around it.
@@ -211,11 +232,32 @@ class _Run:
             why: how the loss stands still, in words; "" where it falls.
         """
         sure = list(causes_in_loop(seen, self.optimizers, "broken" if why else "warning"))
+        if not sure and (why or self.over):
+            updates = self.optimizers.updates
+            sure = [cause for key, cause in self.idle.items() if updates[key].idle == updates[key].steps]
         stuck = stuck_parameters(seen, self.optimizers)
+        answers = self.answers(seen) if self.over and not sure else None
+        if not why and answers is not None and len(seen.values) >= 2 * EARLY:
+            if answers.tell_nothing:
+                why = (
+                    f"the loss ends at {answers.value:.4g}, where one answer for all rows gives {answers.with_one:.4g}"
+                )
+            elif not answers.tell_much:
+                why = seen.falls_little(max(EARLY, len(seen.values) // 10))
         found = None
+        still = hardly_moves(seen, self.optimizers) if not sure and why else None
+        if still is not None and still.kind != "learning rate":
+            sure = [still]
         if not sure and (why or stuck):
-            found = self.examined_from_start(seen, 3) or (None if self.over else self.examined_now(3))
+            found = self.examined_from_start(seen) or (None if self.over else self.examined_now(3))
         causes = [*sure, *(found.causes if found is not None else ())] or ([stuck] if stuck is not None else [])
+        if not causes and still is not None:
+            causes = [still]
+        if not causes and why:
+            found = self.diagnosed_at_start(seen, inspect_memory)
+            causes = list(found.causes) if found is not None else []
+        if not causes and why and (cause := unrelated_targets(seen, answers, self.losses_from_start)) is not None:
+            causes = [cause]
         if not causes:
             return False
         self.report.diagnosis = dataclasses.replace(found or Diagnosis(()), causes=tuple(causes))
@@ -228,7 +270,7 @@ class _Run:
         self.over = self.report.over = True
         if self.fault is not None:
             return
-        for place, seen in self.lines.items():
+        for (place, _), seen in self.lines.items():
             self.place = place
             why = seen.stands_still(max(EARLY, len(seen.values) // 10)) if len(seen.values) > seen.examined else ""
             if self.judged(seen, why) or self.misses_its_objective(seen):
@@ -236,22 +278,31 @@ class _Run:
 
     def misses_its_objective(self, seen: Line) -> bool:
         """Whether a loss function is called wrongly, whatever the loss does."""
-        if seen.start is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        notes = list(self.report.notes)
-        with seen.start.put_back():
-            found = self.diagnosed(seen.start.step, 1, inspect_objective)
+        found = self.diagnosed_at_start(seen, inspect_objective)
         if found is None or not found.causes:
-            self.report.notes = notes  # nothing failed: that it cannot be examined is no news
             return False
         self.report.diagnosis, self.report.place = found, self.place
         self.report.stopped = "the loss function is called wrongly"
         return True
 
+    def diagnosed_at_start(self, seen: Line, doctor: Callable[..., Diagnosis]) -> Diagnosis | None:
+        """What a doctor who looks at one thing says of a line's first step."""
+        if seen.start is None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return None
+        notes = list(self.report.notes)
+        with seen.start.put_back():
+            found = self.diagnosed(seen.start.step, 1, doctor)
+        if found is None or not found.causes:
+            self.report.notes = notes  # nothing failed: that it cannot be examined is no news
+        return found
+
     def before_step(self, optimizer: Optimizer) -> None:
         """Look at the gradients that an optimizer is about to use."""
-        self.optimizers.before_step(optimizer)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = self.optimizers.before_step(optimizer)
+        if not gradients and self.optimizers.updates[id(optimizer)].idle == EARLY:
+            cause = without_gradients(optimizer, self.tape.events, list(self.users_frames()))
+            if cause is not None:
+                self.idle[id(optimizer)] = cause
         if all(g.is_sparse or g.device.type != "cpu" or all_finite_fast(g) for g in gradients):
             self.skipped = 0
             return
@@ -283,12 +334,35 @@ class _Run:
         self.report.stopped, self.report.place = why, self.place
         self.report.diagnosis = self.examined_now(1)
         self.examine_start()
+        self.look_back()
         raise _Stop
+
+    def look_back(self) -> None:
+        """Where a tensor of the batch is not finite, find the line of the script that made it so."""
+        found = self.report.diagnosis
+        if found is None or not found.causes or found.causes[0].kind not in ("input", "target"):
+            return
+        step, history = self.step(), self.tape.history
+        for name, tensor in step.replay.batch.items() if step is not None else ():
+            if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+                continue
+            if (made := history.origin(tensor)) is None:
+                continue
+            cause = cause_of(made, name)
+            if made.number >= history.step:
+                rest = [one for one in found.causes if one.kind not in ("input", "target", "weights")]
+                found = dataclasses.replace(found, causes=(cause, *rest))
+            else:  # the data was prepared so
+                first = found.causes[0]
+                text = f"{first.explanation} {cause.explanation}"
+                first = dataclasses.replace(first, explanation=text, evidence=first.evidence | cause.evidence)
+                found = dataclasses.replace(found, causes=(first, *found.causes[1:]))
+            self.report.diagnosis = found
+            return
 
     def examine_start(self) -> None:
         """Weights that a run has ruined tell little of why: its start does, where the same steps ruin it again."""
-        seen = self.lines.get(self.place)
-        late = self.report.diagnosis
+        seen, late = self.seen, self.report.diagnosis
         if seen is None or len(seen.values) < 2:
             return
         found = None
@@ -306,16 +380,33 @@ class _Run:
         step = self.step()
         return None if step is None else self.diagnosed(step, steps)
 
-    def examined_from_start(self, seen: Line, steps: int) -> Diagnosis | None:
-        """Let the doctor look at the first step of a line; None where it finds nothing."""
+    def examined_from_start(self, seen: Line, steps: int | None = None) -> Diagnosis | None:
+        """Let the doctor look at the first step of a line; None where it finds nothing.
+
+        Args:
+            steps: to take; None takes as many as it does by itself.
+        """
+        self.losses_from_start = ()
         if seen.start is None:
             return None
         with seen.start.put_back():
             found = self.diagnosed(seen.start.step, steps)
+        self.losses_from_start = found.losses if found is not None else ()
         if found is None or found.verdict == "healthy":
             return None
-        self.report.notes.append(f"examined from the weights and the batch of step 1, over {steps} steps")
+        taken = max(1, len(found.losses) - 1)
+        self.report.notes.append(f"examined from the weights and the batch of step 1, over {taken} steps")
         return found
+
+    def answers(self, seen: Line) -> Answers | None:
+        """How the last step of a line rates the model's answers."""
+        self.examining = self.tape.paused = True
+        try:
+            return answers_of(seen)
+        except Exception:  # a criterion that cannot be called again
+            return None
+        finally:
+            self.examining = self.tape.paused = False
 
     def step(self) -> Step | None:
         """The step that is under way; None where it cannot be run again."""
@@ -335,7 +426,9 @@ class _Run:
         code += [f"batch = {{{', '.join(f'{name!r}: {name}' for name in replay.batch)}}}"]
         return Step(model, replay, optimizer, "; ".join(code))
 
-    def diagnosed(self, step: Step, steps: int, doctor: Callable[..., Diagnosis] = diagnose_alone) -> Diagnosis | None:
+    def diagnosed(
+        self, step: Step, steps: int | None, doctor: Callable[..., Diagnosis] = diagnose_alone
+    ) -> Diagnosis | None:
         """The doctor's word on a step."""
         self.examining = self.tape.paused = True
         self.report.preamble = step.preamble

@@ -91,7 +91,7 @@ def _copied(state: Any) -> Any:
     return kept
 
 
-def _variables(frames: list[FrameType]) -> Iterator[tuple[str, Any]]:
+def variables(frames: list[FrameType]) -> Iterator[tuple[str, Any]]:
     """Names and values that the user's code has, the innermost frame first; attributes of `self` too."""
     for frame in frames:
         for name, value in frame.f_locals.items():
@@ -107,7 +107,7 @@ def _variables(frames: list[FrameType]) -> Iterator[tuple[str, Any]]:
 def names_of(frames: list[FrameType]) -> dict[int, str]:
     """By id, the names of tensors in the user's code, also those in tuples, lists and dicts."""
     found: dict[int, str] = {}
-    for name, value in _variables(frames):
+    for name, value in variables(frames):
         if isinstance(value, Tensor):
             found.setdefault(id(value), name)
         elif isinstance(value, dict):
@@ -117,6 +117,14 @@ def names_of(frames: list[FrameType]) -> dict[int, str]:
         elif isinstance(value, list | tuple) and len(value) < 100:
             for path, item in tensors_with_paths(value, depth=2):
                 found.setdefault(id(item), name + keystr(path))
+    return found
+
+
+def names_of_values(frames: list[FrameType]) -> dict[int, str]:
+    """By id, the names of all values in the user's code."""
+    found: dict[int, str] = {}
+    for name, value in variables(frames):
+        found.setdefault(id(value), name)
     return found
 
 
@@ -159,7 +167,7 @@ def model_of(events: list[Event], frames: list[FrameType], reached: dict[int, Te
     if not roots:  # an error was raised before there was a loss, or the loss is cut off from all of them
         roots = [root for root in dict.fromkeys(called) if any(p.requires_grad for p in root.parameters())]
     roots = [root for root in roots if not any(root in set(other.modules()) - {other} for other in roots)]
-    named = [(name, value) for name, value in _variables(frames) if isinstance(value, nn.Module)]
+    named = [(name, value) for name, value in variables(frames) if isinstance(value, nn.Module)]
     if len(roots) == 1:
         return roots[0], next((name for name, value in named if value is roots[0]), "")
     parameters = {id(p) for root in roots for p in root.parameters()} or set(reached)
@@ -181,7 +189,7 @@ def optimizer_of(parameters: set[int], frames: list[FrameType]) -> tuple[Optimiz
     def share(optimizer: Optimizer) -> int:
         return sum(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
 
-    named = [(name, value) for name, value in _variables(frames) if isinstance(value, Optimizer)]
+    named = [(name, value) for name, value in variables(frames) if isinstance(value, Optimizer)]
     if named:
         name, best = max(named, key=lambda pair: share(pair[1]))
         if share(best) or len(set(map(id, (value for _, value in named)))) == 1:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from initlab.kernels.torch_internals import count_function_modes, pop_function_mode, push_function_mode
 
 from .._tree import tensors_in
+from .history import History
 
 _MOST_EVENTS = 100_000  # of a step that never comes to a backward pass
 
@@ -62,6 +63,7 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.is_users = functools.cache(is_users)  # asked for each frame of each call
         self.events: list[Event] = []
+        self.history = History()
         self.made: set[int] = set()  # ids of what the events put out; they hold it, so that no id is used again
         self.thread = threading.get_ident()
         self.inside = False  # a module's call
@@ -70,8 +72,13 @@ class Tape(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or not self.depends(args) or getattr(func, "__name__", "") in _NOT_STEPS:
+        if self.paused or getattr(func, "__name__", "") in _NOT_STEPS:
             return func(*args, **kwargs)
+        if not self.depends(args):
+            output = func(*args, **kwargs)
+            if not self.inside:
+                self.history.note(func, args, kwargs, output, self.place())
+            return output
         event = self.begin(func, args, kwargs)
         self.end(event, output := func(*args, **kwargs))
         return output
@@ -143,31 +150,60 @@ class Tape(TorchFunctionMode):
             self.resting = False
             self.lay(self.lifted)
 
+    def whole(self, function: Callable[..., Any], run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a call, and nothing that happens inside of it."""
+        event = self.begin(function, args, kwargs)
+        self.inside = True
+        # Without the tape what it calls costs nothing, and torch.compile has nothing to guard.
+        lifted = self.lift()
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            self.inside = False
+            self.lay(lifted)
+        self.end(event, output)
+        return output
+
     @contextlib.contextmanager
-    def module_calls(self) -> Iterator[None]:
-        """Record the outermost calls of modules inside the block."""
+    def calls(self) -> Iterator[None]:
+        """Record the outermost calls of modules inside the block, and those of the user's autograd functions.
+
+        Neither is a function of torch's that a mode would see.
+        """
         tape, plain = self, nn.Module.__call__
+        inherited = torch.autograd.Function.__dict__["apply"]
+
+        def is_elsewhere() -> bool:
+            return tape.inside or tape.paused or threading.get_ident() != tape.thread
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if tape.inside or tape.paused or threading.get_ident() != tape.thread:
+            if is_elsewhere():
                 return plain(module, *args, **kwargs)
-            event = tape.begin(module, args, kwargs)
-            tape.inside = True
-            # Without the tape what the module calls costs nothing, and torch.compile has nothing to guard.
-            lifted = tape.lift()
-            try:
-                output = plain(module, *args, **kwargs)
-            finally:
-                tape.inside = False
-                tape.lay(lifted)
-            tape.end(event, output)
-            return output
+            return tape.whole(module, functools.partial(plain, module), args, kwargs)
+
+        def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+            run = inherited.__get__(None, function)
+            if is_elsewhere() or not tape.depends(args):
+                return run(*args, **kwargs)
+            return tape.whole(_Apply(function), run, args, kwargs)
 
         nn.Module.__call__ = call  # type: ignore[method-assign]
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
             nn.Module.__call__ = plain  # type: ignore[method-assign]
+            torch.autograd.Function.apply = inherited  # type: ignore[method-assign]
+
+
+class _Apply:
+    """`apply` of an autograd function, looked up when it is called: whoever runs the step again may watch it."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function, self.__name__ = function, function.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
 
 
 _NOT_STEPS = {"backward", "item", "tolist", "numpy", "__repr__", "__format__", "__str__", "__len__", "__get__", "dim"}

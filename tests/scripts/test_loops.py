@@ -137,6 +137,116 @@ WRONG = {
         "loss",
         "a softmax of a softmax",
     ),
+    "an optimizer whose model runs under no_grad": (
+        """
+        g, d = net(8), net(1)
+        og, od = torch.optim.Adam(g.parameters(), 1e-3), torch.optim.Adam(d.parameters(), 1e-3)
+        def sample():
+            with torch.no_grad():
+                return g(torch.randn(32, 8))
+        for a, _, _ in batches(40):
+            ld = F.softplus(-d(a)).mean() + F.softplus(d(sample())).mean()
+            od.zero_grad(); ld.backward(); od.step()
+            lg = F.softplus(-d(sample())).mean()
+            og.zero_grad(); lg.backward(); og.step()
+        """,
+        "gradient",
+        "og takes steps, and no parameter of g that it has gets a gradient: g ran under torch.no_grad()",
+    ),
+    "a model that was loaded anew": (
+        """
+        import copy
+        def train(model, opt, n):
+            for a, b, _ in batches(n):
+                loss = F.mse_loss(model(a), b)
+                opt.zero_grad(); loss.backward(); opt.step()
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        train(model, opt, 30)
+        model = copy.deepcopy(model)
+        train(model, opt, 60)
+        """,
+        "optimizer",
+        "made with the parameters of another model",
+    ),
+    "steps that are taken back": (
+        """
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+        shadow = [p.detach().clone() for p in model.parameters()]
+        for a, b, _ in batches(80):
+            loss = F.mse_loss(model(a), b)
+            opt.zero_grad(); loss.backward(); opt.step()
+            with torch.no_grad():
+                for p, s in zip(model.parameters(), shadow):
+                    p.lerp_(s, 0.95)
+        """,
+        "optimizer",
+        "writes to the weights between steps, and takes back",
+    ),
+    "gradients clipped to nothing": (
+        """
+        model = net(1)
+        opt = torch.optim.SGD(model.parameters(), lr=0.05)
+        for a, b, _ in batches(80):
+            loss = F.mse_loss(model(a), b)
+            opt.zero_grad(); loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-4)
+            opt.step()
+        """,
+        "gradient",
+        "clipped to a norm of 0.0001",
+    ),
+    "a schedule that multiplies by a rate": (
+        """
+        model = net(3)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-4)
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 1e-2 * min((i + 1) / 20, 1))
+        for a, _, c in batches(100):
+            loss = F.cross_entropy(model(a), c)
+            opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+        """,
+        "learning rate",
+        "The optimizer was made with 0.0001, and its schedule multiplies that",
+    ),
+    "a loss without a bottom": (
+        """
+        model = net(4)
+        opt = torch.optim.Adam(model.parameters(), lr=0.05)
+        for a, b, _ in batches(300):
+            mean, log_var = model(a).chunk(2, -1)
+            kl = -0.5 * (1 + log_var - mean**2 - log_var.exp()).sum(-1).mean()
+            loss = F.mse_loss(mean, b.expand(-1, 2)) - kl
+            opt.zero_grad(); loss.backward(); opt.step()
+        """,
+        "loss",
+        "A sign is wrong",
+    ),
+    "labels of other rows": (
+        """
+        model = net(3)
+        opt = torch.optim.Adam(model.parameters(), lr=2e-2)
+        for i in range(200):
+            at = torch.randint(0, 256, (24,))
+            loss = F.cross_entropy(model(torch.randn(24, 8)), labels[at])
+            opt.zero_grad(); loss.backward(); opt.step()
+        """,
+        "target",
+        "the targets do not follow from the inputs",
+    ),
+    "a division that the loop makes": (
+        """
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for i, (a, b, _) in enumerate(batches(30)):
+            reward = b[: 32 - i]
+            advantage = (reward - reward.mean()) / (reward.std() if i < 20 else reward[:1].std(correction=0))
+            loss = -(model(a[: 32 - i]) * advantage).mean()
+            opt.zero_grad(); loss.backward(); opt.step()
+        """,
+        "operation",
+        "div in line",
+    ),
     "tensors without a module": (
         """
         w = torch.randn(8, 1, requires_grad=True)
@@ -213,6 +323,59 @@ RIGHT = {
             if i % 4 == 3:
                 opt.step()
                 opt.zero_grad(set_to_none=False)
+        """,
+    "a function of one's own": """
+        class Double(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return 2 * x
+            @staticmethod
+            def backward(ctx, g):
+                return 2 * g
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for a, b, _ in batches(60):
+            loss = F.mse_loss(Double.apply(model(a)), b)
+            opt.zero_grad(); loss.backward(); opt.step()
+        """,
+    "weights that are clipped after each step": """
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for a, b, _ in batches(80):
+            loss = F.mse_loss(model(a), b)
+            opt.zero_grad(); loss.backward(); opt.step()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.clamp_(-0.5, 0.5)
+        """,
+    "gradients of one norm under Adam": """
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for a, b, _ in batches(80):
+            loss = F.mse_loss(model(a), b)
+            opt.zero_grad(); loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            opt.step()
+        """,
+    "a second model from the same line": """
+        def train(model, opt):
+            for a, b, _ in batches(40):
+                loss = F.mse_loss(model(a), b)
+                opt.zero_grad(); loss.backward(); opt.step()
+        for seed in range(12):
+            model = net(1)
+            train(model, torch.optim.Adam(model.parameters(), lr=1e-2))
+        """,
+    "a tuned model that has little left to learn": """
+        model = net(3)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for a, _, c in batches(400):
+            loss = F.cross_entropy(model(a), c)
+            opt.zero_grad(); loss.backward(); opt.step()
+        opt = torch.optim.Adam(model.parameters(), lr=1e-5)
+        for a, _, c in batches(100):
+            loss = F.cross_entropy(model(a), c)
+            opt.zero_grad(); loss.backward(); opt.step()
         """,
     "two networks that push each other": """
         g, d = net(8), net(1)

@@ -99,19 +99,31 @@ def not_smooth(evidence: Evidence) -> Finding | None:
     )
 
 
-def forgets_gradient(evidence: Evidence) -> Finding | None:
-    """A torch.autograd.Function of the user's whose backward() does not depend on the gradient that it gets."""
-    if evidence.forgetful is None:
+def wrong_backward(evidence: Evidence) -> Finding | None:
+    """A torch.autograd.Function of the user's whose backward() is not the derivative of its forward()."""
+    bad = evidence.backward
+    if bad is None:
         return None
-    op, call = evidence.forgetful
+    op = bad.function
+    if bad.forgets:
+        why = "gives the same for a gradient that is a thousandth as large: it forgets to multiply by grad_output"
+        advice = f"# in {op}.backward(): return grad_output * the derivative"
+    elif bad.factor is not None and bad.factor < 0:
+        why = f"has the wrong sign: it gives {bad.factor:.3g} times the derivative of forward(), so steps go uphill"
+        advice = (
+            f"# in {op}.backward(): change the sign; torch.autograd.gradcheck({op}.apply, ...) in float64 checks it"
+        )
+    else:
+        times = f"{bad.factor:.3g} times" if bad.factor is not None else "something other than"
+        why = f"gives {times} the derivative of forward()"
+        advice = f"# correct {op}.backward(); torch.autograd.gradcheck({op}.apply, ...) in float64 checks it"
     return Finding(
         "gradient",
-        "broken" if evidence.broke_at is not None else "warning",
-        Place(module=call.module, op=op),
-        f"backward() of {op} gives the same for a gradient that is a thousandth as large: it forgets to multiply by "
-        "grad_output. All gradients behind it are wrong.",
-        {"line": call.line} if call.line else {},
-        [f"# in {op}.backward(): return grad_output * the derivative"],
+        severity_of(evidence.untreated) if evidence.broke_at is None and evidence.untreated else "broken",
+        Place(module=bad.module, op=op),
+        f"backward() of {op} {why}. All gradients behind it are wrong.",
+        {"line": bad.line} if bad.line else {},
+        [advice],
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from torch import nn
+
 from .. import fixes
 from ..evidence import Evidence
 from ..limits import LIMITS
@@ -20,6 +22,29 @@ def guesses(evidence: Evidence) -> list[Finding]:
     if run is None or evidence.error is not None or evidence.broke_at == 1:
         return []
     return [*_inputs(evidence, run), *_targets(evidence, run), *_rates(evidence, run), *_weights(evidence, run)]
+
+
+def of_values(evidence: Evidence) -> list[tuple[str, str]]:
+    """What may keep an operation from the values that it fails on, where only its author can change it.
+
+    Returns:
+        Code, and what it does in a few words.
+    """
+    run = evidence.untreated
+    if run is None or evidence.error is not None:
+        return []
+    reason = evidence.origin.reason if evidence.origin is not None else None
+    found = []
+    if reason is not None and reason.rows:
+        found += [
+            (code, "without such rows") for code in fixes.without_rows(evidence.leaves, evidence.batch, reason.rows)
+        ]
+    if reason is not None and "below" in reason.text:
+        found.append((fixes.positive_outputs(), "outputs above 0"))
+    found += [(one.remedies[0], one.change) for one in (*_inputs(evidence, run), *_targets(evidence, run))]
+    if any(isinstance(module, nn.Embedding) for module in evidence.model.modules()):
+        found.append((fixes.short_embeddings(), "embeddings of length 1"))
+    return [*found, *((code, "fresh weights") for code in (fixes.restart(evidence) if evidence.layers else []))]
 
 
 def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:

@@ -173,6 +173,26 @@ def batch_as_time(evidence: Evidence) -> Finding | None:
     )
 
 
+def single_numbers(evidence: Evidence) -> Finding | None:
+    """A normalisation of one number at a time: less its own mean it is 0, whatever it was."""
+    if not evidence.trace.singles:
+        return None
+    path, op = evidence.trace.singles[0]
+    module = evidence.model.get_submodule(path) if path is not None else None
+    grouped = isinstance(module, nn.GroupNorm) and module.num_groups > 1
+    code = f"model.get_submodule({path!r}).num_groups = 1" if grouped else f"# in {fixes.code_of(path)}: leave it out"
+    return Finding(
+        "operation",
+        severity_of_step(evidence),
+        Place(module=path, op=op),
+        f"{op} in {fixes.code_of(path)} normalises one number at a time: less its own mean each is 0, and nothing of "
+        "the input is left.",
+        {},
+        [code, *(["# larger maps, or fewer groups"] if grouped else [])],
+        change="one group",
+    )
+
+
 def softmax_over_rows(evidence: Evidence) -> Finding | None:
     """A softmax over the batch: the numbers of a row depend on the other rows, and do not sum to 1."""
     rows = {len(leaf.tensor) for leaf in evidence.leaves if leaf.tensor.dim()}

@@ -119,6 +119,37 @@ def broadcast(evidence: Evidence) -> Finding | None:
     return None
 
 
+def unseen_noise(evidence: Evidence) -> Finding | None:
+    """A target that is drawn in the loss function, and that nothing the model gets is made of."""
+    flow = evidence.trace.flow
+    if flow is None or not flow.noise or evidence.broke_at is not None:
+        return None  # a trial repeats its random draws, and learns them by heart: that it falls says nothing
+    return Finding(
+        "target",
+        "warning",
+        Place(op=flow.noise),
+        f"the target of {flow.noise} is noise that is drawn in the loss function, and nothing that the model gets is "
+        "made of it: the best answer is 0, and the loss stays at the variance of the noise.",
+        {"loss": evidence.first_loss},
+        ["# in the loss function: draw the noise once, make the model's input with it, and compare with the same one"],
+    )
+
+
+def constant_derivative(evidence: Evidence) -> Finding | None:
+    """A loss that is made of a derivative without a graph: its part of the loss teaches nothing."""
+    if not evidence.constant_derivative:
+        return None
+    return Finding(
+        "gradient",
+        "warning" if evidence.broke_at is None else "broken",
+        Place(op="autograd.grad"),
+        "the loss uses a derivative that torch.autograd.grad() gave without create_graph=True: to the optimizer it is "
+        "a constant, and that part of the loss teaches nothing.",
+        {},
+        ["# in the loss function: torch.autograd.grad(..., create_graph=True), at each derivative that the loss uses"],
+    )
+
+
 def pushes_away(evidence: Evidence) -> Finding | None:
     """A loss that asks for more of what it is to make smaller: a sign is wrong."""
     held = parameters_held(evidence)

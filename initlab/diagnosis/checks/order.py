@@ -7,17 +7,26 @@ operations, the step.
 from __future__ import annotations
 
 from ..evidence import Evidence
-from .cutoffs import flat, forgets_gradient, much_noise, not_smooth
+from .cutoffs import flat, much_noise, not_smooth, wrong_backward
 from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range, target_scale
 from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
 from .interventions import lost_moments
-from .layout import batch_as_time, refused_shape, softmax_over_rows
-from .objective import apart, broadcast, empty_reduction, pushes_away, unreachable, wrong_space
+from .layout import batch_as_time, refused_shape, single_numbers, softmax_over_rows
+from .objective import (
+    apart,
+    broadcast,
+    constant_derivative,
+    empty_reduction,
+    pushes_away,
+    unreachable,
+    unseen_noise,
+    wrong_space,
+)
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow, vanished_eps
 from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
-from .recurrence import growing_state
+from .recurrence import forgotten, growing_state
 from .start import never_written, nowhere, spoilt_state
 from .step import exploding_gradient, too_fast
 from .weights import dead, growing, loud_factors, shrinking, sure_of_nothing, symmetric
@@ -40,7 +49,11 @@ CHECKS: tuple[Check, ...] = (
     unreachable,
     broadcast,
     empty_reduction,
+    unseen_noise,
+    constant_derivative,
+    single_numbers,
     softmax_over_rows,
+    wrong_backward,
     pushes_away,
     flat,
     not_smooth,
@@ -61,8 +74,8 @@ CHECKS: tuple[Check, ...] = (
     no_rate,
     other_parameters,
     upside_down,
-    forgets_gradient,
     detached,
+    forgotten,
     shrinking,
     sure_of_nothing,
     underflow,
@@ -103,10 +116,10 @@ _NONFINITE = ("uninitialised", "input", "target", "precision", "loss", "operatio
 
 def _explains(first: Finding, later: Finding) -> bool:
     """Whether a finding is only what another one leads to."""
-    if first.suspicion and later.suspicion:
-        return False  # the experiment tells them apart
     if later.kind == first.kind:
-        return True
+        return not (first.suspicion and later.suspicion)
+    if first.suspicion:
+        return False  # the experiment tells them apart
     if first.severity != "broken":
         return False
     if later.kind in ("loss", "operation") and first.kind in _NONFINITE:

@@ -36,6 +36,15 @@ def growing_state(evidence: Evidence) -> Finding | None:
     )
 
 
+def forgotten(evidence: Evidence) -> Finding | None:
+    """A run that stands still, of a recurrence whose first steps get no gradient."""
+    one = evidence.forgotten
+    if one is None:
+        return None
+    facts = {"steps in time": one.steps, "first steps against last": one.ratio}
+    return Finding("gradient", "warning", Place(module=one.module), one.explanation, facts, [one.remedy])
+
+
 def recurrent(evidence: Evidence) -> list[tuple[ParameterStats, int, float]]:
     """Matrices that multiply a state again and again: (parameter, steps in time, largest eigenvalue)."""
     counts = Counter(name for name, _ in evidence.trace.products)
