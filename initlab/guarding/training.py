@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from ..diagnosis.limits import LIMITS
 from ..diagnosis.probes import LossFn
 from ..diagnosis.state import referenced_modules
 from ..models.naming import unwrapped
+from .arguments import Policy, check, needs_closure
 from .clipper import GuardedClipper
 from .divergence import History
 from .examining import Examiner
@@ -33,10 +33,8 @@ from .ranks import any_rank_, ranks_of
 from .report import BadStep, GuardReport
 from .saving import save
 
-Policy = Literal["skip", "raise", "propagate"]
 T = TypeVar("T")
 
-_POLICIES = ("skip", "raise", "propagate")
 _LAG = 1  # steps that a GPU may be behind before the host waits for its flags
 
 
@@ -66,7 +64,7 @@ class TrainingGuard:
         log: Any = None,
         log_every: int = 50,
     ) -> None:
-        _check(model, loss_fn, nonfinite, budget, limit)
+        check(model, loss_fn, nonfinite, budget, limit)
         self._given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         for one in map(hooked_optimizer, self._given):
             if isinstance(getattr(one, "_initlab_clipper", None), GuardedClipper):
@@ -127,7 +125,7 @@ class TrainingGuard:
             TypeError: if loss_fn returns something else than a tensor with one element.
         """
         self.batch(batch)
-        if any(map(_needs_closure, self._optimizers)):
+        if any(map(needs_closure, self._optimizers)):
             if len(self._optimizers) > 1 or self._scaler is not None:
                 raise NotImplementedError(
                     "step() runs an optimizer that needs a closure by itself, without other optimizers or a scaler; "
@@ -483,23 +481,3 @@ def guard(
 
 def _saved(found: BadStep) -> str:
     return f"; saved: {found.saved[0].parent}" if found.saved else ""
-
-
-def _needs_closure(optimizer: Optimizer) -> bool:
-    parameters = inspect.signature(inspect.unwrap(type(optimizer).step)).parameters
-    return "closure" in parameters and parameters["closure"].default is inspect.Parameter.empty
-
-
-def _check(model: Any, loss_fn: Any, nonfinite: Any, budget: Any, limit: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    if isinstance(loss_fn, nn.modules.loss._Loss):
-        raise TypeError(f"loss_fn is {type(loss_fn).__name__}, a criterion; pass initlab.supervised(criterion)")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; it must be a function of model and batch")
-    if nonfinite not in _POLICIES:
-        raise ValueError(f"nonfinite is {nonfinite!r}; it must be one of {', '.join(_POLICIES)}")
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
-        raise ValueError(f"budget is {budget!r}; it must be a positive number of seconds")
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-        raise ValueError(f"limit is {limit!r}; it must be how many bad steps to diagnose, 0 or more")
