@@ -31,6 +31,7 @@ from .clipping import (  # noqa: E402
 )
 from .data import ColumnRow, DataFault, DataReport, scan_data  # noqa: E402
 from .diagnosis import Cause, Diagnosis, LayerRow, Place, diagnose, supervised  # noqa: E402
+from .fitting import Advice, InputAdvice, LayerAdvice, advise  # noqa: E402
 from .fusing import FuseReport, fuse_linear_relu, unfuse  # noqa: E402
 from .guarding import BadStep, GuardReport, TrainingGuard, guard  # noqa: E402
 from .models import (  # noqa: E402
@@ -50,6 +51,7 @@ from .nn import LinearReLU, all_reduce_flags_, linear_relu  # noqa: E402
 from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 
 __all__ = [
+    "Advice",
     "BadStep",
     "BuildRecord",
     "Cause",
@@ -65,6 +67,8 @@ __all__ = [
     "GradClipper",
     "GuardReport",
     "InitReport",
+    "InputAdvice",
+    "LayerAdvice",
     "LayerRow",
     "LinearReLU",
     "MedianSpikes",
@@ -78,6 +82,7 @@ __all__ = [
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
+    "advise",
     "all_reduce_flags_",
     "clip_grad_norm_",
     "clip_grad_value_",

@@ -131,12 +131,16 @@ def fill_orthogonal(tensor: Tensor, gain: float, generator: torch.Generator | No
             (rows, tensor.numel() // rows), dtype=_QR_DTYPE.get(tensor.dtype, tensor.dtype), device=tensor.device
         )
         sample(flat, generator, Normal, 0.0, 1.0)
-        wide = flat.size(0) < flat.size(1)
-        q, r = torch.linalg.qr(flat.t() if wide else flat)
-        q *= r.diagonal().sgn()  # without it Q is not uniform: LAPACK fixes the signs of R
-        q *= gain
-        tensor.copy_((q.t() if wide else q).reshape(tensor.shape))
+        tensor.copy_((orthogonal_factor(flat) * gain).reshape(tensor.shape))
     return tensor
+
+
+def orthogonal_factor(matrix: Tensor) -> Tensor:
+    """The orthogonal factor of a matrix, with orthonormal rows, or columns where there are more rows than columns."""
+    wide = matrix.size(0) < matrix.size(1)
+    q, r = torch.linalg.qr(matrix.t() if wide else matrix)
+    q *= r.diagonal().sgn()  # without it Q is not uniform: LAPACK fixes the signs of R
+    return q.t() if wide else q
 
 
 def fill_sparse(tensor: Tensor, sparsity: float, std: float, generator: torch.Generator | None) -> Tensor:

@@ -81,10 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--recipe",
         default="own",
         help="own (the default), torch, he, xavier, lecun, gpt2, trunc_normal, auto, depth_scaled, mitchell, deepnorm, "
-        "small_embedding, zero_residual",
+        "small_embedding, zero_residual, lsuv",
     )
     plan.add_argument("--seed", type=_seed, default=0, help="of the keys (default: 0)")
     plan.add_argument("--only", action="append", metavar="PATTERN", help="name pattern; may be given several times")
+    plan.add_argument(
+        "--batch",
+        action="store_true",
+        help="the function returns (model, batch) or (model, batch, loss_fn), as for doctor: run the model on the "
+        "batch, and say which start each layer asks for and what it does to the first loss",
+    )
     plan.add_argument("--meta", action="store_true", help="build the model on the meta device: no memory, no time")
     doctor = commands.add_parser(
         "doctor", parents=[shared, paged], help="why is the loss inf or NaN: run a script or a step, and say"
@@ -227,20 +233,43 @@ def _plan(arguments: argparse.Namespace) -> int:
     from .models.initialization import plan_model
     from .models.recipes import resolve
 
+    if arguments.batch and (arguments.meta or arguments.only or arguments.recipe != "own"):
+        return _failed(
+            "plan", "--batch runs the model, and finds the recipe: leave --meta, --only, --recipe out", EX_USAGE
+        )
     try:
         build = _function(arguments.function)
         recipe = resolve(arguments.recipe)
     except (LookupError, ValueError) as error:
         return _failed("plan", error.args[0], EX_USAGE)
     with torch.device("meta") if arguments.meta else contextlib.nullcontext(), _users_code(arguments.function):
-        model = build()
-    model = model[0] if isinstance(model, tuple) and model else model
+        returned = build()
+    if arguments.batch:
+        return _advise(arguments, returned)
+    model = returned[0] if isinstance(returned, tuple) and returned else returned
     try:
         report = plan_model(model, arguments.seed, recipe, only=arguments.only)
     except (NotImplementedError, TypeError, ValueError) as error:
         return _failed("plan", error, EX_FAILED)
     _save(report, arguments)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report.text(arguments.lang, line_width()))
+    return 0
+
+
+def _advise(arguments: argparse.Namespace, returned: Any) -> int:
+    from .fitting import advise
+
+    if not isinstance(returned, tuple) or len(returned) not in (2, 3, 4):
+        what = f"{len(returned)} values" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
+        return _failed(
+            "plan", f"{arguments.function} returned {what}; --batch asks for (model, batch[, loss_fn])", EX_USAGE
+        )
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            advice = advise(*returned[:3], seed=arguments.seed)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        return _failed("plan", error, EX_FAILED)
+    print(advice.to_json() if arguments.json else advice.text(arguments.lang, line_width()))
     return 0
 
 

@@ -562,3 +562,29 @@ def test_the_whole_demo(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "Verdict: all 14 claims hold."
     assert max(map(len, lines)) <= 88
+
+
+ADVISED = """
+import initlab, torch
+from torch import nn
+def setup():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    return model, (255 * torch.rand(32, 8), torch.randint(5, (32,))), initlab.supervised(nn.CrossEntropyLoss())
+def alone():
+    return nn.Linear(8, 8)
+"""
+
+
+def test_plan_with_a_batch(tmp_path, capsys):
+    path = tmp_path / "advised.py"
+    path.write_text(ADVISED)
+    assert cli.main(["plan", f"{path}:setup", "--batch"]) == 0
+    assert "He, before ReLU" in capsys.readouterr().out
+    assert cli.main(["plan", f"{path}:setup", "--batch", "--json", "--seed", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seed"] == 3
+    assert abs(found["predicted"] - found["expected"]) < 0.1 * found["expected"]
+    assert cli.main(["plan", f"{path}:alone", "--batch"]) == 64
+    assert "returned a Linear; --batch asks for (model, batch[, loss_fn])" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["plan", f"{path}:setup", "--batch", "--meta"]) == 64

@@ -18,7 +18,10 @@ from faults import FAULTS
 PACKAGE = Path(initlab.__file__).parent
 ENTRIES = json.loads((PACKAGE / "languages" / "zh.json").read_text(encoding="utf-8"))
 # Where messages are written. Errors, which are raised, are English: they are looked up on the web.
-PLACES = ("diagnosis", "scripts", "data", "checkpoints", "models/report.py", "plots", "pages")
+PLACES = (
+    *("diagnosis", "scripts", "data", "checkpoints", "models/report.py", "plots", "pages"),
+    *("fitting/advice.py", "fitting/advising.py"),
+)
 PROSE = re.compile(r"[a-zA-Z]{2,}[,;:.]? [a-zA-Z]{2,}|[a-z]{2,} \{\}|\{\} [a-z]{2,}")
 MARKUP = re.compile(r"<[a-z!]+\b[^>]*>")
 FIELD = re.compile(r"\{(\d+)(?::t)?\}")
@@ -68,6 +71,7 @@ NO_MESSAGES = {
     # of pages and plots: versions, and what matplotlib is told
     "initlab {}, torch {}, Python {}",
     "DejaVu Sans",
+    *("Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei"),
     "'DejaVu Sans'(, [^;\\\"]*)?",
     "Glyph \\d+ .* missing from",
     "lower left",

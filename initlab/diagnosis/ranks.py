@@ -51,7 +51,7 @@ def refuse_sharded(model: nn.Module, others: Iterable[nn.Module], tensors: Itera
     Raises:
         CommunicatesError: for DTensors and FSDP.
     """
-    sharded = _classes(_SHARDED)
+    sharded = sharded_classes()
     for tensor in tensors:
         if is_dtensor(tensor):
             raise CommunicatesError("the batch holds a DTensor")
@@ -63,6 +63,11 @@ def refuse_sharded(model: nn.Module, others: Iterable[nn.Module], tensors: Itera
             for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and is_dtensor(tensor):
                     raise CommunicatesError(f"{leaf} of {who} ({type(module).__name__}) is a DTensor")
+
+
+def sharded_classes() -> tuple[type, ...]:
+    """The classes of modules that gather their parameters from other ranks."""
+    return _classes(_SHARDED)
 
 
 def _classes(known: Iterable[tuple[str, str]]) -> tuple[type, ...]:

@@ -1,7 +1,7 @@
 """init_model_: a whole model filled by name. Plan, materialize, fill, report."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..distributed.shards import draws_of_shards, shards_in
 from .buffers import Buffers, set_buffers
 from .materialize import attach, materialized, resolved_device
 from .naming import Names
+from .orthogonal import make_orthogonal_
 from .parametrized import refresh_hooks
 from .plan import Only, Plan, Task, make_plan
 from .recipe_parts import RecipeLike, short_repr
@@ -38,6 +39,8 @@ def init_model_(
     values: Values | None = None,
     progress: bool | None = None,
     check_ranks: bool = False,
+    batch: Any = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> InitReport:
     """Fill a model's parameters from the stream, each keyed by its name: the same bits however the model came about.
 
@@ -55,13 +58,13 @@ def init_model_(
         seed: -2**63 <= seed < 2**64.
         recipe: which distribution each parameter gets: "own", what the model's own code gives it, or "torch", "he",
             "xavier", "lecun", "gpt2", "trunc_normal", "auto", "depth_scaled", "mitchell", "deepnorm",
-            "small_embedding", "zero_residual", a recipe made by initlab.recipes, a build that record_build() has
-            recorded, a distribution, a function from TensorRef to distribution, or a mapping from name patterns to any
-            of these. Of a mapping the first match counts, and "own" serves the rest. "own" compares what it reads with
-            the values that are there, and refuses what does not fit, also of a model that has been trained since; see
-            recipes.own. The padding row of an embedding stays 0, but where the model's own code fills it, under "own"
-            and a recorded build. Buffers with a distribution in reset_parameters, such as running statistics, are set
-            too.
+            "small_embedding", "zero_residual", "lsuv", a recipe made by initlab.recipes, a build that record_build()
+            has recorded, a distribution, a function from TensorRef to distribution, the report of another call, or a
+            mapping from name patterns to any of these. Of a mapping the first match counts, and "own" serves the rest.
+            "own" compares what it reads with the values that are there, and refuses what does not fit, also of a model
+            that has been trained since; see recipes.own. "lsuv" is fitted to `batch`; see recipes.lsuv. The padding row
+            of an embedding stays 0, but where the model's own code fills it, under "own" and a recorded build. Buffers
+            with a distribution in reset_parameters, such as running statistics, are set too.
         device: where the model is to lie afterwards; needed for parameters on the meta device. What is not filled is
             moved there with its values, unless it is on the meta device and not selected. None leaves all where it is.
         only: what to fill: a name pattern (a glob, or the name of a module, which selects all within it), several of
@@ -79,6 +82,10 @@ def init_model_(
         progress: whether to show a progress bar on stderr; None shows one for 2**28 elements and more in a terminal.
         check_ranks: compare, before anything is written, what ranks are about to fill DTensors with: one all-reduce of
             16 bytes for each dimension of a mesh, in which every rank takes part.
+        batch: for recipe "lsuv", one real batch: tensors, or arrays of numpy's, in tuples, lists, dicts, dataclasses.
+            The last item of a tuple or list is taken for the target, and is not handed to the model.
+        forward: for recipe "lsuv", how the model is called: a function of model and batch. None calls model(x), or with
+            the items of a dict or dataclass by name, as its forward() takes them.
 
     Returns:
         A report, which prints as a table.
@@ -86,7 +93,8 @@ def init_model_(
     Raises:
         ValueError: before anything is written, listing names: if the recipe has no distribution for a selected
             parameter, a buffer on the meta device is set by nobody, two tensors have one name, two parameters share
-            memory, a pattern matches nothing, or a parameter on the meta device has no `device` to go to.
+            memory, a pattern matches nothing, or a parameter on the meta device has no `device` to go to; or if a
+            weight cannot be fitted to the batch, whose rows must differ.
         NotImplementedError: for a DTensor placed by Partial, for other wrappers, and dtypes that a distribution cannot
             fill.
         RuntimeError: for a parameter that overlaps itself, or whose dtype cannot hold its distribution; on every rank,
@@ -114,6 +122,8 @@ def init_model_(
             values=values,
             progress=progress,
             check_ranks=check_ranks,
+            batch=batch,
+            forward=forward,
         ),
         model,
         seed,
@@ -169,15 +179,62 @@ def _init_model(
     values: Values | None,
     progress: bool | None,
     check_ranks: bool,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None,
 ) -> InitReport:
     if buffers is not None and not callable(buffers):
         raise TypeError(f"buffers is {short_repr(buffers)}; it must be a function of name and tensor, or None")
     reshard(model)
     plan = make_plan(model, seed, recipe, only, names, values)
     target = None if device is None else resolved_device(device)
-    plan.refuse_meta(target)
+    fitted = plan.recipe == "lsuv" or any(task.spec is not None and task.spec.fitted for task in plan.tasks)
+    if not fitted:
+        plan.refuse_meta(target)
     if check_ranks:
         plan.compare_ranks()
+    if fitted:
+        return _init_fitted(model, plan, target, buffers, progress, batch, forward)
+    if batch is not None or forward is not None:
+        raise ValueError(
+            f"recipe {plan.recipe!r} is not fitted to data: leave batch= and forward= out, or pass recipe='lsuv'"
+        )
+    _write(model, plan, target, buffers, progress)
+    return plan.report()
+
+
+def _init_fitted(
+    model: nn.Module,
+    plan: Plan,
+    target: torch.device | None,
+    buffers: Buffers | None,
+    progress: bool | None,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None,
+) -> InitReport:
+    """Fit a plan to a batch and carry it out; whatever raises leaves the model as it was."""
+    from ..diagnosis.state import Snapshot  # both know models
+    from ..fitting.scaling import fitted_plan
+
+    def write_one(task: Task) -> None:
+        _fill([task], {}, frozenset(), lambda elements: None)
+
+    def write_all(whole: Plan) -> None:
+        _write(model, whole, None, buffers, False)
+
+    fitted = fitted_plan(model, plan, batch, forward, target, write_all, write_one)
+    snapshot = Snapshot([model], None, ())
+    try:
+        _write(model, fitted, None, buffers, progress)
+    except BaseException:
+        snapshot.restore()
+        raise
+    return fitted.report()
+
+
+def _write(
+    model: nn.Module, plan: Plan, target: torch.device | None, buffers: Buffers | None, progress: bool | None
+) -> None:
+    """Carry a plan out."""
     elements = sum(task.numel for task in plan.tasks)
     show = False if progress is None and elements < _LONG else progress
     with _console.progress("initlab", elements, show) as advance:
@@ -185,21 +242,20 @@ def _init_model(
         ready = set_buffers(plan, new, target, buffers)
         new |= ready
         computed = computed_values(plan, ready.keys())
-        _fill(plan, new, ready.keys(), advance)
+        _fill(plan.tasks, new, ready.keys(), advance)
         place_values(plan, new, computed)
     attach((*(task.ref for task in plan.tasks), *plan.others), new, target)
     refresh_hooks(model)
-    return plan.report()
 
 
-def _fill(plan: Plan, new: Mapping[int, Tensor], ready: Set[int], advance: Callable[[int], object]) -> None:
+def _fill(tasks: Sequence[Task], new: Mapping[int, Tensor], ready: Set[int], advance: Callable[[int], object]) -> None:
     """Fill what is planned, in the new tensors where there are any, but for the buffers that are ready."""
     current = ""
     dtensors: list[Tensor] = []
 
     def draws() -> Iterator[Draw]:
         nonlocal current
-        for task in plan.tasks:
+        for task in tasks:
             old = task.ref.tensor
             if task.spec is None or task.spec.program is not None or id(old) in ready:
                 continue
@@ -222,6 +278,9 @@ def _fill(plan: Plan, new: Mapping[int, Tensor], ready: Set[int], advance: Calla
         raise type(error)(f"{current}: {error}") from error
     for tensor in dtensors:
         count_as_written(tensor)
+    for task in tasks:
+        if task.spec is not None and task.spec.orthogonal:
+            make_orthogonal_(new.get(id(task.ref.tensor), task.ref.tensor), task.spec)
 
 
 def _draws_of(task: Task, tensor: Tensor) -> Iterator[Draw]:

@@ -22,7 +22,7 @@ from .parametrized import MadeWeight, made_weights
 from .patterns import compile_pattern
 from .recipe_parts import Chooser, RecipeLike, View, head_std, is_head, keep_padding, short_repr
 from .refusals import ways_out
-from .report import InitReport, Row, report_of
+from .report import Fit, InitReport, Row, report_of
 from .rerunning import start_mismatch
 from .resolving import resolve
 from .specs import DimSlice, FillSpec, Refused
@@ -40,6 +40,7 @@ class Task(NamedTuple):
         key: of its draws.
         shards: of a DTensor, what this rank holds of it; None for any other tensor.
         value: what the caller gave it by `values=`; None for all else.
+        fits: how it was scaled to a batch; empty where it was not.
     """
 
     ref: TensorRef
@@ -47,6 +48,7 @@ class Task(NamedTuple):
     key: int
     shards: list[LocalShard] | None
     value: Tensor | None = None
+    fits: tuple[Fit, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -71,7 +73,10 @@ class Task(NamedTuple):
             slices = tuple((part, distribution) for part, distribution in spec.fills if part is not None)
             drawn = drawn or any(not isinstance(distribution, Constant) for _, distribution in others)
         key = self.key if drawn else None
-        return Row(ref.name, aliases, shape, dtype, first, slices, spec.fan, first.stddev, key, spec.why, spec.guess)
+        row = Row(ref.name, aliases, shape, dtype, first, slices, spec.fan, first.stddev, key, spec.why, spec.guess)
+        if spec.orthogonal:
+            row = row._replace(distribution=None, source="orthogonal")
+        return row._replace(fits=self.fits) if self.fits else row
 
 
 @dataclass
@@ -165,6 +170,12 @@ def make_plan(
                 refused.append(ref)
                 continue
             spec = keep_padding(ref, spec)
+            if spec.orthogonal and shards[ref] is not None:
+                missing.append(
+                    f"{ref.name} (in {ref.owner}): an orthogonal start needs the whole matrix on each rank; fit an "
+                    "unsharded copy by recipes.lsuv('lecun'), and pass its report as recipe="
+                )
+                refused.append(ref)
             for _, distribution in spec.fills:
                 fault = checked.get((distribution, ref.tensor.dtype))
                 if fault is None:

@@ -2,7 +2,8 @@
 
 A recipe is a name, what a function of the same name here returns for other settings, a function from TensorRef to
 distribution, or a mapping from name patterns to any of these or to distributions. Here are those that go by the layer
-itself; those for residual branches are in transformer_recipes.py, muP in maximal_update.py.
+itself; those for residual branches are in transformer_recipes.py, muP in maximal_update.py, what is fitted to data in
+fitted_recipes.py.
 """
 
 import math
@@ -16,6 +17,7 @@ from initlab.kernels import TruncatedNormal
 from .activations import Activation, activations_after
 from .checking import MetaWrites
 from .fans import Fans, compute_fans
+from .fitted_recipes import lsuv
 from .maximal_update import mup
 from .naming import TensorRef
 from .recipe_parts import (
@@ -48,6 +50,7 @@ __all__ = [
     "gpt2",
     "he",
     "lecun",
+    "lsuv",
     "mitchell",
     "mup",
     "own",
@@ -329,5 +332,6 @@ NAMED.update(
         "deepnorm": deepnorm,
         "small_embedding": small_embedding,
         "zero_residual": zero_residual,
+        "lsuv": lsuv,
     }
 )

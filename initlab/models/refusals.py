@@ -37,7 +37,7 @@ def ways_out(refused: Sequence[TensorRef], every: Sequence[TensorRef], recipe: N
         >>> print(ways_out(refs, refs, resolve("torch")).splitlines()[1])
             recipe={"scale": Constant(2.5), "tokens": ..., "*": "torch"}
     """
-    by_rule = _with_globs({ref.name: _rule(ref) for ref in refused}, [ref.name for ref in every])
+    by_rule = with_globs({ref.name: _rule(ref) for ref in refused}, [ref.name for ref in every])
     shown = list(by_rule.items())[:_LINES]
     rules = ", ".join(f'"{name}": {rule}' for name, rule in shown)
     rest = f'"{recipe.name}"' if recipe.name in NAMED else "recipe"
@@ -54,11 +54,11 @@ def ways_out(refused: Sequence[TensorRef], every: Sequence[TensorRef], recipe: N
 
 
 def _rule(ref: TensorRef) -> str:
-    value = _only_value(ref.tensor)
+    value = only_value(ref.tensor)
     return "..." if value is None else f"Constant({value})"
 
 
-def _only_value(tensor: Tensor) -> str | None:
+def only_value(tensor: Tensor) -> str | None:
     """The value that all of a tensor has, as few digits as give it back; None where there is none, or no values."""
     values = local(tensor).detach()
     if values.is_meta or values.layout != torch.strided or values.numel() == 0 or values.dtype.is_complex:
@@ -73,7 +73,7 @@ def _only_value(tensor: Tensor) -> str | None:
     return repr(float(shortest))
 
 
-def _with_globs(rules: dict[str, str], every: Sequence[str]) -> dict[str, str]:
+def with_globs(rules: dict[str, str], every: Sequence[str]) -> dict[str, str]:
     """The same rules, with one glob for names that differ in numbers only, after those of them that have another rule.
 
     A glob selects nothing else: where it would, each name keeps a rule of its own.

@@ -21,6 +21,30 @@ from .naming import Names, tensor_refs
 from .specs import DimSlice
 
 
+class Fit(NamedTuple):
+    """How a weight was scaled to a batch.
+
+    Args:
+        part: which part of the parameter; None for all of it.
+        op: the function that multiplies with it, "linear" for instance.
+        factor: on the distribution that the recipe began with, a power of 2^(1/32).
+        before: variance of the layer's output on the batch with factor 1, all layers before it fitted.
+        after: with the factor, all layers fitted; over all uses together.
+        calls: how many times a pass uses it.
+    """
+
+    part: DimSlice | None
+    op: str
+    factor: float
+    before: float
+    after: float
+    calls: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fit as plain data, for JSON."""
+        return {**self._asdict(), "part": None if self.part is None else self.part._asdict()}
+
+
 class Row(NamedTuple):
     """What one parameter or buffer is filled with.
 
@@ -37,7 +61,8 @@ class Row(NamedTuple):
         why: what the distribution was read from.
         guess: whether it was guessed from names or from the order of modules.
         source: where values come from that have no distribution: "own code" of a buffer's owner, "computed" by the
-            operators that the code called, or "given" by the caller.
+            operators that the code called, "given" by the caller, or "orthogonal": the matrix that normal draws make.
+        fits: how it was scaled to a batch, one for each part that is a layer; empty where it was not.
     """
 
     name: str
@@ -52,6 +77,7 @@ class Row(NamedTuple):
     why: str = ""
     guess: bool = False
     source: str = "own code"
+    fits: tuple[Fit, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -75,6 +101,8 @@ class Row(NamedTuple):
             "key": None if self.key is None else f"{self.key:016x}",
             "why": self.why,
             "guess": self.guess,
+            **({"source": self.source} if self.source == "orthogonal" else {}),
+            **({"fits": [fit.to_dict() for fit in self.fits]} if self.fits else {}),
         }
 
 
@@ -190,10 +218,14 @@ class InitReport:
         """The table: its head, in English, and its rows."""
         head = ["name", "shape", "dtype", "distribution", "fan", "std", "key", "why"]
         rows = [self._cells(row) for row in self.rows]
-        if self.digests is not None:
-            head.insert(7, "digest")
+        if any(row.fits for row in self.rows):
+            head[7:7] = ["factor", "variance"]
             for cells, row in zip(rows, self.rows, strict=True):
-                cells.insert(7, self.digests.parameters.get(row.name, ""))
+                cells[7:7] = _fit_cells(row.fits)
+        if self.digests is not None:
+            head.insert(-1, "digest")
+            for cells, row in zip(rows, self.rows, strict=True):
+                cells.insert(-1, self.digests.parameters.get(row.name, ""))
         return head, rows
 
     def save(self, path: str | os.PathLike[str], *, lang: str = "en") -> Path:
@@ -243,7 +275,8 @@ class InitReport:
         distribution = row.source if row.distribution is None else str(row.distribution)
         for part, other in row.slices:
             rows = f"{part.start}" if part.length == 1 else f"{part.start}:{part.start + part.length}"
-            distribution += f"; [{':, ' * part.dim}{rows}] {other!s}"
+            told = f"{other.stddev:.4g}" if row.source == "orthogonal" else str(other)
+            distribution += f"; [{':, ' * part.dim}{rows}] {told}"
         why = row.why + ("".join(f", tied: {alias}" for alias in row.aliases))
         return [
             row.name,
@@ -255,6 +288,12 @@ class InitReport:
             "" if row.key is None else f"{row.key:016x}",
             f"* {why}" if row.guess else why,
         ]
+
+
+def _fit_cells(fits: Sequence[Fit]) -> list[str]:
+    """Factors and variances as cells; several parts are set apart by semicolons."""
+    factors = "; ".join(f"{fit.factor:.4g}" for fit in fits)
+    return [factors, "; ".join(f"{fit.before:.3g} -> {fit.after:.3g}" for fit in fits)]
 
 
 def report_of(model: nn.Module, names: Names | None, seed: int, recipe: str, rows: Sequence[Row]) -> InitReport:

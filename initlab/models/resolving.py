@@ -13,6 +13,7 @@ from .builds import BuildRecord
 from .naming import TensorRef
 from .patterns import compile_pattern
 from .recipe_parts import Chooser, DistributionOf, NamedRecipe, RecipeLike, View, short_repr
+from .report import InitReport
 from .specs import FillSpec, Refused, whole_fill
 
 DEFAULT = "own"
@@ -32,9 +33,9 @@ def resolve(recipe: RecipeLike) -> NamedRecipe:
 
     Args:
         recipe: a name; a recipe made by a function of this module; a distribution for every parameter; a function that
-            takes a TensorRef and returns a distribution, or None where it has none; or a mapping from name patterns to
-            any of these. Of the patterns that match one of a parameter's names the first that has a distribution for
-            it counts, and then "own".
+            takes a TensorRef and returns a distribution, or None where it has none; the report of another call, whose
+            distributions are given again; or a mapping from name patterns to any of these. Of the patterns that match
+            one of a parameter's names the first that has a distribution for it counts, and then "own".
 
     Raises:
         ValueError: for a name that is not known.
@@ -56,6 +57,8 @@ def _resolve(recipe: Any, where: str) -> NamedRecipe:
         return recipe
     if isinstance(recipe, BuildRecord):
         return recipe.recipe()
+    if isinstance(recipe, InitReport):
+        return _by_report(recipe)
     if isinstance(recipe, str):
         if recipe in NAMED:
             return NAMED[recipe]()
@@ -73,10 +76,27 @@ def _resolve(recipe: Any, where: str) -> NamedRecipe:
     raise TypeError(f"{where} is {short_repr(recipe)}; {_MUST_BE}")
 
 
+def _by_report(report: InitReport) -> NamedRecipe:
+    """What a report says, by name; whoever has no distribution there is refused."""
+    rows = {row.name: row for row in report.rows}
+
+    def choose(ref: TensorRef) -> FillSpec | Refused | None:
+        row = rows.get(ref.name)
+        if row is None:
+            return Refused("the report says nothing of it")
+        orthogonal = row.source == "orthogonal"
+        whole = Normal(0.0, row.std) if orthogonal and row.std is not None else row.distribution
+        if whole is None:
+            return Refused("the report has no distribution for it")
+        return FillSpec(((None, whole), *row.slices), row.fan, row.why, row.guess, exact=True, orthogonal=orthogonal)
+
+    return NamedRecipe(f"report of {report.recipe}", lambda view: choose)
+
+
 _DISTRIBUTIONS = (Uniform, Normal, TruncatedNormal, Constant)
 _MUST_BE = (
     'it must be a name such as "torch" or "he", a distribution such as Normal(0.0, 0.02), a function from a TensorRef '
-    "to a distribution, or a mapping from name patterns to any of these"
+    "to a distribution, a mapping from name patterns to any of these, or the report of another call"
 )
 _NO_DISTRIBUTION = "No distribution does the same: leave these parameters out with only=, and call it on them yourself"
 _TORCH_INIT = {

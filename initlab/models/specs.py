@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class FillSpec:
         program: what computes its values, where no distribution describes them; there are no fills then.
         check: whether the values that a parameter has must be ones that it can have made.
         known_as: by the names that the program has for parameters, those of today, where they differ.
+        fitted: whether it is scaled to a batch: "always", or only where the parameter turns out to be a layer's weight.
+        orthogonal: whether the draws are replaced by the orthogonal matrix that they make.
     """
 
     fills: tuple[tuple[DimSlice | None, Distribution], ...]
@@ -47,6 +49,8 @@ class FillSpec:
     program: "Program | None" = None
     check: bool = False
     known_as: Mapping[str, str] = field(default_factory=dict)
+    fitted: Literal["", "if a weight", "always"] = ""
+    orthogonal: bool = False
 
     @property
     def distribution(self) -> Distribution | None:
@@ -89,6 +93,11 @@ def computed_spec(program: "Program", why: str, known_as: Mapping[str, str] | No
 def whole_fill(distribution: Distribution, why: str, fan: float | None = None, guess: bool = False) -> FillSpec:
     """The spec that fills a whole tensor from one distribution."""
     return FillSpec(((None, distribution),), fan, why, guess)
+
+
+def constant_fill(value: float, why: str) -> FillSpec:
+    """The spec, a guess, that fills a whole tensor with one value."""
+    return FillSpec(((None, Constant(value)),), None, why, guess=True)
 
 
 class InitTrace:

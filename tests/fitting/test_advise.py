@@ -1,0 +1,260 @@
+"""advise(): the scheme of each layer, the loss that it expects, and a recipe that does what it says when pasted."""
+
+import json
+import math
+
+import pytest
+import torch
+from initlab.kernels import Normal, Uniform
+from torch import nn
+from torch.nn import functional as F
+
+import initlab
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def ce(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def mse(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def classes(count, rows=128, width=20, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(rows, width, generator=generator)
+    return x, torch.randint(count, (rows,), generator=generator)
+
+
+def pasted(advice, model, batch, loss_fn):
+    """The loss that the recipe gives, as code and as a mapping."""
+    exec(advice.code, {"model": model})
+    loss = loss_fn(model, batch).item()
+    initlab.init_model_(model, advice.seed, advice.recipe)
+    assert loss_fn(model, batch).item() == loss
+    return loss
+
+
+def schemes(advice):
+    return {row.name: row.scheme.partition(", for data")[0] for row in advice.layers}
+
+
+def test_mixed_activations():
+    widths = [nn.Linear(64, 64) for _ in range(8)]
+    acts = [nn.ReLU(), nn.Tanh(), nn.GELU(), nn.SiLU(), nn.SELU(), nn.Sigmoid(), nn.LeakyReLU(0.2), nn.ELU()]
+    model = nn.Sequential(*[m for pair in zip(widths, acts, strict=True) for m in pair], nn.Linear(64, 10))
+    batch = classes(10, width=64)
+    advice = initlab.advise(model, batch, ce)
+    assert [row.scheme for row in advice.layers] == [
+        *("He, before ReLU", "Xavier, before Tanh", "He, before GELU", "He, before SiLU", "LeCun, before SELU"),
+        *("Xavier, before Sigmoid", "He, before LeakyReLU", "He, before ELU", "LeCun, a head: small"),
+    ]
+    stds = [row.wanted for row in advice.layers[:-1]]
+    gains = [2**0.5, 5 / 3, 2**0.5, 2**0.5, 1.0, 1.0, (2 / 1.04) ** 0.5, 2**0.5]
+    assert stds == pytest.approx([gain / 8 for gain in gains])  # fan_in = fan_out = 64
+    assert isinstance(advice.recipe["2.weight"], Uniform)
+    assert isinstance(advice.recipe["0.weight"], Normal)
+    assert advice.expected == pytest.approx(math.log(10))
+    assert "ln 10" in advice.why
+    assert pasted(advice, model, batch, ce) == advice.predicted == pytest.approx(advice.expected, rel=0.1)
+
+
+def test_numbers_are_measured():
+    model, batch = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)), classes(5, scale=50.0)
+    advice = initlab.advise(model, batch, ce)
+    first = advice.layers[0]
+    with torch.no_grad():
+        out = F.linear(batch[0], model[0].weight, model[0].bias)
+        assert advice.loss == ce(model, batch).item()
+    assert first.output == pytest.approx(float(out.std(correction=0)), rel=1e-4)
+    assert first.input == pytest.approx(float(batch[0].square().mean().sqrt()), rel=1e-4)
+    assert first.std == pytest.approx(float(model[0].weight.detach().std(correction=0)), rel=1e-4)
+    assert first.wanted == pytest.approx(math.sqrt(2 / 20) / first.input)
+    assert first.expected == pytest.approx(2**0.5)
+    initlab.init_model_(model, 0, advice.recipe)
+    assert first.measured == pytest.approx(float(model[0](batch[0]).detach().std(correction=0)), rel=1e-4)
+    assert first.reads_data
+    assert not first.is_head
+    assert advice.layers[1].is_head
+    assert "batch[0] has mean" in advice.notes[0]
+    assert advice.inputs[0].std == pytest.approx(50, rel=0.1)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(20, 64)), nn.Parameter(torch.zeros(64))
+        self.c, self.d = nn.Parameter(0.1 * torch.randn(64, 64)), nn.Parameter(torch.randn(7, 64))
+        self.e = nn.Parameter(0.1 * torch.randn(64, 64))
+
+    def forward(self, x):
+        h = torch.relu(x @ self.a + self.b)
+        g = h @ self.c
+        h = torch.einsum("bi,ij->bj", g * torch.sigmoid(g), self.e)
+        h = 0.5 * h * (1 + torch.tanh(0.7978845608 * (h + 0.044715 * h**3)))
+        return F.log_softmax(F.linear(h, self.d), 1)
+
+
+class Residual(nn.Module):
+    def __init__(self, norm, depth=30):
+        super().__init__()
+        self.inp, self.out = nn.Linear(20, 32), nn.Linear(32, 7)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(depth))
+        self.norms = nn.ModuleList(norm(32) for _ in range(depth))
+
+    def forward(self, x):
+        x = self.inp(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + F.relu(layer(norm(x)))
+        return self.out(x)
+
+
+class Language(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.emb, self.pos = nn.Embedding(100, 32), nn.Parameter(0.02 * torch.randn(16, 32))
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True, activation="gelu")
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 100, bias=False)
+        if tied:
+            self.head.weight = self.emb.weight
+
+    def forward(self, t):
+        return self.head(self.norm(self.blocks(self.emb(t) + self.pos[: t.shape[1]])))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0][:, -1])
+
+
+def language(model, batch):
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+def images():
+    return 255 * torch.rand(16, 3, 12, 12), torch.randint(10, (16,))
+
+
+def targets(columns, mean, std):
+    x = torch.randn(128, 8)
+    return x, mean + std * torch.randn(128, columns)
+
+
+CASES = {
+    "functional": (Functional, lambda: classes(7, scale=30.0), lambda m, b: F.nll_loss(m(b[0]), b[1])),
+    "residual": (lambda: Residual(nn.LayerNorm), lambda: classes(7, scale=30.0), ce),
+    "explodes": (lambda: Residual(nn.Identity), lambda: classes(7, scale=1e-3), ce),
+    "convolution": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.SiLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+        ),
+        images,
+        ce,
+    ),
+    "one target": (
+        lambda: nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 1)), lambda: targets(1, 50.0, 3.0), mse
+    ),
+    "targets by hand": (
+        lambda: nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 3)),
+        lambda: targets(3, 0.0, 1e-3),
+        lambda m, b: ((m(b[0]) - b[1]) ** 2).mean(),
+    ),
+    "probabilities": (
+        lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1), nn.Sigmoid()),
+        lambda: (torch.randn(64, 8), torch.randint(2, (64, 1)).float()),
+        lambda m, b: F.binary_cross_entropy(m(b[0]), b[1]),
+    ),
+    "language": (lambda: Language(False), lambda: torch.randint(100, (8, 17)), language),
+    "tied": (lambda: Language(True), lambda: torch.randint(100, (8, 17)), language),
+    "recurrent": (Recurrent, lambda: (torch.randn(32, 5, 8), torch.randint(3, (32,))), ce),
+    "weight_norm": (
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(20, 16)), nn.ReLU(), nn.Linear(16, 3)
+        ),
+        lambda: classes(3),
+        ce,
+    ),
+    "lookup": (lambda: nn.Embedding(20, 20), lambda: (torch.randint(20, (64,)), torch.randint(20, (64,))), ce),
+}  # fmt: skip
+EXPECTED = {"functional": math.log(7), "one target": None, "probabilities": math.log(2), "tied": math.log(100)}
+
+
+@pytest.mark.long_if(lambda case: case not in ("functional", "one target", "tied"))
+@pytest.mark.parametrize("case", CASES)
+def test_pasted(case):
+    torch.manual_seed(0)
+    build, data, loss_fn = CASES[case]
+    model, batch = build(), data()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = torch.get_rng_state()
+    advice = initlab.advise(model, batch, loss_fn)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), seen)
+    assert advice.predicted == pytest.approx(advice.expected, rel=0.1)
+    assert pasted(advice, model, batch, loss_fn) == pytest.approx(advice.predicted, rel=0.01)
+    if EXPECTED.get(case) is not None:
+        assert advice.expected == pytest.approx(EXPECTED[case], rel=1e-5)
+    if case == "one target":
+        assert advice.expected == pytest.approx(float(batch[1].var(correction=0)), rel=1e-4)
+    json.loads(advice.to_json())
+    for lang in ("en", "zh"):
+        assert advice.code.splitlines()[0] in advice.text(lang, 80)
+
+
+def test_schemes_of_functions():
+    advice = initlab.advise(Functional(), classes(7), lambda m, b: F.nll_loss(m(b[0]), b[1]))
+    found = ["He, before ReLU", "He, before SiLU", "He, before GELU", "LeCun, a head: small"]
+    assert list(schemes(advice).values()) == found
+    advice = initlab.advise(Language(True), torch.randint(100, (8, 17)), language)
+    found = schemes(advice)
+    assert found["emb.weight"] == "LeCun, a head: small"
+    assert found["blocks.layers.0.linear1.weight"] == "He, before GELU"
+    advice = initlab.advise(Residual(nn.Identity), classes(7), ce)
+    assert "fitted to this batch" in advice.notes[0]
+    assert all(0.5 < row.measured < 2 for row in advice.layers if not row.is_head)
+
+
+def test_without_a_loss():
+    model = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 3))
+    advice = initlab.advise(model, classes(3))
+    assert advice.loss is advice.expected is advice.predicted is None
+    assert schemes(advice) == {"0.weight": "He, before ReLU", "2.weight": "LeCun, before no activation"}
+    assert "no loss function" in str(advice)
+    initlab.init_model_(model, 0, advice.recipe)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "loss_fn", "error", "message"),
+    [
+        (3, torch.randn(4, 8), None, TypeError, "model is a int"),
+        (nn.Linear(8, 8), torch.randn(4, 8), 3, TypeError, "loss_fn is a int"),
+        (nn.Linear(8, 8), torch.ones(4, 8), None, ValueError, "no two rows of batch differ"),
+        (nn.Linear(8, 8, device="meta"), torch.randn(4, 8), None, ValueError, "weight\n"),
+        (nn.Linear(8, 8), torch.randn(4, 8), lambda m, b: m(b), TypeError, "one element"),
+        (nn.ReLU(), torch.randn(4, 8), None, ValueError, "no weight"),
+    ],
+)
+def test_refused(model, batch, loss_fn, error, message):
+    with pytest.raises(error, match=message):
+        initlab.advise(model, batch, loss_fn)
+
+
+@pytest.mark.long
+def test_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=100, n_positions=32)
+    t = torch.randint(100, (4, 16))
+    model = transformers.GPT2LMHeadModel(config).eval()
+    batch = {"input_ids": t, "labels": t}
+    advice = initlab.advise(model, batch)
+    assert advice.expected == pytest.approx(math.log(100), rel=1e-4)
+    assert pasted(advice, model, batch, lambda m, b: m(**b).loss) == pytest.approx(advice.predicted, rel=0.01)
+    assert schemes(advice)["transformer.h.0.mlp.c_fc.weight"].startswith("He, before NewGELU")
