@@ -54,6 +54,8 @@ TARGETS = {
 ISSUE = 132 * 4 * 32 * 1.755e9
 BANDWIDTH = 0.9 * 3.35e12
 
+FUSED = {"enable_fp_fusion": True}
+
 ELEMENTS = {"fp32": (tl.float32, 4), "bf16": (tl.bfloat16, 2), "fp16": (tl.float16, 2), "fp64": (tl.float64, 8)}
 CONSTANT_ELEMENTS = {"fp32": (tl.int32, 4), "bf16": (tl.int16, 2)}
 MAPS = ("uniform", "normal", "centre", "tail", "far", "narrow")
@@ -177,31 +179,31 @@ def norm_cases() -> Iterator[Case]:
     for element, (dtype, size) in ELEMENTS.items():
         constants = {"DTYPE": dtype, "BLOCK_SIZE": block, "NUM_BLOCKS": NUM_BLOCKS}
         signature = {"address": "i64", "sums_ptr": "*fp64"}
-        yield Case("norm: full blocks", element, norm_blocks, signature, constants, elements, size, options={})
+        yield Case("norm: full blocks", element, norm_blocks, signature, constants, elements, size, options=FUSED)
         signature = {"address": "i64", "a": "fp64", "b": "fp64"}
-        yield Case("scale: full blocks", element, scale_blocks, signature, constants, elements, 2 * size, options={})
+        yield Case("scale: full blocks", element, scale_blocks, signature, constants, elements, 2 * size, options=FUSED)
     table = {"table_ptr": "*i64", "columns": "i32", "blocks": "i32"}
     for fp64, element in ((False, ""), (True, "fp64")):
         signature = {**table, "first_item": "i32", "sums_ptr": "*fp64"}
         constants = {"FP64": fp64, "BLOCK_SIZE": block}
-        yield Case("norm: kernel", element, norms.norm_kernel, signature, constants, 0, 0, options={})
+        yield Case("norm: kernel", element, norms.norm_kernel, signature, constants, 0, 0, options=FUSED)
         signature = {**table, "first_item": "i32", "norm_ptr": "*fp64"}
         signature |= {"max_norm_high": "i32", "max_norm_low": "i32"}
         constants = {"POLICY": "zero", "FP64": fp64, "BLOCK_SIZE": block}
-        yield Case("scale: kernel", element, norms.scale_kernel, signature, constants, 0, 0, options={})
+        yield Case("scale: kernel", element, norms.scale_kernel, signature, constants, 0, 0, options=FUSED)
     signature = {"sums_ptr": "*fp64", "items": "i32", "sound": "fp32", "results_ptr": "*i64"}
-    yield Case("norm: finish", "", norms.finish_norm_kernel, signature, {}, 0, 0, options={})
+    yield Case("norm: finish", "", norms.finish_norm_kernel, signature, {}, 0, 0, options=FUSED)
     signature = {**table, "items": "i32", "results_ptr": "*i64", "scratch_ptr": "*fp64"}
     constants = {"BLOCK_SIZE": block, "RESCAN_BLOCK": norms.RESCAN_BLOCK, "sums_ptr": None}
-    yield Case("norm: rescan", "", norms.rescan_kernel, signature, constants, 0, 0, options={})
+    yield Case("norm: rescan", "", norms.rescan_kernel, signature, constants, 0, 0, options=FUSED)
     signature |= {"sums_ptr": "*fp64"}
     constants = {"BLOCK_SIZE": block, "RESCAN_BLOCK": norms.RESCAN_BLOCK}
-    yield Case("norm: rescan per tensor", "", norms.rescan_kernel, signature, constants, 0, 0, options={})
+    yield Case("norm: rescan per tensor", "", norms.rescan_kernel, signature, constants, 0, 0, options=FUSED)
     signature |= {"norms_ptr": "*fp64"}
     constants = {"BLOCK_SIZE": block}
-    yield Case("norm: per tensor", "", norms.tensor_norms_kernel, signature, constants, 0, 0, options={})
+    yield Case("norm: per tensor", "", norms.tensor_norms_kernel, signature, constants, 0, 0, options=FUSED)
     signature = {"scratch_ptr": "*fp64", "items": "i32", "results_ptr": "*i64"}
-    yield Case("norm: rescan finish", "", norms.finish_rescan_kernel, signature, {}, 0, 0, options={})
+    yield Case("norm: rescan finish", "", norms.finish_rescan_kernel, signature, {}, 0, 0, options=FUSED)
 
 
 def sampling_cases() -> Iterator[Case]:
@@ -235,12 +237,12 @@ def sampling_cases() -> Iterator[Case]:
         kind, size = ELEMENTS[element]
         types = {"ptr": f"*{element}", "seed": "u64"}
         constants = {"BLOCK_SIZE": sampling.BLOCK_SIZE, "OUT_DTYPE": kind}
-        yield Case("tl.randn4x", element, randn4x, types, constants, per_chunk, size, ("ptr",), options={})
+        yield Case("tl.randn4x", element, randn4x, types, constants, per_chunk, size, ("ptr",), options=FUSED)
 
 
 def nonfinite_cases() -> Iterator[Case]:
     """The non-finite flag of a tensor: the whole kernel, and its path of full blocks."""
-    constants, options = {"BLOCK_SIZE": nonfinite.BLOCK_SIZE}, {"warps": nonfinite.NUM_WARPS, "options": {}}
+    constants, options = {"BLOCK_SIZE": nonfinite.BLOCK_SIZE}, {"warps": nonfinite.NUM_WARPS, "options": FUSED}
     elements, kernel = nonfinite.BLOCK_SIZE, nonfinite.add_flag_kernel
     for element, (_, size) in ELEMENTS.items():
         signature = {"flag_ptr": "*i32", "x_ptr": f"*{element}", "n_elements": "i64"}
@@ -302,7 +304,7 @@ def linear_relu_cases() -> Iterator[Case]:
                         0,
                         tuple(name for name in aligned if name not in constants),
                         tile.num_warps,
-                        {"num_stages": tile.num_stages},
+                        {"num_stages": tile.num_stages, **FUSED},
                         targets,
                     )
         types = {"y_ptr": f"*{element}", "flag_ptr": "*i32", "n_elements": "i64"}
@@ -316,7 +318,7 @@ def linear_relu_cases() -> Iterator[Case]:
             constants |= {"POSITIVE_LIMIT": (epilogue.SQUARE_LIMITS if squared else epilogue.LIMITS)[dtype]}
             yield Case(
                 f"linear_relu pass: {variant}", element, epilogue.relu_in_place_kernel, types, constants, 0, 2 * size,
-                ("y_ptr", "flag_ptr"), 8, {},
+                ("y_ptr", "flag_ptr"), 8, FUSED,
             )  # fmt: skip
         types = dict.fromkeys(("grad_ptr", "y_ptr", "out_ptr"), f"*{element}") | {"sums_ptr": "*fp32"}
         types |= dict.fromkeys(("M", "N", "stride_grad_m"), "i32")
@@ -326,7 +328,7 @@ def linear_relu_cases() -> Iterator[Case]:
             yield Case(
                 f"linear_relu backward{variant}", element, epilogue.mask_and_sum_kernel, types,
                 constants | {"SQUARED": squared}, 0, 3 * size,
-                ("grad_ptr", "y_ptr", "out_ptr", "sums_ptr", "N", "stride_grad_m"), 4, {},
+                ("grad_ptr", "y_ptr", "out_ptr", "sums_ptr", "N", "stride_grad_m"), 4, FUSED,
             )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from .data import ColumnRow, DataFault, DataReport, scan_data  # noqa: E402
 from .diagnosis import Cause, Diagnosis, LayerRow, Place, diagnose, supervised  # noqa: E402
 from .fitting import Advice, InputAdvice, LayerAdvice, advise  # noqa: E402
 from .fusing import FuseReport, fuse_linear_relu, unfuse  # noqa: E402
+from .guarding import BadStep, GuardReport, TrainingGuard, guard  # noqa: E402
 from .models import (  # noqa: E402
     BuildRecord,
     InitReport,
@@ -51,6 +52,7 @@ from .watching import Fault, Watch, WatchReport, watch  # noqa: E402
 
 __all__ = [
     "Advice",
+    "BadStep",
     "BuildRecord",
     "Cause",
     "CheckpointReport",
@@ -63,6 +65,7 @@ __all__ = [
     "Fault",
     "FuseReport",
     "GradClipper",
+    "GuardReport",
     "InitReport",
     "InputAdvice",
     "LayerAdvice",
@@ -75,6 +78,7 @@ __all__ = [
     "QuantileSpikes",
     "Row",
     "TensorRow",
+    "TrainingGuard",
     "Watch",
     "WatchReport",
     "ZScoreSpikes",
@@ -86,6 +90,7 @@ __all__ = [
     "diagnose",
     "fuse_linear_relu",
     "get_total_norm",
+    "guard",
     "init",
     "init_model_",
     "linear_relu",

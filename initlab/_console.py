@@ -17,9 +17,10 @@ from typing import Any, TextIO
 
 
 def warn(message: str) -> None:
-    """A UserWarning that names the line of the caller's own code, however many functions of ours lie between."""
+    """A UserWarning that names the line of the caller's own code, however many functions of ours, or hooks of torch's,
+    lie between."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "initlab":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("initlab", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -12,6 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    # Its interpreter has numbers in arrays of one element, and numpy deprecates to make a loop's bound of such a one.
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
 
 # One compilation, whatever a table's size and address: Triton would make variants for a size of 1, or 16 divides it.
 table_jit = triton.jit(

@@ -66,19 +66,24 @@ def flag_tile(flag_ptr, y, start_m, start_n, M, N, LIMIT: tl.constexpr, POSITIVE
 
     What lies beyond the matrix is left out: zeros in an operand make NaNs there, and the bias an infinity.
     """
-    offs_m = tl.arange(0, y.shape[0])
-    offs_n = tl.arange(0, y.shape[1])
-    mask = (offs_m < M - start_m)[:, None] & (offs_n < N - start_n)[None, :]
-    flag = 0
-    for kind in range(3):  # one after the other: side by side they would need more registers than there are
-        magnitude = tl.where(kind == 0, 0x7FFFFFFF, 0xFFFFFFFF).to(tl.uint32)
-        sign = tl.where(kind == 2, 0x80000000, 0).to(tl.uint32)
-        first = tl.where(kind == 0, 0x7F800001, tl.where(kind == 1, POSITIVE_LIMIT, LIMIT)).to(tl.uint32)
-        last = tl.where(kind == 0, 0x7FFFFFFF, 0x7F800000).to(tl.uint32)
-        bits = (y.to(tl.uint32, bitcast=True) ^ sign) & magnitude
-        flag |= tl.max((mask & (bits - first <= last - first)).to(tl.int32)) << kind
-    if flag != 0:
-        tl.atomic_or(flag_ptr, flag, sem="relaxed")
+    if y.shape[0] * y.shape[1] > 128 * 128:  # by halves: the whole would need more registers than there are
+        left, right = split_columns(y)
+        flag_tile(flag_ptr, left, start_m, start_n, M, N, LIMIT, POSITIVE_LIMIT)
+        flag_tile(flag_ptr, right, start_m, start_n + y.shape[1] // 2, M, N, LIMIT, POSITIVE_LIMIT)
+    else:
+        offs_m = tl.arange(0, y.shape[0])
+        offs_n = tl.arange(0, y.shape[1])
+        mask = (offs_m < M - start_m)[:, None] & (offs_n < N - start_n)[None, :]
+        flag = 0
+        for kind in range(3):  # one after the other: side by side they would need more registers than there are
+            magnitude = tl.where(kind == 0, 0x7FFFFFFF, 0xFFFFFFFF).to(tl.uint32)
+            sign = tl.where(kind == 2, 0x80000000, 0).to(tl.uint32)
+            first = tl.where(kind == 0, 0x7F800001, tl.where(kind == 1, POSITIVE_LIMIT, LIMIT)).to(tl.uint32)
+            last = tl.where(kind == 0, 0x7FFFFFFF, 0x7F800000).to(tl.uint32)
+            bits = (y.to(tl.uint32, bitcast=True) ^ sign) & magnitude
+            flag |= tl.max((mask & (bits - first <= last - first)).to(tl.int32)) << kind
+        if flag != 0:
+            tl.atomic_or(flag_ptr, flag, sem="relaxed")
 
 
 @triton.jit
@@ -182,7 +187,7 @@ def relu_in_place(y: Tensor, flags: Tensor | None, flag_square: bool = False, sq
                 BLOCK_SIZE=RELU_BLOCK, LIMIT=LIMITS[y.dtype],
                 POSITIVE_LIMIT=(SQUARE_LIMITS if flag_square else LIMITS)[y.dtype], SQUARED=squared,
                 FLAG_TILE=None if flags is None else flag_tile, INTERPRETED=INTERPRETED,
-                num_warps=8,
+                num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
     return y
 
@@ -205,6 +210,6 @@ def mask_and_sum(grad: Tensor, y: Tensor, squared: bool = False) -> tuple[Tensor
         mask_and_sum_kernel[(triton.cdiv(N, MASK_BLOCK_N), parts)](
             grad, y, out, sums, M, N, grad.stride(0), grad.stride(1),
             ROWS=rows, BLOCK_M=MASK_BLOCK_M, BLOCK_N=MASK_BLOCK_N, SQUARED=squared, INTERPRETED=INTERPRETED,
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out, sums.sum(0)

@@ -252,6 +252,7 @@ def gemm(
         "INTERPRETED": INTERPRETED,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
     }
     num_tiles = _num_tiles(M, N, tile)
     with launching(x.device):

@@ -63,4 +63,6 @@ def launch(flag: Tensor, tensor: Tensor) -> None:
     n_elements, device = tensor.numel(), tensor.device
     programs = min(n_elements // BLOCK_SIZE + 1, _max_programs(device))
     with launching(device):
-        add_flag_kernel[(programs,)](flag, tensor, n_elements, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS)
+        add_flag_kernel[(programs,)](
+            flag, tensor, n_elements, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS, enable_fp_fusion=True
+        )

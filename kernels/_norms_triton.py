@@ -380,7 +380,7 @@ def scale_kernel(
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     if programs > 0:
-        kernel[(programs,)](*arguments, **constants, num_warps=NUM_WARPS)
+        kernel[(programs,)](*arguments, **constants, num_warps=NUM_WARPS, enable_fp_fusion=True)
 
 
 def norm(plan: Plan, count: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

@@ -71,6 +71,7 @@ NO_MESSAGES = {
     # of pages and plots: versions, and what matplotlib is told
     "initlab {}, torch {}, Python {}",
     "DejaVu Sans",
+    *("Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Micro Hei"),
     "'DejaVu Sans'(, [^;\\\"]*)?",
     "Glyph \\d+ .* missing from",
     "lower left",

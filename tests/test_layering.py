@@ -466,3 +466,21 @@ def test_a_violation_is_seen(path: str, source: str, rule: str) -> None:
 )
 def test_what_the_rules_allow(path: str, source: str) -> None:
     assert violations(path, source, public={"fill_"}, modules={"naming", "swapping"}) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*_triton.py")), ids=lambda path: path.name)
+def test_a_launch_says_whether_products_and_sums_are_fused(path):
+    """Bits depend on it, and Triton's default changes: a variable of the environment's from 3.9 on, False from 3.10."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and any(map(_is_launch, ast.walk(function))):
+            keywords = {k.arg for k in ast.walk(function) if isinstance(k, ast.keyword)}
+            keys = {k.value for d in ast.walk(function) if isinstance(d, ast.Dict) for k in d.keys if _is_constant(k)}
+            assert "enable_fp_fusion" in keywords | keys, f"{path.name}:{function.lineno}"
+
+
+def _is_launch(node):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+
+
+def _is_constant(node):
+    return isinstance(node, ast.Constant)

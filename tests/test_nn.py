@@ -51,7 +51,7 @@ def test_recipes_know_squared_relu(recipe):
     assert model[0].weight.std().item() == pytest.approx((2 / 3) ** 0.25 / 20, rel=0.02)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "relu_squared"])
 def test_torchscript(activation, bias, tmp_path):

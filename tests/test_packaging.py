@@ -38,6 +38,8 @@ USE = """
     assert Normal.__module__.startswith("initlab.kernels.sampling.")
     for package in ("models", "clipping", "watching", "diagnosis", "distributed"):
         importlib.import_module("initlab." + package)
+    from initlab.pages import diagnosis_page
+    assert "<style>" in diagnosis_page(initlab.Diagnosis(())) and "clipboard" in diagnosis_page(initlab.Diagnosis(()))
     for stranger in ("tests", "benchmarks", "docs", "examples", "tools", "setup", "initlab"):
         assert importlib.util.find_spec("initlab." + stranger) is None, stranger
     print(initlab.__file__, initlab.kernels.__file__, sep="\\n")

@@ -12,9 +12,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("page", "blocks"), [("README.md", 4), ("docs/sampling.md", 1), ("docs/linear-relu.md", 2)])
-def test_code_runs_and_prints_what_the_page_shows(page, blocks):
+PAGES = [("README.md", 4), ("docs/sampling.md", 1), ("docs/linear-relu.md", 2), ("docs/guard.md", 4)]
+
+
+@pytest.mark.parametrize(("page", "blocks"), PAGES)
+@pytest.mark.long_if(lambda page, blocks: page == "docs/guard.md")  # diagnoses take seconds
+@pytest.mark.filterwarnings("default")  # as for a reader
+def test_code_runs_and_prints_what_the_page_shows(page, blocks, tmp_path, monkeypatch):
     """Blocks of one page run one after the other, as a reader would paste them; `...` stands for lines left out."""
+    monkeypatch.chdir(tmp_path)  # some of the code writes where it runs
     shown = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", (ROOT / page).read_text(), re.DOTALL)
     assert len(shown) == blocks
     torch.manual_seed(0)

@@ -139,11 +139,17 @@ def summary(output: str, rc: int) -> str:
 UV = shutil.which("uv")  # installs in a fraction of pip's time, by links into its cache
 
 
-def install(python: Path) -> list[str | Path]:
-    """The command that installs packages into a venv."""
+def venv_command(interpreter: str, venv: Path) -> list[str | Path]:
+    """The command that makes a venv."""
+    return [UV, "venv", "--quiet", "--python", interpreter, venv] if UV else [interpreter, "-m", "venv", venv]
+
+
+def pip(python: Path, action: str, *options: str | Path) -> list[str | Path]:
+    """The command that installs packages into a venv, or removes them from it."""
     if UV:
-        return [UV, "pip", "install", "--quiet", "--python", python]
-    return [python, "-m", "pip", "install", "--quiet", "--no-compile"]
+        return [UV, "pip", action, "--quiet", "--python", python, *options]
+    extra = {"install": ["--no-compile"], "uninstall": ["--yes"]}[action]
+    return [python, "-m", "pip", action, "--quiet", *extra, *options]
 
 
 def run(command: Sequence[str | Path], log: Path, minutes: float, **environment: str) -> tuple[int, str]:
@@ -179,16 +185,16 @@ def try_row(row: Row, interpreter: str, tree: Path, wheel: Path, work: Path, kee
     try:
         if not (keep and python.exists()):
             shutil.rmtree(venv, ignore_errors=True)
-            for command in ([interpreter, "-m", "venv", venv], [*install(python), wheel, *requirements(row)]):
+            for command in (venv_command(interpreter, venv), pip(python, "install", wheel, *requirements(row))):
                 rc, output = run(command, log, 30)
                 if rc:
                     reason = " ".join(output.split())[-200:]
                     return asdict(row), f"not installable: {reason}"
         else:
-            run([*install(python), "--no-deps", "--reinstall" if UV else "--force-reinstall", wheel], log, 5)
+            run(pip(python, "install", "--no-deps", "--reinstall" if UV else "--force-reinstall", wheel), log, 5)
         absent = [name for name in ("numba", "triton") if asdict(row)[name] == "none"]
         if absent:
-            run([python, "-m", "pip", "uninstall", "--quiet", "-y", *absent], log, 5)
+            run(pip(python, "uninstall", *absent), log, 5)
         command = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-c", tree / "pyproject.toml"]
         command += ["--rootdir", tree, "--durations=15", *(tree / name for name in QUICK)]
         rc, output = run(command, log, MINUTES, OMP_NUM_THREADS="1")

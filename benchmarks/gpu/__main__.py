@@ -1,9 +1,10 @@
 """Checks and times the GPU kernels: `make gpu`, or `python benchmarks/gpu [--dry] [OUT]`, from the bare checkout.
 
-No network, nothing installed, under 8 minutes. It prints and, where a folder is given, saves ``gpu.json`` and
-``gpu.md``: the machine; whether the GPU gives the stream's golden values and the CPU's bits; then timings by CUDA
-events, contestants in turns, each on memory that was not written last, median with 10th and 90th percentile, and how
-much of the write bandwidth that ``fill_`` reaches they use. Nothing is timed unless every check has passed.
+No network, nothing installed, meant for 8 minutes. It prints, and saves in gpu.json and gpu.md of the folder OUT
+(benchmarks/results without one): the machine; whether the GPU gives the stream's golden values, what no emulator shows
+and the CPU's bits; then timings by CUDA events, contestants in turns, each on memory that was not written last, median
+with 10th and 90th percentile, and how much of the write bandwidth that ``fill_`` reaches they use; and a verdict for
+each figure that the docs claim. Nothing is timed unless every check has passed.
 
 ``--dry`` runs all of it on a machine without a GPU: Triton's interpreter, tiny sizes, the clock of the host. Its
 figures mean nothing and are marked so; it is there so that the script cannot fail on its first contact with a GPU.
@@ -28,27 +29,28 @@ import torch  # noqa: E402
 def main() -> int:
     """Run everything; 0 if all checks hold."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu", description="Check and time the GPU kernels.")
-    parser.add_argument("out", nargs="?", default=os.environ.get("OUT"), help="folder for gpu.json and gpu.md")
+    parser.add_argument("out", nargs="?", default=os.environ.get("OUT"), help="folder for the results")
     parser.add_argument("--dry", action="store_true", help="without a GPU: interpreter, tiny sizes")
     arguments = parser.parse_args()
     if not DRY and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; --dry runs this script without one", file=sys.stderr)
         return 64
-    return run(arguments.out)
+    return run(arguments.out or (None if DRY else FOLDER.parent / "results"))
 
 
-def run(out: str | None) -> int:
+def run(out: str | Path | None) -> int:
     """Check, and time where every check holds; save to the folder `out`."""
-    from gpu import clipping, linear_relu, sampling, suite, watching  # need triton
+    from gpu import claims, clipping, device_only, linear_relu, sampling, suite, watching  # need triton
     from gpu.report import Findings, environment, save
 
     checks = (
-        *(sampling.check_golden, sampling.check_bits, clipping.check_clipping, clipping.check_sharded),
+        *(sampling.check_golden, device_only.check_device),
+        *(sampling.check_bits, clipping.check_clipping, clipping.check_sharded),
         *(watching.check_watch, linear_relu.check_linear_relu, suite.check_tests),
     )
     timings = (
         *(sampling.time_tensors, sampling.time_model, clipping.time_clipping),
-        *(linear_relu.time_linear_relu, watching.time_watch),
+        *(linear_relu.time_linear_relu, watching.time_watch, claims.check_claims),
     )
     findings = Findings(environment=environment())
     for name, value in findings.environment.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -127,7 +128,10 @@ def time_clipping(findings: Findings) -> None:
                 contestants: dict[str, Callable[[], Any]] = {
                     "initlab": lambda ps=params, m=max_norm: initlab.clip_grad_norm_(ps, m()),
                     "torch, foreach": lambda ps=params, m=max_norm: torch.nn.utils.clip_grad_norm_(ps, m()),
+                    "torch._foreach_norm and _mul_": lambda ps=params, m=max_norm: _foreach_clip_(ps, m()),
                 }
+                for peer, clip in peers():
+                    contestants[peer] = lambda clip=clip, ps=params, m=max_norm: clip(ps, m())
                 name = f"clip_grad_norm_, {count} tensors, {'clipped' if clipped else 'unclipped'}, {str(dtype)[6:]}"
                 # Bytes: one read; clipped, two reads and a write.
                 race(findings, name, contestants, (3 if clipped else 1) * n * count * dtype.itemsize, seconds)
@@ -158,6 +162,40 @@ def time_clipping(findings: Findings) -> None:
         steps[name] = step
     # AdamW reads gradient, parameter and two moments, and writes three of them; the norm reads once more.
     race(findings, "a step of fused AdamW with clipping, float32", steps, 8 * 4 * n * count, seconds)
+
+
+def _foreach_clip_(params: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clipping by torch's operations on lists, and nothing else."""
+    gradients = [p.grad for p in params]
+    norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(gradients)]))
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))
+    return norm
+
+
+def peers() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Others' clipping, where it is installed."""
+    if DRY:
+        return
+    try:
+        yield "apex", importlib.import_module("apex.contrib.clip_grad").clip_grad_norm_
+    except Exception as error:  # whatever goes wrong on another's import, it is no peer here
+        print(f"  apex: {type(error).__name__}: {error}"[:160])
+    try:
+        optimizers = importlib.import_module("transformer_engine.pytorch.optimizers")
+        skip = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
+        def clip(params: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+            gradients = [p.grad for p in params]
+            apply = optimizers.multi_tensor_applier
+            norm, _ = apply(optimizers.multi_tensor_l2norm, skip, [gradients], False)
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            apply(optimizers.multi_tensor_scale, skip, [gradients, gradients], float(factor))  # as Megatron does
+            return norm
+
+        clip(_with_gradients([torch.ones(4, device=DEVICE)]), 1.0)
+        yield "Transformer Engine", clip
+    except Exception as error:
+        print(f"  Transformer Engine: {type(error).__name__}: {error}"[:160])
 
 
 def _with_gradients(gradients: list[torch.Tensor]) -> list[torch.nn.Parameter]:

@@ -24,6 +24,7 @@ class Findings:
     environment: dict[str, str] = field(default_factory=dict)
     checks: dict[str, bool] = field(default_factory=dict)
     timings: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)  # what the docs claim, and whether it holds
     notes: list[str] = field(default_factory=list)
 
     def check(self, name: str, holds: bool) -> None:
@@ -85,6 +86,8 @@ def markdown(findings: Findings) -> str:
     lines += [*(f"- {name}: {value}" for name, value in findings.environment.items()), "", "## Checks", ""]
     lines += [f"- {'ok' if holds else '**FAILED**'}: {name}" for name, holds in findings.checks.items()]
     lines += [f"- note: {note}" for note in findings.notes]
+    if findings.verdicts:
+        lines += ["", "## What the docs claim, for an H100", "", *(f"- {verdict}" for verdict in findings.verdicts)]
     if findings.timings:
         ceilings = {row["what"].split(", ")[1]: row["GB/s"] for row in findings.timings if row["contestant"] == "fill_"}
         lines += ["", "## Timings", "", "Medians; ratio to the first of each group; % of the bandwidth of `fill_`.", ""]

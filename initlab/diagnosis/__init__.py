@@ -2,10 +2,11 @@
 
 workflow.py is diagnose(), the whole sequence. state.py takes a snapshot and restores it; probes.py runs passes;
 trace.py observes one, origin.py follows one operation by operation; evidence.py is what they observe, symptoms.py what
-it shows; checks/ finds causes; fixes.py writes remedies; report.py is what is printed; ranks.py keeps all of it from
-communicating.
+it shows; checks/ finds causes; fixes.py writes remedies; report.py is what is printed, measurements.py what its page
+plots beside that; ranks.py keeps all of it from communicating.
 """
 
+from .measurements import Measurements
 from .objectives import inspect_memory, inspect_objective
 from .probes import UsageError
 from .ranks import CommunicatesError
@@ -18,6 +19,7 @@ __all__ = [
     "CommunicatesError",
     "Diagnosis",
     "LayerRow",
+    "Measurements",
     "Operation",
     "Place",
     "UsageError",

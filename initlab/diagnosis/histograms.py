@@ -33,18 +33,25 @@ class Histogram:
     bad: float = 0.0
 
 
-def count(tensor: Tensor) -> Tensor | None:
-    """The histogram of a tensor as numbers on its device, for `read`; None where it has none.
+def some(tensor: Tensor) -> Tensor | None:
+    """A copy of some of a tensor's elements, for `count`; None where it has no histogram."""
+    tensor = physical(tensor)
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    x = tensor.detach()
+    x = x.reshape(-1) if x.is_contiguous() else sample(x).reshape(-1)
+    return x.clone() if x.numel() <= LIMITS.counted else x[spread_out(x.numel(), LIMITS.counted).to(x.device)]
+
+
+def count(elements: Tensor | None) -> Tensor | None:
+    """The histogram of what `some` has kept, as numbers on its device, for `read`; None of None.
 
     Elements are sorted and the ends of the bins looked up among them: no atomics, the same numbers on every run, and
     nothing waits for the device.
     """
-    tensor = physical(tensor)
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta or tensor.layout != torch.strided:
+    if elements is None:
         return None
-    x = sample(tensor).flatten()
-    if x.numel() > LIMITS.counted:
-        x = x[spread_out(x.numel(), LIMITS.counted).to(x.device)]
+    x = elements.double()
     finite = x.isfinite().sum()
     x = torch.where(x.isnan(), torch.inf, x).sort().values
     begin, last = (x == -torch.inf).sum(), (finite - 1).clamp_min(0)

@@ -11,7 +11,7 @@ class Limits(NamedTuple):
     most_features: int = 1 << 14  # wider inputs are images or one-hot, which no feature table helps
     most_input_elements: int = 1 << 22
     calls_measured: int = 64  # of one module in one pass; a recurrence shows its trend in these
-    counted: int = 1 << 12  # elements behind a histogram: a bin of average height is good to ten percent
+    counted: int = 1 << 11  # elements behind a histogram: a bin of average height is good to 15 percent
     bins: int = 40
     far_share: float = 0.002  # of the elements, on each side, that may lie beyond a histogram's ends
     plotted: int = 6  # layers with a histogram

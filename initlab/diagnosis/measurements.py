@@ -19,7 +19,7 @@ from initlab.kernels.torch_internals import physical
 from .._console import plain_data
 from .batch import Leaf
 from .evidence import Evidence, ParameterStats
-from .histograms import Histogram, count, read
+from .histograms import Histogram, count, read, some
 from .limits import LIMITS
 from .stats import spread_out
 from .trace import Call
@@ -120,9 +120,10 @@ def collect(evidence: Evidence, causes: Sequence[Cause]) -> Measurements:
     """
     calls = _calls_that_matter(evidence, causes)
     weights = [one for one in evidence.parameters if one.stats is not None and one.ref.tensor.dim() > 1]
-    chosen = _weights_that_matter(weights, calls, causes)
-    counted = [count(one.ref.tensor) if one in chosen else None for one in weights]
-    found = iter(read([*counted, *(numbers for call in calls for numbers in (call.counts, call.activated_counts))]))
+    chosen = {id(one) for one in _weights_that_matter(weights, calls, causes)}
+    kept = [some(one.ref.tensor) if id(one) in chosen else None for one in weights]
+    kept += [elements for call in calls for elements in (call.some, call.some_activated)]
+    found = iter(read([count(elements) for elements in kept]))
     return Measurements(
         tuple(_weight(one, next(found)) for one in weights),
         tuple(ActivationRow(call.path, call.kind, call.activation, next(found), next(found)) for call in calls),
@@ -140,10 +141,10 @@ def _calls_that_matter(evidence: Evidence, causes: Sequence[Cause]) -> list[Call
     layers = evidence.layers
     by_path: dict[str, Call] = {}
     for call in (*layers, *evidence.trace.calls):
-        if call.counts is not None:
+        if call.some is not None:
             by_path.setdefault(call.path, call)
     named = [by_path[path] for path in _modules_named(causes) if path in by_path]
-    sizes = [(call, call.output) for call in layers if call.output is not None and call.counts is not None]
+    sizes = [(call, call.output) for call in layers if call.output is not None and call.some is not None]
     finite = [(call, out) for call, out in sizes if out.finite]
     extremes = [call for call, out in sizes if not out.finite][:1]
     if finite:
@@ -231,6 +232,6 @@ def _classes(code: str, role: Literal["input", "target"], tensor: Tensor) -> Ite
         x = x[spread_out(x.numel(), LIMITS.sample).to(x.device)]
     labels, counts = x.cpu().unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)[: LIMITS.plotted_columns].sort().values
-    shares = tuple((counts[order] / x.numel()).tolist())
+    shares = tuple((counts[order].double() / x.numel()).tolist())
     index = tuple(int(label) for label in labels[order])
     yield TensorScale(code, role, "class", len(labels), index, shares, (0.0,) * len(index), (False,) * len(index))

@@ -116,7 +116,7 @@ def observe_at_rest(training_step: TrainingStep, histograms: bool = False) -> Ev
     """What the batch, the parameters and the optimizer show before anything runs.
 
     Args:
-        histograms: whether its trace counts how outputs are distributed.
+        histograms: whether its trace keeps elements of outputs.
     """
     for leaf in training_step.leaves:
         leaf.features = features(leaf.tensor)

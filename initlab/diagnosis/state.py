@@ -6,6 +6,7 @@ import inspect
 import random
 import sys
 import types
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,7 +43,7 @@ class Snapshot:
             roots += [optimizer, getattr(optimizer, "_initlab_clipper", None)]
         self.reach = Reach(roots, others)
         self.tensors = [_TensorCopy(tensor) for tensor in self.reach.tensors]
-        self.random = _RandomState()
+        self.random = RandomState()
 
     def restore(self) -> None:
         """Put everything back."""
@@ -66,6 +67,8 @@ def referenced_modules(function: Any, depth: int = 3) -> list[nn.Module]:
     They run with the model, collect gradients and change their buffers.
     """
     values: list[Any] = []
+    if isinstance(function, weakref.ProxyTypes):  # which answers as what it stands for, and cannot be hashed
+        return []
     if isinstance(function, nn.Module):
         return [function]
     if isinstance(function, functools.partial):
@@ -127,7 +130,7 @@ def _without_repeats(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _RandomState:
+class RandomState:
     """Where the random generators of torch, its devices, Python and numpy stand."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from .._tree import tensors_in
 from ..models.fans import compute_fans
 from ..models.naming import walk
 from . import names
-from .histograms import count
+from .histograms import some
 from .limits import LIMITS
 from .losses import LossCall, Stopped, hinge_of_bits, loss_call, multiplies, shapes
 from .slopes import Slopes
@@ -56,7 +56,7 @@ class Call:
         output: of its first floating output.
         activation: the function that its output went through, "" if none was seen.
         activated: of that function's output.
-        counts, activated_counts: histograms of both, for `histograms.read`, where they are asked for.
+        some, some_activated: elements of both, for histograms, where they are asked for.
         edge: share of that output near the ends of tanh or sigmoid.
         recorded: whether its output can pass a gradient on; not under no_grad().
         reads_batch: paths of the leaves of the batch that it got unchanged.
@@ -70,8 +70,8 @@ class Call:
         self.output: Stats | None = None
         self.activation = ""
         self.activated: Stats | None = None
-        self.counts: Tensor | None = None
-        self.activated_counts: Tensor | None = None
+        self.some: Tensor | None = None
+        self.some_activated: Tensor | None = None
         self.edge = 0.0
         self.recorded = True
         self.reads_batch: list[tuple[Any, ...]] = []
@@ -173,7 +173,7 @@ class Trace(ModuleMode):
         model: the model.
         batch_storages: paths of the leaves of the batch, by `storage_of`.
         flow: follows the tensors of the batch.
-        histograms: whether to count how outputs are distributed.
+        histograms: whether to keep some elements of each output.
 
     Attributes:
         calls: of modules, in the order in which they began.
@@ -277,7 +277,7 @@ class Trace(ModuleMode):
             call.recorded = tensor.requires_grad or physical(tensor).requires_grad
             call.output = measure(tensor)
             if self.histograms and self._counts[module] == 1:
-                call.counts = count(tensor)
+                call.some = some(tensor)
             if call.is_layer:
                 self._makers[id(tensor)] = weakref.ref(tensor), call
 
@@ -320,7 +320,7 @@ class Trace(ModuleMode):
                 layer = self.flow.called(name, args, kwargs, out, within)
             if layer is not None:
                 if self.histograms:
-                    layer.counts = count(out)
+                    layer.some = some(out)
                 self.calls.append(layer)
                 self._makers[id(out)] = weakref.ref(out), layer
         if name == "grad":
@@ -368,8 +368,8 @@ class Trace(ModuleMode):
         elif not call.activation:
             call.activation = name
             call.activated = measure(out)
-            if call.counts is not None:
-                call.activated_counts = count(out)
+            if call.some is not None:
+                call.some_activated = some(out)
             if name in ("tanh", "sigmoid"):
                 call.edge = edge_share(out, name)
 

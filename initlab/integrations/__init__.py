@@ -1,8 +1,8 @@
 """initlab in other people's loops. Each module needs the package it is named after; nothing is imported before.
 
-lightning: `GradClipperCallback`, for the Trainer of lightning and of pytorch_lightning.
-transformers: `GradClipperMixin`, for Hugging Face's Trainer and the classes derived from it.
+lightning: `GradClipperCallback` and `TrainingGuardCallback`, for the Trainer of lightning and of pytorch_lightning.
+transformers: `GradClipperMixin` and `TrainingGuardMixin`, for Hugging Face's Trainer and the classes derived from it.
+accelerate: `AcceleratedGuard`. A clipper needs no module: `initlab.GradClipper(accelerator.prepare(optimizer), 1.0)`.
 
-accelerate needs no module: `initlab.GradClipper(accelerator.prepare(optimizer), 1.0)`. All three are in
-docs/integrations.md.
+All are in docs/integrations.md.
 """

@@ -1,4 +1,4 @@
-"""GradClipper in the Trainer of Hugging Face's transformers."""
+"""GradClipper and TrainingGuard in the Trainer of Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..clipping import ClipReport, GradClipper
+from ..guarding import TrainingGuard
 
 # Without transformers this module can be imported, and there is no Trainer to derive from.
 try:
@@ -74,11 +75,80 @@ class GradClipperMixin:
         names, scaler = trainer.model.named_parameters(), trainer.accelerator.scaler
         options: dict[str, Any] = {"named_parameters": names, "scaler": scaler, **self._clipper_options}
         clipper = GradClipper(trainer.optimizer, trainer.args.max_grad_norm or math.inf, **options)
+        self._load_counts(trainer, clipper)
+        return clipper
+
+    def _load_counts(self, trainer: Any, clipper: GradClipper) -> None:
         # The Trainer itself hands states back only with restore_callback_states_from_checkpoint=True.
         saved = trainer.state.stateful_callbacks.get(GradClipperState.__name__)
         if trainer.state.global_step > 0 and saved is not None and saved["attributes"]["saved"] is not None:
             clipper.load_state_dict(saved["attributes"]["saved"])
-        return clipper
+
+
+class TrainingGuardMixin(GradClipperMixin):
+    """Guards the Trainer's steps, as `initlab.guard` does, in any class derived from transformers.Trainer.
+
+    Name it first. It is a GradClipperMixin, and gives the guard each batch, as the model gets it, and its loss. For a
+    diagnosis the Trainer's compute_loss runs again. Works with gradient_accumulation_steps, fp16 and bf16.
+
+    Args:
+        guard_options: what `initlab.guard` takes but loss_fn, max_norm and scaler, such as {"folder": "guard"}.
+        args, kwargs: the Trainer's.
+
+    Attributes:
+        guard: the TrainingGuard of this training, or of the last one; None before the first step.
+
+    Example::
+
+        class Trainer(initlab.integrations.transformers.TrainingGuardMixin, transformers.Trainer): ...
+        trainer = Trainer(model, arguments, train_dataset=data, guard_options={"folder": "guard"})
+    """
+
+    def __init__(self, *args: Any, guard_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.guard: TrainingGuard | None = None
+        self._guard_options = guard_options or {}
+        self._guards = False
+        self._num_items: Any = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, guarded."""
+        self._guards = False
+        try:
+            result = super().train(*args, **kwargs)  # type: ignore[misc]
+            if self._guards and self.guard is not None:
+                self.guard.report()  # reads what the device has still to say
+            return result
+        finally:
+            if self._guards and self.guard is not None:
+                self.guard.remove()
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's own; the guard is told of the batch and the loss."""
+        trainer: Any = self
+        if not self._guards:
+            self.guard, self._guards = self._make_guard(trainer, model), True
+        assert self.guard is not None
+        inputs, self._num_items = trainer._prepare_inputs(inputs), num_items_in_batch
+        self.guard.batch(dict(inputs))
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        return self.guard.loss(loss)
+
+    def _make_guard(self, trainer: Any, model: torch.nn.Module) -> TrainingGuard:
+        def loss_fn(model: Any, batch: Any) -> Tensor:
+            with trainer.compute_loss_context_manager():
+                loss: Tensor = trainer.compute_loss(model, dict(batch), num_items_in_batch=self._num_items)
+            return loss.mean()
+
+        options: dict[str, Any] = {"scaler": trainer.accelerator.scaler, **self._guard_options}
+        max_norm = trainer.args.max_grad_norm or math.inf
+        guard = TrainingGuard(model, trainer.optimizer, loss_fn=loss_fn, max_norm=max_norm, **options)
+        self._load_counts(trainer, guard.clipper)
+        return guard
+
+    def _make_clipper(self, trainer: Any) -> GradClipper:
+        assert self.guard is not None
+        return self.guard.clipper
 
 
 class GradClipperState(TrainerCallback, ExportableState):

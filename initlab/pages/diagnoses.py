@@ -54,7 +54,7 @@ def diagnosis_body(diagnosis: Diagnosis, lang: str, say: Say, before: str = "", 
 def cause_section(number: int, cause: Cause, say: Say) -> str:
     """A cause, its evidence and its remedy."""
     title, lines, evidence, remedy = cause.said(say)
-    code = code_block(say.code(cause.remedy), remedy, say, f"remedy-{number}") if cause.remedy else ""
+    code = code_block(say.code(cause.remedy), remedy, say, f"remedy-{number}", f"{number}. ") if cause.remedy else ""
     return (
         f'<section class="cause {cause.severity}"><h2>{number}. {escape(title)}</h2>'
         f"{''.join(map(paragraph, lines))}{code}{facts(evidence)}</section>"

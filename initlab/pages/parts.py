@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ..languages import Say
-from ..plots import Panel, panel_svg, plots_installed
+from ..plots import Panel, panel_svg, why_not
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -14,18 +14,20 @@ def paragraph(text: str, kind: str = "") -> str:
     return f"<p{_class(kind)}>{escape(text)}</p>"
 
 
-def code_block(code: str, label: str, say: Say, key: str) -> str:
+def code_block(code: str, label: str, say: Say, key: str, where: str = "") -> str:
     """Code with a button that copies it.
 
     Args:
         label: what the code is.
         key: identifies it in the page.
+        where: tells it from others of that label, for who does not see where it is.
     """
     label, copy, copied = escape(label), escape(say("Copy")), escape(say("Copied"))
+    region = f'tabindex="0" role="region" aria-label="{escape(where)}{label}"'
     button = f'<button type="button" class="copy" data-copy="{key}" data-done="{copied}">{copy}</button>'
     return (
         f'<div class="code"><div class="bar"><span>{label}</span>{button}</div>'
-        f'<pre tabindex="0" role="region" aria-label="{label}"><code id="{key}">{escape(code)}</code></pre></div>'
+        f'<pre {region}><code id="{key}">{escape(code)}</code></pre></div>'
     )
 
 
@@ -52,9 +54,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str
 
 def panels(found: Sequence[Panel], say: Say) -> str:
     """Panels as figures, each with its numbers; without matplotlib the numbers alone, and a sentence that says so."""
-    drawn = plots_installed()
-    without = "" if drawn else paragraph(say("matplotlib is not installed, so tables stand in place of plots."), "note")
-    return without + f'<div class="grid">{"".join(figure(panel, say, drawn) for panel in found)}</div>'
+    missing = why_not()
+    without = paragraph(say(f"{missing}, so tables stand in place of plots."), "note") if missing else ""
+    return without + f'<div class="grid">{"".join(figure(panel, say, not missing) for panel in found)}</div>'
 
 
 def figure(panel: Panel, say: Say, drawn: bool) -> str:
@@ -63,7 +65,13 @@ def figure(panel: Panel, say: Say, drawn: bool) -> str:
     Args:
         drawn: whether as a plot, with its numbers behind a click; else as a table.
     """
-    picture = panel_svg(panel) if drawn else ""
+    picture = ""
+    if drawn:
+        try:
+            picture = panel_svg(panel)
+        except Exception as error:  # a report is not lost with a plot
+            drawn = False
+            picture = paragraph(say(f"this plot cannot be drawn: {type(error).__name__}: {error}"), "note")
     numbers = table(panel.head, panel.rows, f"{panel.title}{say(': ')}{say('numbers')}")
     opened = "" if drawn else " open"
     return (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..languages import translator
 from .diagnoses import diagnosis_body
 from .layout import MAKER, html_page
-from .parts import code_block, listing, paragraph
+from .parts import code_block, paragraph
 
 if TYPE_CHECKING:
     from ..scripts.report import ScriptReport
@@ -33,5 +33,5 @@ def script_page(report: ScriptReport, lang: str = "en") -> str:
     preamble = ""
     if report.shows_preamble:
         preamble = code_block(report.preamble, say("In the script, the names of the remedy are:"), say, "preamble")
-    before = f"<section>{listing([headline])}{told}</section>"
+    before = f"<section><h2>{escape(headline)}</h2>{told}</section>"
     return html_page(headline, diagnosis_body(report.diagnosis, lang, say, before, preamble), lang)

@@ -6,9 +6,9 @@ pictures of pages. matplotlib is imported by what draws, when it draws.
 """
 
 from .diagnoses import diagnosis_panels
-from .figures import draw_panels, plots_installed
+from .figures import draw_panels, why_not
 from .panel import Panel
 from .plans import plan_panels
 from .svg import panel_svg
 
-__all__ = ["Panel", "diagnosis_panels", "draw_panels", "panel_svg", "plan_panels", "plots_installed"]
+__all__ = ["Panel", "diagnosis_panels", "draw_panels", "panel_svg", "plan_panels", "why_not"]

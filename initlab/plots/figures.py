@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from .panel import Panel
-from .style import DPI, INK, RC, WIDTH
+from .style import CHINESE, DPI, INK, RC, WIDTH
 
 
-def plots_installed() -> bool:
-    """Whether matplotlib is there to draw with."""
-    return importlib.util.find_spec("matplotlib") is not None
+def why_not() -> str:
+    """Why there is nothing to draw with, in words; "" where there is."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
+        return "matplotlib is not installed" if missing else f"matplotlib cannot be imported ({error})"
+    return ""
 
 
 def draw_panels(panels: Sequence[Panel]) -> Any:
@@ -30,15 +33,18 @@ def draw_panels(panels: Sequence[Panel]) -> Any:
         ImportError: where matplotlib is not installed.
     """
     with drawing():
+        from matplotlib import font_manager, rcParams
         from matplotlib.figure import Figure
 
+        known = set(font_manager.get_font_names())
+        rcParams["font.family"] = [*RC["font.family"], *(font for font in CHINESE if font in known)]
         pairs = [panels[at : at + 2] for at in range(0, len(panels), 2)]
         heights = [max(panel.height for panel in pair) + 40 for pair in pairs] or [100]
         figure = Figure(figsize=(2 * WIDTH / DPI, sum(heights) / DPI), layout="constrained", facecolor="white")
         parts = figure.subfigures(len(pairs) or 1, 2, squeeze=False, height_ratios=heights)
         for pair, row in zip(pairs, parts, strict=False):
             for panel, part in zip(pair, row, strict=False):
-                part.suptitle(panel.title, fontweight="bold", color=INK, fontsize=12)
+                part.suptitle(panel.title, color=INK, fontsize=13)
                 panel.draw(part)
         figure.canvas.draw()  # while the style is in force
         return figure
@@ -55,17 +61,15 @@ def draw_panel(panel: Panel) -> Any:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The style, and no words on glyphs that the fonts here lack: who reads a page has fonts of their own.
+    """The style.
 
     Raises:
-        ImportError: where matplotlib is not installed.
+        ImportError: where matplotlib cannot be imported.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise ImportError('plots need matplotlib: pip install "initlab[plots]"') from error
-    with matplotlib.rc_context(RC), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
+    missing = why_not()
+    if missing:
+        raise ImportError(f'plots need matplotlib, and {missing}: pip install "initlab[plots]"')
+    import matplotlib
+
+    with matplotlib.rc_context(RC):
         yield

@@ -53,16 +53,19 @@ def plain_ticks(axes: Any) -> None:
     """Powers of ten as "1e-3", in plain text: no superscripts, which break text that is text."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axes.yaxis.set_major_locator(LogLocator(numticks=7))
+    low, high = axes.get_ylim()
+    subs = (1.0,) if high > 30 * low else (1.0, 2.0, 5.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
     axes.yaxis.set_major_formatter(FuncFormatter(_power))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _power(value: float, place: object = None) -> str:
-    if 1e-2 <= abs(value) < 1e4:
+    if value == 0 or 1e-2 <= abs(value) < 1e4:
         return f"{value:g}"
-    return f"1e{round(math.log10(value))}" if value > 0 else f"{value:g}"
+    digits, _, exponent = f"{value:.0e}".partition("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def band(axes: Any, low: float, high: float, label: str) -> None:

@@ -20,6 +20,7 @@ THIRD = "#aa4499"  # purple
 HEALTHY = "#009e73"  # green
 ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", FIRST: "first", SECOND: "second", THIRD: "third", HEALTHY: "healthy"}
 
+CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC", "Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei")
 RC: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
@@ -37,8 +38,7 @@ RC: dict[str, Any] = {
     "figure.dpi": DPI,
     "figure.edgecolor": "none",
     "figure.facecolor": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
+    "font.family": ["DejaVu Sans"],  # matplotlib brings it, so plots are the same everywhere
     "font.size": 11,
     "grid.color": GRID,
     "grid.linewidth": 0.8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from html import escape
 
 from .figures import draw_panel, drawing
@@ -29,7 +30,9 @@ def panel_svg(panel: Panel) -> str:
     Raises:
         ImportError: where matplotlib is not installed.
     """
-    with drawing():
+    with drawing(), warnings.catch_warnings():
+        # Who reads the page has other fonts than are here.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
         stream = io.StringIO()
         draw_panel(panel).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = _METADATA.sub("", stream.getvalue())

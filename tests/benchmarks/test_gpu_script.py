@@ -1,6 +1,7 @@
 """benchmarks/gpu, where there is no GPU: a dry run reaches its end."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,23 @@ def test_a_dry_run_of_the_gpu_script(tmp_path):
     """The script reaches its end, says that its figures mean nothing, and saves what it found."""
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
     command = [sys.executable, script, "--dry", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert all(found["checks"].values())
     assert {row["contestant"] for row in found["timings"]} >= {"initlab", "torch.nn.init", "fill_", "init_model_"}
+    assert [verdict.endswith("a dry run") for verdict in found["verdicts"]] == [True] * 10
     assert "A dry run: no GPU" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_claims_are_in_the_docs(monkeypatch):
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    from gpu.claims import CLAIMS
+
+    for claim in CLAIMS:
+        (row,) = (line for line in (root / claim.page).read_text().splitlines() if line.startswith(claim.row))
+        assert re.search(rf"(?<![\d,]){claim.figure}(?![\d,])", row), claim
 
 
 @pytest.mark.long

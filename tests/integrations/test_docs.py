@@ -14,10 +14,10 @@ pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]  # of the 
 PAGE = Path(__file__).resolve().parents[2] / "docs/integrations.md"
 
 
-def block(heading):
+def block(heading, number=0):
     """The code under a heading."""
     section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    [code] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
     return compile(code, f"{PAGE.name}: {heading}", "exec")
 
 
@@ -98,3 +98,48 @@ def test_checkpoints_of_torch(here):
     optimizer.step()
     exec(block("Checkpoints of torch"), {"clipper": clipper, "folder": here})
     assert clipper.stats() == ClipStats(1, 1, 0, None, None)
+
+
+@pytest.mark.xdist_group("lightning")
+def test_guards(here):
+    import lightning
+    import transformers
+    from accelerate import Accelerator
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+        def training_step(self, batch):
+            return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    loader = torch.utils.data.DataLoader(batches(), batch_size=None)
+    scope = {"lightning": lightning, "model": Module(), "data": loader}
+    exec(block("Guards"), scope)
+    assert scope["callback"].report().steps == 4
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x, labels):
+            return {"loss": nn.functional.mse_loss(self.net(x), labels)}
+
+    rows = [{"x": x, "labels": y} for xs, ys in batches() for x, y in zip(xs, ys, strict=True)]
+    arguments = transformers.TrainingArguments(
+        here / "run", per_device_train_batch_size=8, num_train_epochs=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    scope = {"transformers": transformers, "net": Net(), "arguments": arguments, "rows": rows}
+    exec(block("Guards", 1), scope)
+    assert scope["trainer"].guard.report().steps == 4
+
+    accelerator, model = Accelerator(cpu=True), net()
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.01))
+    loss_fn = initlab.supervised(nn.functional.mse_loss)
+    scope = {"accelerator": accelerator, "prepared": prepared, "optimizer": optimizer, "loss_fn": loss_fn}
+    exec(block("Guards", 2), scope | {"loader": loader})

@@ -106,7 +106,7 @@ def test_wrappers(without):
         assert ask(x) == internals.is_wrapper(x)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_tracing(without):
     ask = without(path_of("tracing_state")).tracing_state
     assert ask() is None

@@ -16,9 +16,9 @@ def _net(*sizes, activation=nn.ReLU):
     return nn.Sequential(*layers[:-1])
 
 
-def _classifier(model, x, y, rate):
+def _classifier(model, x, y, rate, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    return initlab.diagnose(model, (x, y), initlab.supervised(nn.CrossEntropyLoss()), optimizer)
+    return initlab.diagnose(model, (x, y), initlab.supervised(nn.CrossEntropyLoss()), optimizer, **options)
 
 
 def digits():
@@ -95,7 +95,7 @@ def float16():
 def deep():
     """200 layers."""
     x = torch.randn(64, 16)
-    return _classifier(_net(16, *[16] * 199, 2, activation=nn.Tanh), x, (x[:, 0] > 0).long(), 0.1)
+    return _classifier(_net(16, *[16] * 199, 2, activation=nn.Tanh), x, (x[:, 0] > 0).long(), 0.1, budget=10.0)
 
 
 def single():

@@ -16,6 +16,7 @@ from cases import CASES, made
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("browser")]  # one browser
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 SIZES = (390, 1024, 1600)
+EXAMINED = ("digits", "hostile", "script", "plan")  # at every width
 # The shapes that have an area or a length on the screen, of each plot.
 MARKS = """() => [...document.querySelectorAll("svg.plot")].map(plot => {
     const own = plot.querySelectorAll("path, use, rect, circle, polygon");
@@ -34,7 +35,7 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
-        pytest.skip("Chromium is not installed: apt-get install chromium")
+        pytest.skip("this machine has no Chromium, and .ci/install_chromium could not get it: apt-get install chromium")
     options = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium does not run as root with one
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=path, args=options)
@@ -99,8 +100,9 @@ def test_a_page_in_a_browser(name, lang, scheme, browser, reports, tmp_path):
             assert marks >= 2, key  # what is measured, and something to compare it with
             assert 200 < shown <= width, key
         colours.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        found = axe.run(page).response["violations"]
-        assert [one for one in found if one["impact"] in ("serious", "critical")] == []
+        if name in EXAMINED or width == 390:  # the same elements at each width; it takes seconds
+            found = axe.run(page).response["violations"]
+            assert [one for one in found if one["impact"] in ("serious", "critical")] == []
     assert colours == {"rgb(255, 255, 255)" if scheme == "light" else "rgb(15, 20, 25)"}
     assert set(asked) == {path.as_uri()}
     assert said == []
@@ -128,9 +130,9 @@ def test_a_script_that_is_not_ours_does_not_run(browser, reports, tmp_path):
     path.write_text(text)
     context = browser.new_context()
     page = context.new_page()
-    failed = []
-    page.on("requestfinished", lambda request: failed.append(request.url))
+    refused = []
+    page.on("requestfailed", lambda request: refused.append((request.url, request.failure)))
     page.goto(path.as_uri())
     assert page.title() != "ran"
-    assert failed == [path.as_uri()]
+    assert refused == [("http://a.invalid/b", "csp")]
     context.close()

@@ -1,6 +1,5 @@
 """Pages as text: one file that needs no other, names that stay names, writing that leaves nothing half-written."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -14,6 +13,7 @@ from torch import nn
 
 import initlab
 from initlab import cli
+from initlab.pages import write_page
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cases import HOSTILE, made
@@ -110,18 +110,33 @@ def test_the_same_diagnosis_gives_the_same_bytes(text, found, tmp_path):
     assert again.read_text(encoding="utf-8") == text
 
 
+class _NoMatplotlib:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}", name="matplotlib")
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_without_matplotlib_tables_stand_in_place_of_plots(lang, found, text, tmp_path, monkeypatch):
-    usual = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else usual(name, *a))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_NoMatplotlib(), *sys.meta_path])
     page = Page(found.save(tmp_path / "report.html", lang=lang).read_text(encoding="utf-8"))
     assert not page.all("svg")
-    assert "matplotlib" in page.text
+    said = {"en": "matplotlib is not installed, so tables stand", "zh": "\u672a\u5b89\u88c5 matplotlib\uff0c"}
+    assert said[lang] in page.text
     assert len(page.all("table")) == len(Page(text).all("table"))
     assert all("open" in attributes for attributes in page.all("details"))
     with pytest.raises(ImportError, match=r'pip install "initlab\[plots\]"'):
         found.plot()
+
+
+@pytest.mark.long
+def test_a_plot_that_cannot_be_drawn_is_a_table(found, tmp_path, monkeypatch):
+    monkeypatch.setattr("initlab.plots.losses._draw", lambda *_: 1 / 0)
+    page = Page(found.save(tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "this plot cannot be drawn: ZeroDivisionError: division by zero" in page.text
+    assert [attributes for attributes in page.all("details") if "open" in attributes] == [{"open": None}]
 
 
 def test_chinese(found, tmp_path):
@@ -145,19 +160,21 @@ def test_what_cannot_be_written_leaves_nothing(found, tmp_path, monkeypatch):
     (tmp_path / "old.html").write_text("old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        found.save(tmp_path / "old.html")
+        write_page(tmp_path / "old.html", lambda: "new")
     assert (tmp_path / "old.html").read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["folder.html", "old.html"]
 
 
-def test_a_page_is_a_file_like_others(found, tmp_path):
+def test_a_page_is_a_file_like_others(tmp_path):
     path = tmp_path / "report.HTML"
-    assert found.save(str(path)) == path
+    assert write_page(str(path), lambda: "one \ud800") == path
+    assert path.read_text() == "one &#55296;"  # a half of a pair, as a name may hold
     (tmp_path / "plain").write_text("")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     (tmp_path / "link.html").symlink_to(path)
-    found.save(tmp_path / "link.html")
+    write_page(tmp_path / "link.html", lambda: "two")
     assert (tmp_path / "link.html").is_symlink()
+    assert path.read_text() == "two"
 
 
 def test_a_diagnosis_without_measurements_has_a_page(tmp_path):
@@ -168,6 +185,7 @@ def test_a_diagnosis_without_measurements_has_a_page(tmp_path):
     assert bare.plot().get_axes() == []
 
 
+@pytest.mark.long
 def test_plan_and_doctor_write_pages(tmp_path, capsys):
     source = tmp_path / "training.py"
     source.write_text(
@@ -226,6 +244,7 @@ def test_deep_models_stay_small(tmp_path):
     assert initlab.Diagnosis((), layers=rows).save(tmp_path / "deep.html").stat().st_size < 1.5e6
 
 
+@pytest.mark.long
 def test_importing_initlab_does_not_import_matplotlib(python):
     script = "import sys, torch, initlab; found = initlab.diagnose(torch.nn.Linear(1, 1), torch.ones(2, 1), "
     script += "lambda m, x: m(x).mean()); print('matplotlib' in sys.modules)"

@@ -5,6 +5,7 @@ The target is a compute capability of ours. Triton compiles as far as PTX; the a
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,10 @@ from .memory import Fault
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes that a block may have, by capability
 GRID_LIMIT = (2**31 - 1, 65535, 65535)
+
+# Triton 3.9's functions serve AMD too: one asks what a descriptor is called, the other for what NVIDIA's does not use.
+_DESCRIPTOR_TYPE = ("nvTmaDesc",)[: len(signature(expand_signature).parameters) - 2]
+_UNUSED = (None,)[: len(signature(make_tensordesc_arg).parameters) - 2]
 
 
 class Argument(NamedTuple):
@@ -104,7 +109,7 @@ def _prepared_by(execute):
 def _launcher(kernel, execute):
     kinds = list(kernel.src.signature.values())
     layouts = getattr(kernel.metadata, "tensordesc_meta", None)
-    expanded = expand_signature(kinds, layouts)
+    expanded = expand_signature(kinds, layouts, *_DESCRIPTOR_TYPE)
 
     def run(grid_x, grid_y, grid_z, stream, function, packed, launch_metadata, enter, leave, *values):
         if len(values) != len(kinds):
@@ -113,7 +118,7 @@ def _launcher(kernel, execute):
         flat: list[Any] = []
         for kind, value in zip(kinds, values, strict=True):
             is_descriptor = isinstance(kind, str) and kind.startswith("tensordesc")
-            flat += make_tensordesc_arg(value, next(remaining, None)) if is_descriptor else [value]
+            flat += make_tensordesc_arg(value, next(remaining, None), *_UNUSED) if is_descriptor else [value]
         arguments = [_converted(k, v) for k, v in zip(expanded, flat, strict=True) if k != "constexpr"]
         scratch = [Argument("u64", 0, None)] * 2
         grid = (grid_x, grid_y, grid_z)

@@ -94,6 +94,19 @@ def test_warps_exchange_words_through_shared_memory():
     assert torch.equal(run(EXCHANGE.format(barrier="bar.sync 0;")), torch.arange(64, dtype=torch.int32) ^ 32)
 
 
+@pytest.mark.parametrize(
+    ("extreme", "numbers"),
+    [("max.s32", (0, -32)), ("max.u32", (-1, -32)), ("min.s32", (-31, -63)), ("min.u32", (0, -63))],
+)
+def test_a_warp_finds_its_extremes(extreme, numbers):
+    """Of 0 to -31 in the first warp, and -32 to -63 in the second; as unsigned numbers -1 is more than 0."""
+    found = run(f"""
+	sub.s32 %r5, 0, %r1;
+	redux.sync.{extreme} %r6, %r5, -1;
+	st.global.b32 [ %rd2 + 0 ], %r6;""")
+    assert found.view(2, 32).tolist() == [[number] * 32 for number in numbers]
+
+
 FAULTS = {
     "load of 4 bytes out of bounds": "ld.global.b32 %r5, [ %rd2 + 4 ];",
     "store of 4 bytes out of bounds": "st.global.b32 [ %rd2 + -4 ], %r1;",

@@ -207,15 +207,16 @@ def shuffle(i):
 
 @instruction("redux")
 def reduce_warp(i):
-    i.require(i.operation == "redux.sync.max.s32")
+    i.require(i.operation.startswith(("redux.sync.max.", "redux.sync.min.")) and i.kind in ("s32", "u32"))
+    reduce, dtype = getattr(np, i.parts[2]), I32 if i.kind == "s32" else U32
     get, members = readers(i.operands[1:], 32)
 
     def run(machine, mask):
         machine.need_whole_warps(mask, i)
         if (all_lanes(members(machine), machine)[machine.taking_part(mask)] != U32(0xFFFFFFFF)).any():
             raise Fault(f"not all threads of a warp are named: {machine.where(i)}")
-        largest = all_lanes(get(machine), machine).view(I32).reshape(-1, WARP).max(1)
-        write(machine, i.operands[0], np.repeat(largest, WARP).view(U32), mask)
+        extreme = reduce(all_lanes(get(machine), machine).view(dtype).reshape(-1, WARP), 1)
+        write(machine, i.operands[0], np.repeat(extreme, WARP).view(U32), mask)
 
     return run
 

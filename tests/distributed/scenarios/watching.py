@@ -230,11 +230,15 @@ def tensor_parallel_ranks_hand_on() -> None:
         report = watched(model)
         assert told(report) == (last(), "forward", "parameter", "up", "weight"), (options, report)
         breaks = (lambda x: x / 0) if dist.get_rank() == last() else nn.functional.gelu
-        report = watched(tensor_parallel(MLP(breaks), **options))
+        model = tensor_parallel(MLP(breaks), **options)
+        report = watched(model)
         assert told(report) == (last(), "forward", "produced", "middle", "output"), (options, report)
-        partial = isinstance(options.get("output_layouts"), Partial)  # which MLP's own clone() adds up
         others = {(fault.rank, fault.module) for fault in report.others}
-        assert others == {(rank, "" if partial else "down") for rank in range(last())}, (options, report)
+        # Sums are handed on where something adds them up: up to torch 2.13 MLP's own clone() does.
+        handed = {"down"}
+        if isinstance(options.get("output_layouts"), Partial):
+            handed = set() if any(p.is_partial() for p in model(x()).placements) else {""}
+        assert others == {(rank, module) for rank in range(last()) for module in handed}, (options, report)
 
 
 @on(2, 4)
