@@ -26,6 +26,7 @@ from ..diagnosis.state import Snapshot, referenced_modules
 from ..distributed.dtensors import is_dtensor
 from ..models.naming import TensorRef, unwrapped
 from ..models.plan import Plan, Task
+from ..models.refusals import only_value
 from ..models.report import Fit
 from ..models.specs import DimSlice, FillSpec
 from .calling import Forward, call_model, check_batch, in_its_mode, refuse_scripted, speaking_of
@@ -342,7 +343,7 @@ class Fitting:
         shown = list(dict.fromkeys(names))[:_NAMED]
         rules = ", ".join(f'"{name}": {self.others.get(name, _TORCH)}' for name in shown)
         more = ", ..." if len(names) > _NAMED else ""
-        told = " (the deviation that it has now)" if any(name in self.others for name in shown) else ""
+        told = " (the value or the deviation that it has now)" if any(name in self.others for name in shown) else ""
         return f'Give another rule to what is not to be fitted{told}: recipe={{{rules}{more}, "*": "lsuv"}}'
 
     def result(self) -> Plan:
@@ -429,9 +430,15 @@ def fitted_plan(
 
 
 def _deviations(plan: Plan) -> dict[str, str]:
-    """By name, a rule with the deviation of the values that are there, of what is guessed to be a weight."""
+    """By name, a rule with the value or the deviation that is there, of what is guessed to be a weight."""
     guessed = (task.ref for task in plan.tasks if _wants_fit(task) and task.spec is not None and task.spec.guess)
-    return {ref.name: f"Normal(0.0, {math.sqrt(Moments.of(ref.tensor).variance):.3g})" for ref in guessed}
+    return {ref.name: _as_it_is(ref.tensor) for ref in guessed}
+
+
+def _as_it_is(tensor: Tensor) -> str:
+    """A rule with the one value that a tensor has, or with its deviation."""
+    value = only_value(tensor)
+    return f"Constant({value})" if value is not None else f"Normal(0.0, {math.sqrt(Moments.of(tensor).variance):.3g})"
 
 
 def _refuse(model: nn.Module, plan: Plan, batch: Any, device: torch.device | None) -> None:

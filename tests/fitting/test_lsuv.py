@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from initlab.kernels import Normal
+from initlab.kernels import Constant, Normal
 from torch import nn
 from torch.nn import functional as F
 
@@ -403,6 +403,154 @@ def test_what_torch_jit_made_is_refused(make):
     with pytest.raises(NotImplementedError, match=r"torch\.jit has traced or scripted"):
         initlab.advise(model, X)
     assert_same(before, state(model))
+
+
+class Placed(nn.Module):
+    """Positions that are added, a scale, a mask of a weight, and a class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.out = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.pos = nn.Parameter(0.02 * torch.randn(1, 5, 16))
+        self.scale = nn.Parameter(torch.rand(16) + 1)
+        self.token = nn.Parameter(0.5 + torch.rand(1, 1, 16))
+        self.w = nn.Parameter(torch.rand(16, 16))
+        self.register_buffer("mask", (torch.rand(16, 16) > 0.5).float())
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.inp(x)], 1) + self.pos
+        seen = F.linear(torch.tanh(self.scale * x), self.w * self.mask)
+        self.variance = float(seen.detach().var())
+        return self.out(F.relu(seen))
+
+
+def test_parameters_that_are_no_weights_are_kept():
+    torch.manual_seed(0)
+    model, x = Placed(), torch.randn(64, 4, 8)
+    before = state(model)
+    report = fit(model, x)
+    after = state(model)
+    rows = {row.name: row for row in report.rows}
+    for name in ("pos", "scale", "token"):
+        assert torch.equal(before[name], model.get_parameter(name))
+        assert rows[name].source == rows[name].to_dict()["source"] == "kept"
+        assert "kept as it is" in rows[name].why
+    with torch.no_grad():
+        assert_unit([float(model.inp(x).var()), float(model(x).var()), model.variance])
+    for recipe in ({"pos": "torch", "*": "lsuv"}, {"pos": Normal(0.0, 0.02), "*": "lsuv"}):
+        fit(copy.deepcopy(model), x, recipe)
+    with pytest.raises(ValueError, match="its values were kept"):
+        initlab.init_model_(Placed(), 0, report)
+    again = Placed()
+    kept = {name: before[name] for name in ("pos", "scale", "token")}
+    again.mask.copy_(model.mask)
+    initlab.init_model_(again, 0, report, values=kept)
+    assert_same(after, state(again))
+
+
+@torch.library.custom_op("initlab_tests::mm", mutates_args=())
+def mm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x @ w
+
+
+class Free(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.inp, self.out = function, nn.Linear(8, 16), nn.Linear(16, 3)
+        self.w = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        return self.out(F.relu(self.function(self.inp(x), self.w)))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (mm, "initlab_tests.mm"),
+        (lambda x, w: (x[:, :, None] * w).sum(1), "mul"),
+        (lambda x, w: torch.cdist(x, w), "cdist"),
+    ],
+)
+def test_functions_that_are_not_known(function, name):
+    model = Free(function)
+    with pytest.raises(ValueError, match=rf"w .in Free.: what {name} does, through which it meets a signal, is not"):
+        fit(model, X)
+    advice = initlab.advise(model, X)
+    assert {row.name: row.scheme for row in advice.layers}["inp.weight"] == "LeCun, before no activation"
+    assert any(f"what {name} makes of w is not known" in note for note in advice.notes)
+
+
+def test_products_by_groups():
+    offs = torch.tensor([4, 9, 12, 16], dtype=torch.int32)
+    model = Free(lambda x, w: F.grouped_mm(x, w, offs=offs))
+    model.w = nn.Parameter(torch.randn(4, 16, 16))
+    report = fit(model, X)
+    assert sorted(one.op for row in report.rows for one in row.fits) == ["grouped_mm", "linear", "linear"]
+    with torch.no_grad():
+        h = model.inp(X)
+        outs = torch.cat([part @ w for part, w in zip(h.tensor_split([4, 9, 12]), model.w, strict=True)])
+        assert_unit([float(outs.var()), float(model(X).var())])
+    assert {row.name: row.scheme for row in initlab.advise(model, X).layers}["w"] == "He, before ReLU"
+
+
+def test_models_built_in_inference_mode():
+    torch.manual_seed(0)
+    outside = mlp(depth=4)
+    fit(outside, X)
+    with torch.inference_mode():
+        model, x = mlp(depth=4), X.clone()
+        advice = initlab.advise(model, x)
+        assert len(advice.layers) == 4
+        fit(model, x)
+        assert_same(state(outside), state(model))
+        before = state(model)
+        with pytest.raises(ZeroDivisionError):
+            fit(model, x, seed=1, forward=lambda m, b: 1 / 0)
+        assert_same(before, state(model))
+    with pytest.raises(RuntimeError, match="inference"):
+        fit(model, X)
+    assert_same(before, state(model))
+
+
+def test_the_way_out_of_zeros():
+    model = Free(lambda x, w: x @ w)
+    nn.init.zeros_(model.w)
+    with pytest.raises(ValueError, match=r"w .in Free.: its output is 0 everywhere") as caught:
+        fit(model, X)
+    way_out = eval(str(caught.value).rpartition("recipe=")[2])
+    assert way_out["w"] == Constant(0.0)
+    with pytest.raises(ValueError, match="out"):  # which reads zeros, and is told next
+        fit(model, X, way_out)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts(implementation):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    model.set_experts_implementation(implementation)
+    ids = torch.randint(60, (4, 16))
+    batch = {"input_ids": ids, "labels": ids}
+    found = {row.name: row.scheme for row in initlab.advise(model, batch).layers if "experts" in row.name}
+    assert {scheme for name, scheme in found.items() if "gate_up" in name} == {"He, before SiLUActivation"}
+    assert {scheme for name, scheme in found.items() if "down" in name} == {"LeCun, before no activation"}
+    report = fit(model, batch)
+    assert_unit([one.after for row in report.rows for one in row.fits])
+    assert sum("experts" in row.name for row in report.rows if row.fits) == 2
+
+
+def test_what_hides_the_scale():
+    cosine = Free(lambda x, w: F.linear(F.normalize(x), F.normalize(w)))
+    with pytest.raises(ValueError, match=r"w .in Free.: its output's variance is .* no factor brings it to 1"):
+        fit(cosine, X)
+    mapped = Free(lambda x, w: torch.func.vmap(lambda row: w @ row)(x))
+    with pytest.raises(NotImplementedError, match=r"w: matmul is called inside torch.func.vmap"):
+        fit(mapped, X)
 
 
 def test_plan_says_what_will_be_fitted():
