@@ -139,7 +139,7 @@ def test_wheel(dist: Path) -> None:
 
     modules = {f"initlab/{p.relative_to(ROOT / 'initlab').as_posix()}" for p in ROOT.glob("initlab/**/*.py")}
     modules |= {f"initlab/kernels/{p.relative_to(ROOT / 'kernels').as_posix()}" for p in ROOT.glob("kernels/**/*.py")}
-    others = {"initlab/py.typed", "initlab/languages/zh.json"}
+    others = {"initlab/py.typed", "initlab/languages/zh.json", "initlab/pages/page.css", "initlab/pages/page.js"}
     assert {name for name in shipped if name.startswith("initlab/")} == {*modules, *others}
 
 
