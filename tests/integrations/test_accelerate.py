@@ -12,13 +12,10 @@ pytestmark = [pytest.mark.long, pytest.mark.xdist_group("transformers"), pytest.
 
 @pytest.fixture
 def accelerator():
-    """A function that makes Accelerators; they share their state, which is forgotten afterwards."""
+    """A function that makes Accelerators."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield lambda **options: Accelerator(cpu=True, **options)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return lambda **options: Accelerator(cpu=True, **options)
 
 
 def prepared(accelerator, optimizer=torch.optim.AdamW, **options):

@@ -79,15 +79,11 @@ def test_transformers(here, monkeypatch):
 
 @pytest.mark.xdist_group("transformers")
 def test_accelerate(here):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
     model = net()
     scope = {"initlab": initlab, "model": model, "optimizer": torch.optim.AdamW(model.parameters())}
     scope |= {"data": torch.utils.data.DataLoader(batches(), batch_size=None), "loss_fn": nn.functional.mse_loss}
     exec(block("accelerate"), scope)
     assert scope["clipper"].stats().steps == 2
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_checkpoints_of_torch(here):

@@ -148,6 +148,7 @@ def test_transformers(tmp_path, every, bf16):
     assert trainer.guard.report().steps == 6 // every
 
 
+@pytest.mark.xdist_group("transformers")
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_accelerate(tmp_path, every, own_loop):

@@ -141,9 +141,7 @@ def scaled(model, optimizer, ours):
 
 def accelerate_accumulating(model, optimizer, ours):
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     dtype = model[0].weight.dtype
     model, optimizer = accelerator.prepare(model, optimizer)
