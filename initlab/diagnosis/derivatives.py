@@ -104,7 +104,10 @@ def _ignores_gradient(node: Any) -> bool:
             ones = [torch.ones(m.shape, dtype=m.dtype, device=m.device) for m in node._input_metadata]
             made = [_as_tuple(node.apply(*(x * size for x in ones))) for size in (1.0, 1e-3)]
             large, small = ([g for g in each if isinstance(g, Tensor)] for each in made)
-            return bool(large) and all(bool(a.any()) and torch.equal(a, b) for a, b in zip(large, small, strict=True))
+            return bool(large) and all(
+                bool(a.any()) and bool(a.isfinite().all()) and torch.equal(a, b)
+                for a, b in zip(large, small, strict=True)
+            )
     except Exception:  # a backward() that takes other gradients than these
         return False
 

@@ -325,10 +325,11 @@ def _with_other_values(
         if not budget.allows_a_run():
             break
         outcome = trials.run(training_step, code, budget)
-        if outcome.effect == "falls" and not outcome.fails and outcome.losses[-1] > -LIMITS.absurd:
+        learns = outcome.effect == "falls" and not outcome.fails
+        if learns and outcome.losses[-1] > -LIMITS.absurd and outcome.losses[-1] != 0:  # 0: nothing is left of it
             return dataclasses.replace(
                 first,
-                remedy=f"{first.remedy}\n{code}",
+                remedy=f"{code}\n{first.remedy}",
                 tried=True,
                 trial=outcome.losses,
                 untreated=untreated.losses,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -329,7 +328,7 @@ class Trace(ModuleMode):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if dim in (0, -out.dim()) and out.shape[-1] > 1:
                 self.over_rows.append((self.modules.current, name, out.shape))
-        elif name in ("group_norm", "layer_norm") and _of_single_numbers(name, args):
+        elif name == "group_norm" and _of_single_numbers(args):
             self.singles.append((self.modules.current, name))
         elif name in _DROPOUTS and not isinstance(self._module, nn.modules.dropout._DropoutNd):
             training = args[2] if len(args) > 2 else kwargs.get("training", True)
@@ -374,12 +373,11 @@ class Trace(ModuleMode):
                 call.edge = edge_share(out, name)
 
 
-def _of_single_numbers(name: str, args: Any) -> bool:
-    """Whether a normalisation takes the mean of one number at a time: what comes out is its bias, whatever goes in."""
+def _of_single_numbers(args: Any) -> bool:
+    """Whether a group_norm takes the mean of one number at a time: what comes out is its bias, whatever goes in."""
     if len(args) < 2 or not isinstance(args[0], Tensor) or not args[0].numel():
         return False
-    x, of = args[:2]
-    return (x.numel() == len(x) * of) if name == "group_norm" else math.prod(of) == 1
+    return args[0].numel() == len(args[0]) * args[1]
 
 
 def storage_of(tensor: Tensor) -> int:
