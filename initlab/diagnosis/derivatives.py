@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .autograd_calls import Run, function_calls
 from .graph import function_of, is_custom, line_of_user
 
 _MOST = 8  # functions that are looked at
@@ -50,23 +50,15 @@ class Functions:
     def __init__(self) -> None:
         self.calls: dict[type, _Call] = {}
 
-    @contextlib.contextmanager
-    def recorded(self) -> Iterator[None]:
+    def recorded(self) -> contextlib.AbstractContextManager[None]:
         """Record inside the block."""
-        inherited = torch.autograd.Function.__dict__["apply"]
-        calls = self.calls
+        return function_calls(self._called)
 
-        def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-            own = not function.__module__.startswith("torch.") and not kwargs
-            if own and function not in calls and len(calls) < _MOST:
-                calls[function] = _Call(function, tuple(map(_copied, args)), line_of_user())
-            return inherited.__get__(None, function)(*args, **kwargs)
-
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-        try:
-            yield
-        finally:
-            torch.autograd.Function.apply = inherited  # type: ignore[method-assign]
+    def _called(self, function: type[torch.autograd.Function], run: Run, args: Any, kwargs: Any) -> Any:
+        own = not function.__module__.startswith("torch.") and not kwargs
+        if own and function not in self.calls and len(self.calls) < _MOST:
+            self.calls[function] = _Call(function, tuple(map(_copied, args)), line_of_user())
+        return run(*args, **kwargs)
 
 
 def bad_backward(loss: Tensor, functions: Functions, makers: dict[type, str]) -> BadBackward | None:

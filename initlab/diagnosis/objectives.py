@@ -84,7 +84,6 @@ def inspect_memory(
             training_step.snapshot.restore()
     if found is None:
         return Diagnosis(())
-    facts = {"steps in time": found.steps, "first steps against last": found.ratio}
     return Diagnosis(
-        (Cause("gradient", "warning", Place(module=found.module), found.explanation, facts, found.remedy),)
+        (Cause("gradient", "warning", Place(module=found.module), found.explanation, found.facts, found.remedy),)
     )

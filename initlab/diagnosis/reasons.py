@@ -57,6 +57,7 @@ class Reason(NamedTuple):
         parameter: the parameter that is to blame.
         op: a better name for the operation than its own.
         rows: of the batch, that it fails for, where leaving them out is a way.
+        below: whether it gets numbers, or a determinant, below what it takes.
     """
 
     text: str
@@ -65,6 +66,7 @@ class Reason(NamedTuple):
     parameter: str | None = None
     op: str | None = None
     rows: tuple[int, ...] = ()
+    below: bool = False
 
 
 def reason(operation: Operation, backward: bool = False) -> Reason | None:
@@ -110,7 +112,7 @@ def _division(op: Operation, backward: bool) -> Reason | None:
     zero = size == 0
     if op.name == "rsqrt" and bool((size < 0).any()):
         text = f"gets numbers below 0, down to {_number(float(size.min()))}{counted(size < 0)}"
-        return Reason(text, safe_forms.negative_root("rsqrt"))
+        return Reason(text, safe_forms.negative_root("rsqrt"), below=True)
     if bool(zero.any()):
         what = _of_zero(made, parameter, isinstance(d, Tensor))
         verb = "divides by" if op.name != "rsqrt" else "gets"
@@ -151,7 +153,8 @@ def _logarithm(op: Operation, backward: bool) -> Reason | None:
     if bool((low := x < 0).any()):
         least = float(_plain(op.args[0]).min())
         text = f"gets numbers below {'-1' if op.name == 'log1p' else '0'}, down to {_number(least)}{counted(low)}"
-        return Reason(f"{text}, which have no logarithm", safe_forms.negative_logarithm(op.name), {"smallest": least})
+        form = safe_forms.negative_logarithm(op.name)
+        return Reason(f"{text}, which have no logarithm", form, {"smallest": least}, below=True)
     if bool((zero := x == 0).any()):
         what = "-1" if op.name == "log1p" else "0"
         return Reason(f"gets {what}{counted(zero)}: its logarithm is -inf", safe_forms.logarithm(op.name, op.dtype))
@@ -166,7 +169,7 @@ def _root(op: Operation, backward: bool) -> Reason | None:
     if bool((low := x < 0).any()):
         least = float(x.min())
         text = f"gets numbers below 0, down to {_number(least)}{counted(low)}"
-        return Reason(text, safe_forms.negative_root("sqrt"), {"smallest": least})
+        return Reason(text, safe_forms.negative_root("sqrt"), {"smallest": least}, below=True)
     if backward and bool((zero := x == 0).any()):
         return Reason(f"gets 0{counted(zero)}, where its slope is infinite", safe_forms.root("sqrt", op.dtype))
     return None
@@ -178,7 +181,7 @@ def _power(op: Operation, backward: bool) -> Reason | None:
     low = (base < 0) & (exponent != exponent.round())
     if bool(low.any()):
         text = f"gets numbers below 0, down to {_number(float(base.min()))}, and the exponent {written}{counted(low)}"
-        return Reason(text, safe_forms.negative_root("pow", written))
+        return Reason(text, safe_forms.negative_root("pow", written), below=True)
     if bool((zero := (base == 0) & (exponent < 0)).any()):
         return Reason(f"gets 0 and the exponent {written}{counted(zero)}", safe_forms.power(written, op.dtype))
     if backward and bool((zero := (base == 0) & (exponent < 1) & (exponent != 0)).any()):
@@ -323,7 +326,7 @@ def _determinant(op: Operation, backward: bool) -> Reason | None:
     sign = torch.linalg.slogdet(_plain(op.args[0]).double()).sign
     form = safe_forms.diagonal("logdet", op.dtype)
     if bool((sign < 0).any()):
-        return Reason(f"gets a matrix whose determinant is below 0{counted(sign < 0)}", form)
+        return Reason(f"gets a matrix whose determinant is below 0{counted(sign < 0)}", form, below=True)
     return (
         Reason(f"gets a matrix whose determinant is 0{counted(sign == 0)}", form) if bool((sign == 0).any()) else None
     )

@@ -37,6 +37,11 @@ class Forgotten(NamedTuple):
         )
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """The evidence."""
+        return {"steps in time": self.steps, "first steps against last": self.ratio}
+
+    @property
     def remedy(self) -> str:
         """An advice."""
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,16 @@ _LARGEST = 1 << 14  # elements of a tensor that is kept
 
 class _Made(NamedTuple):
     number: int
-    name: str
+    function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    outputs: list[Tensor]
+    outputs: Sequence[Tensor]
     place: tuple[str, int]
+
+    @property
+    def name(self) -> str:
+        """Of the function."""
+        return getattr(self.function, "__name__", "").strip("_")
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that it was made of."""
@@ -35,17 +40,26 @@ class History:
     """The last calls of torch's functions, of small tensors, that do not depend on what is learned."""
 
     def __init__(self) -> None:
-        self.calls: deque[_Made] = deque(maxlen=_KEPT)
+        self.calls: deque[tuple[Any, ...]] = deque(maxlen=_KEPT)  # as _Made has them, which takes longer to make
         self.count = 0
         self.step = 0  # the first call after the last backward pass
 
-    def note(self, function: Any, args: Any, kwargs: Any, output: Any, place: tuple[str, int]) -> None:
-        """Keep a call, where it is small."""
+    def note(self, function: Any, args: Any, kwargs: Any, output: Any, place: Callable[[], tuple[str, int]]) -> None:
+        """Keep a call, where it is small, and what it put out may be not finite. It is on every call's way.
+
+        Args:
+            place: gives file and line of the user's code, where the call is kept.
+        """
+        outputs = (output,) if isinstance(output, Tensor) else tuple(tensors_in(output))
+        if not outputs or not outputs[0].is_floating_point():
+            return
+        for value in (*outputs, *args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.numel() > _LARGEST:
+                return
+            if type(value) in (list, tuple) and any(part.numel() > _LARGEST for part in tensors_in(value)):
+                return
         self.count += 1
-        outputs = [output] if isinstance(output, Tensor) else list(tensors_in(output))
-        if outputs and all(t.numel() <= _LARGEST for t in (*outputs, *tensors_in((args, kwargs)))):
-            name = getattr(function, "__name__", "").strip("_")
-            self.calls.append(_Made(self.count, name, args, kwargs, outputs, place))
+        self.calls.append((self.count, function, args, kwargs, outputs, place()))
 
     def next_step(self) -> None:
         """A backward pass has been called: what follows belongs to another step."""
@@ -55,7 +69,8 @@ class History:
         """The call that made the first value that is not finite on the way to a tensor; None where it is not known."""
         before = self.count + 1
         while True:
-            made = next((c for c in reversed(self.calls) if c.number < before and _is_among(tensor, c.outputs)), None)
+            earlier = (made for made in map(_Made._make, reversed(self.calls)) if made.number < before)
+            made = next((made for made in earlier if _is_among(tensor, made.outputs)), None)
             if made is None:
                 return None  # it came from elsewhere: a file, an array, a call that is not kept any more
             sources = list(made.tensors())
@@ -90,7 +105,7 @@ def cause_of(made: _Made, name: str) -> Cause:
     )
 
 
-def _is_among(tensor: Tensor, tensors: list[Tensor]) -> bool:
+def _is_among(tensor: Tensor, tensors: Sequence[Tensor]) -> bool:
     return any(tensor is other for other in tensors)
 
 

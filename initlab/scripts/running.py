@@ -400,13 +400,11 @@ class _Run:
 
     def answers(self, seen: Line) -> Answers | None:
         """How the last step of a line rates the model's answers."""
-        self.examining = self.tape.paused = True
-        try:
-            return answers_of(seen)
-        except Exception:  # a criterion that cannot be called again
-            return None
-        finally:
-            self.examining = self.tape.paused = False
+        with self.unwatched():
+            try:
+                return answers_of(seen)
+            except Exception:  # a criterion that cannot be called again
+                return None
 
     def step(self) -> Step | None:
         """The step that is under way; None where it cannot be run again."""
@@ -430,16 +428,24 @@ class _Run:
         self, step: Step, steps: int | None, doctor: Callable[..., Diagnosis] = diagnose_alone
     ) -> Diagnosis | None:
         """The doctor's word on a step."""
-        self.examining = self.tape.paused = True
         self.report.preamble = step.preamble
+        with self.unwatched():
+            try:
+                found = doctor(
+                    step.model, step.replay.batch, step.replay, step.optimizer, steps=steps, on_stage=self.on_stage
+                )
+                causes = tuple(_in_script(cause, step.replay) for cause in found.causes)
+                return dataclasses.replace(found, causes=causes)
+            except Exception as error:
+                self.report.notes.append(f"the step could not be examined: {type(error).__name__}: {error}")
+                return None
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Inside, what is called is ours, and no part of the script."""
+        self.examining = self.tape.paused = True
         try:
-            found = doctor(
-                step.model, step.replay.batch, step.replay, step.optimizer, steps=steps, on_stage=self.on_stage
-            )
-            return dataclasses.replace(found, causes=tuple(_in_script(cause, step.replay) for cause in found.causes))
-        except Exception as error:
-            self.report.notes.append(f"the step could not be examined: {type(error).__name__}: {error}")
-            return None
+            yield
         finally:
             self.examining = self.tape.paused = False
 

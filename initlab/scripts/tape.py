@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from initlab.kernels.torch_internals import count_function_modes, pop_function_mode, push_function_mode
 
 from .._tree import tensors_in
+from ..diagnosis.autograd_calls import Run, function_calls
 from .history import History
 
 _MOST_EVENTS = 100_000  # of a step that never comes to a backward pass
@@ -77,7 +78,7 @@ class Tape(TorchFunctionMode):
         if not self.depends(args):
             output = func(*args, **kwargs)
             if not self.inside:
-                self.history.note(func, args, kwargs, output, self.place())
+                self.history.note(func, args, kwargs, output, self.place)
             return output
         event = self.begin(func, args, kwargs)
         self.end(event, output := func(*args, **kwargs))
@@ -171,7 +172,6 @@ class Tape(TorchFunctionMode):
         Neither is a function of torch's that a mode would see.
         """
         tape, plain = self, nn.Module.__call__
-        inherited = torch.autograd.Function.__dict__["apply"]
 
         def is_elsewhere() -> bool:
             return tape.inside or tape.paused or threading.get_ident() != tape.thread
@@ -181,19 +181,17 @@ class Tape(TorchFunctionMode):
                 return plain(module, *args, **kwargs)
             return tape.whole(module, functools.partial(plain, module), args, kwargs)
 
-        def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-            run = inherited.__get__(None, function)
+        def apply(function: type[torch.autograd.Function], run: Run, args: Any, kwargs: Any) -> Any:
             if is_elsewhere() or not tape.depends(args):
                 return run(*args, **kwargs)
             return tape.whole(_Apply(function), run, args, kwargs)
 
         nn.Module.__call__ = call  # type: ignore[method-assign]
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
         try:
-            yield
+            with function_calls(apply):
+                yield
         finally:
             nn.Module.__call__ = plain  # type: ignore[method-assign]
-            torch.autograd.Function.apply = inherited  # type: ignore[method-assign]
 
 
 class _Apply:

@@ -38,9 +38,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.xdist_group("lightning")
-def test_lightning(here):
-    import lightning
+def module_of(lightning):
+    """The net as a LightningModule."""
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -53,7 +52,14 @@ def test_lightning(here):
         def training_step(self, batch):
             return nn.functional.mse_loss(self.net(batch[0]), batch[1])
 
-    scope = {"model": Module(), "data": torch.utils.data.DataLoader(batches(), batch_size=None)}
+    return Module()
+
+
+@pytest.mark.xdist_group("lightning")
+def test_lightning(here):
+    import lightning
+
+    scope = {"model": module_of(lightning), "data": torch.utils.data.DataLoader(batches(), batch_size=None)}
     exec(block("Lightning"), scope)
     assert scope["callback"].clippers[0].stats().steps == 4
 
@@ -102,19 +108,8 @@ def test_guards(here):
     import transformers
     from accelerate import Accelerator
 
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = net()
-
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters())
-
-        def training_step(self, batch):
-            return nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
     loader = torch.utils.data.DataLoader(batches(), batch_size=None)
-    scope = {"lightning": lightning, "model": Module(), "data": loader}
+    scope = {"lightning": lightning, "model": module_of(lightning), "data": loader}
     exec(block("Guards"), scope)
     assert scope["callback"].report().steps == 4
 

@@ -39,7 +39,7 @@ def of_values(evidence: Evidence) -> list[tuple[str, str]]:
         found += [
             (code, "without such rows") for code in fixes.without_rows(evidence.leaves, evidence.batch, reason.rows)
         ]
-    if reason is not None and "below" in reason.text:
+    if reason is not None and reason.below:
         found.append((fixes.positive_outputs(), "outputs above 0"))
     found += [(one.remedies[0], one.change) for one in (*_inputs(evidence, run), *_targets(evidence, run))]
     if any(isinstance(module, nn.Embedding) for module in evidence.model.modules()):

@@ -41,8 +41,7 @@ def forgotten(evidence: Evidence) -> Finding | None:
     one = evidence.forgotten
     if one is None:
         return None
-    facts = {"steps in time": one.steps, "first steps against last": one.ratio}
-    return Finding("gradient", "warning", Place(module=one.module), one.explanation, facts, [one.remedy])
+    return Finding("gradient", "warning", Place(module=one.module), one.explanation, one.facts, [one.remedy])
 
 
 def recurrent(evidence: Evidence) -> list[tuple[ParameterStats, int, float]]:
