@@ -140,6 +140,8 @@ class Program:
         if m := re.match(r"@(!?)(\S+)\s+(.*)$", text):
             predicate, rest = (self._registers[scope.get(m[2], m[2])].index, m[1] == "!"), m[3]
         operation, _, operands = rest.replace("\t", " ").partition(" ")
+        if operation.partition(".")[0] in ("ld", "st", "atom"):  # Triton 3.8 names the block where .shared means it too
+            operation = operation.replace(".shared::cta", ".shared")
         if operation.startswith("bra"):
             return Instruction(number, text, operation, [_label(operands.strip(), scope)], predicate)
         return Instruction(number, text, operation, [self._operand(o, scope) for o in _split(operands)], predicate)

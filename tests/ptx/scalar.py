@@ -184,7 +184,8 @@ def root(i):
 
 @instruction("abs")
 def magnitude(i):
-    masks = {"f32": 0x7FFFFFFF, "f64": (1 << 63) - 1, "bf16x2": 0x7FFF7FFF, "f16x2": 0x7FFF7FFF}
+    masks = {"f32": 0x7FFFFFFF, "f64": (1 << 63) - 1}
+    masks |= {"f16": 0x7FFF, "bf16": 0x7FFF, "f16x2": 0x7FFF7FFF, "bf16x2": 0x7FFF7FFF}
     i.require(len(i.parts) == 2 and i.kind in masks)
     mask = UNSIGNED[WIDTHS[i.kind]](masks[i.kind])
     return elementwise(i, lambda a: a & mask, reader(i.operands[1], WIDTHS[i.kind]))

@@ -90,8 +90,10 @@ EXCHANGE = """
 """
 
 
-def test_warps_exchange_words_through_shared_memory():
-    assert torch.equal(run(EXCHANGE.format(barrier="bar.sync 0;")), torch.arange(64, dtype=torch.int32) ^ 32)
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
+def test_warps_exchange_words_through_shared_memory(space):
+    body = EXCHANGE.format(barrier="bar.sync 0;").replace("shared.", f"{space}.")
+    assert torch.equal(run(body), torch.arange(64, dtype=torch.int32) ^ 32)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +274,18 @@ def test_minima_maxima_and_divisions():
     i, d = np.array([7, -7, 7, -7, 0]), np.array([2, 2, -2, -2, 3])
     quotient, remainder = values.divide(i, d)
     assert (quotient.tolist(), remainder.tolist()) == ([3, -3, -3, 3, 0], [1, -1, 1, -1, 0])
+
+
+def test_the_magnitude_of_a_half():
+    """Of the lower half of -1, -2, ...: the bits of a NaN, whose sign goes."""
+    found = run("""
+	.reg .b16 %rs<3>;
+	sub.s32 %r5, 0, %r1;
+	cvt.u16.u32 %rs1, %r5;
+	abs.f16 %rs2, %rs1;
+	cvt.u32.u16 %r6, %rs2;
+	st.global.b32 [ %rd2 + 0 ], %r6;""")
+    assert found.tolist() == [-n & 0x7FFF for n in range(64)]
 
 
 def test_shifts_by_the_width_and_more():
