@@ -40,9 +40,9 @@ bench: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
 	$(BENCH) --benchmark-only $(CURDIR)/benchmarks
 
 # From the bare checkout, with the python at hand: installs nothing. OUT names a folder for the results; DRY=1 runs it
-# without a GPU, at sizes that say nothing.
+# without a GPU, at sizes that say nothing; SANITIZE=1 runs the kernels under compute-sanitizer and times nothing.
 gpu:
-	$(PYTHON) benchmarks/gpu $(if $(DRY),--dry) $(OUT)
+	$(PYTHON) benchmarks/gpu $(if $(DRY),--dry) $(if $(SANITIZE),--sanitize) $(OUT)
 
 # Breaks the compiled kernels on purpose and lists what no check notices. Half an hour; writes tests/ptx/mutants.md.
 mutants: $(VENV)/wheel.stamp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -130,7 +130,7 @@ def time_clipping(findings: Findings) -> None:
                     "torch, foreach": lambda ps=params, m=max_norm: torch.nn.utils.clip_grad_norm_(ps, m()),
                     "torch._foreach_norm and _mul_": lambda ps=params, m=max_norm: _foreach_clip_(ps, m()),
                 }
-                for peer, clip in peers():
+                for peer, clip in peers(count):
                     contestants[peer] = lambda clip=clip, ps=params, m=max_norm: clip(ps, m())
                 name = f"clip_grad_norm_, {count} tensors, {'clipped' if clipped else 'unclipped'}, {str(dtype)[6:]}"
                 # Bytes: one read; clipped, two reads and a write.
@@ -164,18 +164,29 @@ def time_clipping(findings: Findings) -> None:
     race(findings, "a step of fused AdamW with clipping, float32", steps, 8 * 4 * n * count, seconds)
 
 
-def _foreach_clip_(params: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+def _foreach_clip_(params: list[torch.nn.Parameter], max_norm: float | torch.Tensor) -> torch.Tensor:
     """Clipping by torch's operations on lists, and nothing else."""
-    gradients = [p.grad for p in params]
+    return _scale_(cast(list[torch.Tensor], [p.grad for p in params]), max_norm)
+
+
+def _scale_(gradients: list[torch.Tensor], max_norm: float | torch.Tensor) -> torch.Tensor:
     norm = torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(gradients)]))
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))
     return norm
 
 
-def peers() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Others' clipping, where it is installed."""
+def peers(count: int) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Others' clipping of `count` tensors, where it is installed."""
     if DRY:
         return
+    if count <= 16:  # of 2,000 tensors it compiles for minutes
+        compiled = torch.compile(_scale_)
+
+        def compiled_clip(params: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+            # The bound is a tensor: a float would be compiled in, and each of them anew.
+            return compiled([p.grad for p in params], torch.tensor(max_norm, device=DEVICE))
+
+        yield "torch.compile", compiled_clip
     try:
         yield "apex", importlib.import_module("apex.contrib.clip_grad").clip_grad_norm_
     except Exception as error:  # whatever goes wrong on another's import, it is no peer here

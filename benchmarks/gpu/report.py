@@ -71,11 +71,11 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def save(findings: Findings, folder: Path) -> None:
-    """Write gpu.json and gpu.md."""
+def save(findings: Findings, folder: Path, name: str = "gpu") -> None:
+    """Write NAME.json and NAME.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(asdict(findings), indent=1) + "\n")
-    (folder / "gpu.md").write_text(markdown(findings))
+    (folder / f"{name}.json").write_text(json.dumps(asdict(findings), indent=1) + "\n")
+    (folder / f"{name}.md").write_text(markdown(findings))
 
 
 def markdown(findings: Findings) -> str:

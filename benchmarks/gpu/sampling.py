@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,9 +113,14 @@ def time_tensors(findings: Findings) -> None:
 
 
 def peers(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[torch.Tensor], Any]]]:
-    """Other generators, where they are installed."""
-    if name not in ("uniform_", "normal_") or DRY:
+    """The formulas of FlagGems' kernels as operations of torch; and other generators, where they are installed."""
+    formula = {"uniform_": _scaled_uniform_, "normal_": _box_muller_}.get(name)
+    if formula is None:
         return
+    yield "FlagGems' formula, torch ops", formula
+    if DRY:
+        return
+    yield "the same, torch.compile", torch.compile(formula)
     try:
         random = importlib.import_module("torch.func._random")
         function = getattr(random, name.rstrip("_"))
@@ -129,6 +135,18 @@ def peers(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[torch.
         yield "FlagGems", lambda x: function(x)
     except Exception as error:
         print(f"  FlagGems {name}: {type(error).__name__}: {error}"[:160])
+
+
+def _scaled_uniform_(x: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers of [0, 1), scaled."""
+    return x.copy_(torch.rand(x.shape, device=x.device) * 0.2 - 0.1)
+
+
+def _box_muller_(x: torch.Tensor) -> torch.Tensor:
+    """Two normal numbers of two uniform ones (Box and Muller 1958); `x` has an even number of elements."""
+    u, v = torch.rand((2, x.numel() // 2), device=x.device).unbind()
+    radius, angle = (-2.0 * torch.log1p(-u)).sqrt(), 2.0 * math.pi * v
+    return x.copy_(0.02 * torch.cat((radius * angle.cos(), radius * angle.sin())))
 
 
 def time_model(findings: Findings) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,31 @@ def test_a_dry_run_of_the_gpu_script(tmp_path):
     assert {row["contestant"] for row in found["timings"]} >= {"initlab", "torch.nn.init", "fill_", "init_model_"}
     assert [verdict.endswith("a dry run") for verdict in found["verdicts"]] == [True] * 10
     assert "A dry run: no GPU" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu SANITIZE=1 does the real thing")
+@pytest.mark.parametrize(
+    ("sanitizer", "status", "said"),
+    [('exec "$@"', 0, "memcheck: every kernel"), ("exit 9", 1, "FAILED"), (None, 1, "compute-sanitizer is installed")],
+)
+def test_every_kernel_under_a_sanitizer(tmp_path, monkeypatch, sanitizer, status, said):
+    """A stand-in runs what it is given, or finds a fault; without one nothing is said to have been checked."""
+    if sanitizer:
+        stand_in = tmp_path / "compute-sanitizer"
+        stand_in.write_text(f"#!/bin/sh\nshift 4\n{sanitizer}\n")
+        stand_in.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    elif shutil.which("compute-sanitizer", path="/usr/local/cuda/bin"):
+        pytest.skip("this machine has one")
+    else:
+        monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+    command = [sys.executable, script, "--dry", "--sanitize", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert said in done.stdout
+    assert not json.loads((tmp_path / "out" / "sanitizer.json").read_text())["timings"]
 
 
 def test_claims_are_in_the_docs(monkeypatch):
