@@ -226,6 +226,24 @@ def test_a_healthy_script_ends_as_it_would(tmp_path, name):
     assert "nothing to report" in str(report)
 
 
+def test_a_healthy_script_waits_for_no_package_that_it_does_not_use(tmp_path):
+    """numba takes longer to load than many a script to run."""
+    body = """
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(30):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    import sys
+    print("loaded:", sorted({"numba", "scipy", "matplotlib", "sklearn", "transformers"} & {*sys.modules}))
+    """
+    path = script(tmp_path, textwrap.dedent(body), 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "initlab", "doctor", path], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "loaded: []" in done.stdout + done.stderr) == (0, True), done.stdout + done.stderr
+
+
 def test_nothing_is_left_behind(tmp_path):
     backward, call, argv, path = torch.autograd.backward, torch.nn.Module.__call__, sys.argv[:], sys.path[:]
     report = run_script(script(tmp_path, "import sys; assert sys.argv[1:] == ['--lr', '3']; 1 / 0"), ["--lr", "3"])
