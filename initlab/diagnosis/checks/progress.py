@@ -10,7 +10,7 @@ from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Place
 from .cutoffs import STEPS
-from .finding import Finding
+from .finding import Finding, severity_of_step
 
 
 def no_rate(evidence: Evidence) -> Finding | None:
@@ -45,12 +45,35 @@ def no_rate(evidence: Evidence) -> Finding | None:
     )
 
 
+def turned_round(evidence: Evidence) -> Finding | None:
+    """A loss whose target gets the gradient, and whose prediction, of what the optimizer has, runs without one."""
+    moves = evidence.movement
+    call = next((call for call in evidence.trace.losses if call.turned), None)
+    if moves is None or call is None or moves.driven or not moves.left_out:
+        return None
+    names = {one.name: one.ref.module_name for one in evidence.parameters}
+    ran = {one.path for one in evidence.trace.calls if not one.recorded}
+    first = next((name for name in moves.without if names[name] in ran), None)
+    if first is None:
+        return None
+    return Finding(
+        "gradient",
+        "broken",
+        Place(module=names[first], parameter=first, op=call.name),
+        f"{call.name} takes a prediction and then a target. The prediction is made with {first}, which the optimizer "
+        f"has, and runs without a gradient; the target is made with {moves.left_out[0]}, and gets one: no_grad() or "
+        "detach() is at the wrong one of the two.",
+        {"parameters without a gradient": len(moves.without)},
+        ["# in the loss function: torch.no_grad() round what makes the target, not round what makes the prediction"],
+    )
+
+
 def other_parameters(evidence: Evidence) -> Finding | None:
     """An optimizer that was made for other parameters than those that learn here."""
     moves = evidence.movement
     if moves is None or not moves.left_out or (moves.driven and not moves.strange):
         return None
-    if moves.detached and not moves.strange:
+    if (moves.detached and not moves.strange) or turned_round(evidence) is not None:
         return None  # it has the right ones: the gradient does not reach them
     names = {one.name: one.ref.module_name for one in evidence.parameters}
     first = moves.left_out[0]
@@ -111,6 +134,17 @@ def upside_down(evidence: Evidence) -> Finding | None:
 def detached(evidence: Evidence) -> Finding | None:
     """Parameters that the loss depends on, and that no gradient reaches."""
     moves = evidence.movement
+    if evidence.deaf_output and evidence.cut is not None:
+        return Finding(
+            "gradient",
+            severity_of_step(evidence) if evidence.steps[0].gradient else "broken",
+            Place(op=evidence.cut.op),
+            "the loss depends on what the model puts out, and gives it no gradient: "
+            f"{evidence.cut.op} in {fixes.code_of(evidence.cut.module)} passes none on. What gradient there is comes "
+            "of something else, such as a penalty on the weights.",
+            {"line": evidence.cut.line} if evidence.cut.line else {},
+            [fixes.passing_on(evidence.cut)],
+        )
     if moves is None or not moves.detached:
         return None
     names = {one.name: one.ref.module_name for one in evidence.parameters}
