@@ -10,7 +10,7 @@ from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Place
 from .cutoffs import STEPS
-from .finding import Finding, severity_of_step
+from .finding import Finding
 
 
 def no_rate(evidence: Evidence) -> Finding | None:
@@ -134,19 +134,8 @@ def upside_down(evidence: Evidence) -> Finding | None:
 def detached(evidence: Evidence) -> Finding | None:
     """Parameters that the loss depends on, and that no gradient reaches."""
     moves = evidence.movement
-    if evidence.deaf_output and evidence.cut is not None:
-        return Finding(
-            "gradient",
-            severity_of_step(evidence) if evidence.steps[0].gradient else "broken",
-            Place(op=evidence.cut.op),
-            "the loss depends on what the model puts out, and gives it no gradient: "
-            f"{evidence.cut.op} in {fixes.code_of(evidence.cut.module)} passes none on. What gradient there is comes "
-            "of something else, such as a penalty on the weights.",
-            {"line": evidence.cut.line} if evidence.cut.line else {},
-            [fixes.passing_on(evidence.cut)],
-        )
     if moves is None or not moves.detached:
-        return None
+        return _deaf_output(evidence)
     names = {one.name: one.ref.module_name for one in evidence.parameters}
     first = moves.detached[0]
     where = repr(names[first]) if names[first] else "the model itself"
@@ -165,6 +154,22 @@ def detached(evidence: Evidence) -> Finding | None:
         f"the loss depends on {first}, which the optimizer has, and no gradient reaches it: {why}.",
         facts,
         [advice or f"# take out .detach(), .data, .item() or torch.no_grad() behind {where}"],
+    )
+
+
+def _deaf_output(evidence: Evidence) -> Finding | None:
+    """An output that the loss depends on and gives no gradient to."""
+    cut = evidence.cut
+    if not evidence.deaf_output or cut is None:
+        return None
+    return Finding(
+        "gradient",
+        "warning" if evidence.steps[0].gradient else "broken",
+        Place(op=cut.op),
+        "the loss depends on what the model puts out, and gives it no gradient: "
+        f"{cut.op} in {fixes.code_of(cut.module)} passes none on. What gradient there is comes of something else, such as a penalty on the weights.",
+        {"line": cut.line} if cut.line else {},
+        [fixes.passing_on(cut)],
     )
 
 
