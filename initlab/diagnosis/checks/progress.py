@@ -167,7 +167,8 @@ def _deaf_output(evidence: Evidence) -> Finding | None:
         "warning" if evidence.steps[0].gradient else "broken",
         Place(op=cut.op),
         "the loss depends on what the model puts out, and gives it no gradient: "
-        f"{cut.op} in {fixes.code_of(cut.module)} passes none on. What gradient there is comes of something else, such as a penalty on the weights.",
+        f"{cut.op} in {fixes.code_of(cut.module)} passes none on. What gradient there is comes of something else, such "
+        "as a penalty on the weights.",
         {"line": cut.line} if cut.line else {},
         [fixes.passing_on(cut)],
     )
