@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from initlab.kernels.torch_internals import physical
+
 from .._tree import tensors_in
 from . import movement
 from .batch import Leaf, mapped
@@ -53,14 +55,18 @@ def find_deaf_output(training_step: TrainingStep, evidence: Evidence) -> None:
     try:
         model.register_forward_hook(keep)  # goes when the snapshot is restored
         loss = training_step.loss()
-        if not outputs or not loss.requires_grad or float(loss.detach()) != evidence.first_loss:
+        wrapped = any(
+            physical(x) is not x for x in outputs
+        )  # inside a transform of torch.func, which has a graph of its own
+        if not outputs or wrapped or not loss.requires_grad or float(loss.detach()) != evidence.first_loss:
             return
         if any(one is not None for one in torch.autograd.grad(loss, outputs, allow_unused=True)):
             return
         training_step.snapshot.restore()
         model.register_forward_hook(move)
         with torch.no_grad():
-            evidence.deaf_output = not _nearly_equal(value_of(training_step), evidence.first_loss)
+            moved = value_of(training_step)
+        evidence.deaf_output = moved is not None and not _nearly_equal(moved, evidence.first_loss)
         training_step.snapshot.restore()
         if evidence.deaf_output:
             with Cuts(model, [p for p in model.parameters() if p.requires_grad], compared=True) as cuts:

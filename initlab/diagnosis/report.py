@@ -232,7 +232,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst severity of the causes, or "healthy"; "broken" wherever there is a cause and a loss is not finite."""
+        """The worst severity of the causes, or "healthy"; "broken" where there is one and a loss is not finite."""
         if not self.causes:
             return "healthy"
         broken = self.broke_at is not None or any(cause.severity == "broken" for cause in self.causes)

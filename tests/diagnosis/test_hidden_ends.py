@@ -91,6 +91,24 @@ def test_an_output_that_only_the_log_reads():
     assert cause is None or cause.kind != "gradient", found
 
 
+@pytest.mark.parametrize("how", ["autograd", "func"])
+def test_a_loss_of_derivatives_alone(how):
+    """It depends on the graph of the output, and not on the output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+    x = torch.linspace(0, 1, 32)[:, None].requires_grad_()
+
+    def loss_fn(model, batch):
+        (x,) = batch
+        if how == "autograd":
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        else:
+            slope = torch.func.vmap(torch.func.grad(lambda one: model(one)[0]))(x)
+        return (slope - x.detach().cos()).square().mean()
+
+    assert causes(model, (x,), loss_fn, adam(model))[1].verdict == "healthy"
+
+
 # A nearest row of a table, whose choice a small disturbance does not change.
 
 
