@@ -87,6 +87,11 @@ class Leaf:
             return f"batch = batch._replace({batch._fields[key]}={made})"
         if len(self.path) == 1 and isinstance(key, GetAttrKey) and _is_frozen(batch):
             return f"import dataclasses\nbatch = dataclasses.replace(batch, {key.name}={made})"
+        if type(holder) is tuple:  # inside something else, which gets another one
+            outer = dataclasses.replace(self, path=self.path[:-1], source=None)
+            before = f"*{outer.code}[:{key}], " if key else ""
+            after = f"*{outer.code}[{key + 1}:]" if key + 1 < len(holder) else ""
+            return outer.rebind(batch, f"({before}{made}, {after})")
         if isinstance(holder, tuple) or _is_frozen(holder):
             return f"{self.value}.copy_({expression})"
         return f"{self.code} = {made}"

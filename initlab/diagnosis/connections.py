@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .._tree import tensors_in
 from . import movement
@@ -20,18 +21,63 @@ from .probes import FOR_THE_CALLER, TrainingStep, value_of
 
 def find_cut(training_step: TrainingStep, evidence: Evidence) -> None:
     """Where the graph ends, of a loss that no gradient leaves."""
+    for compared in (False, True):
+        training_step.snapshot.restore()
+        learning = [p for p in training_step.model.parameters() if p.requires_grad]
+        cuts = Cuts(training_step.model, learning, compared)
+        try:
+            with cuts:
+                training_step.loss()
+        except FOR_THE_CALLER:
+            raise
+        except Exception:  # it is evidence only where it runs
+            cuts.found.clear()
+        finally:
+            training_step.snapshot.restore()
+        evidence.cut = evidence.cut or next(iter(cuts.found), None)
+
+
+def find_deaf_output(training_step: TrainingStep, evidence: Evidence) -> None:
+    """Whether the loss changes with what the model puts out, and gives it no gradient: it is run with that moved."""
+    outputs: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def keep(module: Any, args: Any, out: Any) -> None:
+        outputs.extend(x for x in tensors_in(out) if x.requires_grad)
+
+    def move(module: Any, args: Any, out: Any) -> Any:
+        return tree_map(lambda x: _moved(x, generator) if isinstance(x, Tensor) and x.is_floating_point() else x, out)
+
+    model = training_step.model
     training_step.snapshot.restore()
-    cuts = Cuts(training_step.model, [p for p in training_step.model.parameters() if p.requires_grad])
     try:
-        with cuts:
-            training_step.loss()
+        model.register_forward_hook(keep)  # goes when the snapshot is restored
+        loss = training_step.loss()
+        if not outputs or not loss.requires_grad or float(loss.detach()) != evidence.first_loss:
+            return
+        if any(one is not None for one in torch.autograd.grad(loss, outputs, allow_unused=True)):
+            return
+        training_step.snapshot.restore()
+        model.register_forward_hook(move)
+        with torch.no_grad():
+            evidence.deaf_output = not _nearly_equal(value_of(training_step), evidence.first_loss)
+        training_step.snapshot.restore()
+        if evidence.deaf_output:
+            with Cuts(model, [p for p in model.parameters() if p.requires_grad], compared=True) as cuts:
+                training_step.loss()
+            evidence.cut = next(iter(cuts.found), None)
     except FOR_THE_CALLER:
         raise
     except Exception:  # it is evidence only where it runs
-        cuts.found.clear()
+        evidence.deaf_output = False
     finally:
         training_step.snapshot.restore()
-    evidence.cut = next(iter(cuts.found), None)
+
+
+def _moved(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Other numbers of the same size."""
+    x = x.detach()
+    return x[torch.randperm(len(x), generator=generator).to(x.device)] * 1.5 - 0.5 * x if x.dim() else x + 1.0
 
 
 def find_silent(training_step: TrainingStep, evidence: Evidence) -> None:
@@ -131,8 +177,7 @@ def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
     groups = list(movement.groups_to_disturb(model, names))
     for group in groups:
         training_step.snapshot.restore()
-        movement.disturb([model.get_parameter(name) for name in group])
-        depends = not _nearly_equal(value_of(training_step), evidence.first_loss)
+        depends = any(_moves_loss(training_step, evidence, group, size) for size in movement.SIZES)
         if group is groups[0] and not depends:
             break
         if depends and (group is not groups[0] or len(groups) == 2):
@@ -144,6 +189,11 @@ def find_detached(training_step: TrainingStep, evidence: Evidence) -> None:
             training_step.loss()
         evidence.cut = next(iter(cuts.found), None)
         training_step.snapshot.restore()
+
+
+def _moves_loss(training_step: TrainingStep, evidence: Evidence, names: list[str], size: float) -> bool:
+    movement.disturb([training_step.model.get_parameter(name) for name in names], size)
+    return not _nearly_equal(value_of(training_step), evidence.first_loss)
 
 
 def _nearly_equal(loss: float | None, other: float | None) -> bool:

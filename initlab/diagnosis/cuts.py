@@ -21,8 +21,8 @@ from .trace import ModuleMode
 
 _SHAPES = ("get", "size", "dim", "numel", "stride", "len", "is_floating_point", "is_complex", "data_ptr")
 _READ = ("item", "tolist", "numpy", "float", "int")  # give no tensor
-_COMPARED: tuple[str, ...] = ("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isfinite", "isinf")
-_COMPARED += ("all", "any", "bool", "allclose", "equal")
+COMPARED: tuple[str, ...] = ("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isfinite", "isinf")
+COMPARED += ("all", "any", "bool", "allclose", "equal")
 _DISTRIBUTIONS = str(Path(torch.distributions.__file__).parent)
 
 
@@ -45,19 +45,23 @@ class Cut(NamedTuple):
 class Cuts(ModuleMode):
     """Follows what is computed from some parameters, to where it no longer wants a gradient. A context manager.
 
+    Args:
+        compared: whether a comparison is such a place; what it gives is a mask, most often, or a count for the log.
+
     Attributes:
         found: in the order in which they ran.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, model: nn.Module, parameters: Iterable[Tensor], compared: bool = False) -> None:
         super().__init__(model)
+        self._skipped = _SHAPES if compared else (*_SHAPES, *COMPARED)
         self.found: list[Cut] = []
         self._marked: dict[int, weakref.ref[Tensor]] = {id(p): weakref.ref(p) for p in parameters}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = names.of_function(func)
-        if name in _SHAPES or name in _COMPARED:
+        if name in self._skipped:
             return out
         with without_functions():
             made = [out] if isinstance(out, Tensor) else list(tensors_in(out, 2))

@@ -135,6 +135,7 @@ class Evidence:
     backward: BadBackward | None = None  # of an autograd.Function of the user's
     kept_graph: str = ""  # a tensor of a module that has a graph of an earlier step
     cut: Cut | None = None  # the first operation that a gradient should pass and does not
+    deaf_output: bool = False  # whether the loss depends on the model's output, and gives it no gradient
     forgotten: Forgotten | None = None  # a recurrence whose first steps get no gradient
     constant_derivative: bool = False  # whether the loss uses a derivative that has no graph
     negated: bool = False  # whether the loss begins with a minus

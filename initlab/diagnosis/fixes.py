@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..models.activations import ACTIVATIONS
 from ..models.initialization import plan_model
 from .batch import Leaf
-from .cuts import Cut
+from .cuts import COMPARED, Cut
 from .evidence import Evidence, ParameterStats, half
 from .flow import ParameterCall
 from .narrow import LostConstant
@@ -286,6 +286,8 @@ def larger_constant(lost: LostConstant, module: str | None) -> str:
 def passing_on(cut: Cut) -> str:
     """What passes a gradient on, in place of a function that does not."""
     instead = "take out torch.no_grad()" if cut.no_grad else f"take out {cut.op}"
+    if cut.op in COMPARED:
+        instead = "the number itself, or sigmoid((x - threshold) / width), in place of a comparison, which is 0 or 1"
     return f"# in {code_of(cut.module)}: {_INSTEAD.get(cut.op, instead)}"
 
 

@@ -153,6 +153,7 @@ class Flow:
         self.compared: dict[Path, Comparison] = {}
         self.read: set[Path] = set()
         self.noise = ""  # a loss function whose target is a draw that the model does not see
+        self.comparing: dict[str, Path] = {}  # functions that compare a leaf with what the model puts out, and the leaf
         self.draws = 0
         self._weights = {storage_of(p): name for name, p in model.named_parameters()}
         self._sizes = {name: p.dim() for name, p in model.named_parameters()}
@@ -276,6 +277,7 @@ class Flow:
             if entry.raw and not entry.weights and other.weights and not other.raw:
                 compares = True
                 for path in entry.paths:
+                    self.comparing.setdefault(op, path)
                     known = self.compared.get(path)
                     if known is None or (known.op not in _DISTANCES and op in _DISTANCES):
                         self.compared[path] = _compare(op, target, prediction)

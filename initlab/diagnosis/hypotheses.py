@@ -76,7 +76,7 @@ def judge(
     baseline = evidence.baseline
     if all(one.suspicion for one in found) and _near_the_floor(untreated, baseline):
         return []
-    results = _try_all(training_step, found, untreated, budget)
+    results = _with_both_scaled(training_step, _try_all(training_step, found, untreated, budget), untreated, budget)
     kept = results
     cured = any(_supported(one, untreated, baseline) for one in results if one.finding.suspicion)
     still = _stands_still(untreated, baseline)
@@ -204,6 +204,34 @@ def _try_all(training_step: TrainingStep, found: list[Finding], untreated: Outco
         results.append(_try(training_step, one, untreated, budget))
         enough = results[-1].cures and not one.suspicion and untreated.fails
     return results
+
+
+def _with_both_scaled(
+    training_step: TrainingStep, results: list[Tried], untreated: Outcome, budget: Budget
+) -> list[Tried]:
+    """Inputs and targets standardised together, where both are suspected and neither is enough by itself."""
+    pair = {one.finding.kind: one for one in reversed(results) if one.finding.suspicion and one.finding.kind in _SCALED}
+    enough = any(one.cures for one in pair.values()) or not untreated.fails
+    if len(pair) < len(_SCALED) or enough or not budget.allows_a_run():
+        return results
+    first, second = (pair[kind].finding for kind in _SCALED)
+    if not trials.is_code(first.remedies[0]) or not trials.is_code(second.remedies[0]):
+        return results
+    both = dataclasses.replace(
+        first,
+        explanation=f"{first.explanation} {second.explanation}",
+        evidence={**first.evidence, **second.evidence},
+        remedies=[f"{first.remedies[0]}\n{second.remedies[0]}"],
+        change=f"{first.change} and {second.change}",
+        rescales=second.rescales,
+    )
+    tried = _try(training_step, both, untreated, budget)
+    if not tried.cures:
+        return results
+    return [tried, *(one for one in results if one not in pair.values())]
+
+
+_SCALED = ("input", "target")
 
 
 def _try(training_step: TrainingStep, found: Finding, untreated: Outcome, budget: Budget) -> Tried:

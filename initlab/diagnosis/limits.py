@@ -9,6 +9,8 @@ class Limits(NamedTuple):
     # How much is read
     sample: int = 1 << 14  # elements behind a mean or a standard deviation: good to one percent
     most_features: int = 1 << 14  # wider inputs are images or one-hot, which no feature table helps
+    several_rows: int = 8  # that are not the same by chance
+    bad_rows: int = 16  # of a batch, that a remedy leaves out by number
     most_input_elements: int = 1 << 22
     calls_measured: int = 64  # of one module in one pass; a recurrence shows its trend in these
     counted: int = 1 << 11  # elements behind a histogram: a bin of average height is good to 15 percent

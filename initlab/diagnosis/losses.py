@@ -28,6 +28,7 @@ class LossCall:
         classes: how many the prediction has; 0 where it has none.
         spread: standard deviation of a row's logits over the classes.
         value: what it gave; NaN where it gave no single number.
+        turned: whether a gradient goes to the target, and none to the prediction.
     """
 
     name: str
@@ -39,17 +40,20 @@ class LossCall:
     classes: int = 0
     spread: float = 0.0
     value: float = math.nan
+    turned: bool = False
 
 
 def loss_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossCall | None:
     """What the arguments of a call tell; None for a function that is not a known loss."""
     reader = _READERS.get(name)
-    prediction = args[0] if args else kwargs.get("input", kwargs.get("log_probs"))
-    target = args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("targets"))
+    prediction = args[0] if args else kwargs.get("input", kwargs.get("log_probs", kwargs.get("input1")))
+    place = 2 if name in _OF_PAIRS else 1
+    target = args[place] if len(args) > place else kwargs.get("target", kwargs.get("targets"))
     if reader is None or not isinstance(prediction, Tensor) or not isinstance(target, Tensor):
         return None
     with torch.no_grad():
         call = reader(name, prediction, target, args, kwargs)
+    call.turned = target.requires_grad and not prediction.requires_grad
     call.options = {k: v for k, v in kwargs.items() if isinstance(v, str | int | float)}
     if call.baseline is not None and kwargs.get("reduction") == "sum":
         call.baseline *= target.numel()
@@ -258,4 +262,7 @@ _READERS: dict[str, _Reader] = {
     "ctc_loss": _ctc,
     "hinge_embedding_loss": _signs,
     "soft_margin_loss": _signs,
+    "margin_ranking_loss": _signs,
+    "cosine_embedding_loss": _signs,
 }
+_OF_PAIRS = ("margin_ranking_loss", "cosine_embedding_loss")

@@ -96,11 +96,14 @@ def groups_to_disturb(model: nn.Module, names: Sequence[str]) -> Iterator[list[s
     yield from list(modules.values())[: LIMITS.disturbed]
 
 
+SIZES = (0.1, 3.0)  # of a disturbance; what picks the nearest of some rows does not notice a small one
+
+
 @torch.no_grad()
-def disturb(parameters: Sequence[Tensor]) -> None:
-    """Move parameters by a tenth of their size, and a little where they are 0."""
+def disturb(parameters: Sequence[Tensor], part: float) -> None:
+    """Move parameters by a part of their size, and a little where they are 0."""
     generator = torch.Generator().manual_seed(0)
     for p in parameters:
-        size = 0.1 * float(p.float().square().mean().sqrt()) + 0.01
+        size = part * float(p.float().square().mean().sqrt()) + 0.01
         if math.isfinite(size):
             p.add_(size * torch.randn(p.shape, generator=generator).to(p))

@@ -24,6 +24,7 @@ from initlab.kernels.torch_internals import current_node
 from .._tree import tensors_in
 from . import names, safe_forms
 from .graph import BadNode, FunctionCall, Graph, line_of_user
+from .limits import LIMITS
 from .narrow import LostConstant, in_float32, lost_constants
 from .reasons import Operation, Reason, known, reason
 from .trace import Modules
@@ -54,6 +55,9 @@ class Origin:
         elements: how many it puts out.
         hidden: whether ordinary gradients became NaN, in the backward pass.
         constant: a number of the code that 16 bits cannot hold, where one was used before it in the same module.
+        rows: indices into the first dimension of what it puts out, where that is not finite; empty where all of them
+            are, and where there are many.
+        count: how many such indices there are in all.
         objective: whether it is part of a formula that torch has in a stable form: one of its loss functions, the log
             of a softmax, of a sigmoid, or of a sum of exponentials.
     """
@@ -77,6 +81,8 @@ class Origin:
     constant: LostConstant | None = None
     hidden: bool = False
     elements: int = 0
+    rows: tuple[int, ...] = ()
+    count: int = 0
     objective: bool = False
 
     @property
@@ -333,6 +339,8 @@ class Search:
             finite=all(math.isfinite(x) for pair in ranges for x in pair),
             largest=max((abs(x) for pair in ranges for x in pair), default=0.0),
             elements=out.numel(),
+            rows=_bad_rows(out),
+            count=out.shape[0] if out.dim() else 0,
             objective=call.objective or names.is_loss(function),
         )
         if not intended and self.first is None:
@@ -384,6 +392,14 @@ class Search:
             objective=call.objective or names.is_loss(call.name),
             constant=next((c for c in reversed(self.lost) if c.module == call.module), None),
         )
+
+
+def _bad_rows(out: Tensor) -> tuple[int, ...]:
+    if not out.dim() or out.layout != torch.strided:
+        return ()
+    bad = ~out.isfinite().reshape(out.shape[0], -1).all(1)
+    rows = bad.nonzero().flatten()[: LIMITS.bad_rows + 1].tolist()
+    return tuple(rows) if len(rows) <= min(LIMITS.bad_rows, out.shape[0] - 1) else ()
 
 
 _LOGS = ("log", "log2", "log10", "log1p")

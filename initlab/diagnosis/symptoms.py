@@ -75,10 +75,14 @@ def odd_scale(evidence: Evidence) -> Scale | None:
                 odd = [int(found.reach.argmax())]
             quiet = odd and bool((found.reach[odd] < middle).all()) and rms >= LIMITS.input_rms_suspect
             if odd and not quiet:  # a quiet column among loud ones is not what is wrong with them
-                odd = odd if shape == leaf.tensor.shape else []
                 strong = spread >= LIMITS.spread_harmful or rms >= LIMITS.input_rms
                 text = f"features of {leaf.code} differ in scale by a factor of {spread:.2g}"
-                return Scale(leaf, odd, spread, rms, strong, text)
+                if shape == leaf.tensor.shape:
+                    return Scale(leaf, odd, spread, rms, strong, text)
+                whose = _whose(evidence, leaf, [float(found.rms[one]) for one in odd])
+                if whose is not leaf:
+                    text = f"{whose.code} is {spread:.2g} times as large as what it is joined with, or as small"
+                return Scale(whose, [], spread, rms, strong, text)
         else:
             spread = 1.0
         offset = float((found.mean.abs() / found.reach.clamp_min(1e-30))[moving].median())
@@ -95,6 +99,19 @@ def _as_it_arrives(evidence: Evidence, leaf: Leaf) -> tuple[Features | None, tor
         return (None if leaf.is_target else leaf.features), leaf.tensor.shape
     arrival = flow.arriving(leaf)
     return (None, leaf.tensor.shape) if arrival is None else (arrival.features, arrival.shape)
+
+
+def _whose(evidence: Evidence, leaf: Leaf, sizes: Sequence[float]) -> Leaf:
+    """Of the tensors that are joined before a first weight, the one that features of some sizes are of."""
+    flow = evidence.trace.flow
+    arrival = flow.arriving(leaf) if flow is not None else None
+    joined = [one for one in evidence.leaves if arrival is not None and one.path in arrival.paths]
+    for one in joined if len(joined) > 1 else ():
+        columns = one.tensor.detach().float().reshape(len(one.tensor), -1) if one.tensor.dim() else None
+        known = columns.square().mean(0).sqrt().tolist() if columns is not None else []
+        if all(any(abs(size - own) <= 0.01 * size for own in known) for size in sizes):
+            return one
+    return leaf
 
 
 def _is_flat(evidence: Evidence, leaf: Leaf, rms: float) -> bool:

@@ -250,6 +250,9 @@ def _probe_further(
         on_stage("moving the parameters that no gradient reaches")
         connections.find_detached(training_step, evidence)
     run = evidence.untreated
+    if not broke and evidence.error is None:
+        on_stage("moving what the model puts out")
+        connections.find_deaf_output(training_step, evidence)
     if evidence.custom and (broke or run is None or run.fallen < LIMITS.learns):
         on_stage("running backward() of autograd functions")
         connections.find_bad_backward(training_step, evidence)

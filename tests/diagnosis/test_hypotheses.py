@@ -283,3 +283,20 @@ def test_an_interrupted_trial_leaves_no_trace(when):
     assert all(torch.equal(states[p][k], v) for p, s in optimizer.state.items() for k, v in s.items())
     assert optimizer.param_groups[0]["lr"] == 5.0
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_inputs_and_targets_that_only_together_are_the_cause():
+    """Neither is enough by itself, and a rate of 3e-6 would hide both."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = (torch.tensor(a, dtype=torch.float32) for a in datasets.load_diabetes(return_X_y=True, scaled=False))
+    torch.manual_seed(0)
+    layers = [m for i, o in ((10, 64), (64, 64), (64, 1)) for m in (nn.Linear(i, o), nn.ReLU())]
+    model = nn.Sequential(*layers[:-1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    found = diagnose(model, (x, y[:, None]), supervised(nn.MSELoss()), optimizer)
+    cause = found.causes[0]
+    assert (cause.kind, cause.place.tensor, cause.tried) == ("input", "batch[0]", True), found
+    assert "batch[1]" in cause.explanation
+    scope = {"batch": (x, y[:, None]), "torch": torch}
+    exec(cause.remedy, scope)
+    assert all(abs(float(part.std()) - 1) < 0.1 for part in scope["batch"])

@@ -40,7 +40,7 @@ def flat(evidence: Evidence) -> Finding | None:
     }
     for one in evidence.silent:
         behind = [name for key, name in silent.items() if key in one.leaves]
-        if not behind or one.op not in (*STEPS, *_ENDS, *_OF_ONE):
+        if not behind or one.op not in (*STEPS, *_ENDS, *_OF_ONE) or _is_scaled_by_0(evidence, one.call.module):
             continue
         everywhere = any(other.op == one.op and other.call.module != one.call.module for other in evidence.silent)
         where = fixes.code_of(one.call.module)
@@ -60,6 +60,12 @@ def flat(evidence: Evidence) -> Finding | None:
             structural=True,
         )
     return None
+
+
+def _is_scaled_by_0(evidence: Evidence, path: str | None) -> bool:
+    """Whether a module's own weight is 0, as of a residual branch that begins as nothing: it learns first."""
+    weight = getattr(evidence.model.get_submodule(path), "weight", None) if path else None
+    return isinstance(weight, nn.Parameter) and weight.requires_grad and not bool(weight.detach().any())
 
 
 def _of_flat(op: str) -> tuple[str, str]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .. import fixes
 from ..batch import Leaf
 from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Place, Severity
 from ..symptoms import diverges, odd_scale
-from .finding import Finding, short
+from .finding import Finding, course, severity_of, short, target_of
 
 
 def bad_input(evidence: Evidence) -> Finding | None:
@@ -43,6 +46,61 @@ def _is_to_blame(evidence: Evidence, leaf: Leaf) -> bool:
     return not (low == -math.inf and high < math.inf)
 
 
+def same_rows(evidence: Evidence) -> Finding | None:
+    """Inputs that are the same in every row, of rows whose targets differ."""
+    flow, run = evidence.trace.flow, evidence.untreated
+    if flow is None or evidence.broke_at is not None or (run is not None and run.fallen > LIMITS.learns):
+        return None
+    inputs = [leaf for leaf in evidence.leaves if leaf.path in flow.inputs and leaf.tensor.dim()]
+    targets = [leaf for leaf in evidence.leaves if leaf.path in flow.compared and leaf not in inputs]
+    rows = {len(leaf.tensor) for leaf in (*inputs, *targets) if leaf.tensor.dim()}
+    if not inputs or not targets or len(rows) != 1 or rows.pop() < LIMITS.several_rows or flow.draws:
+        return None
+    if not all(_are_alike(leaf.tensor) for leaf in inputs) or all(_are_alike(leaf.tensor) for leaf in targets):
+        return None
+    leaf = inputs[0]
+    value = f", {leaf.tensor.flatten()[0].item():g}" if bool((leaf.tensor == leaf.tensor.flatten()[0]).all()) else ""
+    return Finding(
+        "input",
+        "warning",
+        Place(tensor=leaf.code),
+        f"every row of {leaf.code} is the same{value}, and the targets differ: the model cannot tell one row from "
+        "another.",
+        {"rows": len(leaf.tensor)},
+        [f"# look at how {leaf.code} is made: another tokenizer's numbers, an index that was left out"],
+    )
+
+
+def inverted_mask(evidence: Evidence) -> Finding | None:
+    """A mask that may hide what it is to show, in a run that learns little: True is "ignore" to one function only."""
+    run = evidence.untreated
+    if run is None or evidence.broke_at is not None or (run.fallen > LIMITS.learns and not run.constant):
+        return None
+    for leaf in evidence.leaves:
+        x = leaf.tensor
+        if leaf.is_target or x.is_floating_point() or x.is_complex() or x.dim() < 2 or not x.numel():
+            continue
+        if not bool(((x == 0) | (x == 1)).all()) or bool((x == x.flatten()[0]).all()):
+            continue
+        return Finding(
+            "input",
+            severity_of(run),
+            Place(tensor=leaf.code),
+            f"{course(run)}; with {leaf.code} inverted it falls: it says of every place the opposite of what is meant. "
+            "key_padding_mask and src_key_padding_mask are True where a key is left out, attention_mask is where it "
+            "is kept.",
+            {"share of True": float(x.float().mean())},
+            [leaf.rebind(evidence.batch, f"{leaf.value} == 0" if x.dtype == torch.bool else f"1 - {leaf.value}")],
+            suspicion=True,
+            change=f"{leaf.code} inverted",
+        )
+    return None
+
+
+def _are_alike(tensor: Tensor) -> bool:
+    return bool((tensor == tensor[:1]).all())
+
+
 def bad_target(evidence: Evidence) -> Finding | None:
     """NaN and infinities in what the loss compares with."""
     if evidence.broke_at is None:
@@ -62,24 +120,26 @@ def bad_target(evidence: Evidence) -> Finding | None:
 
 def target_out_of_range(evidence: Evidence) -> Finding | None:
     """Classes that the model has no output for, and labels outside [0, 1]."""
-    target = next((leaf for leaf in evidence.leaves if leaf.is_target), None)
     for call in evidence.trace.losses:
+        target = target_of(evidence, call.name)
+        place = Place(op=call.name, tensor=target.code if target is not None else None)
         if call.problem == "classes":
             low, high, count = call.facts["smallest"], call.facts["largest"], call.facts["classes"]
             fix = fixes.shift_classes(target, evidence.batch, call.facts) if target is not None else ""
             why = (
                 f"targets run from {low} to {high}, and a model with {count} outputs has the classes 0 to {count - 1}."
             )
-            return Finding("target", "broken", Place(op=call.name), why, dict(call.facts), [fix] if fix else [])
+            return Finding("target", "broken", place, why, dict(call.facts), [fix] if fix else [])
         if call.problem == "range":
             low, high = call.facts["smallest"], call.facts["largest"]
             fix = fixes.into_unit_range(target, evidence.batch, low, high) if target is not None and high > low else ""
             why = f"targets run from {low:g} to {high:g}; {call.name} takes probabilities, and has no minimum outside."
-            return Finding("target", "broken", Place(op=call.name), why, dict(call.facts), [fix] if fix else [])
+            return Finding("target", "broken", place, why, dict(call.facts), [fix] if fix else [])
         if call.problem == "signs":
             fix = target.rebind(evidence.batch, f"{target.value} * 2 - 1") if target is not None else ""
             why = "targets are 0 and 1, and a loss of y * z takes -1 and 1: a target of 0 leaves nothing of z."
-            return Finding("target", "warning", Place(op=call.name), why, dict(call.facts), [fix] if fix else [])
+            return Finding("target", "warning", place, why, dict(call.facts), [fix] if fix else [])
+    target = next((leaf for leaf in evidence.leaves if leaf.is_target), None)
     error, failed = evidence.error, evidence.trace.failed
     if error is None or failed is None or failed[0] is not None or target is None or target.tensor.is_floating_point():
         return None

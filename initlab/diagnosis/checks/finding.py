@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from ..batch import Leaf
 from ..evidence import Evidence
 from ..limits import LIMITS
 from ..outcomes import Outcome
@@ -48,6 +49,14 @@ class Finding:
 
 
 Check: TypeAlias = Callable[[Evidence], Finding | None]
+
+
+def target_of(evidence: Evidence, function: str) -> Leaf | None:
+    """The tensor of the batch that a loss function compares with what the model puts out; else what looks like it."""
+    flow = evidence.trace.flow
+    path = flow.comparing.get(function) if flow is not None else None
+    targets = [leaf for leaf in evidence.leaves if leaf.path == path or (path is None and leaf.is_target)]
+    return targets[0] if targets else None
 
 
 def severity_of(run: Outcome) -> Severity:

@@ -35,16 +35,22 @@ def of_values(evidence: Evidence) -> list[tuple[str, str]]:
         return []
     reason = evidence.origin.reason if evidence.origin is not None else None
     found = []
-    if reason is not None and reason.rows:
-        found += [
-            (code, "without such rows") for code in fixes.without_rows(evidence.leaves, evidence.batch, reason.rows)
-        ]
+    rows = reason.rows if reason is not None else ()
+    if not rows and evidence.origin is not None and _are_rows_of_batch(evidence.origin.count, evidence):
+        rows = evidence.origin.rows
+    if rows:
+        found += [(code, "without such rows") for code in fixes.without_rows(evidence.leaves, evidence.batch, rows)]
     if reason is not None and reason.below:
         found.append((fixes.positive_outputs(), "outputs above 0"))
     found += [(one.remedies[0], one.change) for one in (*_inputs(evidence, run), *_targets(evidence, run))]
     if any(isinstance(module, nn.Embedding) for module in evidence.model.modules()):
         found.append((fixes.short_embeddings(), "embeddings of length 1"))
     return [*found, *((code, "fresh weights") for code in (fixes.restart(evidence) if evidence.layers else []))]
+
+
+def _are_rows_of_batch(count: int, evidence: Evidence) -> bool:
+    """Whether a tensor with so many rows has one for each row of the batch."""
+    return {len(leaf.tensor) for leaf in evidence.leaves if leaf.tensor.dim()} == {count}
 
 
 def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:

@@ -93,9 +93,10 @@ def lost_moments(evidence: Evidence) -> Finding | None:
 
 
 def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
-    """What may drive a run off, and a smaller rate only hides: settings of the optimizer, and extreme noise."""
+    """What may drive a run off, and a smaller rate only hides: settings of the optimizer, extreme noise, rewards."""
     yield from of_optimizer(evidence, run)
     yield from noise(evidence, run)
+    yield from _parts_of_targets(evidence, run)
 
 
 def of_standstill(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
@@ -274,6 +275,31 @@ def _inputs(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             f"{course(run)}; with {leaf.code} standardised it falls: {why}.",
             facts,
             [fixes.standardise(leaf, evidence.batch)],
+            suspicion=True,
+            change=f"{leaf.code} standardised",
+        )
+
+
+def _parts_of_targets(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Large numbers of the batch that the loss makes its targets of, beside what a model puts out: rewards."""
+    flow = evidence.trace.flow
+    for leaf in evidence.leaves:
+        x = leaf.tensor
+        if flow is None or not x.is_floating_point() or not x.numel() or leaf.path not in flow.read:
+            continue
+        if leaf.path in flow.inputs or leaf.path in flow.compared:
+            continue
+        size = float(x.detach().float().square().mean().sqrt())
+        if not LIMITS.target_rms <= size < math.inf or not bool((x != x.flatten()[0]).any()):
+            continue
+        yield Finding(
+            "target",
+            severity_of(run),
+            Place(tensor=leaf.code),
+            f"{course(run)}; with {leaf.code} standardised it falls: the targets are made with it, its root mean "
+            f"square is {size:.3g}, and the loss and its gradients grow with that.",
+            {"root mean square": size},
+            [fixes.standardise_targets(leaf, evidence.batch)],
             suspicion=True,
             change=f"{leaf.code} standardised",
         )

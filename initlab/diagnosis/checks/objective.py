@@ -9,7 +9,7 @@ from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Kind, Place, Severity
 from ..symptoms import diverges
-from .finding import Finding, parameters_held
+from .finding import Finding, parameters_held, target_of
 
 _PROBLEMS = {
     "cross_entropy, probabilities": "cross_entropy takes logits and gets probabilities: a softmax of a softmax.",
@@ -54,11 +54,13 @@ _APART = {
 
 def apart(evidence: Evidence) -> Finding | None:
     """A head, a loss and labels that do not belong together."""
+    flow = evidence.trace.flow
     for call in evidence.trace.losses:
         why = _APART.get(f"{call.name}, {call.problem}")
         if call.name == "cross_entropy" and call.problem == "squashed":
             why = f"cross_entropy takes logits, and gets the output of a {call.facts['activation']}, which limits them."
-        if why is None:
+        made_up = call.problem == "one class" and flow is not None and call.name not in flow.comparing
+        if why is None or made_up:  # labels that the code makes, as contrastive losses do, are meant
             continue
         last = rewrites.last_of(evidence.model, (nn.Softmax, nn.Sigmoid, nn.Tanh, nn.ReLU))
         place = Place(module=last if "activation" in call.facts else None, op=call.name)
@@ -201,5 +203,7 @@ def empty_reduction(evidence: Evidence) -> Finding | None:
                 of = f"all {call.facts['ignored']} labels are {call.facts['ignore_index']}, which is ignore_index: "
             why = f"{of}{call.name} averages over no elements: 0 / 0."
             advice = "# skip such a batch, or give the loss a sum and divide it by max(1, count)"
-            return Finding("loss", "broken", Place(op=call.name), why, dict(call.facts), [advice])
+            labels = target_of(evidence, call.name) if "ignored" in call.facts else None
+            place = Place(op=call.name, tensor=labels.code if labels is not None else None)
+            return Finding("loss", "broken", place, why, dict(call.facts), [advice])
     return None

@@ -155,12 +155,14 @@ def _without_gradients(evidence: Evidence, text: str) -> Finding:
         place = Place(module=first.ref.module_name, parameter=first.name)
         return Finding("gradient", "broken", place, why, {"error": text}, ["model.requires_grad_(True)"])
     cut = evidence.cut
-    if cut is not None and cut.module is not None:
+    if cut is not None:
         learning = [one.name for one in evidence.parameters if one.ref.tensor.requires_grad]
-        place = Place(module=cut.module, parameter=next(iter(learning), None), op=cut.op)
+        inside = cut.module is not None
+        place = Place(module=cut.module, parameter=next(iter(learning), None) if inside else None, op=cut.op)
         why = f"the loss has no gradient: {cut.op} in {fixes.code_of(cut.module)} passes none on."
         facts = {"error": text, **({"line": cut.line} if cut.line else {})}
-        return Finding("gradient", "broken", place, why, facts, [fixes.passing_on(cut)])
+        kind: Kind = "gradient" if inside else "loss"
+        return Finding(kind, "broken", place, why, facts, [fixes.passing_on(cut)])
     why = "the loss has no gradient: it is detached from every parameter."
     advice = "# in the loss function or forward(): take out .detach(), .item(), .data or torch.no_grad()"
     return Finding("loss", "broken", Place(), why, {"error": text}, [advice])

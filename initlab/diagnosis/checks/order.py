@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from ..evidence import Evidence
 from .cutoffs import flat, much_noise, not_smooth, wrong_backward
-from .data import bad_input, bad_target, log_of_target, scale, target_out_of_range, target_scale
+from .data import (
+    bad_input,
+    bad_target,
+    inverted_mask,
+    log_of_target,
+    same_rows,
+    scale,
+    target_out_of_range,
+    target_scale,
+)
 from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
 from .interventions import lost_moments
@@ -25,7 +34,16 @@ from .objective import (
 )
 from .operations import raised, unexplained, unsafe
 from .precision import overflow, underflow, vanished_eps
-from .progress import detached, no_gradient, no_rate, other_parameters, rounded_away, too_slow, upside_down
+from .progress import (
+    detached,
+    no_gradient,
+    no_rate,
+    other_parameters,
+    rounded_away,
+    too_slow,
+    turned_round,
+    upside_down,
+)
 from .recurrence import forgotten, growing_state
 from .start import never_written, nowhere, spoilt_state
 from .step import exploding_gradient, too_fast
@@ -39,6 +57,8 @@ CHECKS: tuple[Check, ...] = (
     bad_index,
     refused_shape,
     batch_as_time,
+    same_rows,
+    inverted_mask,
     bad_target,
     target_out_of_range,
     vanished_eps,
@@ -72,6 +92,7 @@ CHECKS: tuple[Check, ...] = (
     bad_argument,
     raised,
     no_rate,
+    turned_round,
     other_parameters,
     upside_down,
     detached,

@@ -45,12 +45,35 @@ def no_rate(evidence: Evidence) -> Finding | None:
     )
 
 
+def turned_round(evidence: Evidence) -> Finding | None:
+    """A loss whose target gets the gradient, and whose prediction, of what the optimizer has, runs without one."""
+    moves = evidence.movement
+    call = next((call for call in evidence.trace.losses if call.turned), None)
+    if moves is None or call is None or moves.driven or not moves.left_out:
+        return None
+    names = {one.name: one.ref.module_name for one in evidence.parameters}
+    ran = {one.path for one in evidence.trace.calls if not one.recorded}
+    first = next((name for name in moves.without if names[name] in ran), None)
+    if first is None:
+        return None
+    return Finding(
+        "gradient",
+        "broken",
+        Place(module=names[first], parameter=first, op=call.name),
+        f"{call.name} takes a prediction and then a target. The prediction is made with {first}, which the optimizer "
+        f"has, and runs without a gradient; the target is made with {moves.left_out[0]}, and gets one: no_grad() or "
+        "detach() is at the wrong one of the two.",
+        {"parameters without a gradient": len(moves.without)},
+        ["# in the loss function: torch.no_grad() round what makes the target, not round what makes the prediction"],
+    )
+
+
 def other_parameters(evidence: Evidence) -> Finding | None:
     """An optimizer that was made for other parameters than those that learn here."""
     moves = evidence.movement
     if moves is None or not moves.left_out or (moves.driven and not moves.strange):
         return None
-    if moves.detached and not moves.strange:
+    if (moves.detached and not moves.strange) or turned_round(evidence) is not None:
         return None  # it has the right ones: the gradient does not reach them
     names = {one.name: one.ref.module_name for one in evidence.parameters}
     first = moves.left_out[0]
@@ -112,7 +135,7 @@ def detached(evidence: Evidence) -> Finding | None:
     """Parameters that the loss depends on, and that no gradient reaches."""
     moves = evidence.movement
     if moves is None or not moves.detached:
-        return None
+        return _deaf_output(evidence)
     names = {one.name: one.ref.module_name for one in evidence.parameters}
     first = moves.detached[0]
     where = repr(names[first]) if names[first] else "the model itself"
@@ -131,6 +154,23 @@ def detached(evidence: Evidence) -> Finding | None:
         f"the loss depends on {first}, which the optimizer has, and no gradient reaches it: {why}.",
         facts,
         [advice or f"# take out .detach(), .data, .item() or torch.no_grad() behind {where}"],
+    )
+
+
+def _deaf_output(evidence: Evidence) -> Finding | None:
+    """An output that the loss depends on and gives no gradient to."""
+    cut = evidence.cut
+    if not evidence.deaf_output or cut is None:
+        return None
+    return Finding(
+        "gradient",
+        "warning" if evidence.steps[0].gradient else "broken",
+        Place(op=cut.op),
+        "the loss depends on what the model puts out, and gives it no gradient: "
+        f"{cut.op} in {fixes.code_of(cut.module)} passes none on. What gradient there is comes of something else, such "
+        "as a penalty on the weights.",
+        {"line": cut.line} if cut.line else {},
+        [fixes.passing_on(cut)],
     )
 
 

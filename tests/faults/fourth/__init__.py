@@ -1,64 +1,8 @@
 """The fourth set: 53 faults and 38 healthy models by somebody who knew the docs' page and nothing else, as they were
 written. Each fault says which kinds of cause are right, and names any of which a right answer points at."""
 
-import dataclasses
-import re
-from collections.abc import Callable
-from typing import Any
-
+from ..described import made
 from . import faults_a, faults_b, faults_c, healthy
 
-_WHERE = {"input": "batch", "target": "batch", "loss": "loss", "learning rate": "optimizer", "optimizer": "optimizer"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """A fault, or a healthy model, as a function that returns a dictionary."""
-
-    name: str
-    make: Callable[[], dict[str, Any]]
-    steps: int | None = None
-
-    def build(self) -> tuple[Any, ...]:
-        made = self.make()
-        return tuple(made[part] for part in ("model", "batch", "loss_fn", "optimizer"))
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return self.make()["kind"]
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        return self.make()["place"]
-
-    @property
-    def fixable(self) -> bool:
-        return self.make()["curable"]
-
-    def kind_ok(self, kind: str) -> bool:
-        return kind in self.kinds
-
-    def right_place(self, cause: Any) -> bool:
-        """Whether a cause points at one of the names: as a part of its place, or as a word of what it says."""
-        place = cause.place
-        features = place.feature if isinstance(place.feature, list) else [place.feature]
-        named = {str(place), place.module, place.parameter, place.op, place.tensor, *(f"feature {f}" for f in features)}
-        named |= {(place.parameter or "").rpartition(".")[0], (place.parameter or "").rpartition(".")[2]}
-        named |= {_WHERE.get(cause.kind)} if cause.kind in ("learning rate", "optimizer") or not str(place) else set()
-        named |= {"loss"} if place.module is None and (cause.kind == "loss" or place.op) else set()
-        said = f"{cause.explanation} {cause.evidence.get('line', '')} {place}"
-        return any(
-            name in named
-            or any(one.startswith(f"{name}.") for one in named if one)
-            or (len(name) > 3 and re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", said))
-            for name in self.place
-        )
-
-
-def _made(module: Any, start: str) -> list[Described]:
-    names = sorted(name for name in vars(module) if name.startswith(start))
-    return [Described(f"fourth_{name.removeprefix(start)}", getattr(module, name)) for name in names]
-
-
-FAULTS = [fault for module in (faults_a, faults_b, faults_c) for fault in _made(module, "fault_")]
-HEALTHY = _made(healthy, "healthy_")
+FAULTS = [fault for module in (faults_a, faults_b, faults_c) for fault in made(module, "fault_", "fourth")]
+HEALTHY = made(healthy, "healthy_", "fourth")
