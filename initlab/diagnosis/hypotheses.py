@@ -219,6 +219,7 @@ def _with_both_scaled(
         return results
     both = dataclasses.replace(
         first,
+        severity="broken" if untreated.effect in ("breaks", "rises") else first.severity,
         explanation=f"{first.explanation} {second.explanation}",
         evidence={**first.evidence, **second.evidence},
         remedies=[f"{first.remedies[0]}\n{second.remedies[0]}"],

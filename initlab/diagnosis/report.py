@@ -232,10 +232,11 @@ class Diagnosis:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst severity of the causes, or "healthy"."""
+        """The worst severity of the causes, or "healthy"; "broken" wherever there is a cause and a loss is not finite."""
         if not self.causes:
             return "healthy"
-        return "broken" if any(cause.severity == "broken" for cause in self.causes) else "warning"
+        broken = self.broke_at is not None or any(cause.severity == "broken" for cause in self.causes)
+        return "broken" if broken else "warning"
 
     @property
     def tightest(self) -> LayerRow | None:
