@@ -17,7 +17,7 @@ BENCH := cd $(VENV) && $(BIN)/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CUR
 SOURCES := setup.py pyproject.toml $(wildcard README.md) $(shell find initlab kernels -not -path '*/__pycache__*')
 
 .NOTPARALLEL:
-.PHONY: demo test test-all bench gpu mutants clean
+.PHONY: demo test test-all docs bench gpu mutants clean
 
 demo: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
 	$(BIN)/initlab demo
@@ -33,8 +33,14 @@ test: $(VENV)/wheel.stamp
 # And what takes long: every GPU's static costs, worlds of 4 and 8 ranks, the fault corpus, real libraries, pages in a
 # browser.
 test-all: test $(VENV)/requirements-all.stamp
+	$(MAKE) docs
 	.ci/install_chromium
 	$(TEST) -m 'long and not large and not exhaustive' $(CURDIR)/tests
+
+# The site, in build/site: pages of docs/, an API reference from the docstrings. A warning is an error.
+docs: $(VENV)/wheel.stamp $(VENV)/requirements-docs.stamp
+	cd $(VENV) && $(BIN)/python -m sphinx -q -W --keep-going -b html $(CURDIR)/docs $(CURDIR)/build/site
+	@echo build/site/index.html
 
 bench: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
 	$(BENCH) --benchmark-only $(CURDIR)/benchmarks
@@ -65,4 +71,8 @@ $(VENV)/requirements.stamp: .ci/requirements.txt
 
 $(VENV)/requirements-all.stamp: $(VENV)/requirements.stamp .ci/requirements-all.txt
 	$(PIP) --requirement .ci/requirements-all.txt
+	touch $@
+
+$(VENV)/requirements-docs.stamp: $(VENV)/requirements.stamp .ci/requirements-docs.txt
+	$(PIP) --requirement .ci/requirements-docs.txt
 	touch $@
