@@ -106,4 +106,4 @@ __all__ = [
     "unfuse",
     "watch",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
