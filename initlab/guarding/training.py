@@ -22,6 +22,7 @@ from ..diagnosis import Diagnosis
 from ..diagnosis.limits import LIMITS
 from ..diagnosis.probes import LossFn
 from ..diagnosis.state import referenced_modules
+from ..languages import translator
 from ..models.naming import unwrapped
 from .arguments import Policy, check, needs_closure
 from .clipper import GuardedClipper
@@ -63,7 +64,9 @@ class TrainingGuard:
         across: Any = None,
         log: Any = None,
         log_every: int = 50,
+        lang: str = "en",
     ) -> None:
+        translator(lang)  # raises for another language
         check(model, loss_fn, nonfinite, budget, limit)
         self._given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         for one in map(hooked_optimizer, self._given):
@@ -76,6 +79,7 @@ class TrainingGuard:
                 )
         self._model, self._loss_fn = model, loss_fn
         self._nonfinite, self._limit, self._scaler = nonfinite, limit, scaler
+        self._lang = lang
         self._folder = None if folder is None else Path(folder)
         across = ranks_of(model, across)
         self._metrics = Metrics(log, log_every)
@@ -391,7 +395,7 @@ class TrainingGuard:
             f"loss_fn.{i}.": one for i, one in enumerate(referenced_modules(self._loss_fn))
         }
         try:
-            saved = save(self._folder, found, ran, models, rank, first)
+            saved = save(self._folder, found, ran, models, rank, first, self._lang)
         except OSError as error:
             return BadStep(**fields | {"notes": (*found.notes, f"could not be saved: {error}")})  # type: ignore[arg-type]
         return BadStep(**fields | {"saved": saved})  # type: ignore[arg-type]
@@ -412,6 +416,7 @@ def guard(
     across: Any = None,
     log: Any = None,
     log_every: int = 50,
+    lang: str = "en",
 ) -> TrainingGuard:
     """Guard a training loop: a bad step is left out, and diagnosed on the spot.
 
@@ -443,13 +448,15 @@ def guard(
         log: where to log norm, loss, clipped share, spikes and the largest gradients: the path of a CSV file,
             TensorBoard's SummaryWriter, a run of W&B, a function of a dict, or a list of these.
         log_every: steps between two rows; only then is anything read from the device.
+        lang: of the text and the page that are saved: "en", or "zh" for Chinese. Warnings and errors are English.
 
     Returns:
         A `TrainingGuard`: a context manager with step(batch), or batch(batch) and loss(loss) for a loop of your own.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
-        ValueError: for what GradClipper does not take, or where other ranks are there and `across` must say which.
+        ValueError: for what GradClipper does not take, for another language, or where other ranks are there and
+            `across` must say which.
         RuntimeError: if the optimizer is guarded, or has a GradClipper, already.
 
     Example:
@@ -476,6 +483,7 @@ def guard(
         across=across,
         log=log,
         log_every=log_every,
+        lang=lang,
     )
 
 
