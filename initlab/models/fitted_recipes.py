@@ -25,7 +25,8 @@ def lsuv(base: RecipeLike = "orthogonal") -> NamedRecipe:
 
     Layers are the products that a pass calls, wherever their weights are kept: Linear, convolutions, transposed ones,
     Bilinear, nn.MultiheadAttention's projections one by one, parameters in F.linear, matmul and einsum, and embeddings.
-    A weight that is used several times is scaled for all uses together, and one that is an embedding too as a head.
+    A weight that is used several times is scaled for all uses together, and one that is an embedding too as a head. The
+    layers that end L residual branches of one stream get a variance of 1/L each, so that the stream grows by 1 in all.
 
     The model runs in the mode that it is in, without dropout and without gradients; batch norms normalise by the batch
     where they train. What the passes change is put back.
@@ -36,7 +37,8 @@ def lsuv(base: RecipeLike = "orthogonal") -> NamedRecipe:
             whose bits do not depend on a library's factorisation, and which a sharded model can be filled with.
 
     Source:
-        D. Mishkin and J. Matas, "All you need is a good init", 2015.
+        D. Mishkin and J. Matas, "All you need is a good init", 2015. Residual branches: B. Hanin and D. Rolnick, "How
+        to Start Training", 2018; S. De and S. L. Smith, "Batch Normalization Biases Residual Blocks", 2020.
 
     Example:
         >>> import torch, initlab
