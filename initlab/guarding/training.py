@@ -78,8 +78,7 @@ class TrainingGuard:
                     "max_norm and spikes to guard"
                 )
         self._model, self._loss_fn = model, loss_fn
-        self._nonfinite, self._limit, self._scaler = nonfinite, limit, scaler
-        self._lang = lang
+        self._nonfinite, self._limit, self._scaler, self._lang = nonfinite, limit, scaler, lang
         self._folder = None if folder is None else Path(folder)
         across = ranks_of(model, across)
         self._metrics = Metrics(log, log_every)
@@ -128,7 +127,15 @@ class TrainingGuard:
             FloatingPointError: for a bad step, with nonfinite="raise".
             TypeError: if loss_fn returns something else than a tensor with one element.
         """
+        before = len(self._passes)
         self.batch(batch)
+        try:
+            return self._step(batch)
+        except BaseException:
+            del self._passes[before:]  # whoever catches it goes on with another batch
+            raise
+
+    def _step(self, batch: Any) -> Tensor:
         if any(map(needs_closure, self._optimizers)):
             if len(self._optimizers) > 1 or self._scaler is not None:
                 raise NotImplementedError(
@@ -175,7 +182,7 @@ class TrainingGuard:
 
     def _note_loss(self, loss: Tensor) -> None:
         if self._passes and not self._busy:
-            self._passes[-1].losses.append(loss.detach())
+            self._passes[-1].note_loss(loss)
 
     def _forward_backward(self, batch: Any) -> Tensor:
         for one in self._given:
@@ -257,6 +264,8 @@ class TrainingGuard:
         """Add the loss, and what other ranks say, to what was measured."""
         if self._busy:
             return measured
+        # A batch that the loop itself has left out, after an error or a look at the loss, is not in this step.
+        self._passes = [ran for ran in self._passes if ran.went_back] or self._passes
         bad = measured.nonfinite
         losses = [loss.reshape(()) for ran in self._passes for loss in ran.losses]
         loss_bad = torch.zeros_like(bad)
