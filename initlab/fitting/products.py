@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -134,6 +134,7 @@ class Products(TorchFunctionMode):
         elementwise, unknown: by parameter, the function through which it met a signal: one that adds, scales or
             places it, or one of which it is not known what it makes of it.
         branches: the residual branches of the last pass.
+        scaled: ids of parameters: of several that make up a weight, the one of these is reported.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Products(TorchFunctionMode):
         self.unknown: dict[TensorRef, str] = {}
         self.lookups: dict[Key, Unit] = {}  # the same weights as embeddings: one may be a head too
         self.branches = Branches()
+        self.scaled: Container[int] = ()
         self._on_product = on_product
         self._model = model
         self._refs = {storage_of(ref.tensor): ref for ref in refs}
@@ -251,13 +253,12 @@ class Products(TorchFunctionMode):
     ) -> Tensor:
         origin = self._origin(weight)
         assert origin is not None
-        units = [self._unit(ref, origin.part, name) for ref in origin.refs if ref.tensor.dim() > 1] or [
-            self._unit(ref, origin.part, name) for ref in origin.refs
-        ]
+        scaled = [ref for ref in origin.refs if ref.tensor.dim() > 1 or id(ref.tensor) in self.scaled]
+        units = [self._unit(ref, origin.part, name) for ref in scaled or origin.refs]
         known = self._signal(signal)
         for maker in known.makers:
             maker.inner = True
-        unit = units[0]
+        unit = next((each for each in units if id(each.ref.tensor) in self.scaled), units[0])
         for each in units:
             if each.fan_in is None:
                 each.fan_in = _fan_in(name, args, weight, signal)

@@ -123,6 +123,7 @@ class Fitting:
         self.unwritten = {id(task.ref): task for task in plan.tasks if _is_open(task)}
         refs = [*(task.ref for task in plan.tasks), *plan.others]
         self.products = Products(model, (ref for ref in refs if ref.is_parameter), self._on_product)
+        self.products.scaled = self.tasks
         self.weights: dict[Key, _Weight] = {}
         self._redrawn = self._knows_branches = False
 

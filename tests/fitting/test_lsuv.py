@@ -341,7 +341,7 @@ Unused = lambda: nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})  # 
         ),
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.Threshold(1e9, 3.0), nn.Linear(8, 8)), X, "2.weight .in Linear."),
         (lambda: Normalised(8, 8), X, "whatever the weight's scale is"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), X, "parameters make this weight up"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), X, "parameters make this weight up"),
         (lambda: nn.ReLU(), X, "found no weight"),
     ],
 )
@@ -352,6 +352,32 @@ def test_refused_by_name(model, batch, message):
         fit(made, batch)
     if before is not None and not any(t.is_meta for t in before.values()):
         assert_same(before, state(made))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("base", ["orthogonal", "lecun"])
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_weight_norm(norm, base):
+    """Its norms g are scaled, one number for a layer, as the data-dependent start of its paper scales them."""
+
+    def build():
+        layers = [norm(nn.Conv1d(3, 16, 3)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(96, 32), dim=None), nn.Tanh()]
+        return nn.Sequential(*layers, nn.Linear(32, 32), nn.ReLU(), norm(nn.Linear(32, 4)))
+
+    model, x = build(), 255 * torch.rand(64, 3, 8)
+    report = fit(model, x, recipes.lsuv(base))
+    outs = []
+    with torch.no_grad():
+        y = x
+        for module in model:
+            y = module(y)
+            outs += [float(y.var(correction=0))] if isinstance(module, nn.Linear | nn.Conv1d) else []
+    assert_unit(outs, 4)
+    for row in report.rows:
+        assert bool(row.fits) == row.name.endswith(("original0", "_g", "5.weight")), row.name
+    other = build()
+    initlab.init_model_(other, 0, recipe=report)
+    assert_same(state(model), state(other))
 
 
 def test_refused_otherwise():
