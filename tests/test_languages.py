@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import initlab
 from initlab.languages import LANGUAGES, translator
@@ -19,7 +20,7 @@ PACKAGE = Path(initlab.__file__).parent
 ENTRIES = json.loads((PACKAGE / "languages" / "zh.json").read_text(encoding="utf-8"))
 # Where messages are written. Errors, which are raised, are English: they are looked up on the web.
 PLACES = (
-    *("diagnosis", "scripts", "data", "checkpoints", "models/report.py", "plots", "pages"),
+    *("diagnosis", "scripts", "data", "checkpoints", "models/report.py", "plots", "pages", "guarding", "watching"),
     *("fitting/advice.py", "fitting/advising.py", "fitting/objectives.py"),
 )
 PROSE = re.compile(r"[a-zA-Z]{2,}[,;:.]? [a-zA-Z]{2,}|[a-z]{2,} \{\}|\{\} [a-z]{2,}")
@@ -64,6 +65,12 @@ NO_MESSAGES = {
     "the optimizer maximises{}",
     "{} in {} passes none on{}",
     "{}: {} steps{}, nothing to report",
+    "also rank{} {}",
+    "and {} more: rank{} {}",
+    "{}: {} holds {}",
+    # of warnings, which are English as errors are
+    *(", micro-batch {}", "step {}{}: {}", "the step was skipped", "the step was taken as it was"),
+    "shape {}",  # of an error
     # names of progress bars
     "initlab doctor",
     "initlab scan",
@@ -85,7 +92,7 @@ NO_MESSAGES = {
 
 
 # What has no words in Chinese either.
-SAME = {"dtype", "fan", "key", "digest", "{} -> {}", ", ", ": ", "; ", "{} of {}"} | {
+SAME = {"dtype", "fan", "rank {}", "key", "digest", "{} -> {}", ", ", ": ", "; ", "{} of {}"} | {
     "recipe {}, seed {}, stream {}",
     "recipe {}, seed {}, stream {}, digest {}",
 }
@@ -209,3 +216,33 @@ def test_unknown_languages_are_refused():
     assert LANGUAGES == ("en", "zh")
     with pytest.raises(ValueError, match="lang is 'de'; it must be one of 'en', 'zh'"):
         translator("de")
+
+
+def test_what_a_guard_prints(tmp_path, one_thread):
+    """Its reports, what it saves, and what a watch saw in the place of a diagnosis, leave no English prose."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    bad = torch.full((8, 4), torch.nan), torch.randn(8, 1)
+    loss_fn = initlab.supervised(torch.nn.functional.mse_loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with initlab.guard(model, optimizer, loss_fn=loss_fn, folder=tmp_path, lang="zh", budget=2) as guard:
+            guard.step(bad)
+    found = guard.report()
+    with initlab.watch(model, backward=True) as watch:
+        loss_fn(model, (torch.randn(8, 4), bad[1])).backward()
+        healthy = watch.report()
+        model[2].weight.data.fill_(torch.inf)
+        loss_fn(model, (torch.randn(8, 4), bad[1])).backward()
+    page = (tmp_path / "step-1.html").read_text(encoding="utf-8")
+    assert '<html lang="zh' in page
+    saved = (tmp_path / "step-1.txt").read_text(encoding="utf-8")
+    assert saved.startswith("\u7b2c 1 \u6b65\uff1a\u635f\u5931\u4e3a nan")
+    for text in (found.text("zh"), saved, watch.report().text("zh"), healthy.text("zh")):
+        prose = [line for line in text.splitlines() if not re.match(r"\s*[a-z_.]+ ?[=(\[]", line)]  # no code
+        assert not re.search("[a-z]{2,} [a-z]{2,}", re.sub(str(tmp_path), "", "\n".join(prose))), text
+    assert str(found) == found.text()
+    with pytest.raises(ValueError, match="lang is 'de'"):
+        initlab.guard(model, optimizer, loss_fn=loss_fn, lang="de")
+    assert not optimizer._optimizer_step_pre_hooks

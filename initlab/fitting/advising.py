@@ -37,7 +37,7 @@ from ..models.specs import FillSpec, whole_fill
 from .advice import Advice, InputAdvice, LayerAdvice
 from .calling import call_model, check_batch, in_its_mode, refuse_scripted, speaking_of
 from .moments import Moments
-from .objectives import HEAD, Loss, is_close, objective
+from .objectives import HEAD, Loss, Objective, is_close, objective
 from .products import LOOKUPS, Key, Products, Unit
 
 _FAR = 30.0  # a signal that has grown or shrunk so much with the schemes alone is fitted to the batch instead
@@ -212,7 +212,7 @@ class _Adviser:
             raise ValueError("no weight of the model meets a signal on this batch: there is nothing to advise on")
         heads = [unit for unit in units if observer.is_head(unit)] if now.loss is not None else []
         quiet = {(unit.key, unit.is_lookup): 0.0 for unit in heads}
-        expected, why = None, ""
+        expected, goal = None, Objective()
         size = HEAD
         biases: dict[str, Distribution] = {}
         if now.loss is not None:
@@ -226,7 +226,6 @@ class _Adviser:
             self.notes += goal.notes
             self.snapshot.restore()
             expected = self.run(quiet)[0].loss
-            why = goal.told(expected)
             if expected is None or not math.isfinite(expected):
                 expected, heads = None, []
                 self.notes.append("outputs of 0 have no finite loss, so the last weights start as the others")
@@ -251,12 +250,20 @@ class _Adviser:
             )
             recipe = self._fitted(recipe, units)
             seen = self._tried(recipe)
+        if expected is not None:  # what does not pass through the last weights is that of the recipe too
+            expected = self._tried(recipe, quiet).loss
         seen = self._quietened(recipe, heads, size, seen, expected)
         rows = [self._row(unit, unit in heads, now, seen, recipe, schemes, stds) for unit in units]
         inputs = self._inputs(self._made_up(observer, schemes))
         if expected is not None and seen.loss is not None and not is_close(seen.loss, expected, 0.1):
-            self.notes.append(f"the loss with the recipe, {seen.loss:.4g}, is not the expected one, {expected:.4g}")
+            self.notes.append(
+                f"which first loss to expect is not known: it is {expected:.4g} for outputs of 0, and the recipe's "
+                f"{seen.loss:.4g} does not come near it, since no factor on the last weights makes the outputs small: "
+                "a norm, a temperature or weight_norm has the last word"
+            )
+            expected = None
         code, short = self._code(recipe, schemes)
+        why = "" if expected is None else goal.told(expected)
         return Advice(
             tuple(rows), inputs, now.loss, expected, why, seen.loss, short, code, tuple(self.notes), self.seed
         )
@@ -337,12 +344,12 @@ class _Adviser:
             recipe[ref.name] = Normal(0.0, _std(ref.tensor)) if value is None else Constant(float(value))
         return recipe, schemes
 
-    def _tried(self, recipe: Mapping[str, Any]) -> _Seen:
-        """What a pass shows with a recipe."""
+    def _tried(self, recipe: Mapping[str, Any], quiet: Mapping[tuple[Key, bool], float] | None = None) -> _Seen:
+        """What a pass shows with a recipe; `quiet` as for run."""
         self.snapshot.restore()
         init_model_(self.model, self.seed, {**recipe, "*": _REST}, progress=False)
         try:
-            return self.run()[0]
+            return self.run(quiet)[0]
         finally:
             self.snapshot.restore()
 

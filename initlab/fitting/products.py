@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from ..models.activations import ACTIVATIONS, Start, start_before
 from ..models.memory import Layout, slice_of
 from ..models.naming import TensorRef
 from ..models.specs import DimSlice
+from .branches import SUMS, Branches
 
 LOOKUPS = frozenset(("embedding", "embedding_bag"))
 RECURRENT = frozenset(
@@ -106,11 +107,13 @@ class _Signal(NamedTuple):
         makers: units that it comes from with no weight in between.
         waiting: those of them that have met no activation yet.
         gate: (activation, units): x times this is that activation of x.
+        calls: the products that it comes from with none in between, as Branches numbers them.
     """
 
     makers: frozenset[Unit] = frozenset()
     waiting: frozenset[Unit] = frozenset()
     gate: tuple[str, frozenset[Unit]] = ("", frozenset())
+    calls: int = 0
 
 
 _NOTHING = _Signal()
@@ -130,6 +133,8 @@ class Products(TorchFunctionMode):
         units: the weights that were met.
         elementwise, unknown: by parameter, the function through which it met a signal: one that adds, scales or
             places it, or one of which it is not known what it makes of it.
+        branches: the residual branches of the last pass.
+        scaled: ids of parameters: of several that make up a weight, the one of these is reported.
     """
 
     def __init__(
@@ -144,6 +149,8 @@ class Products(TorchFunctionMode):
         self.elementwise: dict[TensorRef, str] = {}
         self.unknown: dict[TensorRef, str] = {}
         self.lookups: dict[Key, Unit] = {}  # the same weights as embeddings: one may be a head too
+        self.branches = Branches()
+        self.scaled: Container[int] = ()
         self._on_product = on_product
         self._model = model
         self._refs = {storage_of(ref.tensor): ref for ref in refs}
@@ -155,6 +162,7 @@ class Products(TorchFunctionMode):
     def __enter__(self) -> Products:
         self._origins.clear()
         self._signals.clear()
+        self.branches = Branches()
         for module in self._model.modules():
             start = start_before(module)
             if start is not None:
@@ -241,16 +249,16 @@ class Products(TorchFunctionMode):
         again: Callable[[], Tensor],
         in_place: bool,
         args: Any = (),
+        reads: int = 0,
     ) -> Tensor:
         origin = self._origin(weight)
         assert origin is not None
-        units = [self._unit(ref, origin.part, name) for ref in origin.refs if ref.tensor.dim() > 1] or [
-            self._unit(ref, origin.part, name) for ref in origin.refs
-        ]
+        scaled = [ref for ref in origin.refs if ref.tensor.dim() > 1 or id(ref.tensor) in self.scaled]
+        units = [self._unit(ref, origin.part, name) for ref in scaled or origin.refs]
         known = self._signal(signal)
         for maker in known.makers:
             maker.inner = True
-        unit = units[0]
+        unit = next((each for each in units if id(each.ref.tensor) in self.scaled), units[0])
         for each in units:
             if each.fan_in is None:
                 each.fan_in = _fan_in(name, args, weight, signal)
@@ -269,7 +277,8 @@ class Products(TorchFunctionMode):
         if name in LOOKUPS:
             units = [self.lookups.setdefault(unit.key, Unit(unit.ref, unit.part, name)) for unit in units]
         made = frozenset(units)
-        self._signals[id(out)] = weakref.ref(out), _Signal(made, made)
+        call = self.branches.product((unit.key for unit in made), known.calls | reads)
+        self._signals[id(out)] = weakref.ref(out), _Signal(made, made, calls=call)
         return out
 
     def is_head(self, unit: Unit) -> bool:
@@ -296,6 +305,7 @@ class Products(TorchFunctionMode):
             weights = list(a["in_proj_weight"].chunk(3))
         biases = [None] * 3 if bias is None else list(bias.chunk(3))
         made: frozenset[Unit] = frozenset()
+        calls = 0
         for signal, weight, b in zip((a["query"], a["key"], a["value"]), weights, biases, strict=True):
             if self._origin(weight) is None:
                 continue
@@ -305,6 +315,7 @@ class Products(TorchFunctionMode):
 
             out = self._product("linear", weight, signal, project(), project, False)
             made |= self._signal(out).makers
+            calls |= self._signal(out).calls
         for unit in made:
             unit.inner = True
         result = func(*bound.args, **bound.kwargs)
@@ -317,7 +328,7 @@ class Products(TorchFunctionMode):
             result = func(*bound.args, **bound.kwargs)
             return result[0]
 
-        out = self._product("linear", weight, None, result[0], attend, False)
+        out = self._product("linear", weight, None, result[0], attend, False, reads=calls)
         unit = next(iter(self._signal(out).makers))
         unit.fan_in, unit.reads_data = weight.shape[-1], False
         return (out, *result[1:])
@@ -386,12 +397,17 @@ class Products(TorchFunctionMode):
         makers = frozenset().union(*(signal.makers for signal in signals))
         waiting = frozenset().union(*(signal.waiting for signal in signals))
         gate = next((signal.gate for signal in signals if signal.gate[0]), ("", frozenset()))
+        calls = 0
+        for signal in signals:
+            calls |= signal.calls
+        if name in SUMS and len(signals) == 2:
+            self.branches.sum(signals[0].calls, signals[1].calls)
         if name == "mul" and len(signals) == 2:
             for one, other in (signals, signals[::-1]):
                 if one.waiting and one.waiting <= other.gate[1]:
                     for unit in one.waiting:
                         unit.activation, unit.start = other.gate[0], ACTIVATIONS[other.gate[0]]
-                    return _Signal(makers)
+                    return _Signal(makers, calls=calls)
         if name in _GATES:
             gate = _GATES[name], waiting
         function = _activation_called(name, args, kwargs)
@@ -400,7 +416,7 @@ class Products(TorchFunctionMode):
             waiting = frozenset()
         elif name in _GATES:
             waiting = frozenset()
-        return _Signal(makers, waiting, gate)
+        return _Signal(makers, waiting, gate, calls)
 
     def _activation_module(self, start: Start) -> Callable[[nn.Module, Any], None]:
         def meets(module: nn.Module, args: Any) -> None:

@@ -1,5 +1,8 @@
 """Layer-sequential unit variance: each weight scaled so that its layer's output has variance 1 on a batch.
 
+The L layers that end residual branches of one stream get 1/L each, so that the stream grows by 1 in all and not by L:
+Hanin and Rolnick, "How to Start Training", 2018; GPT-2's 1/sqrt(N), Radford et al., 2019; De and Smith, 2020.
+
 One pass does it for weights that are used once. Where a product meets a weight that is not fitted yet, its output is
 measured, the weight is drawn again with a scaled distribution, and the product is computed again before the pass goes
 on. Weights that are used several times take further passes, since what a later use sees depends on the factor.
@@ -16,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
-
 from .._console import listing
 from ..diagnosis import ranks
 from ..diagnosis.batch import leaves
@@ -28,13 +29,14 @@ from ..models.naming import TensorRef, unwrapped
 from ..models.plan import Plan, Task
 from ..models.refusals import only_value
 from ..models.report import Fit
-from ..models.specs import DimSlice, FillSpec
+from ..models.specs import FillSpec
 from .calling import Forward, call_model, check_batch, in_its_mode, refuse_scripted, speaking_of
+from .factors import scaled_spec
 from .moments import Moments
 from .products import LOOKUPS, Key, Products, Unit
 
 STEPS = 32  # of an octave: factors are powers of 2^(1/32)
-LOW, HIGH = 0.9, 1.1  # what an output variance may be in the end
+LOW, HIGH = 0.9, 1.1  # what an output variance may be in the end, as a multiple of the wanted one
 _LEAP, _LEAPS = 8 * STEPS, 8  # of a weight that a bias hides
 _TRIES = 20  # changes for each weight, after its first fit, where it is used several times
 _DRAWS = 100  # of one weight
@@ -51,6 +53,7 @@ class _Weight:
         self.unit, self.task = unit, task
         self.is_lookup = unit.is_lookup
         self.draws = 0
+        self.branches = 1  # of the stream that its output is added to
         self.exponent = 0  # the factor is 2^(exponent / 32)
         self.before: float | None = None
         self.calls: list[Moments] = []  # of this pass
@@ -68,8 +71,20 @@ class _Weight:
         """What the weight is multiplied with."""
         return float(2.0 ** (self.exponent / STEPS))
 
+    def measured(self, moments: Moments) -> float:
+        """A variance as a multiple of the wanted one."""
+        return moments.variance * self.branches
+
+    def absolute(self, variance: float) -> str:
+        """Such a multiple as the variance itself, for messages."""
+        return f"{variance / self.branches:.4g}"
+
     def next_exponent(self, variance: float) -> int:
-        """The exponent that should bring the variance to 1, between those that were too small and too large."""
+        """The exponent that should bring the variance to 1, between those that were too small and too large.
+
+        Args:
+            variance: as a multiple of the wanted one.
+        """
         self.tried[self.exponent] = variance
         wanted = self.exponent - round(math.log2(variance) * STEPS / 2)
         low = max((e for e, v in self.tried.items() if v < 1.0), default=None)
@@ -80,36 +95,6 @@ class _Weight:
             if not low < wanted < high:
                 wanted = (low + high) // 2
         return wanted
-
-
-def scaled(distribution: Distribution, factor: float) -> Distribution:
-    """The distribution of `factor` times what another one gives.
-
-    Example:
-        >>> from initlab.kernels import Normal
-        >>> from initlab.fitting.scaling import scaled
-        >>> scaled(Normal(0.0, 0.5), 2.0)
-        Normal(mean=0.0, std=1.0)
-    """
-    d = distribution
-    if isinstance(d, Normal):
-        return Normal(d.mean * factor, d.std * factor)
-    if isinstance(d, Uniform):
-        return Uniform(d.low * factor, d.high * factor)
-    if isinstance(d, TruncatedNormal):
-        return TruncatedNormal(d.mean * factor, d.std * factor, d.low * factor, d.high * factor)
-    return Constant(d.value * factor)
-
-
-def scaled_spec(spec: FillSpec, factors: Mapping[DimSlice | None, float]) -> FillSpec:
-    """The spec of a weight whose parts are multiplied by factors; None stands for all of it."""
-    parts = [(part, factor) for part, factor in factors.items() if part is not None]
-    if not parts:
-        return dataclasses.replace(spec, fills=tuple((p, scaled(d, factors.get(None, 1.0))) for p, d in spec.fills))
-    (first, whole), *others = spec.fills
-    assert first is None
-    fills = [(part, scaled(whole, factor)) for part, factor in sorted(parts)]
-    return dataclasses.replace(spec, fills=((None, scaled(whole, factors.get(None, 1.0))), *fills, *others))
 
 
 class Fitting:
@@ -138,8 +123,9 @@ class Fitting:
         self.unwritten = {id(task.ref): task for task in plan.tasks if _is_open(task)}
         refs = [*(task.ref for task in plan.tasks), *plan.others]
         self.products = Products(model, (ref for ref in refs if ref.is_parameter), self._on_product)
+        self.products.scaled = self.tasks
         self.weights: dict[Key, _Weight] = {}
-        self._redrawn = False
+        self._redrawn = self._knows_branches = False
 
     def run(self) -> None:
         """Find the factors. The model is left as the last pass left it.
@@ -150,7 +136,7 @@ class Fitting:
         changes = 0
         while True:
             self._redrawn = False
-            if not self._pass() or self._written_late() or self._redrawn:
+            if not self._pass() or self._written_late() or self._redrawn or self._found_branches():
                 continue  # what is measured in the end is measured with nothing changing
             if changes > _TRIES * len(self.weights) or not self._adjust():
                 break
@@ -168,6 +154,20 @@ class Fitting:
         except _Restart:
             return False
         return True
+
+    def _found_branches(self) -> bool:
+        """Let what ends a residual branch begin anew with a share of the variance; only after the first whole pass."""
+        if self._knows_branches:
+            return False
+        self._knows_branches = True
+        counts = self.products.branches.counts()
+        for weight in self.weights.values():
+            weight.branches = counts.get(weight.unit.key, 1)
+        found = any(weight.branches > 1 for weight in self.weights.values())
+        for weight in self.weights.values() if found else ():
+            weight.fitted, weight.last = False, None
+            weight.tried.clear()
+        return found
 
     def _begin(self, task: Task) -> None:
         """Write the start of a parameter that has turned out to be a weight."""
@@ -216,7 +216,7 @@ class Fitting:
             return out
         while True:
             self._refuse_constant(weight, weight.calls[-1], out)
-            exponent = self._next(weight, weight.calls[-1].variance)
+            exponent = self._next(weight, weight.measured(weight.calls[-1]))
             if exponent == weight.exponent:
                 break
             self._redraw(weight, exponent)
@@ -245,7 +245,7 @@ class Fitting:
             weight.tried[weight.exponent] = variance
             return weight.exponent + _LEAP
         raise ValueError(
-            f"{weight.told}: its output's variance is {variance:.4g} whatever the weight's scale is. "
+            f"{weight.told}: its output's variance is {weight.absolute(variance)} whatever the weight's scale is. "
             f"{self._way_out([weight.unit.ref.name])}"
         )
 
@@ -262,8 +262,9 @@ class Fitting:
             exponent, variance = weight.last
             other = 2.0 ** (exponent / STEPS)
             raise ValueError(
-                f"{weight.told}: its output's variance is {variance:.4g} with a factor of {other:.4g} "
-                f"on the weight, and with one of {weight.factor:.4g} the output {what}: no factor brings it to 1. "
+                f"{weight.told}: its output's variance is {weight.absolute(variance)} with a factor of {other:.4g} "
+                f"on the weight, and with one of {weight.factor:.4g} the output {what}: "
+                f"no factor brings it to {weight.absolute(1.0)}. "
                 f"{self._way_out([weight.unit.ref.name])}"
             )
         raise ValueError(f"{weight.told}: its output {what} on this batch. {self._way_out([weight.unit.ref.name])}")
@@ -289,7 +290,7 @@ class Fitting:
         for weight in self.weights.values():
             if not weight.calls:
                 continue
-            variance = Moments.pooled(weight.calls).variance
+            variance = weight.measured(Moments.pooled(weight.calls))
             if not math.isfinite(variance) or variance == 0.0:
                 variance = 1e-30 if variance == 0.0 else 1e30
             exponent = weight.next_exponent(variance)
@@ -313,10 +314,13 @@ class Fitting:
                 why = self._why_unused(task.ref)
                 missing.append((task.ref.name, f"{task.ref.name} (in {task.ref.owner}): {why}"))
         for weight in self.weights.values():
-            variance = Moments.pooled(weight.calls).variance if weight.calls else math.nan
+            variance = weight.measured(Moments.pooled(weight.calls)) if weight.calls else math.nan
             if not LOW <= variance <= HIGH:
                 missing.append(
-                    (weight.unit.ref.name, f"{weight.told}: the nearest variance of its output is {variance:.4g}")
+                    (
+                        weight.unit.ref.name,
+                        f"{weight.told}: the nearest variance of its output is {weight.absolute(variance)}",
+                    )
                 )
         if missing:
             names = [name for name, _ in missing]
@@ -353,7 +357,10 @@ class Fitting:
             after = Moments.pooled(weight.calls).variance
             assert weight.before is not None
             fits.setdefault(id(weight.task.ref.tensor), []).append(
-                Fit(weight.unit.part, weight.unit.op, weight.factor, weight.before, after, len(weight.calls))
+                Fit(
+                    *(weight.unit.part, weight.unit.op, weight.factor, weight.before, after),
+                    *(len(weight.calls), weight.branches),
+                )
             )
         tasks = list(self.plan.tasks)
         for place, task in enumerate(tasks):

@@ -107,12 +107,25 @@ class ForwardPass:
         batch: what was passed, itself and no copy.
         state: before the pass.
         losses: those noted, detached.
+        went_back: whether a backward pass went through one of them, as far as can be seen.
     """
 
     def __init__(self, batch: Any, state: State) -> None:
         self.batch, self.state = batch, state
         self.losses: list[Tensor] = []
+        self.went_back = False
         self._versions = self._versions_now()
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Keep a loss, and hear of its backward pass."""
+        self.losses.append(loss.detach())
+        if loss.requires_grad:
+            loss.register_hook(self._goes_back)
+        else:
+            self.went_back = True  # which an adapter has detached
+
+    def _goes_back(self, gradient: Tensor) -> None:
+        self.went_back = True
 
     def batch_has_changed(self) -> bool:
         """Whether something has written to the batch since."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..clipping.report import ClipStats
 from ..diagnosis import Diagnosis
+from ..languages import translator
 from ..watching import WatchReport
 
 
@@ -53,15 +54,28 @@ class BadStep:
         return text
 
     def __str__(self) -> str:
-        lines = [f"step {self.step}: {self.reason}, gradient norm {self.norm:.4g}"]
+        return self.text()
+
+    def text(self, lang: str = "en", width: int | None = None) -> str:
+        """The step as it is printed.
+
+        Args:
+            lang: "en", or "zh" for Chinese.
+            width: cells that a line of a table may take; None does not shorten it.
+
+        Raises:
+            ValueError: for another language.
+        """
+        say = translator(lang)
+        lines = [say(f"step {self.step}: {self.reason}, gradient norm {self.norm:.4g}")]
         if self.micro_batch is not None:
-            lines.append(f"micro-batch {self.micro_batch} (from 0) of the step")
-        lines += self.notes
+            lines.append(say(f"micro-batch {self.micro_batch} (from 0) of the step"))
+        lines += map(say, self.notes)
         if self.diagnosis is not None:
-            lines.append(str(self.diagnosis))
+            lines.append(self.diagnosis.text(lang, width))
         if self.watched is not None:
-            lines.append(str(self.watched))
-        lines += [f"saved: {path}" for path in self.saved]
+            lines.append(self.watched.text(lang))
+        lines += [say(f"saved: {path}") for path in self.saved]
         return "\n".join(lines)
 
 
@@ -88,9 +102,22 @@ class GuardReport:
     last_bad_step: int | None = None
 
     def __str__(self) -> str:
-        counts = f"{self.steps} steps: {self.bad_steps} bad, {self.skipped} skipped, {self.clipping.clipped} clipped"
+        return self.text()
+
+    def text(self, lang: str = "en", width: int | None = None) -> str:
+        """The report as it is printed.
+
+        Args:
+            lang: "en", or "zh" for Chinese.
+            width: cells that a line of a table may take; None does not shorten it.
+
+        Raises:
+            ValueError: for another language.
+        """
+        say = translator(lang)
+        counts = [f"{self.steps} steps: {self.bad_steps} bad, {self.skipped} skipped, {self.clipping.clipped} clipped"]
         if self.left_to_scaler:
-            counts += f", {self.left_to_scaler} left out by the GradScaler"
+            counts.append(f"{self.left_to_scaler} left out by the GradScaler")
         if self.clipping.spikes:
-            counts += f", {self.clipping.spikes} spikes"
-        return "\n\n".join([counts, *map(str, self.examined)])
+            counts.append(f"{self.clipping.spikes} spikes")
+        return "\n\n".join([say(", ").join(map(say, counts)), *(one.text(lang, width) for one in self.examined)])

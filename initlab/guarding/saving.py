@@ -50,7 +50,13 @@ def plain(value: Any) -> Any:
 
 
 def save(
-    folder: Path, found: BadStep, ran: ForwardPass, models: Mapping[str, nn.Module], rank: int | None, first: bool
+    folder: Path,
+    found: BadStep,
+    ran: ForwardPass,
+    models: Mapping[str, nn.Module],
+    rank: int | None,
+    first: bool,
+    lang: str = "en",
 ) -> tuple[Path, ...]:
     """Write what is known of a bad step.
 
@@ -61,6 +67,7 @@ def save(
         models: by a prefix for the names of their buffers.
         rank: of several; None of one.
         first: whether this rank writes what is the same on all of them.
+        lang: of the text and the page.
 
     Returns:
         The files: `step-12-batch.pt`, of several ranks `step-12-rank-0-batch.pt`, and the diagnosis as .txt, .json and
@@ -86,11 +93,11 @@ def save(
     saved = [batch]
     if first:
         text = folder / f"{name}.txt"
-        text.write_text(f"{found}\n", encoding="utf-8")
+        text.write_text(f"{found.text(lang)}\n", encoding="utf-8")
         saved.append(text)
         if found.diagnosis is not None:
             data, page = folder / f"{name}.json", folder / f"{name}.html"
             data.write_text(found.diagnosis.to_json(), encoding="utf-8")
-            found.diagnosis.save(page)
+            found.diagnosis.save(page, lang=lang)
             saved += [data, page]
     return tuple(saved)

@@ -22,6 +22,7 @@ from ..diagnosis import Diagnosis
 from ..diagnosis.limits import LIMITS
 from ..diagnosis.probes import LossFn
 from ..diagnosis.state import referenced_modules
+from ..languages import translator
 from ..models.naming import unwrapped
 from .arguments import Policy, check, needs_closure
 from .clipper import GuardedClipper
@@ -63,7 +64,9 @@ class TrainingGuard:
         across: Any = None,
         log: Any = None,
         log_every: int = 50,
+        lang: str = "en",
     ) -> None:
+        translator(lang)  # raises for another language
         check(model, loss_fn, nonfinite, budget, limit)
         self._given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         for one in map(hooked_optimizer, self._given):
@@ -75,7 +78,7 @@ class TrainingGuard:
                     "max_norm and spikes to guard"
                 )
         self._model, self._loss_fn = model, loss_fn
-        self._nonfinite, self._limit, self._scaler = nonfinite, limit, scaler
+        self._nonfinite, self._limit, self._scaler, self._lang = nonfinite, limit, scaler, lang
         self._folder = None if folder is None else Path(folder)
         across = ranks_of(model, across)
         self._metrics = Metrics(log, log_every)
@@ -124,7 +127,15 @@ class TrainingGuard:
             FloatingPointError: for a bad step, with nonfinite="raise".
             TypeError: if loss_fn returns something else than a tensor with one element.
         """
+        before = len(self._passes)
         self.batch(batch)
+        try:
+            return self._step(batch)
+        except BaseException:
+            del self._passes[before:]  # whoever catches it goes on with another batch
+            raise
+
+    def _step(self, batch: Any) -> Tensor:
         if any(map(needs_closure, self._optimizers)):
             if len(self._optimizers) > 1 or self._scaler is not None:
                 raise NotImplementedError(
@@ -171,7 +182,7 @@ class TrainingGuard:
 
     def _note_loss(self, loss: Tensor) -> None:
         if self._passes and not self._busy:
-            self._passes[-1].losses.append(loss.detach())
+            self._passes[-1].note_loss(loss)
 
     def _forward_backward(self, batch: Any) -> Tensor:
         for one in self._given:
@@ -253,6 +264,8 @@ class TrainingGuard:
         """Add the loss, and what other ranks say, to what was measured."""
         if self._busy:
             return measured
+        # A batch that the loop itself has left out, after an error or a look at the loss, is not in this step.
+        self._passes = [ran for ran in self._passes if ran.went_back] or self._passes
         bad = measured.nonfinite
         losses = [loss.reshape(()) for ran in self._passes for loss in ran.losses]
         loss_bad = torch.zeros_like(bad)
@@ -391,7 +404,7 @@ class TrainingGuard:
             f"loss_fn.{i}.": one for i, one in enumerate(referenced_modules(self._loss_fn))
         }
         try:
-            saved = save(self._folder, found, ran, models, rank, first)
+            saved = save(self._folder, found, ran, models, rank, first, self._lang)
         except OSError as error:
             return BadStep(**fields | {"notes": (*found.notes, f"could not be saved: {error}")})  # type: ignore[arg-type]
         return BadStep(**fields | {"saved": saved})  # type: ignore[arg-type]
@@ -412,6 +425,7 @@ def guard(
     across: Any = None,
     log: Any = None,
     log_every: int = 50,
+    lang: str = "en",
 ) -> TrainingGuard:
     """Guard a training loop: a bad step is left out, and diagnosed on the spot.
 
@@ -443,13 +457,15 @@ def guard(
         log: where to log norm, loss, clipped share, spikes and the largest gradients: the path of a CSV file,
             TensorBoard's SummaryWriter, a run of W&B, a function of a dict, or a list of these.
         log_every: steps between two rows; only then is anything read from the device.
+        lang: of the text and the page that are saved: "en", or "zh" for Chinese. Warnings and errors are English.
 
     Returns:
         A `TrainingGuard`: a context manager with step(batch), or batch(batch) and loss(loss) for a loop of your own.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
-        ValueError: for what GradClipper does not take, or where other ranks are there and `across` must say which.
+        ValueError: for what GradClipper does not take, for another language, or where other ranks are there and
+            `across` must say which.
         RuntimeError: if the optimizer is guarded, or has a GradClipper, already.
 
     Example:
@@ -476,6 +492,7 @@ def guard(
         across=across,
         log=log,
         log_every=log_every,
+        lang=lang,
     )
 
 

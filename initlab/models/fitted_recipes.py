@@ -10,6 +10,7 @@ from initlab.kernels import Normal
 
 from .fans import compute_fans, holds_experts, is_embedding
 from .naming import TensorRef
+from .parametrized import norm_of_weight
 from .recipe_parts import Chooser, NamedRecipe, RecipeLike, View, by_default, zero_bias
 from .refusals import only_value
 from .resolving import based_on, resolve
@@ -25,7 +26,9 @@ def lsuv(base: RecipeLike = "orthogonal") -> NamedRecipe:
 
     Layers are the products that a pass calls, wherever their weights are kept: Linear, convolutions, transposed ones,
     Bilinear, nn.MultiheadAttention's projections one by one, parameters in F.linear, matmul and einsum, and embeddings.
-    A weight that is used several times is scaled for all uses together, and one that is an embedding too as a head.
+    A weight that is used several times is scaled for all uses together, and one that is an embedding too as a head. Of
+    weight_norm the norms g are scaled, which start as one number. The layers that end L residual branches of one stream
+    get a variance of 1/L each, so that the stream grows by 1 in all.
 
     The model runs in the mode that it is in, without dropout and without gradients; batch norms normalise by the batch
     where they train. What the passes change is put back.
@@ -36,7 +39,8 @@ def lsuv(base: RecipeLike = "orthogonal") -> NamedRecipe:
             whose bits do not depend on a library's factorisation, and which a sharded model can be filled with.
 
     Source:
-        D. Mishkin and J. Matas, "All you need is a good init", 2015.
+        D. Mishkin and J. Matas, "All you need is a good init", 2015. Residual branches: B. Hanin and D. Rolnick, "How
+        to Start Training", 2018; S. De and S. L. Smith, "Batch Normalization Biases Residual Blocks", 2020.
 
     Example:
         >>> import torch, initlab
@@ -53,6 +57,12 @@ def lsuv(base: RecipeLike = "orthogonal") -> NamedRecipe:
         chosen = (lambda ref: None) if rest is None else rest(view)
 
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
+            whole = view.wholes.get(id(ref.tensor))
+            if whole is not None:
+                is_norm = norm_of_weight(ref)
+                if is_norm:
+                    return replace(constant_fill(1.0, f"{whole.owner}, norms of weight_norm"), fitted="always")
+                return None if is_norm is None else chosen(whole) or _start(view, whole, rest is None)
             spec = chosen(ref) or _start(view, ref, rest is None)
             fitted = _fitted(ref, spec)
             if not isinstance(spec, FillSpec) or not fitted:
@@ -66,9 +76,8 @@ def lsuv(base: RecipeLike = "orthogonal") -> NamedRecipe:
         return choose
 
     name = "lsuv" if rest is None else based_on("lsuv", rest)
-    return NamedRecipe(
-        name, prepare, None if rest is None else rest.prepare_buffers, "" if rest is None else rest.advice
-    )
+    of_buffers, advice = (None, "") if rest is None else (rest.prepare_buffers, rest.advice)
+    return NamedRecipe(name, prepare, of_buffers, advice, asks_parts=True)
 
 
 def _fitted(ref: TensorRef, spec: FillSpec | Refused | None) -> Literal["", "if a weight", "always"]:

@@ -180,6 +180,17 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, tuple[Any, torch.dtype]
                 yield attribute, form, parts, lambda w, c=chain: _inverted(c, w), how
 
 
+def norm_of_weight(ref: TensorRef) -> bool | None:
+    """Whether a parameter is weight_norm's g, the norms of the weight; False for its v, None for any other."""
+    steps = list(ref.module) if isinstance(ref.module, parametrize.ParametrizationList) else []
+    if len(steps) == 1 and isinstance(steps[0], parametrizations._WeightNorm):
+        return ref.attribute == "original0"
+    for hook in ref.module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and ref.attribute in (f"{hook.name}_g", f"{hook.name}_v"):
+            return ref.attribute == f"{hook.name}_g"
+    return None
+
+
 def _spectral(hook: Any, weight: Tensor) -> list[Tensor]:
     """The weight and the two vectors that torch's older spectral_norm starts with."""
     matrix = hook.reshape_weight_to_matrix(weight)

@@ -31,6 +31,8 @@ class Fit(NamedTuple):
         before: variance of the layer's output on the batch with factor 1, all layers before it fitted.
         after: with the factor, all layers fitted; over all uses together.
         calls: how many times a pass uses it.
+        branches: of the residual stream that its output is added to as the end of a branch; 1 of any other. The wanted
+            variance is 1/branches.
     """
 
     part: DimSlice | None
@@ -39,6 +41,7 @@ class Fit(NamedTuple):
     before: float
     after: float
     calls: int
+    branches: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fit as plain data, for JSON."""

@@ -97,7 +97,7 @@ def _by_report(report: InitReport) -> NamedRecipe:
             return Refused("the report has no distribution for it")
         return FillSpec(((None, whole), *row.slices), row.fan, row.why, row.guess, exact=True, orthogonal=orthogonal)
 
-    return NamedRecipe(f"report of {report.recipe}", lambda view: choose)
+    return NamedRecipe(f"report of {report.recipe}", lambda view: choose, asks_parts=True)
 
 
 _DISTRIBUTIONS = (Uniform, Normal, TruncatedNormal, Constant)

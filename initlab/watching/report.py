@@ -12,6 +12,7 @@ from initlab.kernels import describe
 
 from .._console import inline_listing
 from ..distributed.collectives import listed
+from ..languages import Say, translator
 
 _OTHERS = 3  # different faults of other ranks that a printed report shows
 
@@ -62,28 +63,43 @@ class Fault:
     rank: int | None = None
 
     def __str__(self) -> str:
-        where = "" if self.rank is None else f"rank {self.rank}, "
-        lines = [f"{where}{self.headline}", *self.notes]
+        return "\n  ".join(self.lines(translator("en")))
+
+    def lines(self, say: Say) -> list[str]:
+        """The fault as it is printed, line by line.
+
+        Args:
+            say: translates it.
+        """
+        where = "" if self.rank is None else say(f"rank {self.rank}") + say(", ")
+        lines = [f"{where}{self.said(say)}", *map(say, self.notes)]
         if self.passed_on:
-            lines.append(f"passed on by {inline_listing([name or 'the model itself' for name in self.passed_on], 5)}")
-        return "\n  ".join(lines)
+            names = [name or say("the model itself") for name in self.passed_on]
+            lines.append(say(f"passed on by {inline_listing(names, 5)}"))
+        return lines
 
     @property
     def headline(self) -> str:
         """When, who and what, in one line; without the rank."""
+        return self.said(translator("en"))
+
+    def said(self, say: Say) -> str:
+        """The headline in a language.
+
+        Args:
+            say: translates it.
+        """
         what = f"{describe(self.flag)} ({str(self.dtype).removeprefix('torch.')})"
         if self.module is None:
             text = f"{self.tensor} holds {what}; no module produced it"
         else:
             name = f"module {self.module!r}" if self.module else "the model itself"
             who = f"{name} ({self.kind}{f', its call {self.call}' if self.call > 1 else ''})"
-            whose = "the" if self.tensor.startswith("gradient") else "its"
-            if self.cause == "produced":
-                text = f"{who} produced {what} in {whose} {self.tensor}"
-            else:
-                text = f"{who}: {whose} {self.tensor} holds {what}"
+            tensor = f"{'the' if self.tensor.startswith('gradient') else 'its'} {self.tensor}"
+            produced = self.cause == "produced"
+            text = f"{who} produced {what} in {tensor}" if produced else f"{who}: {tensor} holds {what}"
         when = f"step {self.step}, call {self.model_call}" if self.step > 1 else f"call {self.model_call}"
-        return f"{when}, {self.phase}: {text}"
+        return say(when) + say(", ") + say(self.phase) + say(": ") + say(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,24 +127,37 @@ class WatchReport:
     inspected: int = 0
 
     def __str__(self) -> str:
-        seen = f"{self.model_calls} calls of the model, {self.calls} of its modules"
+        return self.text()
+
+    def text(self, lang: str = "en") -> str:
+        """The report as it is printed.
+
+        Args:
+            lang: "en", or "zh" for Chinese.
+
+        Raises:
+            ValueError: for another language.
+        """
+        say = translator(lang)
+        counts = [f"{self.model_calls} calls of the model", f"{self.calls} of its modules"]
         if self.steps:
-            seen = f"{self.steps} steps, {seen}"
+            counts.insert(0, f"{self.steps} steps")
         if self.ranks:
-            seen = f"{seen}, {len(self.ranks)} ranks"
-        unseen = [f"not inspected: {what}" for what in self.unseen]
+            counts.append(f"{len(self.ranks)} ranks")
+        seen = say(", ").join(map(say, counts))
+        unseen = [say(f"not inspected: {what}") for what in self.unseen]
         if self.fault is None:
             first = f"nothing non-finite in {seen}" if self.inspected else f"nothing was inspected in {seen}"
-            return "\n  ".join([first, *unseen])
-        lines = [str(self.fault)]
+            return "\n  ".join([say(first), *unseen])
+        lines = self.fault.lines(say)
         alike: dict[str, list[int]] = {}
         for fault in self.others:
             assert fault.rank is not None
-            alike.setdefault(fault.headline, []).append(fault.rank)
+            alike.setdefault(fault.said(say), []).append(fault.rank)
         for headline, ranks in list(alike.items())[:_OTHERS]:
-            lines.append(f"also rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}, {headline}")
+            lines.append(say(f"also rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}") + say(", ") + headline)
         if more := [rank for ranks in list(alike.values())[_OTHERS:] for rank in ranks]:
-            lines.append(f"and {len(more)} more: rank{'s' if len(more) > 1 else ''} {listed(more)}")
+            lines.append(say(f"and {len(more)} more: rank{'s' if len(more) > 1 else ''} {listed(more)}"))
         return "\n  ".join([*lines, *unseen, f"({seen})"])
 
 

@@ -219,7 +219,8 @@ def test_schemes_of_functions():
     assert found["blocks.layers.0.linear1.weight"] == "He, before GELU"
     advice = initlab.advise(Residual(nn.Identity), classes(7), ce)
     assert "fitted to this batch" in advice.notes[0]
-    assert all(0.5 < row.measured < 2 for row in advice.layers if not row.is_head)
+    share = {row.name: 30**0.5 if row.name.startswith("layers") else 1.0 for row in advice.layers}  # of 30 branches
+    assert all(0.5 < row.measured * share[row.name] < 2 for row in advice.layers if not row.is_head)
 
 
 def bce(model, batch):
@@ -339,3 +340,53 @@ def test_transformers():
     assert advice.expected == pytest.approx(math.log(100), rel=1e-4)
     assert pasted(advice, model, batch, lambda m, b: m(**b).loss) == pytest.approx(advice.predicted, rel=0.01)
     assert schemes(advice)["transformer.h.0.mlp.c_fc.weight"].startswith("He, before NewGELU")
+
+
+class Contrastive(nn.Module):
+    """Two towers whose outputs are normalised, and a temperature, as in CLIP."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(20, 16), nn.Linear(20, 16)
+        self.temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, x):
+        a, b = F.normalize(self.a(x), dim=-1), F.normalize(self.b(x.roll(1, 1)), dim=-1)
+        logits, target = self.temperature.exp() * a @ b.T, torch.arange(len(x))
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class Variational(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inp, self.mean, self.log = nn.Linear(20, 64), nn.Linear(64, 8), nn.Linear(64, 8)
+        self.decoder, self.out = nn.Linear(8, 64), nn.Linear(64, 20)
+
+    def forward(self, x):
+        h = F.relu(self.inp(x))
+        mean, log = self.mean(h), self.log(h)
+        made = self.out(F.relu(self.decoder(mean + torch.randn_like(mean) * (log / 2).exp())))
+        return F.mse_loss(made, x) - 0.5 * (1 + log - mean**2 - log.exp()).sum(1).mean()
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "variational", "weight_norm"])
+def test_the_first_loss_is_met_or_said_to_be_unknown(kind):
+    """Where heads are normalised no factor on them counts; what does not pass through a head is the recipe's own."""
+    torch.manual_seed(0)
+    x, y = classes(7)
+    if kind == "weight_norm":
+        head = nn.utils.parametrizations.weight_norm(nn.Linear(32, 7))
+        model, loss_fn = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), head), ce
+    else:
+        model = Contrastive() if kind == "contrastive" else Variational()
+        loss_fn = lambda m, b: m(b[0])  # noqa: E731
+    advice = initlab.advise(model, (x, y), loss_fn)
+    if kind == "variational":
+        assert advice.predicted == pytest.approx(advice.expected, rel=0.1)
+    else:
+        assert advice.expected is None
+        assert "which first loss to expect is not known" in str(advice)
+    initlab.init_model_(model, 0, advice.recipe)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert float(loss_fn(model, (x, y))) == pytest.approx(advice.predicted, rel=0.1)

@@ -154,7 +154,8 @@ def test_a_layer_that_is_used_several_times(f):
     model, x = Recurrent(f), 100 * torch.randn(64, 8)
     report = fit(model, x)
     assert {one.calls for row in report.rows for one in row.fits} == {1, 12}
-    assert_unit(output_variances(model, lambda m: m(x)), 3)
+    w, v, out = output_variances(model, lambda m: m(x))
+    assert_unit([w, 11 * v, out], 3)  # the first sum is with the data
 
 
 class Tied(nn.Module):
@@ -340,7 +341,7 @@ Unused = lambda: nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})  # 
         ),
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.Threshold(1e9, 3.0), nn.Linear(8, 8)), X, "2.weight .in Linear."),
         (lambda: Normalised(8, 8), X, "whatever the weight's scale is"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), X, "parameters make this weight up"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), X, "parameters make this weight up"),
         (lambda: nn.ReLU(), X, "found no weight"),
     ],
 )
@@ -351,6 +352,32 @@ def test_refused_by_name(model, batch, message):
         fit(made, batch)
     if before is not None and not any(t.is_meta for t in before.values()):
         assert_same(before, state(made))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("base", ["orthogonal", "lecun"])
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_weight_norm(norm, base):
+    """Its norms g are scaled, one number for a layer, as the data-dependent start of its paper scales them."""
+
+    def build():
+        layers = [norm(nn.Conv1d(3, 16, 3)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(96, 32), dim=None), nn.Tanh()]
+        return nn.Sequential(*layers, nn.Linear(32, 32), nn.ReLU(), norm(nn.Linear(32, 4)))
+
+    model, x = build(), 255 * torch.rand(64, 3, 8)
+    report = fit(model, x, recipes.lsuv(base))
+    outs = []
+    with torch.no_grad():
+        y = x
+        for module in model:
+            y = module(y)
+            outs += [float(y.var(correction=0))] if isinstance(module, nn.Linear | nn.Conv1d) else []
+    assert_unit(outs, 4)
+    for row in report.rows:
+        assert bool(row.fits) == row.name.endswith(("original0", "_g", "5.weight")), row.name
+    other = build()
+    initlab.init_model_(other, 0, recipe=report)
+    assert_same(state(model), state(other))
 
 
 def test_refused_otherwise():
@@ -540,7 +567,8 @@ def test_experts(implementation):
     assert {scheme for name, scheme in found.items() if "gate_up" in name} == {"He, before SiLUActivation"}
     assert {scheme for name, scheme in found.items() if "down" in name} == {"LeCun, before no activation"}
     report = fit(model, batch)
-    assert_unit([one.after for row in report.rows for one in row.fits])
+    assert {row.fits[0].branches for row in report.rows if row.name.endswith("down_proj")} == {2}
+    assert_unit([one.after * one.branches for row in report.rows for one in row.fits])
     assert sum("experts" in row.name for row in report.rows if row.fits) == 2
 
 
@@ -598,8 +626,8 @@ def deep(seed):
     return model, x, (x @ torch.randn(20, 5)).argmax(1), depth
 
 
-def losses(model, x, y, steps=25):
-    optimizer, found = torch.optim.Adam(model.parameters(), 1e-3), []
+def losses(model, x, y, optimizer, steps=25):
+    found = []
     for _ in range(steps + 1):
         loss = F.cross_entropy(model(x), y)
         found.append(float(loss.detach()))
@@ -609,24 +637,98 @@ def losses(model, x, y, steps=25):
     return found
 
 
+OPTIMIZERS = {
+    "Adam 1e-3": lambda p: torch.optim.Adam(p, 1e-3),
+    "SGD 1e-2": lambda p: torch.optim.SGD(p, 1e-2),
+    "SGD 1e-3": lambda p: torch.optim.SGD(p, 1e-3),
+}
+
+
+def compared(seed):
+    """By optimizer, the last loss of torch's own start and of the fitted one; whether the model has residuals."""
+    model, x, y, depth = deep(seed)
+    fitted, again = copy.deepcopy(model), copy.deepcopy(model)
+    fit(fitted, x, seed=seed)
+    fit(again, (x, y), seed=seed)
+    assert_same(state(fitted), state(again))
+    residual = model[2].residual
+    wanted = [1.0, *[1.0 / (depth - 2) if residual else 1.0] * (depth - 2), 1.0]
+    variances = output_variances(copy.deepcopy(fitted), lambda m: m(x))
+    assert_unit([one / share for one, share in zip(variances, wanted, strict=True)], depth)
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        runs = [copy.deepcopy(model), copy.deepcopy(fitted)]
+        before, after = (losses(one, x, y, make(one.parameters())) for one in runs)
+        assert all(map(math.isfinite, after)), (seed, name)
+        found[name] = before[-1], after[-1]
+    return found, residual
+
+
 @pytest.mark.long
-def test_twenty_deep_models():
-    stuck = better = ahead = 0
-    for seed in range(20):
-        model, x, y, depth = deep(seed)
-        fitted, again = copy.deepcopy(model), copy.deepcopy(model)
-        fit(fitted, x, seed=seed)
-        fit(again, (x, y), seed=seed)
-        assert_same(state(fitted), state(again))
-        assert_unit(output_variances(copy.deepcopy(fitted), lambda m, x=x: m(x)), depth)
-        before, after = losses(model, x, y), losses(fitted, x, y)
-        assert all(map(math.isfinite, after)), seed
-        ahead += after[-1] < before[-1]
-        if before[-1] > 0.9 * math.log(5):  # the untreated run has learned next to nothing
-            stuck += 1
-            better += after[-1] < before[-1]
-    assert stuck >= 5
-    assert better >= stuck - 1, (better, stuck, ahead)
+@pytest.mark.parametrize("first", [0, 200])
+def test_twenty_deep_models(first):
+    """With residuals the fitted start wins under Adam, always; docs/models.md has the figures of all of these runs."""
+    won = {(name, residual): [0, 0] for name in OPTIMIZERS for residual in (False, True)}
+    for seed in range(first, first + 20):
+        found, residual = compared(seed)
+        for name, (before, after) in found.items():
+            won[name, residual][0] += not after >= before  # torch's own may be NaN
+            won[name, residual][1] += 1
+    print(won)
+    wins, runs = won["Adam 1e-3", True]
+    assert wins == runs >= 5, won
+    assert wins + won["Adam 1e-3", False][0] >= 15, won
+    assert won["SGD 1e-2", True][0] + won["SGD 1e-2", False][0] >= 16, won
+
+
+class Streams(nn.Module):
+    """Sums that are no residual branches, and some that are."""
+
+    NAMES = ("inp", "w", "u", "skip", "up", "down", "att", "mlp", "last", "out")
+
+    def __init__(self):
+        super().__init__()
+        for name in self.NAMES:
+            setattr(self, name, nn.Linear(16, 16))
+
+    def forward(self, x):
+        x = torch.tanh(self.inp(x))
+        h = x
+        for _ in range(3):  # a recurrence: what is added was not made from what it is added to
+            h = torch.tanh(self.w(x) + self.u(h))
+        x = self.skip(h) + self.down(F.relu(self.up(h)))  # a projection beside a branch: no identity
+        x = x + (self.att(x) + self.mlp(x))  # two side by side are one branch
+        x += F.relu(self.last(x))
+        return self.out(F.layer_norm(x, (16,)))
+
+
+def test_ends_of_residual_branches():
+    model, x = Streams(), torch.randn(64, 16)
+    ends = {row.name: row.fits[0].branches for row in fit(model, x).rows if row.fits}
+    assert ends == {f"{name}.weight": 1 + (name in ("att", "mlp", "last")) for name in Streams.NAMES}
+
+
+@pytest.mark.long
+def test_branches_are_those_that_gpt_2_scales():
+    """transformers divides the weights of c_proj, and no others, by sqrt(2 * layers)."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=3, n_embd=32, n_head=4, vocab_size=50, n_positions=32, initializer_range=1.0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    theirs = {name: round(float(p.detach().std()) ** -2) for name, p in model.named_parameters() if p.dim() > 1}
+    t = torch.randint(50, (4, 16))
+    ours = {row.name: row.fits[0].branches for row in fit(model, {"input_ids": t, "labels": t}).rows if row.fits}
+    assert {name for name, count in ours.items() if count > 1} == {n for n, count in theirs.items() if count > 1}
+    assert set(ours.values()) == {1, 2 * config.n_layer}
+
+
+@pytest.mark.long
+def test_branches_of_torch_s_transformer():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    ends = {row.name for row in fit(model, torch.randn(8, 5, 16)).rows for one in row.fits if one.branches == 4}
+    assert ends == {f"1.layers.{i}.{name}.weight" for i in (0, 1) for name in ("self_attn.out_proj", "linear2")}
 
 
 @pytest.mark.long
@@ -657,7 +759,7 @@ def test_transformers():
         report = fit(model, {"input_ids": t, "labels": t})
         fits = [one for row in report.rows for one in row.fits]
         assert len(fits) >= 10
-        assert all(0.9 <= one.after <= 1.1 for one in fits)
+        assert all(0.9 <= one.after * one.branches <= 1.1 for one in fits)
         model.eval()
         with torch.no_grad():
             assert_unit([float(model(t).logits.var(correction=0))])
