@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +49,15 @@ def draw_panels(panels: Sequence[Panel]) -> Any:
                 part.suptitle(panel.title, color=INK, fontsize=13)
                 panel.draw(part)
         figure.canvas.draw()  # while the style is in force
+        # Without pyplot's inline backend IPython knows no picture of a Figure, and shows its size.
+        figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
         return figure
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def draw_panel(panel: Panel) -> Any:

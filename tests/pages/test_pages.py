@@ -1,5 +1,6 @@
 """Pages as text: one file that needs no other, names that stay names, writing that leaves nothing half-written."""
 
+import io
 import json
 import os
 import pickle
@@ -228,6 +229,16 @@ def test_a_layer_of_zeros_and_one_that_is_not_finite_have_marks():
     for axes, at_0, bad in zip(figure.get_axes(), (2, 1), (3, 3), strict=True):
         marks = {line.get_marker(): list(line.get_xdata()) for line in axes.get_lines()}
         assert (marks["v"], marks["X"]) == ([at_0], [bad])
+
+
+def test_the_last_line_of_a_cell_shows_the_plots():
+    """As IPython asks for a picture; a copy of the figure has one too."""
+    rows = (initlab.LayerRow("a", "Linear", "float32", 1.0, None, 1.0, 1.0, 0.0),)
+    figure = initlab.Diagnosis((), layers=rows).plot()
+    image = pytest.importorskip("matplotlib.image")
+    for one in (figure, pickle.loads(pickle.dumps(figure))):
+        height, width, _ = image.imread(io.BytesIO(one._repr_png_()), format="png").shape
+        assert min(height, width) > 100
 
 
 def test_measurements_are_plain_data(found):
