@@ -36,6 +36,7 @@ test-all: test $(VENV)/requirements-all.stamp
 	.ci/install_chromium
 	$(TEST) -m 'long and not large and not exhaustive' $(CURDIR)/tests
 
+bench: export INITLAB_BENCH_RESULTS := $(CURDIR)/benchmarks/results/bench.json
 bench: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
 	$(BENCH) --benchmark-only $(CURDIR)/benchmarks
 

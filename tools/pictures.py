@@ -1,7 +1,7 @@
 """The pictures of README and docs: `python tools/pictures.py` draws docs/pictures/ from docs/pictures/data/.
 
-``python tools/pictures.py measure`` runs what they show and writes docs/pictures/data/*.json, each with the machine, the
-date, the command and the versions. Drawing again gives the same bytes under the same matplotlib.
+``python tools/pictures.py measure`` runs what they show and writes docs/pictures/data/*.json, each with the machine,
+the date, the command and the versions. Drawing again gives the same bytes under the same matplotlib.
 """
 
 import datetime
@@ -172,7 +172,7 @@ def made():
     """Where and how a result was measured."""
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": "python tools/pictures.py measure",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "initlab": initlab.__version__},
     }

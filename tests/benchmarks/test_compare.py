@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,28 @@ def test_the_chance_is_scipys(sizes):
     before, after = ([rng.gauss(shift, 1.0) for _ in range(n)] for shift, n in zip((0.0, 0.7), sizes, strict=True))
     expected = stats.mannwhitneyu(after, before, alternative="greater", method="exact").pvalue
     assert compare.chance_of_slower(before, after) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_run_of_the_suites_writes_what_it_reads(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    environment = {**os.environ, "INITLAB_BENCH_RESULTS": str(path), "INITLAB_BENCH_ELEMENTS": "65536"}
+    suite = f"{_PATH.parent / 'bench_sampling.py'}::test_sampling"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-only",
+        suite,
+        "-k",
+        "uniform_",
+    ]
+    done = subprocess.run(command, env=environment, cwd=_PATH.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert len({row["case"] for row in rows}) == len(rows) == 4
+    assert {len(row[name]) for row in rows for name in ("ours", "peer", "floor")} == {7}
+    assert compare.main([str(path), str(path)]) == 0
+    assert capsys.readouterr().out.count("same ") == 4
