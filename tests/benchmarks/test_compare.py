@@ -70,6 +70,7 @@ def test_the_chance_is_scipys(sizes):
     assert compare.chance_of_slower(before, after) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.long  # pytest-benchmark is among the requirements of the long tests
 def test_a_run_of_the_suites_writes_what_it_reads(tmp_path, capsys):
     path = tmp_path / "bench.json"
     environment = {**os.environ, "INITLAB_BENCH_RESULTS": str(path), "INITLAB_BENCH_ELEMENTS": "65536"}
