@@ -42,6 +42,7 @@ docs: $(VENV)/wheel.stamp $(VENV)/requirements-docs.stamp
 	cd $(VENV) && $(BIN)/python -m sphinx -q -W --keep-going -b html $(CURDIR)/docs $(CURDIR)/build/site
 	@echo build/site/index.html
 
+bench: export INITLAB_BENCH_RESULTS := $(CURDIR)/benchmarks/results/bench.json
 bench: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
 	$(BENCH) --benchmark-only $(CURDIR)/benchmarks
 

@@ -1,9 +1,16 @@
-"""Interleaved timing against a peer, and the table of ratios at the end of a run."""
+"""Interleaved timing against a peer, and the table of ratios at the end of a run.
 
+INITLAB_BENCH_RESULTS names a file for all rounds as JSON; `compare.py` tells two of them apart.
+"""
+
+import datetime
+import json
 import os
 import platform
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -12,6 +19,7 @@ import torch
 import initlab
 
 _rows = []
+_rounds = []
 
 
 def _seconds(call):
@@ -46,9 +54,29 @@ def versus(benchmark, request):
         }
         benchmark.extra_info.update(row)
         _rows.append(row)
+        if benchmark.stats:
+            _rounds.append({"case": request.node.nodeid, "ours": list(benchmark.stats.stats.data), **others})
         return row
 
     return run
+
+
+def _result():
+    """All rounds, in seconds, and where and how they were measured."""
+    return {
+        "made": {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "command": " ".join(sys.argv),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": numpy.__version__,
+                "initlab": initlab.__version__,
+            },
+        },
+        "rows": _rounds,
+    }
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -68,3 +96,8 @@ def pytest_terminal_summary(terminalreporter):
             f"{row['case']:34s} {row['ns']:9.3f} {row['peer_ns']:9.3f} {row['ratio']:6.3g}x {row['fill_ns']:9.3f} "
             f"{row['over_fill']:7.1f}x {row['gigabytes_per_second']:7.2f}"
         )
+    path = os.environ.get("INITLAB_BENCH_RESULTS")
+    if path and _rounds:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(_result(), indent=1) + "\n", encoding="utf-8")
+        write(f"all rounds: {path}")

@@ -50,5 +50,12 @@ def as_rest(app, what, name, obj, options, lines):
             lines[number] = "".join(parts)
 
 
+def reach_by_keyboard(app, pagename, templatename, context, doctree):
+    """A block that scrolls can be reached without a mouse. Nothing asks a server for MathJax."""
+    context["body"] = re.sub(r"<pre(?=>)", '<pre tabindex="0"', context.get("body", ""))
+    context["script_files"] = [file for file in context["script_files"] if "mathjax" not in str(file).lower()]
+
+
 def setup(app):
+    app.connect("html-page-context", reach_by_keyboard, priority=900)  # after MathJax adds itself
     app.connect("autodoc-process-docstring", as_rest, priority=400)  # before napoleon adds markup of its own

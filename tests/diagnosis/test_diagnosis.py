@@ -1082,7 +1082,7 @@ def test_whose_diagnosis_comes_first():
     def first(*diagnoses):
         return ranks.merge(dict(enumerate(diagnoses)))
 
-    assert first(of("healthy"), of("warning", 1), of("broken", 4), of("broken", 3)).rank == 3
+    assert first(of("healthy"), of("warning"), of("broken", 4), of("broken", 3)).rank == 3
     assert first(of("healthy"), of("broken"), of("broken", 3)).rank == 2
     assert first(of("healthy"), of("warning"), of("warning")).rank == 1
     assert first(of("healthy"), of("healthy")).rank == 0
