@@ -50,7 +50,7 @@ def draw_panels(panels: Sequence[Panel]) -> Any:
                 panel.draw(part)
         figure.canvas.draw()  # while the style is in force
         # Without pyplot's inline backend IPython knows no picture of a Figure, and shows its size.
-        figure._repr_png_ = functools.partial(_png, figure)
+        figure._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
         return figure
 
 
