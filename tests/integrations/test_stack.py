@@ -1,7 +1,8 @@
 """Each block of docs/stack.md runs alone, against the real package, and does to the run what the page says.
 
 timm and torchtitan are no part of CI. The package index has torchvision, which timm needs, for CUDA's torch only:
-beside a torch for the CPU it breaks the import of lightning and transformers. Where they are installed their blocks run here.
+beside a torch for the CPU it breaks the import of lightning and transformers. Where they are installed their blocks
+run here.
 """
 
 import re
