@@ -4,6 +4,7 @@ INITLAB_BENCH_RESULTS names a file for all rounds as JSON; `compare.py` tells tw
 """
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -15,6 +16,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+
+if importlib.util.find_spec("initlab") is None:  # a bare checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import initlab
 

@@ -35,7 +35,7 @@ html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 
 
-_NAME = re.compile(r"(?<![\w.`])((?:\w+\.)*\w+_)(?![\w`])")  # a name that ends in _, which reStructuredText takes for a link
+_NAME = re.compile(r"(?<![\w.`])((?:\w+\.)*\w+_)(?![\w`])")  # it ends in _: reStructuredText takes it for a link
 _SPAN = re.compile(r"(`[^`]*`|\*\w+\*)")
 
 

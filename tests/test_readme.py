@@ -12,11 +12,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-PAGES = [("README.md", 3), ("docs/getting-started.md", 3), ("docs/my-loss-is-inf.zh-CN.md", 1), ("docs/sampling.md", 1), ("docs/linear-relu.md", 2), ("docs/guard.md", 4)]
+PAGES = [
+    *(("README.md", 3), ("docs/getting-started.md", 3), ("docs/which-init.md", 1), ("docs/my-loss-is-inf.zh-CN.md", 1)),
+    *(("docs/sampling.md", 1), ("docs/linear-relu.md", 2), ("docs/guard.md", 4)),
+]
+SLOW = ("docs/guard.md", "docs/my-loss-is-inf.zh-CN.md")  # diagnoses take seconds
 
 
 @pytest.mark.parametrize(("page", "blocks"), PAGES)
-@pytest.mark.long_if(lambda page, blocks: page in ("docs/guard.md", "docs/my-loss-is-inf.zh-CN.md"))  # diagnoses take seconds
+@pytest.mark.long_if(lambda page, blocks: page in SLOW)
 @pytest.mark.filterwarnings("default")  # as for a reader
 def test_code_runs_and_prints_what_the_page_shows(page, blocks, tmp_path, monkeypatch):
     """Blocks run as a reader would paste them, alone where they import what they use, else one after the other.
