@@ -163,6 +163,7 @@ class Case:
     warps: int = sampling.NUM_WARPS
     options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": False})
     targets: tuple[str, ...] = tuple(TARGETS)
+    bulk_stores: int = 0  # that one epilogue makes; 0 where there are none
 
 
 def cases() -> Iterator[Case]:
@@ -280,6 +281,7 @@ def linear_relu_cases() -> Iterator[Case]:
                 sizes |= {"EPILOGUE_SUBTILE": tile.EPILOGUE_SUBTILE}
                 if capability_major >= 9:
                     function = linear.linear_relu_tma_kernel
+                    sizes |= {"FLAG_PRODUCT": capability_major >= 10}
                     shapes = {"x_desc": (tile.BLOCK_M, block_k), "w_desc": (tile.BLOCK_N, block_k)}
                     shapes["y_desc"] = (tile.BLOCK_M, tile.BLOCK_N // tile.EPILOGUE_SUBTILE)
                     types = {name: f"tensordesc<{element}[{a},{b}]>" for name, (a, b) in shapes.items()}
@@ -306,6 +308,7 @@ def linear_relu_cases() -> Iterator[Case]:
                         tile.num_warps,
                         {"num_stages": tile.num_stages, **FUSED},
                         targets,
+                        tile.EPILOGUE_SUBTILE if capability_major >= 9 else 0,
                     )
         types = {"y_ptr": f"*{element}", "flag_ptr": "*i32", "n_elements": "i64"}
         for variant, (flag_tile, squared) in {
@@ -350,6 +353,7 @@ class Cost:
     stores: dict[str, int]
     products: dict[str, int]  # matrix products, and what feeds them by bulk or asynchronous copies
     bytes_per_element: int  # 0 where they say nothing
+    copies: int = 1  # of the epilogue in the code. An element passes one of them, and per_element counts all
     issue_bound: float | None = None  # elements per second on an H100
     bandwidth_bound: float | None = None
 
@@ -393,6 +397,8 @@ def measure(case: Case, target: str) -> Cost:
         dict(Counter(op for op in listing.code if op.startswith(_PRODUCTS))),
         case.bytes_per_element,
     )
+    if case.bulk_stores:
+        cost.copies = sum(n for op, n in cost.products.items() if op.startswith("UTMASTG")) // case.bulk_stores
     if target == "sm_90" and cost.per_element and case.bytes_per_element:
         cost.issue_bound = ISSUE / cost.per_element
         cost.bandwidth_bound = BANDWIDTH / case.bytes_per_element

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from initlab.kernels import linear_relu, register_wrapper
 
@@ -111,7 +112,7 @@ class LinearReLU(nn.Module):
         self._watch_flag = flag
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch._jit_internal.is_scripting():  # TorchScript knows torch's operations alone
+        if is_scripting():  # TorchScript knows torch's operations alone
             return self._scripted(input)
         if self._watch_flag is None:
             return linear_relu(input, self.weight, self.bias, flags=self.flags, activation=self.activation)

@@ -43,21 +43,46 @@ def _max(a, b):
 
 
 @triton.jit
-def flag_nonfinite(
-    flag_ptr, y, start_m, start_n, M, N,
-    LIMIT: tl.constexpr, POSITIVE_LIMIT: tl.constexpr, FLAG_TILE: tl.constexpr,
+def _largest(y, INTERPRETED: tl.constexpr):
+    """The largest magnitude in a float32 tile or vector; a NaN if there is one."""
+    if INTERPRETED:  # it would call `_max` for each number
+        return tl.max(y.to(tl.int32, bitcast=True) & _MAGNITUDE).to(tl.float32, bitcast=True)
+    else:
+        return tl.reduce(tl.abs(y), None, _max)
+
+
+@triton.jit
+def add_bias_and_flag(
+    y, bias_ptr, flag_ptr, offs_n, start_m, start_n, M, N,
+    LIMIT: tl.constexpr, POSITIVE_LIMIT: tl.constexpr, FLAG_TILE: tl.constexpr, FLAG_PRODUCT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """flag |= the kinds of non-finite values in a float32 tile of an (M, N) matrix: one maximum if there are none.
+    """y + bias[offs_n], for a float32 tile of an (M, N) matrix; flag |= the kinds of non-finite values in it: one
+    maximum if there are none.
 
     LIMIT: the bits of the magnitude from which on a value is an infinity; POSITIVE_LIMIT <= LIMIT: a positive one.
+    FLAG_PRODUCT: whether the maximum is that of y and that of the bias, whose sum no magnitude exceeds once it is
+        rounded like them. On sm_100 the sums' own maximum has the compiler add in pairs, and move them about for it.
     """
+    if FLAG_PRODUCT and FLAG_TILE is not None:
+        largest = _largest(y, INTERPRETED)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        y += bias[None, :]
+        if FLAG_PRODUCT and FLAG_TILE is not None:
+            largest += _largest(bias, INTERPRETED)
     if FLAG_TILE is not None:
-        left, right = split_columns(y)
-        a, b = split_columns(left)
-        c, d = split_columns(right)
-        largest = _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
-        if tl.max(largest.to(tl.int32, bitcast=True) & _MAGNITUDE) >= POSITIVE_LIMIT:
+        if not FLAG_PRODUCT:
+            left, right = split_columns(y)
+            a, b = split_columns(left)
+            c, d = split_columns(right)
+            largest = _max(_max(tl.abs(a), tl.abs(b)), _max(tl.abs(c), tl.abs(d)))
+            bits = tl.max(largest.to(tl.int32, bitcast=True) & _MAGNITUDE)
+        else:
+            bits = largest.to(tl.int32, bitcast=True) & _MAGNITUDE
+        if bits >= POSITIVE_LIMIT:
             FLAG_TILE(flag_ptr, y, start_m, start_n, M, N, LIMIT, POSITIVE_LIMIT)
+    return y
 
 
 @triton.jit
@@ -84,14 +109,6 @@ def flag_tile(flag_ptr, y, start_m, start_n, M, N, LIMIT: tl.constexpr, POSITIVE
             flag |= tl.max((mask & (bits - first <= last - first)).to(tl.int32)) << kind
         if flag != 0:
             tl.atomic_or(flag_ptr, flag, sem="relaxed")
-
-
-@triton.jit
-def add_bias(y, bias_ptr, offs_n, N):
-    """y + bias[offs_n], for a float32 tile; y where there is no bias."""
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    return y
 
 
 @triton.jit

@@ -26,8 +26,7 @@ from ._linear_epilogue_triton import (
     LIMITS,
     SQUARE_LIMITS,
     activated,
-    add_bias,
-    flag_nonfinite,
+    add_bias_and_flag,
     flag_tile,
     mask_and_sum,
     relu_in_place,
@@ -120,8 +119,8 @@ def linear_relu_tma_kernel(
     bias_ptr, flag_ptr,  # input: (N,) or None; output: int32, or-ed into, or None
     M, N, K, num_programs,  # sizes
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EPILOGUE_SUBTILE: tl.constexpr,  # meta
-    FLAG_TILE: tl.constexpr, LIMIT: tl.constexpr, POSITIVE_LIMIT: tl.constexpr, SQUARED: tl.constexpr,
-    DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+    FLAG_TILE: tl.constexpr, LIMIT: tl.constexpr, POSITIVE_LIMIT: tl.constexpr, FLAG_PRODUCT: tl.constexpr,
+    SQUARED: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """y = relu(x @ w.T + bias), or its square, flagged before ReLU, by bulk copies. Persistent: a program takes every
     num_programs-th tile."""
@@ -133,8 +132,10 @@ def linear_relu_tma_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for start_k in range(0, K, BLOCK_K):
             acc = _dot(x_desc.load([start_m, start_k]), w_desc.load([start_n, start_k]).T, acc, INTERPRETED)
-        acc = add_bias(acc, bias_ptr, start_n + tl.arange(0, BLOCK_N), N)
-        flag_nonfinite(flag_ptr, acc, start_m, start_n, M, N, LIMIT, POSITIVE_LIMIT, FLAG_TILE)
+        acc = add_bias_and_flag(
+            acc, bias_ptr, flag_ptr, start_n + tl.arange(0, BLOCK_N), start_m, start_n, M, N,
+            LIMIT, POSITIVE_LIMIT, FLAG_TILE, FLAG_PRODUCT, INTERPRETED,
+        )  # fmt: skip
         _store_activated_tma(y_desc, acc, start_m, start_n, EPILOGUE_SUBTILE, SQUARED, DTYPE, INTERPRETED)
 
 
@@ -164,8 +165,10 @@ def linear_relu_kernel(
         acc = _dot(x, w, acc, INTERPRETED)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    acc = add_bias(acc, bias_ptr, offs_n, N)
-    flag_nonfinite(flag_ptr, acc, start_m, start_n, M, N, LIMIT, POSITIVE_LIMIT, FLAG_TILE)
+    acc = add_bias_and_flag(
+        acc, bias_ptr, flag_ptr, offs_n, start_m, start_n, M, N,
+        LIMIT, POSITIVE_LIMIT, FLAG_TILE, False, INTERPRETED,
+    )  # fmt: skip
     _store_activated(y_ptr, acc, start_m, start_n, M, N, EPILOGUE_SUBTILE, SQUARED, DTYPE, INTERPRETED)
 
 
@@ -262,7 +265,7 @@ def gemm(
                 TensorDescriptor.from_tensor(x, [tile.BLOCK_M, BLOCK_K]),
                 TensorDescriptor.from_tensor(w, [tile.BLOCK_N, BLOCK_K]),
                 TensorDescriptor.from_tensor(y, [tile.BLOCK_M, tile.BLOCK_N // tile.EPILOGUE_SUBTILE]),
-                bias, flags, M, N, K, num_programs, **meta,
+                bias, flags, M, N, K, num_programs, FLAG_PRODUCT=capability_major >= 10, **meta,
             )  # fmt: skip
         else:
             linear_relu_kernel[(num_tiles,)](x, w, y, bias, flags, M, N, K, x.stride(0), w.stride(0), **meta)

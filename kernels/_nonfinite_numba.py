@@ -11,7 +11,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from ._common_numba import SOURCE, compiled, pointer
+from ._common_numba import SOURCE, called_directly, pointer
 
 SMALL = 1 << 14  # elements: beyond, torch's sum is as fast and has threads
 
@@ -29,26 +29,21 @@ def _make(integer: Any, fingerprint: int) -> Any:
             largest = max(largest, integer(x[i] & magnitude))
         return largest < limit
 
-    return compiled(magnitudes_below)
+    return called_directly(magnitudes_below, "boolean(intp, intp, int64)")
 
 
 _BY_SIZE = {np.dtype(integer).itemsize: _make(integer, _FINGERPRINT) for integer in (np.int16, np.int32, np.int64)}
 _AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_kernels: dict[tuple[torch.dtype, float], tuple[Any, int]] = {}
+_kernels: dict[torch.dtype, tuple[Any, int]] = {}
 
 
-def magnitudes_below(tensor: Tensor, limit: float = math.inf) -> bool:
-    """Whether all magnitudes are below a limit; a NaN is not.
-
-    Args:
-        tensor: contiguous, on the CPU; float32, bfloat16, float16 or float64.
-        limit: a number of its dtype.
-    """
-    found = _kernels.get((tensor.dtype, limit))
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all elements of a contiguous tensor on the CPU are finite: float32, bfloat16, float16 or float64."""
+    found = _kernels.get(tensor.dtype)
     if found is None:  # the bits of positive floats are in the order of their values
         size = tensor.dtype.itemsize
-        bits = torch.tensor(limit, dtype=tensor.dtype, device="cpu").view(_AS_INTEGERS[size])
-        found = _kernels[tensor.dtype, limit] = _BY_SIZE[size], int(bits)
-    kernel, bits_of_limit = found
-    below: bool = kernel(tensor.data_ptr(), tensor.numel(), bits_of_limit)
-    return below
+        infinity = torch.tensor(math.inf, dtype=tensor.dtype, device="cpu").view(_AS_INTEGERS[size])
+        found = _kernels[tensor.dtype] = _BY_SIZE[size], int(infinity)
+    kernel, infinity_bits = found
+    finite: bool = kernel(tensor.data_ptr(), tensor.numel(), infinity_bits)
+    return finite

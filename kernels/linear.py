@@ -14,29 +14,33 @@ So where gradients are asked for r is what is kept; elsewhere the GPU's epilogue
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import backends
 from .nonfinite import NAN as NAN  # for the backend too, which imports its own op alone
 from .nonfinite import NEGATIVE_INF as NEGATIVE_INF
 from .nonfinite import POSITIVE_INF as POSITIVE_INF
-from .nonfinite import add_flag_, finite_at_a_look, nonfinite_flag, small_magnitudes_below
+from .nonfinite import add_flag_, nonfinite_flag
 from .tensors import PLAIN, all_plain, settled, wraps_tensors
-from .torch_internals import count_dispatch_modes, is_tracing, is_transforming
+from .torch_internals import count_dispatch_modes, has_tangents, is_tracing, is_transforming
 
 _MODULES = {"numba": None, "triton": "._linear_triton"}  # on a CPU nothing betters torch's GEMM
+_LOOKS = {"numba": "._linear_numba"}  # but what follows it there
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The smallest number of a dtype whose square is rounded to an infinity: 2^(e/2), where its numbers end at 2^e. That
 # before it, smaller by a part s, has a square that is smaller by 2s - s^2, more than half a step.
-_SQUARE_LIMITS = {
+SQUARE_LIMITS = {
     dtype: 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] // 2) for dtype in (*_TRITON_DTYPES, torch.float64)
 }
 
@@ -114,7 +118,7 @@ def linear_relu(
         else:
             op = _FunctorchLinearReLU.apply if is_transforming() else _op
             r, flag = op(*_operands(input, weight, bias), squared)
-            if not torch.compiler.is_compiling() and is_tracing():
+            if not is_compiling() and is_tracing():
                 warnings.warn("torch.jit.trace drops flags that are no input of what it traces", stacklevel=2)
             flags.bitwise_or_(flag)
         return r.square() if squared else r
@@ -133,17 +137,23 @@ def _is_ordinary(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tens
 
     Most calls go this way, and small ones are as long as what Python asks before them: so each thing is asked once.
     """
-    return (
-        not _is_intercepted()
-        and type(input) in PLAIN
-        and type(weight) in PLAIN
-        and input.is_cpu
-        and weight.is_cpu
-        and weight.dim() == 2
-        and input.is_floating_point()
-        and (bias is None or (type(bias) in PLAIN and bias.is_cpu and bias.dim() == 1 and bias.numel() > 1))
-        and (flags is None or (flags.dtype == torch.int32 and flags.is_cpu and flags.dim() == 1 and flags.numel() == 1))
-        and backends.requested() != "triton"
+    return not (
+        is_dynamo_compiling()
+        or is_transforming()
+        or count_dispatch_modes()
+        or is_tracing()
+        or type(input) not in PLAIN
+        or type(weight) not in PLAIN
+        or not input.is_cpu
+        or not weight.is_cpu
+        or weight.dim() != 2
+        # Where a bias lies torch asks as well. One number it would add to all: so where there may be one, ask more.
+        or (bias is not None and (type(bias) not in PLAIN or bias.dim() != 1 or bias.nbytes <= 8))
+        or (
+            flags is not None
+            and (flags.dtype != torch.int32 or not flags.is_cpu or flags.dim() != 1 or flags.nbytes != 4)
+        )
+        or backends.requested() == "triton"
     )
 
 
@@ -154,33 +164,64 @@ def _on_cpu(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | 
     except RuntimeError:
         _check_operands(input, weight, bias, flags)  # which may say more clearly what is wrong
         raise
-    if flags is not None:
-        _add_flag_(flags, y, squared)
-    r = y.relu_()
+    recorded = y.requires_grad or has_tangents()
+    flag = None if recorded else _one_pass(y, squared, True)
+    if flag is None:
+        if not y.is_floating_point():
+            _check_operands(input, weight, bias, flags)
+        if flags is not None:
+            _add_flag_(flags, y, squared)
+        y = y.relu_()
+    elif flag and flags is not None:
+        flags.bitwise_or_(flag)
     if not squared:
-        return r
-    return r.square() if r.requires_grad else r.square_()
+        return y
+    return y.square() if recorded else y.square_()
+
+
+def _one_pass(y: Tensor, flag_square: bool, activate: bool) -> int | None:
+    """The flag of y, which has become its ReLU if `activate`. None if this is not for y, and nothing was done."""
+    look = _looks(backends.requested(), flag_square).get(y.dtype)
+    if look is None or type(y) not in PLAIN or not y.is_cpu:
+        return None
+    try:
+        size, address = y.nbytes if y.is_contiguous() else 0, y.data_ptr()
+    except RuntimeError:  # of sparse and mkldnn's layouts
+        return None
+    # Those of functionalization have no memory.
+    if size == 0 or address == 0 or (size > look.small and torch.get_num_threads() > 1):
+        return None
+    flag: int = look.kernel(address, size, look.infinity, look.limit, activate)
+    return flag
+
+
+@functools.cache
+def _looks(requested: str, flag_square: bool) -> Mapping[torch.dtype, Any]:
+    """What the numba backend has for dtypes: its `Look`s."""
+    module = None if requested == "triton" else backends.load(torch.device("cpu"), _LOOKS).module
+    return {} if module is None else module.LOOKS[flag_square]
 
 
 def _add_flag_(flags: Tensor, y: Tensor, flag_square: bool) -> None:
     """Or the flag of y, plain, into `flags`, and if flag_square +inf where the square of ReLU overflows."""
-    y = y.detach() if y.requires_grad else y
+    flag = _one_pass(y, flag_square, False)
+    if flag is not None:
+        if flag:
+            flags.bitwise_or_(flag)
+        return
+    y = y.detach()
     if flag_square:
         if not _squares_fit(y):
             flags.bitwise_or_(_square_flag(y))
-    elif not y.is_cpu or backends.requested() == "triton":
+    else:
         add_flag_(flags, y)
-    elif not finite_at_a_look(y):
-        flags.bitwise_or_(nonfinite_flag(y))
 
 
 def _squares_fit(y: Tensor) -> bool:
     """Whether one cheap read finds squares finite, and so y: False where in doubt."""
     if not y.is_cpu:
         return False  # it would wait for the device
-    limit = _SQUARE_LIMITS[y.dtype]
-    if (below := small_magnitudes_below(y, limit)) is not None:
-        return below
+    limit = SQUARE_LIMITS[y.dtype]
     if y.dtype == torch.float16:  # norms beyond 256 are common
         return y.numel() == 0 or max(abs(extreme.item()) for extreme in y.aminmax()) < limit
     norm: float = torch.linalg.vector_norm(y).item()
@@ -189,7 +230,7 @@ def _squares_fit(y: Tensor) -> bool:
 
 def _square_flag(y: Tensor) -> Tensor:
     """The flag of y, and +inf where the square of ReLU overflows."""
-    return nonfinite_flag(y) | (y >= _SQUARE_LIMITS[y.dtype]).any().to(torch.int32) * POSITIVE_INF
+    return nonfinite_flag(y) | (y >= SQUARE_LIMITS[y.dtype]).any().to(torch.int32) * POSITIVE_INF
 
 
 def _check_operands(input: Tensor, weight: Tensor, bias: Tensor | None, flags: Tensor | None) -> None:
@@ -220,7 +261,7 @@ def needs_registered_op(*tensors: Tensor | None) -> bool:
 
 
 def _is_intercepted() -> bool:
-    return torch.compiler.is_compiling() or is_transforming() or count_dispatch_modes() > 0 or is_tracing()
+    return is_compiling() or is_transforming() or count_dispatch_modes() > 0 or is_tracing()
 
 
 def _operands(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

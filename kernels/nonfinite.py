@@ -91,8 +91,8 @@ def finite_at_a_look(tensor: Tensor) -> bool:
         >>> finite_at_a_look(torch.ones(3))
         True
     """
-    if (below := small_magnitudes_below(tensor)) is not None:
-        return below
+    if (finite := _small_is_finite(tensor)) is not None:
+        return finite
     if tensor.dtype in _SUMMABLE:
         return math.isfinite(tensor.sum().item())
     if tensor.dtype == torch.float16 and tensor.numel() > 0:
@@ -101,30 +101,19 @@ def finite_at_a_look(tensor: Tensor) -> bool:
     return False
 
 
-def small_magnitudes_below(tensor: Tensor, limit: float = math.inf) -> bool | None:
-    """Whether all magnitudes are below a limit, and none is NaN; None where this look is not for the tensor.
-
-    Args:
-        tensor: real and floating; plain, with memory of its own.
-        limit: a number of its dtype.
-
-    Example:
-        >>> import torch
-        >>> from initlab.kernels.nonfinite import small_magnitudes_below
-        >>> small_magnitudes_below(torch.ones(3, device="meta")) is None
-        True
-    """
+def _small_is_finite(tensor: Tensor) -> bool | None:
+    """Whether a small tensor is finite, exactly; None where this look is not for it."""
     if type(tensor) not in PLAIN or not tensor.is_cpu or not tensor.is_contiguous() or tensor.dtype.itemsize == 1:
         return None  # what wraps others has no memory that could be read
     requested = backends.requested()
     if requested not in _small_looks:  # to choose again each time would cost more than the look
         module = None if requested == "triton" else backends.load(tensor.device, _MODULES).module
-        _small_looks[requested] = (0, None) if module is None else (module.SMALL, module.magnitudes_below)
-    small, magnitudes_below = _small_looks[requested]
-    return magnitudes_below(tensor, limit) if magnitudes_below is not None and tensor.numel() <= small else None
+        _small_looks[requested] = (0, None) if module is None else (module.SMALL, module.all_finite)
+    small, all_finite = _small_looks[requested]
+    return all_finite(tensor) if all_finite is not None and tensor.numel() <= small else None
 
 
-_small_looks: dict[str, tuple[int, Callable[[Tensor, float], bool] | None]] = {}
+_small_looks: dict[str, tuple[int, Callable[[Tensor], bool] | None]] = {}
 
 
 def nonfinite_flag_fast(tensor: Tensor) -> Tensor:

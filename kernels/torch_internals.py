@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 T = TypeVar("T")
 
@@ -120,6 +121,11 @@ tracing_state: Callable[[], Any] = _own(
 is_tracing: Callable[[], bool] = _own("is_tracing", "_C._is_tracing", lambda: tracing_state() is not None)
 _mode_of: Callable[[Any], Any] | None = _own("_mode_of", "_C._get_dispatch_mode", None)
 _FAKE: Any = _own("_FAKE", "_C._TorchDispatchModeKey.FAKE", None)
+
+
+def has_tangents() -> bool:
+    """Whether tensors may carry derivatives forward, outside of torch.func. Where torch doesn't tell, they may."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def fake_mode_is_active() -> bool:

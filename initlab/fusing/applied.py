@@ -13,21 +13,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from initlab.kernels.torch_internals import is_transforming
 
 from ..nn import LinearReLU
-
-_MARK = "_initlab_applied"
 
 
 class FusedLinear(LinearReLU):
     """The LinearReLU in the place of an nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             return self._scripted(input)
-        y = super().forward(input)
+        y = LinearReLU.forward(self, input)
         _mark(y)
         return y
 
@@ -39,9 +39,9 @@ class AppliedReLU(nn.ReLU):
     """In the place of an nn.ReLU after a fused layer."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             return F.relu(input)
-        if torch.compiler.is_compiling():  # in place it would change what the gradient of the first one needs
+        if is_dynamo_compiling():  # in place it would change what the gradient of the first one needs
             return F.relu(input)
         return input if _take_mark(input) else F.relu(input, self.inplace)
 
@@ -63,15 +63,15 @@ class AppliedFunction:
 @torch.jit.unused
 def _mark(y: Tensor) -> None:
     """Note on a tensor that it has been through ReLU, and in which version."""
-    if torch.compiler.is_compiling() or not isinstance(y, Tensor) or y.is_inference() or is_transforming():
+    if is_dynamo_compiling() or is_transforming() or not isinstance(y, Tensor) or y.is_inference():
         return  # symbols have no versions, nor have inference tensors; torch.func counts none
-    setattr(y, _MARK, y._version)
+    y._initlab_applied = y._version  # type: ignore[attr-defined]
 
 
 @torch.jit.unused
 def _take_mark(y: Tensor) -> bool:
     """Whether a tensor is what a fused layer put out, unchanged and for the first time."""
-    if torch.compiler.is_compiling() or not isinstance(y, Tensor):
+    if is_dynamo_compiling() or not isinstance(y, Tensor):
         return False
-    version = y.__dict__.pop(_MARK, None)
+    version = y.__dict__.pop("_initlab_applied", None)
     return version is not None and version == y._version

@@ -1,5 +1,6 @@
 """benchmarks/static_cost.py: what the compiled GPU kernels cost, held to their bounds. No GPU is needed."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -91,18 +92,29 @@ def test_clipping_kernels_compile_for_every_target(target, costs):
         assert wide or not cost["kernel"].endswith("kernel"), cost
 
 
+MADE_OF = {  # matrix products from shared memory and bulk copies both ways, where there are such
+    "sm_80": {"HMMA", "LDGSTS"},
+    "sm_90": {"HGMMA", "UTMALDG", "UTMASTG"},
+    "sm_100": {"UTCHMMA", "UTMALDG", "UTMASTG"},
+}
+COPIES = {"sm_80": 1, "sm_90": 1, "sm_100": 2}  # of the epilogue: that of a program's last tile stands alone
+
+
 @pytest.mark.long
-def test_linear_relu_on_hopper(costs):
-    """Matrix products from shared memory, bulk copies both ways, nothing spilled, a flag for 2 instructions or less."""
-    found = {(c["kernel"].partition(": ")[2], c["element"]): c for c in costs(["sm_90"], "linear_relu 128x256: relu")}
-    for element in ("bf16", "fp32"):
-        for kind in ("relu, bias", "relu squared, bias"):
-            for variant in (kind, f"{kind}, maximum", f"{kind}, flag"):
-                cost = found[variant, element]
-                assert cost["local_bytes"] == 0, cost
-                assert {op.split(".")[0] for op in cost["products"]} == {"HGMMA", "UTMALDG", "UTMASTG"}, cost
-            flag = found[f"{kind}, maximum", element]["per_element"] - found[kind, element]["per_element"]
-            assert 0 < flag <= 2, (element, flag)
+@pytest.mark.parametrize("target", MADE_OF)
+def test_linear_relu_flags_for_two_instructions(target, costs):
+    """An element's flag costs 2 instructions or less, by every tile; nothing is spilled."""
+    tiles = {"sm_80": ("128x128", "64x64"), "sm_90": ("128x256", "128x128", "64x128"), "sm_100": ("128x128", "64x128")}
+    names = [f"linear_relu {tile}: relu" for tile in tiles[target]]
+    found = {(cost["kernel"], cost["element"]): cost for cost in costs([target], *names)}
+    for element, name, kind in itertools.product(("bf16", "fp32"), names, (", bias", " squared, bias")):
+        plain, flag, maximum = (found[name + kind + more, element] for more in ("", ", flag", ", maximum"))
+        for cost in (plain, flag, maximum):
+            assert cost["local_bytes"] == 0, cost
+            assert {op.split(".")[0] for op in cost["products"]} == MADE_OF[target], cost
+            assert cost["copies"] == COPIES[target], cost
+        added = (maximum["per_element"] - plain["per_element"]) / COPIES[target]
+        assert 0 < added <= 2, (element, name, kind, added)
 
 
 PRODUCTS = {"sm_80": {"HMMA"}, "sm_100": {"UTCHMMA"}, "gfx942": None}

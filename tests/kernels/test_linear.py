@@ -362,7 +362,7 @@ def test_square_limits_of_every_16_bit_number(dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite() & (x > 0)]
     overflows = x.square().isinf()
-    assert torch.equal(x >= linear_op._SQUARE_LIMITS[dtype], overflows)
+    assert torch.equal(x >= linear_op.SQUARE_LIMITS[dtype], overflows)
     assert torch.equal(x.float().view(torch.int32) >= epilogue.SQUARE_LIMITS[dtype], overflows)
     # And of float32 accumulators, before they are rounded: every one within two steps of the limit.
     step = 1 << (16 if dtype == torch.bfloat16 else 13)
@@ -373,10 +373,60 @@ def test_square_limits_of_every_16_bit_number(dtype):
 
 def test_square_limits_of_the_larger_types():
     for dtype in (torch.float32, torch.float64):
-        limit = torch.tensor(linear_op._SQUARE_LIMITS[dtype], dtype=dtype)
+        limit = torch.tensor(linear_op.SQUARE_LIMITS[dtype], dtype=dtype)
         assert limit.square().isinf()
         assert limit.nextafter(torch.zeros((), dtype=dtype)).square().isfinite()
     assert torch.tensor(epilogue.SQUARE_LIMITS[torch.float32], dtype=torch.int32).view(torch.float32) == 2.0**64
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_one_pass_gives_the_bits_of_torch(serving, backend, dtype):
+    """Zeros and NaNs of both signs, infinities and what is next to them, in and between the chunks of the pass."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, INF, -INF, NAN], dtype=torch.float64, device=DEVICE).to(dtype)
+    special = torch.cat((special, -special[-1:]))
+    finite = special[:4].view(integers)
+    edges = torch.cat((finite, special[4:6].view(integers) - 1)).view(dtype)  # the largest numbers
+    with serving(backend):
+        for n, kinds_of in itertools.product((1, 7, 4096, 4097, 20_000), ("finite", "infinite", "all")):
+            values = {"finite": edges, "infinite": torch.cat((edges, special[4:6])), "all": special}[kinds_of]
+            y = values[torch.arange(n, device=DEVICE) * 5 % len(values)]
+            if kinds_of != "finite" and n > 4096:
+                y[:4096] = y[:4096].nan_to_num(1.0, 1.0, 1.0)  # what is not finite lies in a later chunk alone
+            # A product with one row that adds 0 to the bias: what is tested is what follows the product.
+            flags = new_flag()
+            x, w = torch.zeros(1, 1, dtype=dtype, device=DEVICE), torch.zeros(n, 1, dtype=dtype, device=DEVICE)
+            product = F.linear(x, w, y)
+            ours = linear_relu(x, w, y, flags=flags)
+            theirs = torch.relu(product)
+            assert torch.equal(ours.isnan(), theirs.isnan())  # torch has several NaNs
+            assert torch.equal(*(r.masked_fill(r.isnan(), 0).view(integers) for r in (ours, theirs))), (n, kinds_of)
+            assert int(flags) == kinds(product)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own call
+def test_derivatives_forward_pass_through():
+    """The pass over memory would leave a tangent as it was."""
+    x, w, b = (t.detach() for t in operands())
+    tangent = torch.ones_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        for activation, theirs in ACTIVATIONS.items():
+            y = linear_relu(dual, w, b, flags=new_flag(), activation=activation)
+            expected = theirs(F.linear(dual, w, b))
+            for ours, its in zip(*map(torch.autograd.forward_ad.unpack_dual, (y, expected)), strict=True):
+                assert torch.equal(ours, its)
+
+
+def test_layouts_without_memory_of_their_own():
+    x, w, b = (t.detach().float() for t in operands(lead=(3,)))
+    expected = F.relu(F.linear(x, w, b))
+    functional = linear_relu(torch._to_functional_tensor(x), torch._to_functional_tensor(w))
+    assert torch.equal(torch._from_functional_tensor(functional), F.relu(F.linear(x, w)))
+    if DEVICE == "cpu":
+        assert torch.equal(linear_relu(x.to_sparse(), w, flags=new_flag()), F.relu(F.linear(x, w)))
+        assert torch.allclose(linear_relu(x.to_mkldnn(), w.to_mkldnn(), b.to_mkldnn()).to_dense(), expected)
 
 
 def operands(dtype=torch.float64, lead=(3, 2)):
@@ -699,7 +749,9 @@ def test_where_numba_is_asked_for_torch_serves(serving):
 linear = pytest.importorskip("initlab.kernels._linear_triton")
 epilogue = pytest.importorskip("initlab.kernels._linear_epilogue_triton")
 COMPILED = not linear.INTERPRETED  # for a GPU, or an emulated one, which computes in TF32
-CAPABILITIES = [linear._device(DEVICE.index or 0)[0]] if COMPILED else [8, 9]  # 10 has tiles of 9
+CAPABILITIES = [linear._device(DEVICE.index or 0)[0]] if COMPILED else [8, 9, 10]
+if CAPABILITIES == [9]:  # it can run what is made for 10, whose products are not emulated
+    CAPABILITIES.append(10)
 TILES = [(major, tile) for major in CAPABILITIES for tile in linear.TILES.get(major, ())]
 
 
