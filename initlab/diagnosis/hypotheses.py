@@ -20,7 +20,7 @@ from .fixes import smaller_rate
 from .limits import LIMITS
 from .outcomes import Outcome, falls, much_better, settled
 from .probes import TrainingStep
-from .report import Cause
+from .report import Cause, Kind
 
 Observe = Callable[[TrainingStep, int], list[Cause]]
 
@@ -232,7 +232,7 @@ def _with_both_scaled(
     return [tried, *(one for one in results if one not in pair.values())]
 
 
-_SCALED = ("input", "target")
+_SCALED: tuple[Kind, ...] = ("input", "target")
 
 
 def _try(training_step: TrainingStep, found: Finding, untreated: Outcome, budget: Budget) -> Tried:
