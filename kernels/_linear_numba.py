@@ -74,8 +74,9 @@ class Look(NamedTuple):
 
 
 def _look(dtype: torch.dtype, limit: float) -> Look:
-    bits = torch.tensor([math.inf, limit], dtype=dtype, device="cpu").view(_INTEGERS[dtype.itemsize]).tolist()
-    return Look(_BY_SIZE[dtype.itemsize], *bits, _SMALL * dtype.itemsize)
+    numbers = torch.tensor([math.inf, limit], dtype=dtype, device="cpu")
+    infinity, first = numbers.view(_INTEGERS[dtype.itemsize]).tolist()
+    return Look(_BY_SIZE[dtype.itemsize], infinity, first, _SMALL * dtype.itemsize)
 
 
 # By whether the square of ReLU is to be finite too, and dtype.
