@@ -51,8 +51,10 @@ def as_rest(app, what, name, obj, options, lines):
 
 
 def reach_by_keyboard(app, pagename, templatename, context, doctree):
-    """A block that scrolls can be reached without a mouse. Nothing asks a server for MathJax."""
+    """A block that scrolls is reached without a mouse, a heading has a level. Nothing asks a server for MathJax."""
     context["body"] = re.sub(r"<pre(?=>)", '<pre tabindex="0"', context.get("body", ""))
+    for tree in ("furo_navigation_tree", "body"):
+        context[tree] = (context.get(tree) or "").replace('role="heading">', 'role="heading" aria-level="2">')
     context["script_files"] = [file for file in context["script_files"] if "mathjax" not in str(file).lower()]
 
 

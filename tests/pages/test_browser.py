@@ -1,8 +1,11 @@
-"""Pages in Chromium: three widths, light and dark; no request, no error, marks in every plot, no serious fault."""
+"""Pages in Chromium, reports and the site: several widths, light and dark; no request, no error, no serious fault."""
 
+import functools
+import http.server
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -135,4 +138,53 @@ def test_a_script_that_is_not_ours_does_not_run(browser, reports, tmp_path):
     page.goto(path.as_uri())
     assert page.title() != "ran"
     assert refused == [("http://a.invalid/b", "csp")]
+    context.close()
+
+
+SITE = Path(__file__).resolve().parents[2] / "build" / "site"
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/favicon.ico":  # browsers ask for one by themselves
+            self.send_response(204)
+            self.end_headers()
+        else:
+            super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The address of the site that `make docs` has built, served from here."""
+    if not (SITE / "index.html").exists():
+        pytest.skip("there is no build/site: make docs builds it, and make test-all does so first")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(SITE)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index", "getting-started", "my-loss-is-inf.zh-CN", "models", "api"])
+def test_a_page_of_the_site(name, scheme, browser, site):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    context = browser.new_context(color_scheme=scheme)
+    page = context.new_page()
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.goto(f"{site}/{name}.html")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if name != "api":  # axe takes minutes for its 10,000 elements; it has none of a kind that the others lack
+        found = axe.run(page).response["violations"]
+        assert [one for one in found if one["impact"] in ("serious", "critical")] == []
+    assert all(url.startswith((site, "data:")) for url in asked), asked
+    assert said == []
     context.close()
