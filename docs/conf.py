@@ -12,7 +12,6 @@ html_title = f"initlab {release}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["pictures"]
 language = "en"
 
 myst_enable_extensions = ["colon_fence"]

@@ -99,7 +99,7 @@ def lines(name, title, about, x_label, y_label, found, ceiling=None):
         axes.grid(axis="x", visible=False)
         log_limits(axes, [v for values in found.values() for v in values])
         for (label, values), (color, marker) in zip(found.items(), LOOKS, strict=False):
-            series(axes, range(1, len(values) + 1), values, label, color=color, marker=marker)
+            series(axes, range(1, len(values) + 1), values, label, color=color, marker=marker, bad=color)
         whole_ticks(axes, max(map(len, found.values())))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

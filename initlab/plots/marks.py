@@ -81,6 +81,7 @@ def series(
     *,
     color: str = FIRST,
     marker: str = "o",
+    bad: str = SECOND,
     line: bool = True,
     filled: bool = True,
 ) -> None:
@@ -101,7 +102,7 @@ def series(
     )
     size = 3.5 if dense else 7
     edge(axes, [at for at, v in pairs if v == 0], 0.02, color, "v", size)
-    edge(axes, [at for at, v in pairs if not math.isfinite(v)], 0.97, SECOND, "X", size)
+    edge(axes, [at for at, v in pairs if not math.isfinite(v)], 0.97, bad, "X", size)
 
 
 def edge(axes: Any, x: Sequence[float], height: float, color: str, marker: str, size: float = 7) -> None:
