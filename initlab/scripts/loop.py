@@ -21,6 +21,7 @@ from .steps import Start
 from .tape import Event
 
 EARLY = 10  # steps whose mean is compared
+_RAISED = 2.0  # times the rate that an optimizer was made with; a warm-up ends at 1
 _FALL = 0.99  # of the first steps' mean: what counts as fallen
 _RISE = 2.0  # times the first steps' mean: what counts as risen
 _LITTLE = 0.9  # of the first steps' mean: what is left of a loss that may be held back
@@ -140,6 +141,25 @@ def causes_in_loop(line: Line, optimizers: Optimizers, severity: Severity) -> It
             {"rate": 0.0, "initial rate": planned},
             look if planned else "# give the optimizer a rate above 0",
         )
+
+
+def raised_rate(line: Line, optimizers: Optimizers) -> Cause | None:
+    """A schedule that has raised the rate far above what the optimizer was made with, or is to reach."""
+    _, reached = parameters_of(line)
+    for group, rate in rates_of(optimizers.seen, reached):
+        planned = max(float(group.get("initial_lr", 0.0)), float(group.get("max_lr", 0.0)))
+        if 0 < _RAISED * planned < rate:
+            return Cause(
+                "learning rate",
+                "broken",
+                Place(),
+                f"the rate is {rate:.3g} in the step that broke, and the optimizer was made with {planned:g}: its "
+                "schedule has raised it, and the steps with it.",
+                {"rate": rate, "initial rate": planned},
+                "# look at the schedule: print(scheduler.get_last_lr()); a warm-up's factor ends at 1: "
+                "min(1.0, (step + 1) / warmup)",
+            )
+    return None
 
 
 def stuck_parameters(line: Line, optimizers: Optimizers) -> Cause | None:

@@ -24,7 +24,7 @@ from initlab.kernels import all_finite_fast
 from ..diagnosis import Cause, Diagnosis, diagnose_alone, inspect_memory, inspect_objective
 from .course import Answers, answers_of, hardly_moves, unrelated_targets, without_gradients
 from .history import cause_of
-from .loop import EARLY, Line, causes_in_loop, stuck_parameters
+from .loop import EARLY, Line, causes_in_loop, raised_rate, stuck_parameters
 from .optimizers import Optimizers
 from .report import ScriptReport
 from .steps import Start, Step, leaves_of, model_of, names_of, optimizer_of
@@ -373,6 +373,8 @@ class _Run:
         sure = list(causes_in_loop(seen, self.optimizers, "broken"))
         if sure and found is None:  # what the doctor sees of a late step is what the loop has led to
             late = dataclasses.replace(late or Diagnosis(()), causes=tuple(sure))
+        elif found is None and (late is None or _tells_little(late)) and (cause := raised_rate(seen, self.optimizers)):
+            late = dataclasses.replace(late or Diagnosis(()), causes=(cause,))
         self.report.diagnosis = found or late
 
     def examined_now(self, steps: int) -> Diagnosis | None:

@@ -50,6 +50,20 @@ WRONG = {
         "gradient",
         "not set to zero",
     ),
+    "a warm-up without an end": (
+        """
+        model = net(1)
+        opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: (step + 1) / 10)
+        for a, b, _ in batches(2000):
+            opt.zero_grad()
+            F.mse_loss(model(a), b).backward()
+            opt.step()
+            schedule.step()
+        """,
+        "learning rate",
+        "its schedule has raised it",
+    ),
     "no step": (
         """
         model = net(1)
@@ -289,6 +303,16 @@ def test_the_first_cause(tmp_path, name):
 
 
 RIGHT = {
+    "one cycle": """
+        model = net(1)
+        opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.05, total_steps=120)
+        for a, b, _ in batches(120):
+            opt.zero_grad()
+            F.mse_loss(model(a), b).backward()
+            opt.step()
+            schedule.step()
+        """,
     "manual steps": """
         model = net(1)
         for a, b, _ in batches(60):
