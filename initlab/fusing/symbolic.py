@@ -329,9 +329,12 @@ def _begins_with_relu(module: nn.Module) -> bool:
     """Whether all that a module without state does with its one input begins with ReLU: its square, for one."""
     forward = type(module).forward
     code = getattr(forward, "__code__", None)
-    if {*module.__dict__} - {*nn.Module().__dict__} or module._parameters or module._buffers or module._modules:
+    if code is None or changes_more_than_its_result(code) or module._parameters or module._buffers or module._modules:
         return False
-    if code is None or changes_more_than_its_result(code):
+    held = {*module.__dict__} - {*nn.Module().__dict__}  # transformers marks each module, and no forward reads the mark
+    read = {name for part in nested(code) for name in part.co_names}
+    methods = {*dir(type(module))} - {*dir(nn.Module)} | {"forward", "getattr", "vars"}  # which may read anything
+    if read & held or (held and read & methods):
         return False
     paths = [*itertools.islice(_paths(module), _VARIANTS)]
     return 0 < len(paths) < _VARIANTS and all(path.error is None and _reads_by_relu(path.graph) for path in paths)

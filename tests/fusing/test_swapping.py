@@ -774,3 +774,32 @@ def test_watch_names_the_fused_layer(case, bad):
         model(torch.randn(3, 6))
     fault = watching.report().fault
     assert (fault.module, fault.cause) == (name, "parameter")
+
+
+class Chosen(nn.Module):
+    """A module that begins with ReLU, or does not: that is for an attribute to say."""
+
+    def __init__(self, activate):
+        super().__init__()
+        self.activate = activate
+
+    def forward(self, x):
+        return (torch.relu(x) if self.activate else x) * 2
+
+
+class ReluThenSquare(nn.Module):
+    def forward(self, x):
+        return torch.relu(x).square()
+
+
+def test_a_mark_that_no_forward_reads_is_no_state():
+    """transformers sets _is_hf_initialized on every module of a model, activations too."""
+    model = nn.Sequential(nn.Linear(8, 16), ReluThenSquare(), nn.Linear(16, 16), Chosen(False))
+    for module in model.modules():
+        module._is_hf_initialized = True
+    x = torch.randn(4, 8)
+    expected = model(x)
+    report = initlab.fuse_linear_relu(model)
+    assert isinstance(model[0], initlab.LinearReLU), report
+    assert not isinstance(model[2], initlab.LinearReLU), report
+    assert torch.equal(model(x), expected)
