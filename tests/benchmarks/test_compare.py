@@ -73,7 +73,9 @@ def test_the_chance_is_scipys(sizes):
 @pytest.mark.long  # pytest-benchmark is among the requirements of the long tests
 def test_a_run_of_the_suites_writes_what_it_reads(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    environment = {**os.environ, "INITLAB_BENCH_RESULTS": str(path), "INITLAB_BENCH_ELEMENTS": "65536"}
+    # A worker of pytest-xdist disables benchmarks in what it starts, too.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**inherited, "INITLAB_BENCH_RESULTS": str(path), "INITLAB_BENCH_ELEMENTS": "65536"}
     suite = f"{_PATH.parent / 'bench_sampling.py'}::test_sampling"
     command = [
         sys.executable,
