@@ -193,6 +193,12 @@ class Fitting:
         task = self.tasks.get(id(unit.ref.tensor))
         if task is None or out.numel() == 0 or (name in LOOKUPS and not unit.is_lookup):
             return out
+        assert task.spec is not None
+        if task.spec.fitted == "never":
+            raise ValueError(
+                f"{unit.name} (in {unit.ref.owner}) is a layer's weight, and the rule that the recipe has for it gives "
+                f"no distribution, so that it would be scaled after all. {self._way_out([unit.ref.name])}"
+            )
         if id(task.ref) in self.unwritten:
             self._begin(task)
             if not direct:
@@ -316,12 +322,8 @@ class Fitting:
         for weight in self.weights.values():
             variance = weight.measured(Moments.pooled(weight.calls)) if weight.calls else math.nan
             if not LOW <= variance <= HIGH:
-                missing.append(
-                    (
-                        weight.unit.ref.name,
-                        f"{weight.told}: the nearest variance of its output is {weight.absolute(variance)}",
-                    )
-                )
+                nearest = f"the nearest variance of its output is {weight.absolute(variance)}"
+                missing.append((weight.unit.ref.name, f"{weight.told}: {nearest}"))
         if missing:
             names = [name for name, _ in missing]
             raise ValueError(
@@ -365,9 +367,7 @@ class Fitting:
         tasks = list(self.plan.tasks)
         for place, task in enumerate(tasks):
             if (found := fits.get(id(task.ref.tensor))) is not None:
-                spec = dataclasses.replace(
-                    self._spec(task), guess=False, fitted=""
-                )  # the pass has shown that it is a weight
+                spec = dataclasses.replace(self._spec(task), guess=False, fitted="")  # the pass has shown: a weight
                 tasks[place] = task._replace(spec=spec, fits=tuple(found))
             elif self._is_kept(task):
                 why = f"kept as it is: no weight, {self.products.elementwise[task.ref]} element by element"
@@ -383,7 +383,7 @@ def _wants_fit(task: Task) -> bool:
 
 def _is_open(task: Task) -> bool:
     """Whether only a pass can tell if it is a weight: until then it keeps its values."""
-    return task.spec is not None and task.spec.fitted == "always" and task.spec.guess
+    return task.spec is not None and task.spec.fitted in ("always", "never") and task.spec.guess
 
 
 def fitted_plan(
@@ -437,9 +437,13 @@ def fitted_plan(
 
 
 def _deviations(plan: Plan) -> dict[str, str]:
-    """By name, a rule with the value or the deviation that is there, of what is guessed to be a weight."""
-    guessed = (task.ref for task in plan.tasks if _wants_fit(task) and task.spec is not None and task.spec.guess)
-    return {ref.name: _as_it_is(ref.tensor) for ref in guessed}
+    """By name, a rule with the value or the deviation that is there, of what "torch" may have no distribution for."""
+    wanted = [(task.ref, task.spec) for task in plan.tasks if _wants_fit(task)]
+    return {
+        ref.name: _as_it_is(ref.tensor)
+        for ref, spec in wanted
+        if spec is not None and (spec.guess or only_value(ref.tensor) is not None)
+    }
 
 
 def _as_it_is(tensor: Tensor) -> str:
@@ -471,7 +475,7 @@ def _refuse(model: nn.Module, plan: Plan, batch: Any, device: torch.device | Non
             )
     if device is not None:
         raise ValueError("recipe 'lsuv' runs the model where it lies: leave device= out, and move the model before")
-    if not any(map(_wants_fit, plan.tasks)):
+    if not any(task.spec is not None and task.spec.fitted not in ("", "never") for task in plan.tasks):
         raise ValueError(f"recipe {plan.recipe!r} found no weight in the model that it could fit to the batch")
     for task in plan.tasks:
         if not _wants_fit(task):

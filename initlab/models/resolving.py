@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -187,11 +188,16 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
 
         def choose(ref: TensorRef) -> FillSpec | Refused | None:
             whole = view.wholes.get(id(ref.tensor))
+            left = False  # by a rule that matches, and has nothing for it
             for fit, part, asks_parts in prepared:
                 if whole is not None and not asks_parts and any(map(fit, whole.names)):
                     continue  # the rule is for the weight that this is a part of
-                if any(map(fit, ref.names)) and (found := part(ref)) is not None:
-                    return found
+                if not any(map(fit, ref.names)):
+                    continue
+                if (found := part(ref)) is not None:
+                    scaled = left and isinstance(found, FillSpec) and found.fitted
+                    return replace(found, fitted="never") if scaled else found
+                left = True
             return default()(ref)
 
         return choose

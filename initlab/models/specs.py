@@ -36,7 +36,8 @@ class FillSpec:
         program: what computes its values, where no distribution describes them; there are no fills then.
         check: whether the values that a parameter has must be ones that it can have made.
         known_as: by the names that the program has for parameters, those of today, where they differ.
-        fitted: whether it is scaled to a batch: "always", or only where the parameter turns out to be a layer's weight.
+        fitted: whether it is scaled to a batch: "always", or only where the parameter turns out to be a layer's weight;
+            "never" refuses it there, since a rule of its own, which had nothing for it, has asked for another start.
         orthogonal: whether the draws are replaced by the orthogonal matrix that they make.
     """
 
@@ -49,7 +50,7 @@ class FillSpec:
     program: "Program | None" = None
     check: bool = False
     known_as: Mapping[str, str] = field(default_factory=dict)
-    fitted: Literal["", "if a weight", "always"] = ""
+    fitted: Literal["", "if a weight", "always", "never"] = ""
     orthogonal: bool = False
 
     @property

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -473,6 +474,23 @@ def test_parameters_that_are_no_weights_are_kept():
     again.mask.copy_(model.mask)
     initlab.init_model_(again, 0, report, values=kept)
     assert_same(after, state(again))
+
+
+def test_a_weight_whose_own_rule_has_nothing_for_it_is_refused():
+    """{"w": "torch", "*": "lsuv"} asks that w is not scaled, and torch says nothing of a bare parameter."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    for values in (torch.full((16, 16), 0.5), torch.randn(16, 16)):
+        model = Free(torch.matmul)
+        model.w.data.copy_(values)
+        before = state(model)
+        for rule in ("torch", lambda ref: None):
+            with pytest.raises(ValueError, match="rule that the recipe has for it gives no distribution") as raised:
+                fit(model, x, {"w": rule, "*": "lsuv"})
+            assert_same(before, state(model))
+        told = re.search(r"recipe=(\{.*\})", str(raised.value))
+        fit(model, x, eval(told[1], {"Constant": Constant, "Normal": Normal}))
+        assert float(model.w.detach().std()) == pytest.approx(float(values.std()), rel=0.15)
 
 
 @torch.library.custom_op("initlab_tests::mm", mutates_args=())
