@@ -4,6 +4,8 @@ import contextlib
 import doctest
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,35 +14,55 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+SHOWN = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 PAGES = [
-    *(("README.md", 3), ("docs/getting-started.md", 3), ("docs/which-init.md", 1), ("docs/my-loss-is-inf.zh-CN.md", 1)),
-    *(("docs/sampling.md", 1), ("docs/linear-relu.md", 2), ("docs/guard.md", 4)),
+    "README.md",
+    "CONTRIBUTING.md",
+    "examples/README.md",
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
-SLOW = ("docs/guard.md", "docs/my-loss-is-inf.zh-CN.md")  # diagnoses take seconds
+BLOCKS = [
+    pytest.param(page, number, id=f"{page}-{number}")
+    for page in sorted(PAGES)
+    if page != "docs/stack.md"  # tests/integrations/test_stack.py
+    for number in range(len(SHOWN.findall((ROOT / page).read_text())))
+]
+# Diagnoses take seconds, as does the import of a library.
+SLOW = (
+    "docs/guard.md",
+    "docs/models.md",
+    "docs/my-loss-is-inf.md",
+    "docs/my-loss-is-inf.zh-CN.md",
+    "docs/distributed.md",
+)
 
 
-@pytest.mark.parametrize(("page", "blocks"), PAGES)
-@pytest.mark.long_if(lambda page, blocks: page in SLOW)
+@pytest.mark.parametrize(("page", "number"), BLOCKS)
+@pytest.mark.long_if(lambda page, number: page in SLOW)
 @pytest.mark.filterwarnings("default")  # as for a reader
-def test_code_runs_and_prints_what_the_page_shows(page, blocks, tmp_path, monkeypatch):
-    """Blocks run as a reader would paste them, alone where they import what they use, else one after the other.
-
-    `...` stands for lines left out.
-    """
+def test_code_runs_alone_and_prints_what_the_page_shows(page, number, tmp_path, monkeypatch):
+    """A block runs as a reader would paste it, under torchrun where it says so. `...` stands for lines left out."""
     monkeypatch.chdir(tmp_path)  # some of the code writes where it runs
-    shown = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", (ROOT / page).read_text(), re.DOTALL)
-    assert len(shown) == blocks
-    torch.manual_seed(0)
-    scope = {}
-    exec("import torch, initlab", scope)
-    for code, wanted in shown:
-        if code.startswith("import torch, initlab\n"):
-            scope = {}
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, page, "exec"), scope)
-        same = doctest.OutputChecker().check_output(wanted, printed.getvalue(), doctest.ELLIPSIS)
-        assert same, f"the page shows\n{wanted}\nand its code prints\n{printed.getvalue()}"
+    code, wanted = SHOWN.findall((ROOT / page).read_text())[number]
+    if command := re.match(r"# (\w+\.py).*: torchrun (.*)\n", code):
+        printed = under_torchrun(command[1], command[2].split(), code)
+    else:
+        torch.manual_seed(0)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, page, "exec"), {})
+        printed = out.getvalue()
+    same = doctest.OutputChecker().check_output(wanted, printed, doctest.ELLIPSIS)
+    assert not wanted or same, f"the page shows\n{wanted}\nand its code prints\n{printed}"
+
+
+def under_torchrun(name, arguments, code):
+    """What a script prints that is saved here under its name."""
+    Path(name).write_text(code)
+    run = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_chinese_readme_shows_the_same():

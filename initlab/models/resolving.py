@@ -131,7 +131,7 @@ def _refuse_function(function: Any, where: str) -> None:
         raise TypeError(
             f"{where} is {home}.{name}, which fills a tensor; a recipe says which distribution a parameter gets. "
             f"{_TORCH_INIT.get(name, _NO_DISTRIBUTION)}. Any rule of your own is a function from a TensorRef to a "
-            "distribution: recipe=lambda ref: Normal(0.0, 0.02) if ref.tensor.dim() > 1 else None"
+            'distribution: recipe={"*": lambda ref: Normal(0.0, 0.02) if ref.tensor.dim() > 1 else None}'
         )
     if NAMED.get(name) is called:
         raise TypeError(f"{where} is the function recipes.{name}; call it, recipe=initlab.recipes.{name}()")
