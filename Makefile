@@ -20,7 +20,8 @@ SOURCES := setup.py pyproject.toml $(wildcard README.md) $(shell find initlab ke
 .PHONY: demo test test-all docs bench gpu mutants clean
 
 demo: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
-	$(BIN)/initlab demo
+	mkdir -p build
+	$(BIN)/initlab demo --html build/demo.html
 
 # What guards a user's result. The types are checked beside the tests.
 test: $(VENV)/wheel.stamp

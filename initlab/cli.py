@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paged.add_argument("--html", type=_page, metavar="FILE", help="also write the report as a page, FILE.html")
     parser.add_argument("--version", action="version", version=f"initlab {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    demo = commands.add_parser("demo", help="bad starts, a good one and equal bits, on real data")
+    demo = commands.add_parser("demo", parents=[paged], help="bad starts, a good one and equal bits, on real data")
     demo.add_argument("--seed", type=_seed, default=0, help="of every draw in the demo (default: 0)")
     plan = commands.add_parser(
         "plan", parents=[shared, paged], help="which distribution each parameter of a model gets, without touching it"
@@ -166,7 +166,7 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return _doctor(arguments)
     if arguments.command == "scan":
         return _scan(arguments)
-    return _demo(arguments.seed)
+    return _demo(arguments.seed, arguments.html)
 
 
 def _completion(shell: str, parser: argparse.ArgumentParser) -> int:
@@ -210,7 +210,7 @@ def _page(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _demo(seed: int) -> int:
+def _demo(seed: int, page: Path | None) -> int:
     import torch
 
     from initlab.kernels import backend_of
@@ -222,7 +222,7 @@ def _demo(seed: int) -> int:
     except (RuntimeError, ValueError) as error:
         return _failed("demo", error, EX_USAGE)
     try:
-        return 0 if demo.run(demo.Settings(seed=seed), backend) else EX_FAILED
+        return 0 if demo.run(demo.Settings(seed=seed), backend, page) else EX_FAILED
     except demo.DataMissingError as error:
         return _failed("demo", error, EX_FAILED)
 

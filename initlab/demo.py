@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, TypeAlias
 
@@ -37,6 +38,8 @@ from ._console import say
 from .models.digest import ModelDigest, model_digest
 from .models.initialization import init_model_
 from .models.swapping import swap
+from .pages import demo_page, write_page
+from .plots import Panel, curves_panel, ratios_panel
 
 
 class DataMissingError(RuntimeError):
@@ -67,47 +70,59 @@ class Settings:
 
 @dataclass
 class Evidence:
-    """The claims made so far, and whether each of them held."""
+    """The claims made so far, whether each of them held, and what there is to see of them."""
 
-    held: list[bool] = field(default_factory=list)
+    claims: list[tuple[str, bool]] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
 
     def claim(self, text: str, holds: bool) -> None:
         """Print a claim and whether it holds."""
-        self.held.append(bool(holds))
+        self.claims.append((text, bool(holds)))
         say(f"  {'[ok]' if holds else '[FAILED]'} {text}", "green" if holds else "bold red")
 
-    def verdict(self) -> bool:
-        """Print the last line; returns whether everything held, of at least one claim."""
-        failed, total = self.held.count(False), len(self.held)
-        text = f"Verdict: {failed} of {total} claims FAILED." if failed else f"Verdict: all {total} claims hold."
-        say(text, "bold red" if failed else "bold green")
-        return total > 0 and not failed
+    @property
+    def holds(self) -> bool:
+        """Whether everything held, of at least one claim."""
+        return bool(self.claims) and all(held for _, held in self.claims)
+
+    @property
+    def verdict(self) -> str:
+        """The last line."""
+        failed, total = sum(not held for _, held in self.claims), len(self.claims)
+        return f"Verdict: {failed} of {total} claims FAILED." if failed else f"Verdict: all {total} claims hold."
 
 
-def run(settings: Settings, backend: str) -> bool:
+def run(settings: Settings, backend: str, page: Path | None = None) -> bool:
     """Print the whole demo.
 
     Args:
         settings: its size and seed.
         backend: the backend that serves CPU tensors; only numba's is claimed to beat torch.nn.init.
+        page: where to put its pictures and claims as well, as an HTML file.
 
     Returns:
         Whether every claim that it makes holds.
 
     Raises:
         DataMissingError: if scikit-learn is not installed.
+        OSError: if the page cannot be written.
     """
     data = load_digits()
     evidence = Evidence()
     threads = torch.get_num_threads()
-    print(f"initlab's stream {STREAM_VERSION}, {backend} backend; torch {torch.__version__}, {threads} threads")
+    made = f"initlab's stream {STREAM_VERSION}, {backend} backend; torch {torch.__version__}, {threads} threads"
+    print(made)
     with _threads(1):  # a second thread gains little here, and on a busy machine costs tenfold
         show_starts(data, settings, evidence)
         show_training(data, settings, evidence)
     show_gpt2(gpt2_shapes(), settings, backend, evidence)
     show_models(gpt2_model, settings, backend, evidence)
     print()
-    return evidence.verdict()
+    say(evidence.verdict, "bold green" if evidence.holds else "bold red")
+    if page is not None:
+        write_page(page, lambda: demo_page(evidence.verdict, made, evidence.claims, evidence.panels))
+        print(f"Its pictures are in {page}")
+    return evidence.holds
 
 
 @contextmanager
@@ -239,6 +254,16 @@ def show_starts(data: Digits, settings: Settings, evidence: Evidence) -> None:
         print(f"    {depth:5}" + "".join(f"{signals[start].stds[depth - 1]:12.1e}" for start in STARTS))
     print("    loss " + "".join(f"{signals[start].loss:12.4g}" for start in STARTS) + "\n")
 
+    evidence.panels.append(
+        curves_panel(
+            "signal",
+            "Signal by depth, three starts",
+            "Standard deviation of each hidden layer's activations before the first step. A cross is inf.",
+            "hidden layer",
+            "std of activations",
+            {start: signals[start].stds for start in STARTS},
+        )
+    )
     evidence.claim(
         "one stream: He's weights are those of std 1 times sqrt(2 / fan_in), bit for bit",
         all(
@@ -310,6 +335,7 @@ def show_training(data: Digits, settings: Settings, evidence: Evidence) -> None:
 """)
     print("    start       epoch        loss   test right")
     last: dict[str, Epoch] = {}
+    losses: dict[str, list[float]] = {start: [] for start in STARTS}
     finite: dict[str, int] = {}
     began = time.perf_counter()
     for start in STARTS:
@@ -319,8 +345,19 @@ def show_training(data: Digits, settings: Settings, evidence: Evidence) -> None:
             if epoch.number in (1, epochs) or epoch.number % max(1, epochs // 8) == 0:
                 print(f"    {start:<12}{epoch.number:5}{epoch.loss:12.4f}{epoch.accuracy:11.1%}", flush=True)
             last[start] = epoch
+            losses[start].append(epoch.loss)
         finite[start] = sum(int(layer.weight.isfinite().sum()) for layer in linears(model))
     print(f"\n  {time.perf_counter() - began:.0f} s in all, on one thread.")
+    evidence.panels.append(
+        curves_panel(
+            "training",
+            "Loss by epoch, three starts",
+            "Mean cross entropy of each epoch on digits; ln 10 = 2.3 is guessing. A cross is NaN or inf.",
+            "epoch",
+            "loss",
+            losses,
+        )
+    )
     evidence.claim(
         f"std 1: the loss stays {last['std 1'].loss}, {finite['std 1']} weights are still numbers",
         not math.isfinite(last["std 1"].loss) and finite["std 1"] == 0,
@@ -489,18 +526,27 @@ def show_gpt2(shapes: Shapes, settings: Settings, backend: str, evidence: Eviden
         ),
     }
     tensors = {name: torch.zeros(shape) for name, shape in matrices.items()}
-    ratios = []
+    ratios: dict[str, float] = {}
     for function, (fill, names) in races.items():
         elements = sum(tensors[name].numel() for name in names)
         medians = race(fill, [tensors[name] for name in names], settings.rounds)
         theirs, ours = (seconds / elements * 1e9 for seconds in medians)
-        ratios.append(theirs / ours)
-        print(f"    {function:<15}{theirs:7.2f}{ours:10.2f}{ratios[-1]:7.1f}x", flush=True)
+        ratios[function] = theirs / ours
+        print(f"    {function:<15}{theirs:7.2f}{ours:10.2f}{ratios[function]:7.1f}x", flush=True)
     del tensors
+    evidence.panels.append(
+        ratios_panel(
+            "speed",
+            "torch.nn.init's time over initlab.init's",
+            f"The matrices of GPT-2 in float32, in turns, medians of {settings.rounds}; {backend} backend.",
+            "times as fast",
+            {function: [ratio] for function, ratio in ratios.items()},
+        )
+    )
     print(f"    * at 2 sigma, block 0 only: {sum(math.prod(shapes[name]) for name in block):,} parameters")
     if backend == "numba":  # the torch backend is a reference, and slow
         print()
-        evidence.claim("initlab.init is faster, with the same call", min(ratios) > 1)
+        evidence.claim("initlab.init is faster, with the same call", min(ratios.values()) > 1)
 
     distributions: dict[str, Distribution] = {
         "normal": Normal(0.0, 0.02),

@@ -29,6 +29,11 @@ def torch_backend(serving):
         yield
 
 
+def held_by(evidence):
+    """Of each claim, whether it held."""
+    return [held for _, held in evidence.claims]
+
+
 @pytest.fixture(scope="module")
 def few():
     """An eighth of the digits to train on."""
@@ -85,9 +90,24 @@ def test_the_command_loads_only_what_it_needs(python):
 @pytest.mark.parametrize(("held", "status"), [(True, 0), (False, 1)])
 def test_demo_status(held, status, monkeypatch):
     seen = []
-    monkeypatch.setattr(demo, "run", lambda settings, backend: seen.append(settings) or held)
+    monkeypatch.setattr(demo, "run", lambda settings, backend, page: seen.append(settings) or held)
     assert cli.main(["demo", "--seed", "7"]) == status
     assert seen == [demo.Settings(seed=7)]
+
+
+def test_the_demo_leaves_a_page(few, monkeypatch, tmp_path, capsys):
+    """Its claims and pictures, of the parts that need no timing; what fails is said there too."""
+    monkeypatch.setattr(demo, "load_digits", lambda: few)
+    for part in ("show_gpt2", "show_models"):
+        monkeypatch.setattr(demo, part, lambda *arguments: None)
+    page = tmp_path / "demo.html"
+    assert not demo.run(demo.Settings(depth=5, epochs=1, bad_epochs=1), "torch", page)
+    assert capsys.readouterr().out.splitlines()[-1] == f"Its pictures are in {page}"
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "claims FAILED." in text
+    assert text.count("<li>FAILED: ") == 4
+    assert "holds: one stream" in text
 
 
 def test_demo_without_scikit_learn(monkeypatch, capsys):
@@ -258,14 +278,14 @@ def test_what_a_model_file_fails_to_import_is_its_own_error(sources, capsys):
 
 def test_verdict(capsys):
     evidence = demo.Evidence()
-    assert not evidence.verdict()  # no claims are no evidence
+    assert not evidence.holds  # no claims are no evidence
     evidence.claim("one", True)
-    assert evidence.verdict()
+    assert evidence.holds
+    assert evidence.verdict == "Verdict: all 1 claims hold."
     evidence.claim("two", False)
-    assert not evidence.verdict()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1:3] == ["  [ok] one", "Verdict: all 1 claims hold."]
-    assert lines[3:] == ["  [FAILED] two", "Verdict: 1 of 2 claims FAILED."]
+    assert not evidence.holds
+    assert evidence.verdict == "Verdict: 1 of 2 claims FAILED."
+    assert capsys.readouterr().out.splitlines() == ["  [ok] one", "  [FAILED] two"]
 
 
 def test_digits():
@@ -282,14 +302,14 @@ def test_digits():
 def test_starts_of_the_full_network(few, capsys):
     evidence = demo.Evidence()
     demo.show_starts(few, DEEP, evidence)
-    assert evidence.held == [True] * 4, capsys.readouterr().out
+    assert held_by(evidence) == [True] * 4, capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("torch_backend")
 def test_a_shallow_network_survives_any_start(few, capsys):
     evidence = demo.Evidence()
     demo.show_starts(few, demo.Settings(depth=5), evidence)
-    assert evidence.held == [True, False, False, True], capsys.readouterr().out
+    assert held_by(evidence) == [True, False, False, True], capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("torch_backend")
@@ -300,7 +320,7 @@ def test_the_starts_are_compared_bit_by_bit(few, monkeypatch):
     monkeypatch.setitem(demo.STARTS, "He", other_draws)
     evidence = demo.Evidence()
     demo.show_starts(few, DEEP, evidence)
-    assert evidence.held == [False, True, True, True]
+    assert held_by(evidence) == [False, True, True, True]
 
 
 def test_signal_names_the_layer_that_overflows():
@@ -322,7 +342,7 @@ def test_training_claims(few, capsys):
     evidence = demo.Evidence()
     with demo._threads(1):
         demo.show_training(few, DEEP, evidence)
-    assert evidence.held == [True, True, False], capsys.readouterr().out
+    assert held_by(evidence) == [True, True, False], capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("torch_backend")
@@ -332,7 +352,7 @@ def test_training_a_shallow_network(capsys):
     evidence = demo.Evidence()
     with demo._threads(1):
         demo.show_training(demo.load_digits(), settings, evidence)
-    assert evidence.held == [False, False, True], capsys.readouterr().out
+    assert held_by(evidence) == [False, False, True], capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("torch_backend")
@@ -473,7 +493,7 @@ def test_gpt2_claims(backend, seconds, held, monkeypatch, capsys):
     evidence = demo.Evidence()
     shapes = demo.gpt2_shapes(layers=1, width=8, vocabulary=63, positions=10)
     demo.show_gpt2(shapes, demo.Settings(), backend, evidence)
-    assert evidence.held == held
+    assert held_by(evidence) == held
     assert "15 of 15" in capsys.readouterr().out
 
 
@@ -483,7 +503,7 @@ def test_gpt2_claims_fail_on_unequal_bits(monkeypatch, capsys):
     evidence = demo.Evidence()
     shapes = demo.gpt2_shapes(layers=1, width=8, vocabulary=63, positions=10)
     demo.show_gpt2(shapes, demo.Settings(rounds=1), "torch", evidence)
-    assert evidence.held == [False, True]
+    assert held_by(evidence) == [False, True]
     out = capsys.readouterr().out
     assert "9 of 15" in out
     assert out.count("NO") == 6
@@ -500,7 +520,7 @@ def test_whole_models(backend, capsys):
     demo.show_models(small_gpt2, demo.Settings(rounds=1), backend, evidence)
     claims = [line.split("]", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  [")]
     assert len(claims) == (4 if backend == "numba" else 3)
-    assert evidence.held[-3:] == [True] * 3  # whether so small a model is faster says nothing
+    assert held_by(evidence)[-3:] == [True] * 3  # whether so small a model is faster says nothing
 
 
 @pytest.mark.long  # transformers
@@ -524,7 +544,7 @@ def test_whole_models_sees_what_is_broken(monkeypatch, capsys):
     monkeypatch.setattr(demo, "init_model_", by_order)
     evidence = demo.Evidence()
     demo.show_models(Build(), demo.Settings(rounds=1), "torch", evidence)
-    assert evidence.held == [False, False, True]
+    assert held_by(evidence) == [False, False, True]
 
 
 def test_deviations_are_in_standard_errors():
@@ -550,7 +570,7 @@ def test_whole_models_without_transformers(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     evidence = demo.Evidence()
     demo.show_models(demo.gpt2_model, demo.Settings(), "numba", evidence)
-    assert evidence.held == []
+    assert held_by(evidence) == []
     assert "Left out: transformers is not installed; pip install 'initlab[demo]'" in capsys.readouterr().out
 
 

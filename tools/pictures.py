@@ -20,14 +20,10 @@ from torch import nn
 import initlab
 from initlab import demo
 from initlab.pages import layout
-from initlab.plots import style
-from initlab.plots.marks import legend, log_limits, series, whole_ticks
-from initlab.plots.panel import Panel, number
-from initlab.plots.svg import panel_svg
+from initlab.plots import curves_panel, panel_svg
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 DATA = PICTURES / "data"
-LOOKS = [(style.FIRST, "o"), (style.SECOND, "s"), (style.HEALTHY, "^"), (style.THIRD, "D")]
 
 # ---------------------------------------------------------------------------------------------------------------
 # What is measured
@@ -91,28 +87,8 @@ def gpt_start(depth=24, width=256):
 # What is drawn
 
 
-def lines(name, title, about, x_label, y_label, found, ceiling=None):
-    """A panel of series by step or depth, on a logarithmic axis."""
-
-    def draw(figure):
-        axes = figure.add_subplot()
-        axes.grid(axis="x", visible=False)
-        log_limits(axes, [v for values in found.values() for v in values])
-        for (label, values), (color, marker) in zip(found.items(), LOOKS, strict=False):
-            series(axes, range(1, len(values) + 1), values, label, color=color, marker=marker, bad=color)
-        whole_ticks(axes, max(map(len, found.values())))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        legend(axes, 4 if sum(map(len, found)) < 32 else 2)
-
-    ends = "; ".join(
-        f"{label}: {number(values[0])} first, {number(values[-1])} last" for label, values in found.items()
-    )
-    return Panel(name, title, about, f"{about} {ends}.", (), (), draw, 250)
-
-
 PANELS = {
-    "signal-by-depth": lambda found: lines(
+    "signal-by-depth": lambda found: curves_panel(
         "signal-by-depth",
         "Signal by depth, three starts",
         "Standard deviation of each hidden layer's activations before the first step, 40 layers of 256 ReLU units.",
@@ -120,7 +96,7 @@ PANELS = {
         "std of activations",
         found,
     ),
-    "gradient-norm": lambda found: lines(
+    "gradient-norm": lambda found: curves_panel(
         "gradient-norm",
         "Gradient norm, spikes clipped",
         "Norm of all gradients by step, before and after clipping to 1; five batches have inputs 30 times too large.",
@@ -128,7 +104,7 @@ PANELS = {
         "gradient norm",
         found,
     ),
-    "gpt-start": lambda found: lines(
+    "gpt-start": lambda found: curves_panel(
         "gpt-start",
         "Signal by depth of a GPT, four schemes",
         "Standard deviation of the residual stream after each of 24 blocks of an untrained GPT-2, 256 wide.",
