@@ -43,9 +43,12 @@ docs: $(VENV)/wheel.stamp $(VENV)/requirements-docs.stamp
 	cd $(VENV) && $(BIN)/python -m sphinx -q -W --keep-going -b html $(CURDIR)/docs $(CURDIR)/build/site
 	@echo build/site/index.html
 
+# Every suite, then a page of it. A case whose result is not right ends it all.
 bench: export INITLAB_BENCH_RESULTS := $(CURDIR)/benchmarks/results/bench.json
+bench: export INITLAB_BENCH_COMMAND := make bench
 bench: $(VENV)/wheel.stamp $(VENV)/requirements-all.stamp
-	$(BENCH) --benchmark-only $(CURDIR)/benchmarks
+	$(BENCH) --benchmark-only --exitfirst $(CURDIR)/benchmarks
+	$(BIN)/python $(CURDIR)/benchmarks/page.py benchmarks/results/bench.json build/bench.html
 
 # From the bare checkout, with the python at hand: installs nothing. OUT names a folder for the results; DRY=1 runs it
 # without a GPU, at sizes that say nothing; SANITIZE=1 runs the kernels under compute-sanitizer and times nothing.

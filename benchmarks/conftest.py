@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,10 +21,13 @@ import torch
 if importlib.util.find_spec("initlab") is None:  # a bare checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+sys.path.insert(0, str(Path(__file__).parent))  # suites share their gates
+
 import initlab
 
 _rows = []
 _rounds = []
+_left_out = {}
 
 
 def _seconds(call):
@@ -34,19 +38,21 @@ def _seconds(call):
 
 @pytest.fixture
 def versus(benchmark, request):
-    """Time `ours` with pytest-benchmark and, before each of its rounds, `peer` and `floor` once: interleaved."""
+    """Time `ours` with pytest-benchmark and, before each of its rounds, the others once: interleaved."""
 
-    def run(ours, peer, floor, elements, element_size, rounds=7):
-        others = {"peer": [], "floor": []}
+    def run(ours, peer, floor, elements, element_size, rounds=7, others=None, sweep=None):
+        calls = {"peer": peer, **(others or {}), "floor": floor}
+        seconds = {name: [] for name in calls}
 
         def setup():
-            others["peer"].append(_seconds(peer))
-            others["floor"].append(_seconds(floor))
+            for name, call in calls.items():
+                seconds[name].append(_seconds(call))
 
-        ours()  # compiles, and faults the pages in
+        for call in (ours, *(others or {}).values()):
+            call()  # compiles, and faults the pages in
         benchmark.pedantic(ours, setup=setup, rounds=rounds, iterations=1)
         mine = benchmark.stats.stats.median if benchmark.stats else float("nan")
-        theirs, least = (statistics.median(others[name]) for name in ("peer", "floor"))
+        theirs, least = (statistics.median(seconds[name]) for name in ("peer", "floor"))
         row = {
             "case": request.node.name.split("[")[-1].rstrip("]"),
             "ns": mine / elements * 1e9,
@@ -59,10 +65,28 @@ def versus(benchmark, request):
         benchmark.extra_info.update(row)
         _rows.append(row)
         if benchmark.stats:
-            _rounds.append({"case": request.node.nodeid, "ours": list(benchmark.stats.stats.data), **others})
+            found = {name: seconds.pop(name) for name in ("peer", "floor")}
+            found |= {"others": seconds, "elements": elements, "element_size": element_size, "sweep": sweep}
+            _rounds.append({"case": request.node.nodeid, "ours": list(benchmark.stats.stats.data), **found})
         return row
 
     return run
+
+
+def _ceiling(elements=1 << 26, rounds=7):
+    """Bytes per second that a copy reads and writes: what memory gives here, with torch's threads."""
+    source, target = torch.ones(elements), torch.empty(elements)
+    target.copy_(source)
+    return 2 * 4 * elements / statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(rounds))
+
+
+def _commit():
+    """Of the checkout; empty where it is none."""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
 
 
 def _result():
@@ -71,7 +95,9 @@ def _result():
         "made": {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-            "command": " ".join(sys.argv),
+            "command": os.environ.get("INITLAB_BENCH_COMMAND") or " ".join(sys.argv),
+            "commit": _commit(),
+            "copy_bytes_per_second": _ceiling(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -80,7 +106,13 @@ def _result():
             },
         },
         "rows": _rounds,
+        "left_out": _left_out,
     }
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _left_out[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
 
 
 def pytest_terminal_summary(terminalreporter):
