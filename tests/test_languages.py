@@ -47,6 +47,8 @@ NO_MESSAGES = {
     "target tensor",
     "class probabilities",
     "backward through the graph a second time",
+    "modified by an inplace operation",
+    "is output \\d+ of (\\w+),",
     "GLOBAL (\\S+)|it calls (\\S+)",
     "no pickle that torch.load(weights_only=True) reads",
     # values of `problem`, and keys made of them
@@ -73,6 +75,9 @@ NO_MESSAGES = {
     "shape {}",  # of an error
     # names of progress bars
     "initlab doctor",
+    # the demo is English
+    "initlab demo",
+    "{}: {} first, {} last",
     "initlab scan",
     "initlab scan_data",
     # of pages and plots: versions, and what matplotlib is told

@@ -16,7 +16,7 @@ from initlab.kernels.torch_internals import without_functions
 
 from .._tree import tensors_in
 from . import names
-from .graph import line_of_user
+from .lines import line_of_user
 from .trace import ModuleMode
 
 _SHAPES = ("get", "size", "dim", "numel", "stride", "len", "is_floating_point", "is_complex", "data_ptr")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .autograd_calls import Run, function_calls
-from .graph import function_of, is_custom, line_of_user
+from .graph import function_of, is_custom
+from .lines import line_of_user
 
 _MOST = 8  # functions that are looked at
 _LARGEST = 1 << 22  # elements of an input that is copied

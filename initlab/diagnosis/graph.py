@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import linecache
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,9 +16,6 @@ from . import names
 from .reasons import Operation
 from .stats import stored
 
-_TORCH = str(Path(torch.__file__).parent)
-_OWN = str(Path(__file__).parent)
-_CORE = ("functional.py", "_tensor.py", "_tensor_docs.py", "overrides.py")
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
@@ -244,20 +237,3 @@ def is_custom(node: Any) -> bool:
 def function_of(node: Any) -> type:
     """The torch.autograd.Function that a node is of."""
     return node._forward_cls
-
-
-def line_of_user() -> str:
-    """The line of the user's code that is running, with its file and number; "" where it is another library's."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_OWN):
-            if file.endswith(("probes.py", "workflow.py", "trials.py")):
-                return ""
-        elif not (file.startswith(_TORCH) and (file.endswith(_CORE) or "/utils/_" in file)):
-            if file.startswith(_TORCH):
-                return ""
-            text = linecache.getline(file, frame.f_lineno).strip()
-            return f"{Path(file).name}:{frame.f_lineno}" + (f": {text[:80]}" if text else "")
-        frame = frame.f_back
-    return ""

@@ -23,8 +23,9 @@ from initlab.kernels.torch_internals import current_node
 
 from .._tree import tensors_in
 from . import names, safe_forms
-from .graph import BadNode, FunctionCall, Graph, line_of_user
+from .graph import BadNode, FunctionCall, Graph
 from .limits import LIMITS
+from .lines import line_of_user
 from .narrow import LostConstant, in_float32, lost_constants
 from .reasons import Operation, Reason, known, reason
 from .trace import Modules

@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..models.naming import walk
 from . import names
 from .histograms import some
 from .limits import LIMITS
+from .lines import line_of_user
 from .losses import LossCall, Stopped, hinge_of_bits, loss_call, multiplies, shapes
 from .slopes import Slopes
 from .stats import Stats, edge_share, measure
@@ -28,6 +29,7 @@ from .stats import Stats, edge_share, measure
 if TYPE_CHECKING:
     from .flow import Flow
 
+_REDUCTIONS = ("mean", "sum", "amax", "max", "median", "logsumexp")
 # Functions after which a signal is still the output of the layer before, for the question which activation follows it.
 _PASSING = frozenset(
     (
@@ -165,6 +167,22 @@ class ModuleMode(TorchFunctionMode):
         return self.modules.hooked()
 
 
+class Write(NamedTuple):
+    """An operation that changes a tensor in place.
+
+    Args:
+        module: in which it runs; None in the loss function.
+        op: its name as it is written.
+        line: of the user's code.
+        shape: of the tensor.
+    """
+
+    module: str | None
+    op: str
+    line: str
+    shape: torch.Size
+
+
 class Trace(ModuleMode):
     """Observes a forward pass. Use as a context manager around the call of loss_fn.
 
@@ -185,6 +203,8 @@ class Trace(ModuleMode):
         makers: of torch.autograd.Functions, the path of the first module that puts out what one gives.
         over_rows: (module, function, shape) of each softmax over dimension 0 of several columns.
         singles: (module, function) of each normalisation whose statistics are of one number each.
+        writes: of each operation that changes a tensor with a graph in place.
+        merged: (module, function, shape) of each reduction over dimension 0 of several columns, within the model.
         slopes: of what the loss is to make smaller, once the backward pass has run.
         differentiates: whether the loss takes a gradient itself, to be differentiated again.
     """
@@ -214,6 +234,8 @@ class Trace(ModuleMode):
         self.makers: dict[type, str] = {}
         self.over_rows: list[tuple[str | None, str, torch.Size]] = []
         self.singles: list[tuple[str | None, str]] = []
+        self.writes: list[Write] = []
+        self.merged: list[tuple[str, str, torch.Size]] = []
         self._raised: Exception | None = None
         self._open: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
@@ -301,6 +323,7 @@ class Trace(ModuleMode):
         try:
             if loss is not None and loss.fatal:
                 raise Stopped(f"{name}: {loss.problem}")
+            version = _version(args)
             out = func(*args, **kwargs)
         except Exception as error:
             self.failed, self._raised = (self.modules.current, name), error
@@ -322,12 +345,19 @@ class Trace(ModuleMode):
                     layer.some = some(out)
                 self.calls.append(layer)
                 self._makers[id(out)] = weakref.ref(out), layer
+        if version is not None and _version(args) != version and args[0].requires_grad:
+            self.writes.append(Write(self.modules.current, _as_written(func), line_of_user(), args[0].shape))
         if name == "grad":
             self.differentiates = True
         elif name in ("softmax", "log_softmax") and isinstance(out, Tensor) and out.dim() > 1 and out.requires_grad:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if dim in (0, -out.dim()) and out.shape[-1] > 1:
                 self.over_rows.append((self.modules.current, name, out.shape))
+        elif name in _REDUCTIONS and args and isinstance(x := args[0], Tensor) and x.dim() > 1 and x.requires_grad:
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            within_model = self.modules.current
+            if within_model is not None and dim in (0, -x.dim(), (0,), [0]) and x.shape[-1] > 1:
+                self.merged.append((within_model, name, x.shape))
         elif name == "group_norm" and _of_single_numbers(args):
             self.singles.append((self.modules.current, name))
         elif name in _DROPOUTS and not isinstance(self._module, nn.modules.dropout._DropoutNd):
@@ -371,6 +401,19 @@ class Trace(ModuleMode):
                 call.some_activated = some(out)
             if name in ("tanh", "sigmoid"):
                 call.edge = edge_share(out, name)
+
+
+def _version(args: Any) -> int | None:
+    """How often the first argument was changed in place; None where that is not counted."""
+    if not args or not isinstance(args[0], Tensor) or args[0].is_inference():
+        return None
+    return args[0]._version
+
+
+def _as_written(func: Any) -> str:
+    """The name of a function that changes its argument, as it stands in code: "mul_", also of `x *= y`."""
+    name = str(getattr(func, "__name__", type(func).__name__))
+    return f"{name[3:-2]}_" if name.startswith("__i") else name
 
 
 def _of_single_numbers(args: Any) -> bool:

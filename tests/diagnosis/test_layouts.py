@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import initlab
-from initlab import diagnose
+from initlab import diagnose, supervised
 
 pytestmark = pytest.mark.long
 
@@ -142,3 +142,40 @@ RIGHT = {
 def test_what_is_in_order(name):
     found = diagnose(*RIGHT[name]())
     assert found.causes == (), str(found)
+
+
+class Merges(nn.Module):
+    """A mean over the batch where one over time was meant, or one that is meant."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.how = nn.Linear(6, 32), nn.Linear(32, 1), how
+
+    def forward(self, x):
+        h = torch.relu(self.body(x))
+        if self.how == "centred":
+            return self.head(h - h.mean(0))
+        merged = {"mean": lambda: h.mean(0, keepdim=True), "amax": lambda: h.amax(dim=0)[None]}[self.how]()
+        return self.head(merged.expand_as(h))
+
+
+@pytest.mark.parametrize("how", ["mean", "amax"])
+def test_a_reduction_over_the_batch(how):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=generator)
+    model = Merges(how)
+    found = diagnose(model, (x, x[:, :1] - x[:, 1:2]), supervised(nn.MSELoss()), torch.optim.Adam(model.parameters()))
+    assert (found.causes[0].kind, found.causes[0].place.op) == ("operation", how), found
+    assert "every row gets the same output" in found.causes[0].explanation
+
+
+def test_a_reduction_over_the_batch_that_is_meant():
+    """Statistics of the batch, one prediction for all rows whose inputs are one, and a slow run."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=generator)
+    y = x[:, :1] - x[:, 1:2]
+    for how, inputs, targets in (("centred", x, y), ("mean", x, torch.full_like(y, 3.0))):
+        model = Merges(how)
+        found = diagnose(model, (inputs, targets), supervised(nn.MSELoss()), torch.optim.Adam(model.parameters(), 1e-2))
+        assert not any(cause.place.op == "mean" for cause in found.causes), found

@@ -230,3 +230,44 @@ def test_one_quiet_column_does_not_hide_a_loud_batch():
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 3))
     found = diagnose(model, (pixels, torch.randint(0, 3, (64,))), supervised(nn.CrossEntropyLoss()))
     assert found.causes[0].kind == "input"
+
+
+class Writes(nn.Module):
+    """Changes in place what an operation before it keeps, in one of several ways; or where nothing is kept."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.how = nn.Linear(8, 16), nn.Linear(16, 1), how
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        if self.how == "harmless":
+            return self.b((h + 1).mul_(2).add_(1))
+        if self.how == "act":
+            self.act(h)
+        elif self.how == "__setitem__":
+            h[:, 0] = 0
+        elif self.how == "mul_":
+            h *= 2
+        else:
+            getattr(h, self.how)(0.5)
+        return self.b(h)
+
+
+@pytest.mark.parametrize("how", ["mul_", "add_", "__setitem__", "fill_", "act", "harmless"])
+def test_a_tensor_written_over_that_a_gradient_needs(how):
+    model, x = Writes(how), torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    found = diagnose(model, (x, x[:, :1]), supervised(nn.MSELoss()), torch.optim.Adam(model.parameters(), 1e-2))
+    if how == "harmless":
+        assert found.verdict == "healthy", found
+        return
+    cause = found.causes[0]
+    assert (cause.kind, cause.place.op) == ("operation", "relu" if how == "act" else how), found
+    assert cause.place.module == ("act" if how == "act" else "")
+    assert "changes a tensor in place" in cause.explanation
+    assert cause.tried is (how == "act"), found
+    if how != "act":
+        assert cause.evidence["line"].startswith("test_operations.py:")
+        assert cause.remedy.startswith("# make a new tensor")

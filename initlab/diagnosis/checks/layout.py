@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import fixes
 from ..batch import Leaf
 from ..evidence import Evidence
+from ..limits import LIMITS
 from ..report import Kind, Place
 from ..safe_forms import SafeForm
 from .finding import Finding, severity_of_step, short
@@ -216,6 +217,35 @@ def softmax_over_rows(evidence: Evidence) -> Finding | None:
         change="softmax over the last dimension",
         form=None if of_module else SafeForm(f"{op}(x, dim=-1)", _over_last),
     )
+
+
+def merged_rows(evidence: Evidence) -> Finding | None:
+    """A reduction over the batch, behind which every row has the same output, in a run that hardly learns."""
+    run, flow = evidence.untreated, evidence.trace.flow
+    if run is None or flow is None or evidence.broke_at is not None or not run.constant or run.fallen > LIMITS.learns:
+        return None
+    inputs = [leaf for leaf in evidence.leaves if leaf.path in flow.inputs and leaf.tensor.dim()]
+    rows = {len(leaf.tensor) for leaf in inputs}
+    found = [one for one in evidence.trace.merged if rows == {one[2][0]}]
+    output = next((call.output for call in reversed(evidence.trace.calls) if not call.path), None)
+    if not found or output is None or output.signal or not output.largest:
+        return None
+    if rows.pop() < LIMITS.several_rows or all(map(_one_row, inputs)):
+        return None
+    path, op, shape = found[0]
+    return Finding(
+        "operation",
+        "warning",
+        Place(module=path, op=op),
+        f"{op} in {fixes.code_of(path)} runs over dimension 0 of {tuple(shape)}, the batch: every row gets the same "
+        "output, and targets differ.",
+        {"shape": tuple(shape)},
+        [f"# in {fixes.code_of(path)}: {op}(x, dim=1), or the dimension that is meant; dimension 0 is the batch"],
+    )
+
+
+def _one_row(leaf: Leaf) -> bool:
+    return bool((leaf.tensor == leaf.tensor[:1]).all())
 
 
 def _over_last(func: Any, args: Any, kwargs: Any) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from .. import fixes, rewrites
+from .. import fixes, names, rewrites
 from ..evidence import Evidence
 from ..origin import Origin
 from ..report import Kind, Place
 from ..symptoms import ran_away
+from ..trace import Write
 from .finding import Finding, short
 
 
@@ -120,6 +122,8 @@ def raised(evidence: Evidence) -> Finding | None:
     why = f"{type(error).__name__}: {text}"
     if "backward through the graph a second time" in text:
         return _kept_graph(evidence, text)
+    if "modified by an inplace operation" in text:
+        return _written_over(evidence, text)
     if "does not require grad" in text:
         return _without_gradients(evidence, text)
     leaf, casts = fixes.casts(evidence, text)
@@ -144,6 +148,50 @@ def _kept_graph(evidence: Evidence, text: str) -> Finding:
         {"error": text},
         [f"# where {name} is kept: .detach(), so that a step ends there; or retain_graph=True, where it is meant"],
     )
+
+
+def _written_over(evidence: Evidence, text: str) -> Finding:
+    """A tensor that the backward pass needs, and that was changed in place after it was used."""
+    shape = re.search(r"\[[\w.]+ \[([\d, ]*)\]\]", text)
+    node = re.search(r"is output \d+ of (\w+),", text)
+    size = [int(n) for n in shape[1].split(", ")] if shape is not None and shape[1] else []
+    written = [one for one in evidence.trace.writes if list(one.shape) == size]
+    by_node = [one for one in written if node is not None and one.op.strip("_") == names.of_node(node[1])]
+    write = next(reversed(by_node or written), None)
+    if write is None:
+        return Finding("loss", "broken", Place(), f"RuntimeError: {text}", {"error": text}, [_NEW_TENSOR[""], _STEPPED])
+    facts: dict[str, Any] = {"error": text, **({"line": write.line} if write.line else {})}
+    kind: Kind = "operation" if write.module is not None else "loss"
+    return Finding(
+        kind,
+        "broken",
+        Place(module=write.module, op=write.op),
+        f"{write.op} in {fixes.code_of(write.module)} changes a tensor in place that an operation before it keeps for "
+        "its gradient: the backward pass has only the new values.",
+        facts,
+        [_out_of_place(evidence, write)],
+    )
+
+
+def _out_of_place(evidence: Evidence, write: Write) -> str:
+    """What makes a new tensor: a module's own switch, or advice."""
+    module = evidence.model.get_submodule(write.module) if write.module else None
+    if getattr(module, "inplace", False) is True:
+        return f"model.get_submodule({write.module!r}).inplace = False"
+    return _NEW_TENSOR.get(write.op, _NEW_TENSOR[""])
+
+
+_STEPPED = "# if it is a weight: optimizer.step() only after each backward() that goes through it"
+_NEW_TENSOR = {
+    "": "# make a new tensor: x = x + y in place of x += y, .mul() in place of .mul_()",
+    "mul_": "# make a new tensor: x = x * y in place of x *= y or x.mul_(y)",
+    "add_": "# make a new tensor: x = x + y in place of x += y or x.add_(y)",
+    "sub_": "# make a new tensor: x = x - y in place of x -= y or x.sub_(y)",
+    "div_": "# make a new tensor: x = x / y in place of x /= y or x.div_(y)",
+    "truediv_": "# make a new tensor: x = x / y in place of x /= y or x.div_(y)",
+    "relu": "# make a new tensor: relu without inplace=True",
+    "__setitem__": "# make a new tensor: torch.where, masked_fill or torch.cat in place of x[...] = y",
+}
 
 
 def _without_gradients(evidence: Evidence, text: str) -> Finding:

@@ -21,7 +21,7 @@ from .data import (
 from .errors import bad_argument, bad_index, bad_matrix
 from .finding import Check, Finding
 from .interventions import lost_moments
-from .layout import batch_as_time, refused_shape, single_numbers, softmax_over_rows
+from .layout import batch_as_time, merged_rows, refused_shape, single_numbers, softmax_over_rows
 from .objective import (
     apart,
     broadcast,
@@ -57,6 +57,7 @@ CHECKS: tuple[Check, ...] = (
     bad_index,
     refused_shape,
     batch_as_time,
+    merged_rows,
     same_rows,
     inverted_mask,
     bad_target,
