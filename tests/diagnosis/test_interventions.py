@@ -250,3 +250,65 @@ def test_a_layer_norm_over_one_element_is_named():
     end[1].requires_grad_(False)
     cause = diagnose(*one(model, lambda m: adam(m.body))).causes[0]
     assert (cause.kind, cause.place.module, cause.place.op) == ("gradient", module, op)
+
+
+def convolutions(layers=8):
+    """A deep net that a norm in each layer keeps going, and its data."""
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(1, 16, 3, padding=1)]
+    for _ in range(layers):
+        parts += [nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+    model = nn.Sequential(*parts, nn.BatchNorm2d(16), nn.ReLU(), *head)
+    x = torch.randn(64, 1, 8, 8)
+    return model, (x, (x.mean((1, 2, 3)) * 20).round().clamp(-1, 2).long() + 1)
+
+
+def test_a_model_left_in_evaluation_mode():
+    model, batch = convolutions()
+    model.eval()
+    found = diagnose(model, batch, CROSS_ENTROPY, torch.optim.Adam(model.parameters(), 1e-2))
+    cause = found.causes[0]
+    assert (cause.kind, cause.place.module, cause.tried, len(found.causes)) == ("operation", "1", True, 1), found
+    assert "evaluation mode" in cause.explanation
+    assert not model.training
+
+
+def test_running_statistics_that_fit_are_no_fault():
+    """Fine-tuning with frozen norms: evaluation mode is meant where the statistics are the data's."""
+    model, batch = convolutions()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean of all batches
+    with torch.no_grad():
+        for _ in range(3):
+            model(batch[0])
+    model.eval()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    assert diagnose(model, batch, CROSS_ENTROPY, optimizer).verdict == "healthy"
+
+
+class Solver(nn.Module):
+    """Steps of a differential equation's solver."""
+
+    def __init__(self, scale):
+        super().__init__()
+        torch.manual_seed(0)
+        self.f = nn.Sequential(nn.Linear(4, 32), nn.ELU(), nn.Linear(32, 4))
+        self.f[2].weight.data.mul_(scale)
+
+    def forward(self, x):
+        for _ in range(60):
+            x = x + 0.05 * self.f(x)
+        return x
+
+
+@pytest.mark.parametrize(("scale", "verdict"), [(200.0, "broken"), (1.0, "healthy")])
+def test_a_solver_whose_state_grows(scale, verdict):
+    model, x = Solver(scale), torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    found = diagnose(model, (x, x.flip(1)), MSE, optimizer)
+    assert found.verdict == verdict, found
+    if verdict == "broken":
+        assert (found.causes[0].kind, found.causes[0].place.parameter) == ("weights", "f.2.weight"), found
+        assert found.causes[0].tried

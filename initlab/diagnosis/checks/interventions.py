@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import fixes
 from ..evidence import Evidence, ParameterStats, half
@@ -94,6 +94,8 @@ def lost_moments(evidence: Evidence) -> Finding | None:
 
 def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may drive a run off, and a smaller rate only hides: settings of the optimizer, extreme noise, rewards."""
+    if run.effect == "plateau":
+        yield from _evaluating(evidence, run)
     yield from of_optimizer(evidence, run)
     yield from noise(evidence, run)
     yield from _parts_of_targets(evidence, run)
@@ -101,13 +103,13 @@ def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 
 def of_standstill(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may set a run going: tensors to learn, the rate, the optimizer, precision, inputs, weights, noise."""
-    for part in (_unregistered, _rates, of_optimizer, _precision, _inputs, _weights, noise):
+    for part in (_unregistered, _evaluating, _rates, of_optimizer, _precision, _inputs, _weights, noise):
         yield from part(evidence, run)
 
 
 def of_little(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may hold a run back that learns a little: only where something shows that part of the model stays still."""
-    for part in (_unregistered, _stale_state, _precision, noise):
+    for part in (_unregistered, _evaluating, _stale_state, _precision, noise):
         yield from part(evidence, run)
 
 
@@ -198,6 +200,27 @@ def _unregistered(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             [f'optimizer.add_param_group({{"params": [{", ".join(found.values())}]}})  # or make them nn.Parameters'],
             suspicion=True,
             change=f"{first} in the optimizer",
+        )
+
+
+def _evaluating(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Norms that take their running statistics for the batch's: the model was left in evaluation mode."""
+    norms = [
+        path
+        for path, module in evidence.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and not module.training
+    ]
+    if norms:
+        yield Finding(
+            "operation",
+            severity_of(run),
+            Place(module=norms[0]),
+            f"{course(run)}; in training mode it falls: {norms[0]} and the model are in evaluation mode, and running "
+            "statistics that are not the batch's stand in for them.",
+            {"norms in evaluation mode": len(norms)},
+            ["model.train()  # before each epoch, and after each evaluation"],
+            suspicion=True,
+            change="model.train()",
         )
 
 

@@ -23,7 +23,7 @@ def growing_state(evidence: Evidence) -> Finding | None:
         return None
     found = [(one, n, radius) for one, n, radius in recurrent(evidence) if radius**n >= LIMITS.growth]
     if not found:
-        return None
+        return _iterated(evidence)
     one, steps, radius = max(found, key=lambda each: math.log(each[2]) * each[1])
     return Finding(
         "weights",
@@ -33,6 +33,32 @@ def growing_state(evidence: Evidence) -> Finding | None:
         f"eigenvalue is {radius:.3g}. Clipping gradients does not help: smaller weights do, or fewer steps.",
         {"largest eigenvalue": radius, "steps in time": steps},
         remedies(evidence, [each[0] for each in found]),
+    )
+
+
+def _iterated(evidence: Evidence) -> Finding | None:
+    """Layers that are applied again and again to what they put out, as in a solver of a differential equation."""
+    counts = {path: n for path, n in evidence.trace.repeats.items() if n >= LIMITS.recurrence}
+    found = [
+        (one, one.stats.std / (one.distribution or one.stats.std or 1.0))
+        for one in evidence.parameters
+        if one.ref.module_name in counts and one.ref.tensor.dim() > 1 and one.stats is not None and one.stats.finite
+    ]
+    if not found:
+        return None
+    one, ratio = max(found, key=lambda each: each[1])
+    steps = counts[one.ref.module_name]
+    get = f"model.get_parameter({one.name!r})"
+    smaller = f"{get}.data.mul_({1 / max(ratio, 1.0):.3g})"
+    return Finding(
+        "weights",
+        "broken",
+        Place(module=one.ref.module_name, parameter=one.name),
+        f"the state overflows in the forward pass: {one.name} is used in each of {steps} steps, each on what the one "
+        "before put out, and it grows. Clipping gradients does not help: smaller weights, a smaller step or fewer "
+        "steps do.",
+        {"steps in time": steps, "times too large": ratio},
+        [smaller, f"{get}.data.mul_({0.1 / max(ratio, 1.0):.3g})"] if ratio > 1 else [f"{get}.data.mul_(0.1)"],
     )
 
 
