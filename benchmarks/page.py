@@ -25,6 +25,7 @@ SUITES = {  # title, and what the peer is
     "clip": ("Clipping gradients", "Peer: torch.nn.utils.clip_grad_norm_, alone or before the same optimizer's step."),
     "linear_relu": ("Linear and ReLU", "Peer: F.relu(F.linear), plain, or checked by isfinite().all()."),
     "scaling": ("Other peers", "Libraries' trunc_normal_, and what torch.compile makes of our formulas."),
+    "guard": ("guard()", "Peer: the same training step, clipped by torch or not at all. 0.97 is an overhead of 3 %."),
     "watch": ("watch()", "Peer: the same training step, not watched. 0.9 is an overhead of 10 %."),
     "diagnose": ("diagnose()", "Peer: one forward and backward pass. 0.25 is four passes."),
 }

@@ -1,7 +1,8 @@
 """The pictures of README and docs: `python tools/pictures.py` draws docs/pictures/ from docs/pictures/data/.
 
 ``python tools/pictures.py measure`` runs what they show and writes docs/pictures/data/*.json, each with the machine,
-the date, the command and the versions. Drawing again gives the same bytes under the same matplotlib.
+the date, the command and the versions; ``python tools/pictures.py bench benchmarks/results/bench.json`` takes over what
+`make bench` measured. Drawing again gives the same bytes under the same matplotlib.
 """
 
 import datetime
@@ -20,7 +21,10 @@ from torch import nn
 import initlab
 from initlab import demo
 from initlab.pages import layout
-from initlab.plots import curves_panel, panel_svg
+from initlab.plots import curves_panel, panel_svg, ratios_panel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import page as bench_page
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 DATA = PICTURES / "data"
@@ -113,6 +117,48 @@ PANELS = {
         found,
     ),
 }
+
+
+def init_ratios(rows):
+    """Filling one tensor, and a whole model: torch's time over ours."""
+    found = {bench_page.label_of(row): bench_page.ratio(row) for row in rows if row["case"].startswith("sampling")}
+    about = (
+        "torch.nn.init's time over initlab.init's for 2^26 float32 elements on two cores, in turns in one run. Bars "
+        "are medians, lines the middle half of the rounds."
+    )
+    names = {name: name.removesuffix(", float32") for name in found}
+    return ratios_panel(
+        "init-ratios",
+        "Filling a tensor, against torch",
+        about,
+        "times as fast as torch",
+        {names[name]: values for name, values in found.items()},
+    )
+
+
+FROM_BENCH = {  # the panels, and which cases of `make bench` they show
+    "init-ratios": (init_ratios, lambda case: "::test_sampling[" in case and "float32" in case),
+    "scaling-elements": (
+        lambda rows: bench_page.scaling("normal_", "elements", rows),
+        lambda case: "::test_elements[normal_" in case,
+    ),
+    "scaling-tensors": (
+        lambda rows: bench_page.scaling("clip_grad_norm_", "tensors", rows),
+        lambda case: "::test_gradients[" in case,
+    ),
+}
+
+
+def take_over(path):
+    """Keep of a result of `make bench` what is drawn."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for name, (_, shows) in FROM_BENCH.items():
+        rows = [row for row in result["rows"] if shows(row["case"])]
+        found = [{**row, "case": row["case"].split("bench_")[-1]} for row in rows]
+        text = json.dumps({"made": result["made"], "found": found})
+        (DATA / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
 MEASURED = {"signal-by-depth": signal_by_depth, "gradient-norm": gradient_norm, "gpt-start": gpt_start}
 
 
@@ -138,7 +184,7 @@ def picture(panel, colours):
 
 def pictures():
     """All pictures, as pairs of a file's name and its text."""
-    for name, panel in PANELS.items():
+    for name, panel in (PANELS | {name: panel for name, (panel, _) in FROM_BENCH.items()}).items():
         found = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))["found"]
         for kind, colours in zip(("light", "dark"), palettes(), strict=True):
             yield f"{name}-{kind}.svg", picture(panel(found), colours)
@@ -160,6 +206,8 @@ def main(arguments):
         for name, measure in MEASURED.items():
             text = json.dumps({"made": made(), "found": measure()}, indent=1)
             (DATA / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    elif arguments[:1] == ["bench"]:
+        take_over(Path(arguments[1]))
     for name, text in pictures():
         (PICTURES / name).write_text(text, encoding="utf-8")
 
