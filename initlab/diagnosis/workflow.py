@@ -180,6 +180,7 @@ def diagnose_alone(
             *_begins_at_0(evidence),
             *_bad_gradients(evidence),
             *_without_gradients(evidence),
+            *_in_plain_lists(evidence),
             *_close_calls(evidence),
         ),
         measurements=measurements,
@@ -294,6 +295,16 @@ def _without_gradients(evidence: Evidence) -> Iterator[str]:
         names = [name for name in evidence.movement.without if name.rpartition(".")[0] in silent]
         if names:
             yield f"under no_grad(), so no gradient reaches what the optimizer has: {inline_listing(names, _NAMED)}"
+
+
+def _in_plain_lists(evidence: Evidence) -> Iterator[str]:
+    """Parameters of modules that a list or dict hides from model.parameters()."""
+    names = [name for name, code in checks.unregistered(evidence).items() if code.startswith("*")]
+    if names:
+        yield (
+            f"in a plain list or dict, so neither model.parameters() nor the optimizer has them: "
+            f"{inline_listing(names, _NAMED)}; an nn.ModuleList or nn.ModuleDict registers them"
+        )
 
 
 def _close_calls(evidence: Evidence) -> Iterator[str]:

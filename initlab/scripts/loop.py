@@ -7,6 +7,7 @@ loop leaves: parameters that have not moved, gradients that are still there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..diagnosis import Cause
+from ..diagnosis.checks.finding import short
 from ..diagnosis.report import Place, Severity
 from .optimizers import Optimizers, held_by
 from .steps import Start
@@ -22,6 +24,7 @@ from .tape import Event
 
 EARLY = 10  # steps whose mean is compared
 _RAISED = 2.0  # times the rate that an optimizer was made with; a warm-up ends at 1
+_FADED = 1e-3  # of the rate that an optimizer was made with
 _FALL = 0.99  # of the first steps' mean: what counts as fallen
 _RISE = 2.0  # times the first steps' mean: what counts as risen
 _LITTLE = 0.9  # of the first steps' mean: what is left of a loss that may be held back
@@ -160,6 +163,46 @@ def raised_rate(line: Line, optimizers: Optimizers) -> Cause | None:
                 "min(1.0, (step + 1) / warmup)",
             )
     return None
+
+
+def faded_rate(line: Line, optimizers: Optimizers) -> Cause | None:
+    """A schedule that has taken the rate to next to nothing, in a run that has not learned."""
+    _, reached = parameters_of(line)
+    for group, rate in rates_of(optimizers.seen, reached):
+        planned = float(group.get("initial_lr", 0.0))
+        if 0 <= rate < _FADED * planned:
+            return Cause(
+                "learning rate",
+                "warning",
+                Place(),
+                f"the rate is {rate:.3g}, and the optimizer was made with {planned:g}: its schedule has taken it away "
+                "before the run had learned.",
+                {"rate": rate, "initial rate": planned},
+                "# look at the schedule: print(scheduler.get_last_lr()); step_size and T_max count calls of "
+                "scheduler.step(): one for each epoch, or the number of batches times as large",
+            )
+    return None
+
+
+def written_over(error: BaseException, optimizers: Optimizers) -> Cause | None:
+    """A backward pass that goes through weights which an optimizer's step has changed since they were used."""
+    text = str(error)
+    shape = re.search(r"\[[\w.]+ \[([\d, ]+)\]\]", text)
+    if "modified by an inplace operation" not in text or shape is None:
+        return None
+    size = sorted(map(int, shape[1].split(", ")))  # a weight is used transposed
+    if not optimizers.steps or not any(sorted(p.shape) == size for p in held_by(optimizers.seen)):
+        return None
+    return Cause(
+        "optimizer",
+        "broken",
+        Place(),
+        f"an optimizer's step() has changed weights of the shape {tuple(map(int, shape[1].split(', ')))} between the "
+        "forward pass and this backward(), which needs them as they were.",
+        {"error": short(error)},
+        "# call every backward() that goes through these weights before the optimizer's step(), or run the model once "
+        "more after it",
+    )
 
 
 def stuck_parameters(line: Line, optimizers: Optimizers) -> Cause | None:

@@ -24,7 +24,7 @@ from initlab.kernels import all_finite_fast
 from ..diagnosis import Cause, Diagnosis, diagnose_alone, inspect_memory, inspect_objective
 from .course import Answers, answers_of, hardly_moves, unrelated_targets, without_gradients
 from .history import cause_of
-from .loop import EARLY, Line, causes_in_loop, raised_rate, stuck_parameters
+from .loop import EARLY, Line, causes_in_loop, faded_rate, raised_rate, stuck_parameters, written_over
 from .optimizers import Optimizers
 from .report import ScriptReport
 from .steps import Start, Step, leaves_of, model_of, names_of, optimizer_of
@@ -251,6 +251,9 @@ class _Run:
         if not sure and (why or stuck):
             found = self.examined_from_start(seen) or (None if self.over else self.examined_now(3))
         causes = [*sure, *(found.causes if found is not None else ())] or ([stuck] if stuck is not None else [])
+        if why and not sure and (not causes or causes[0].kind == "learning rate"):
+            faded = faded_rate(seen, self.optimizers)
+            causes = [faded] if faded is not None else causes
         if not causes and still is not None:
             causes = [still]
         if not causes and why:
@@ -317,6 +320,12 @@ class _Run:
         self.report.error = error
         frames = [f for f in traceback.extract_tb(error.__traceback__) if self.is_users(f.filename)]
         events = self.tape.events
+        stopped = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if frames and (cause := written_over(error, self.optimizers)) is not None:
+            self.place = frames[-1].filename, frames[-1].lineno or 0
+            self.report.diagnosis, self.report.place = Diagnosis((cause,)), self.place
+            self.report.stopped = stopped
+            return
         if not events or events[-1].outputs is not None:
             return
         self.loss, self.step_events = None, list(events)
@@ -325,7 +334,7 @@ class _Run:
         found = self.examined_now(1)
         if found is not None and found.causes:
             self.report.diagnosis, self.report.place = found, self.place
-            self.report.stopped = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self.report.stopped = stopped
 
     # The examination
 

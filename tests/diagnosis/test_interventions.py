@@ -312,3 +312,40 @@ def test_a_solver_whose_state_grows(scale, verdict):
     if verdict == "broken":
         assert (found.causes[0].kind, found.causes[0].place.parameter) == ("weights", "f.2.weight"), found
         assert found.causes[0].tried
+
+
+class PlainList(nn.Module):
+    """Layers in a list that nobody registers."""
+
+    def __init__(self, hold, depth):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = hold([nn.Linear(8, 8) for _ in range(depth)])
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x):
+        for layer in self.layers.values() if isinstance(self.layers, dict) else self.layers:
+            x = torch.relu(layer(x))
+        return self.out(x)
+
+
+@pytest.mark.parametrize("hold", [list, tuple, lambda layers: dict(enumerate(layers))])
+def test_layers_in_a_plain_list(hold):
+    model = PlainList(hold, 6)
+    layers = model.layers.values() if isinstance(model.layers, dict) else model.layers
+    hidden = [p for layer in layers for p in layer.parameters()]
+    before = [p.detach().clone() for p in hidden]
+    found = diagnose(model, (X, CLASSES), CROSS_ENTROPY, adam(model))
+    cause = found.causes[0]
+    assert (cause.kind, cause.place.parameter, cause.tried) == ("optimizer", "layers[0].weight", True), found
+    assert "plain list" in cause.explanation
+    assert all(torch.equal(p, old) and p.grad is None for p, old in zip(hidden, before, strict=True))
+
+
+def test_layers_in_a_plain_list_of_a_run_that_learns_are_noted():
+    model = PlainList(list, 1)
+    found = diagnose(model, (X, CLASSES), CROSS_ENTROPY, adam(model, 5e-2))
+    assert found.verdict == "healthy"
+    assert any("layers[0].weight" in note and "nn.ModuleList" in note for note in found.notes), found.notes
+    model = PlainList(nn.ModuleList, 1)
+    assert not any("plain list" in note for note in diagnose(model, (X, CLASSES), CROSS_ENTROPY, adam(model)).notes)

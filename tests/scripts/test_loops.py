@@ -50,6 +50,37 @@ WRONG = {
         "gradient",
         "not set to zero",
     ),
+    "a schedule that counts batches as epochs": (
+        """
+        model = net(4)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.StepLR(opt, step_size=2, gamma=0.1)
+        for a, _, c in batches(300):
+            opt.zero_grad()
+            F.cross_entropy(model(a), c).backward()
+            opt.step()
+            schedule.step()
+        """,
+        "learning rate",
+        "its schedule has taken it away",
+    ),
+    "a discriminator that steps before the generator's backward pass": (
+        """
+        made, judge = net(2), nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1))
+        of_made = torch.optim.Adam(made.parameters(), lr=1e-3)
+        of_judge = torch.optim.Adam(judge.parameters(), lr=1e-3)
+        for a, b, _ in batches(20):
+            scores = judge(made(a))
+            of_judge.zero_grad()
+            F.softplus(scores).mean().backward(retain_graph=True)
+            of_judge.step()
+            of_made.zero_grad()
+            F.softplus(-scores).mean().backward()
+            of_made.step()
+        """,
+        "optimizer",
+        "between the forward pass and this backward()",
+    ),
     "a warm-up without an end": (
         """
         model = net(1)
@@ -308,6 +339,16 @@ RIGHT = {
         opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.05, total_steps=120)
         for a, b, _ in batches(120):
+            opt.zero_grad()
+            F.mse_loss(model(a), b).backward()
+            opt.step()
+            schedule.step()
+        """,
+    "a schedule that ends at 0, of a run that has learned": """
+        model = net(1)
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 150)
+        for a, b, _ in batches(150):
             opt.zero_grad()
             F.mse_loss(model(a), b).backward()
             opt.step()

@@ -2,7 +2,7 @@
 
 from .finding import Finding
 from .guess import guesses, of_values
-from .interventions import of_little, of_rise, of_standstill
+from .interventions import of_little, of_rise, of_standstill, unregistered
 from .operations import unexplained
 from .order import findings, of_objective
 
@@ -16,4 +16,5 @@ __all__ = [
     "of_standstill",
     "of_values",
     "unexplained",
+    "unregistered",
 ]

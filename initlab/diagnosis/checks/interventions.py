@@ -24,6 +24,7 @@ from .finding import Finding, course, parameters_held, severity_of
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta")
 _MEANS = ("exp_avg", "momentum_buffer", "grad_avg")
 _NAMED = 8  # features that a place lists
+_TORCHS = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
 def of_optimizer(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
@@ -171,36 +172,53 @@ def _blows_up(run: Outcome) -> bool:
 
 def _unregistered(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """Tensors that modules hold to learn, and that are neither parameters nor in the optimizer."""
-    optimizer = evidence.optimizer
-    if optimizer is None:
-        return
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    known |= {id(leaf.tensor) for leaf in evidence.leaves}
-    found: dict[str, str] = {}  # code, by what is printed
-    for path, module in evidence.model.named_modules():
-        for name, held in vars(module).items():
-            items = (
-                enumerate(held) if isinstance(held, list | tuple) else held.items() if isinstance(held, dict) else ()
-            )
-            every = [("", held), *((f"[{key!r}]", value) for key, value in items if name[0] != "_")]
-            for at, x in every:
-                if isinstance(x, Tensor) and x.is_leaf and x.requires_grad and id(x) not in known:
-                    owner = f"model.get_submodule({path!r})" if path else "model"
-                    found[f"{path}.{name}{at}".lstrip(".")] = f"{owner}.{name}{at}"
-                    known.add(id(x))
+    found = unregistered(evidence)
     if found:
         first = next(iter(found))
+        code = list(dict.fromkeys(found.values()))
+        in_list = any(one.startswith("*") for one in code)
+        why = (
+            "it is of a module in a plain list or dict, which model.parameters() does not give"
+            if in_list
+            else "it wants a gradient, and is no nn.Parameter, so model.parameters() does not give it"
+        )
+        instead = "put the modules into an nn.ModuleList" if in_list else "make them nn.Parameters"
         yield Finding(
             "optimizer",
             severity_of(run),
             Place(parameter=first),
-            f"{course(run)}; with {first} in the optimizer it falls: it wants a gradient, and is no nn.Parameter, so "
-            "model.parameters() does not give it.",
+            f"{course(run)}; with {first} in the optimizer it falls: {why}.",
             {"tensors": len(found)},
-            [f'optimizer.add_param_group({{"params": [{", ".join(found.values())}]}})  # or make them nn.Parameters'],
+            [f'optimizer.add_param_group({{"params": [{", ".join(code)}]}})  # or {instead}'],
             suspicion=True,
             change=f"{first} in the optimizer",
         )
+
+
+def unregistered(evidence: Evidence) -> dict[str, str]:
+    """What modules hold to learn, as no parameter of the model's and in no optimizer: code by name."""
+    if evidence.optimizer is None:
+        return {}
+    known = {id(p) for group in evidence.optimizer.param_groups for p in group["params"]}
+    known |= {id(leaf.tensor) for leaf in evidence.leaves} | set(map(id, evidence.model.modules()))
+    found: dict[str, str] = {}
+    for path, module in evidence.model.named_modules():
+        for name, held in vars(module).items():
+            if name in _TORCHS:
+                continue
+            items = (
+                enumerate(held) if isinstance(held, list | tuple) else held.items() if isinstance(held, dict) else ()
+            )
+            owner = f"model.get_submodule({path!r})" if path else "model"
+            for at, x in [("", held), *((f"[{key!r}]", value) for key, value in items)]:
+                name_of, code = f"{path}.{name}{at}".lstrip("."), f"{owner}.{name}{at}"
+                if isinstance(x, nn.Module) and id(x) not in known:
+                    learning = [one for one, p in x.named_parameters() if p.requires_grad and id(p) not in known]
+                    found |= {f"{name_of}.{one}": f"*{code}.parameters()" for one in learning}
+                elif isinstance(x, Tensor) and x.is_leaf and x.requires_grad and id(x) not in known:
+                    found[name_of] = code
+                known.add(id(x))
+    return found
 
 
 def _evaluating(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
