@@ -7,7 +7,7 @@ plots beside that; ranks.py keeps all of it from communicating.
 """
 
 from .measurements import Measurements
-from .objectives import inspect_memory, inspect_objective
+from .objectives import inspect_memory, inspect_objective, inspect_start
 from .probes import UsageError
 from .ranks import CommunicatesError
 from .reasons import Operation, reason
@@ -27,6 +27,7 @@ __all__ = [
     "diagnose_alone",
     "inspect_memory",
     "inspect_objective",
+    "inspect_start",
     "reason",
     "supervised",
 ]

@@ -367,6 +367,11 @@ def _with_other_values(
     return first
 
 
+def untried(found: Finding) -> Cause:
+    """What is printed of a finding for which no experiment was made."""
+    return _cause(Tried(found), _NOTHING)
+
+
 def _cause(one: Tried, untreated: Outcome, change: str | None = None) -> Cause:
     """What is printed of a finding; a remedy that was seen not to help gives way to an advice."""
     found = one.finding

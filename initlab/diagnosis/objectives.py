@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from . import hypotheses, probes, ranks
 from .budget import Budget
-from .checks import of_objective
+from .checks import findings, of_objective
 from .limits import LIMITS
 from .probes import LossFn, TrainingStep, quiet
 from .recall import find_forgotten
@@ -51,6 +51,42 @@ def inspect_objective(
                 return Diagnosis((), losses=tuple(evidence.losses))
             on_stage("trying remedies")
             causes = hypotheses.judge(training_step, evidence, found, budget, lambda step, further: [], 0)
+        finally:
+            training_step.snapshot.restore()
+    return Diagnosis(tuple(causes), losses=tuple(evidence.losses))
+
+
+def inspect_start(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFn,
+    optimizer: Optimizer | None = None,
+    *,
+    steps: int = 1,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Diagnosis:
+    """Look at data and weights of a first step, for a run that is known to have learned nothing.
+
+    What is odd there is told without an experiment: a run of some steps may be too short to show what it does.
+
+    Args:
+        model, batch, loss_fn, optimizer: as for `diagnose`.
+        steps: of training to take.
+        on_stage: called with a description of each stage as it begins.
+
+    Returns:
+        A `Diagnosis`, with at most one cause, of which no remedy was tried.
+    """
+    on_stage("running the model under observation")
+    with quiet(), ranks.without_collectives(), Budget(LIMITS.budget) as budget:
+        training_step = TrainingStep(model, batch, loss_fn, optimizer)
+        try:
+            evidence = probes.observe_at_rest(training_step)
+            if not probes.runnable(evidence):
+                return Diagnosis(())
+            probes.observe_steps(training_step, evidence, steps, math.inf, budget.tick)
+            odd = [one for one in findings(evidence) if one.kind in ("input", "target", "weights")]
+            causes = [hypotheses.untried(one) for one in odd[:1]]
         finally:
             training_step.snapshot.restore()
     return Diagnosis(tuple(causes), losses=tuple(evidence.losses))

@@ -118,7 +118,7 @@ class Answers:
 
     Args:
         value: of the criterion, the mean of the last steps.
-        with_one: of the last step, if all its rows got one answer, the mean of them.
+        with_one: of the last step, if all its rows got one answer: the mean, or logits of 0 if better.
     """
 
     value: float
@@ -153,14 +153,17 @@ def answers_of(line: Line) -> Answers | None:
         if answer.dim() < 1 or len(answer) < 2 or not answer.is_floating_point():
             continue
         with torch.no_grad():
-            one = answer.mean(0, keepdim=True).expand_as(answer)
-            values = [event.function(x, target, *event.args[2:], **event.kwargs) for x in (answer, one)]
+            ones = [answer.mean(0, keepdim=True).expand_as(answer)]
+            if getattr(event.function, "__name__", type(event.function).__name__) in _OF_LOGITS:
+                ones.append(torch.zeros_like(answer))
+            values = [event.function(x, target, *event.args[2:], **event.kwargs) for x in (answer, *ones)]
         if all(v.numel() == 1 and bool(v.isfinite()) for v in values):
             share = sum(last) / len(last) / last[-1] if last[-1] else 1.0  # a single batch says little
-            return Answers(float(values[0]) * share, float(values[1]))
+            return Answers(float(values[0]) * share, min(map(float, values[1:])))
     return None
 
 
+_OF_LOGITS = {"cross_entropy", "CrossEntropyLoss", "binary_cross_entropy_with_logits", "BCEWithLogitsLoss"}
 _CRITERIA = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy"}
 _CRITERIA |= {"binary_cross_entropy_with_logits", "multi_margin_loss", "soft_margin_loss"}
 

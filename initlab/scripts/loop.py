@@ -44,6 +44,7 @@ class Line:
         last_events: of the last step.
         examined: how many losses there were when the doctor last found nothing.
         first_step: how many steps optimizers had taken at the first loss.
+        faded_at: how many losses there were when a schedule had taken the rate away; 0 before that.
     """
 
     values: list[float] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Line:
     last_events: list[Event] = field(default_factory=list)
     examined: int = 0
     first_step: int = 0
+    faded_at: int = 0
 
     def stands_still(self, window: int) -> str:
         """Whether the loss has risen or not fallen, in words; "" where it has fallen, or there are too few."""
@@ -165,23 +167,37 @@ def raised_rate(line: Line, optimizers: Optimizers) -> Cause | None:
     return None
 
 
-def faded_rate(line: Line, optimizers: Optimizers) -> Cause | None:
-    """A schedule that has taken the rate to next to nothing, in a run that has not learned."""
-    _, reached = parameters_of(line)
-    for group, rate in rates_of(optimizers.seen, reached):
+def note_faded(line: Line, optimizers: Optimizers) -> None:
+    """Note where a schedule takes the rate to next to nothing: looked at every tenth step."""
+    if not line.faded_at and len(line.values) % EARLY == 0 and _faded(line, optimizers) is not None:
+        line.faded_at = len(line.values)
+
+
+def _faded(line: Line, optimizers: Optimizers) -> tuple[float, float] | None:
+    """A rate that is next to nothing, and what the optimizer was made with."""
+    for group, rate in rates_of(optimizers.seen, parameters_of(line)[1]):
         planned = float(group.get("initial_lr", 0.0))
         if 0 <= rate < _FADED * planned:
-            return Cause(
-                "learning rate",
-                "warning",
-                Place(),
-                f"the rate is {rate:.3g}, and the optimizer was made with {planned:g}: its schedule has taken it away "
-                "before the run had learned.",
-                {"rate": rate, "initial rate": planned},
-                "# look at the schedule: print(scheduler.get_last_lr()); step_size and T_max count calls of "
-                "scheduler.step(): one for each epoch, or the number of batches times as large",
-            )
+            return rate, planned
     return None
+
+
+def faded_rate(line: Line, optimizers: Optimizers) -> Cause | None:
+    """A schedule that has taken the rate away in the first half of a run that has not learned."""
+    faded = _faded(line, optimizers)
+    if faded is None or not 0 < 2 * line.faded_at < len(line.values):
+        return None
+    rate, planned = faded
+    return Cause(
+        "learning rate",
+        "warning",
+        Place(),
+        f"the rate is {rate:.3g}, and the optimizer was made with {planned:g}: its schedule has taken it away before "
+        "the run had learned.",
+        {"rate": rate, "initial rate": planned, "from step": line.faded_at},
+        "# look at the schedule: print(scheduler.get_last_lr()); step_size and T_max count calls of "
+        "scheduler.step(): one for each epoch, or the number of batches times as large",
+    )
 
 
 def written_over(error: BaseException, optimizers: Optimizers) -> Cause | None:

@@ -21,10 +21,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from initlab.kernels import all_finite_fast
 
-from ..diagnosis import Cause, Diagnosis, diagnose_alone, inspect_memory, inspect_objective
+from ..diagnosis import Cause, Diagnosis, diagnose_alone, inspect_memory, inspect_objective, inspect_start
 from .course import Answers, answers_of, hardly_moves, unrelated_targets, without_gradients
 from .history import cause_of
-from .loop import EARLY, Line, causes_in_loop, faded_rate, raised_rate, stuck_parameters, written_over
+from .loop import EARLY, Line, causes_in_loop, faded_rate, note_faded, raised_rate, stuck_parameters, written_over
 from .optimizers import Optimizers
 from .report import ScriptReport
 from .steps import Start, Step, leaves_of, model_of, names_of, optimizer_of
@@ -200,6 +200,7 @@ class _Run:
         self.seen = seen = self.line()
         seen.values.append(value)
         seen.last_events = self.step_events
+        note_faded(seen, self.optimizers)
         if len(seen.values) == 1:
             seen.reached, seen.first_step = set(leaves_of(loss)), self.optimizers.steps
             if (step := self.step()) is not None:
@@ -261,6 +262,8 @@ class _Run:
             causes = list(found.causes) if found is not None else []
         if not causes and why and (cause := unrelated_targets(seen, answers, self.losses_from_start)) is not None:
             causes = [cause]
+        if not causes and why and self.over and (found := self.diagnosed_at_start(seen, inspect_start)) is not None:
+            causes = list(found.causes)
         if not causes:
             return False
         self.report.diagnosis = dataclasses.replace(found or Diagnosis(()), causes=tuple(causes))
@@ -322,9 +325,8 @@ class _Run:
         events = self.tape.events
         stopped = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if frames and (cause := written_over(error, self.optimizers)) is not None:
-            self.place = frames[-1].filename, frames[-1].lineno or 0
-            self.report.diagnosis, self.report.place = Diagnosis((cause,)), self.place
-            self.report.stopped = stopped
+            self.report.diagnosis, self.report.stopped = Diagnosis((cause,)), stopped
+            self.report.place = frames[-1].filename, frames[-1].lineno or 0
             return
         if not events or events[-1].outputs is not None:
             return
@@ -411,11 +413,9 @@ class _Run:
 
     def answers(self, seen: Line) -> Answers | None:
         """How the last step of a line rates the model's answers."""
-        with self.unwatched():
-            try:
-                return answers_of(seen)
-            except Exception:  # a criterion that cannot be called again
-                return None
+        with self.unwatched(), contextlib.suppress(Exception):  # a criterion that cannot be called again
+            return answers_of(seen)
+        return None
 
     def step(self) -> Step | None:
         """The step that is under way; None where it cannot be run again."""

@@ -201,6 +201,10 @@ def scale(evidence: Evidence) -> Finding | None:
     leads_to = "numbers as large as these make the first steps too large."
     if odd.spread >= LIMITS.scale_spread:
         leads_to = "the largest decide the first steps, and the others hardly count."
+    elif saturated and first is not None:
+        leads_to = (
+            f"{first.edge:.0%} of what the first {first.activation} puts out is at its ends, where it has no slope."
+        )
     elif odd.rms < 1:
         leads_to = "the model hardly sees the difference between one row and another."
     severity: Severity = "broken" if (broke or diverges(evidence)) and hurts else "warning"
@@ -211,9 +215,15 @@ def scale(evidence: Evidence) -> Finding | None:
         f"{odd.text}: {leads_to}",
         facts,
         [fixes.standardise(odd.leaf, evidence.batch)],
-        suspicion=odd.rms < LIMITS.input_rms_sure,
+        suspicion=odd.rms < LIMITS.input_rms_sure and not (saturated and odd.strong and _learns_little(evidence)),
         change=f"{odd.leaf.code} standardised",
     )
+
+
+def _learns_little(evidence: Evidence) -> bool:
+    """Whether a run that goes on loses little."""
+    run = evidence.untreated
+    return run is not None and evidence.broke_at is None and abs(run.fallen) < LIMITS.learns
 
 
 STANDARDISED = "targets standardised, which divides the loss as well"
