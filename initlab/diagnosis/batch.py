@@ -180,6 +180,8 @@ def features(tensor: Tensor) -> Features | None:
     tensor = physical(tensor)
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta or tensor.dim() == 0:
         return None
+    if tensor.layout != torch.strided:  # a sparse matrix has no columns to look at
+        return None
     x = tensor.detach()
     x = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(-1, 1)
     if x.shape[1] > LIMITS.most_features:

@@ -29,6 +29,7 @@ from .stats import Stats, edge_share, measure
 if TYPE_CHECKING:
     from .flow import Flow
 
+LOSSY = ("long", "int", "to", "type", "round", "floor", "trunc", "sign")
 _REDUCTIONS = ("mean", "sum", "amax", "max", "median", "logsumexp")
 # Functions after which a signal is still the output of the layer before, for the question which activation follows it.
 _PASSING = frozenset(
@@ -204,7 +205,8 @@ class Trace(ModuleMode):
         over_rows: (module, function, shape) of each softmax over dimension 0 of several columns.
         singles: (module, function) of each normalisation whose statistics are of one number each.
         writes: of each operation that changes a tensor with a graph in place.
-        merged: (module, function, shape) of each reduction over dimension 0 of several columns, within the model.
+        merged: (module, function, shape) of what makes one of several rows, within the model: a reduction over
+            dimension 0, or a cast or rounding after which all are equal.
         slopes: of what the loss is to make smaller, once the backward pass has run.
         differentiates: whether the loss takes a gradient itself, to be differentiated again.
     """
@@ -358,6 +360,8 @@ class Trace(ModuleMode):
             within_model = self.modules.current
             if within_model is not None and dim in (0, -x.dim(), (0,), [0]) and x.shape[-1] > 1:
                 self.merged.append((within_model, name, x.shape))
+        elif name in LOSSY and self.modules.current is not None and _merges(args, out):
+            self.merged.append((self.modules.current, name, args[0].shape))
         elif name == "group_norm" and _of_single_numbers(args):
             self.singles.append((self.modules.current, name))
         elif name in _DROPOUTS and not isinstance(self._module, nn.modules.dropout._DropoutNd):
@@ -401,6 +405,16 @@ class Trace(ModuleMode):
                 call.some_activated = some(out)
             if name in ("tanh", "sigmoid"):
                 call.edge = edge_share(out, name)
+
+
+def _merges(args: Any, out: Any) -> bool:
+    """Whether an operation makes equal rows of rows that differ."""
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or not isinstance(out, Tensor) or x.dim() < 1 or len(x) < 2 or out.shape != x.shape:
+        return False
+    if x.layout != torch.strided or x.is_meta or out.is_meta or not x.numel():
+        return False
+    return bool((out == out[:1]).all()) and not bool((x == x[:1]).all())
 
 
 def _version(args: Any) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from initlab.kernels import Constant, Distribution, Normal, TruncatedNormal, Uniform
 
-from ..distributed.dtensors import local
+from ..distributed.dtensors import is_dtensor, local
 from .entry_points import uncounted_code
 from .naming import TensorRef
 from .specs import FillSpec
@@ -96,6 +96,7 @@ class MetaWrites:
         self, model: nn.Module, refs: Sequence[TensorRef], resets: Mapping[int, int], every: Mapping[int, int]
     ) -> None:
         self.unseen = uncounted_code(model)
+        self.unseen_of_shards = uncounted_code(model, sharded=True) if any(is_dtensor(r.tensor) for r in refs) else {}
         self.resets, self.every = resets, every
         alone = [ref for ref in refs if ref.tensor.is_meta and len(ref.places) == 1]
         self.skipped = any(_version(ref.tensor) < every.get(id(ref.tensor), 0) for ref in alone)
@@ -116,6 +117,13 @@ class MetaWrites:
         for owner, _ in ref.places:
             if id(owner) in self.unseen:
                 return f"{self.unseen[id(owner)]} may write to it, and on the meta device that shows nowhere"
+            # What `_init_weights` writes it writes after a constructor.
+            written_anew = self.every.get(id(ref.tensor), 0) > self.resets.get(id(ref.tensor), 0)
+            if is_dtensor(ref.tensor) and id(owner) in self.unseen_of_shards and not written_anew:
+                return (
+                    f"{self.unseen_of_shards[id(owner)]} may write to it, and of a sharded parameter on the meta "
+                    "device that shows nowhere: record the build before sharding"
+                )
         version, explained = _version(ref.tensor), self.explained(ref.tensor)
         if version <= explained:
             return None

@@ -96,11 +96,15 @@ def _takes_a_module(module: nn.Module) -> bool:
 
 _READ = frozenset({"reset_parameters", "_reset_parameters", "_init_weights", "forward", *PUBLIC})
 _UNCOUNTED = frozenset({"trunc_normal_", "orthogonal_", "sparse_"})  # newer torch leaves meta tensors alone in these
+_INIT = frozenset(name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_"))
 _WRITING = frozenset({"normal_", "uniform_", "fill_", "zero_", "copy_", "mul_", "add_", "div_", "sub_", "clamp_"})
 
 
-def uncounted_code(model: nn.Module) -> dict[int, str]:
+def uncounted_code(model: nn.Module, sharded: bool = False) -> dict[int, str]:
     """Code of a model that is not read and whose writes no version counter of a meta tensor shows.
+
+    Args:
+        sharded: whether counters show nothing at all: those of a sharded parameter begin anew.
 
     Returns:
         By the id of a module, the name of such code in its class or in that of a module above it.
@@ -112,7 +116,7 @@ def uncounted_code(model: nn.Module) -> dict[int, str]:
         module, above = stack.pop()
         kind = type(module)
         if kind not in classes:
-            classes[kind] = _uncounted(kind)
+            classes[kind] = _uncounted(kind, sharded)
         here = above or classes[kind]
         if id(module) in found and (found[id(module)] or not here):
             continue
@@ -121,7 +125,7 @@ def uncounted_code(model: nn.Module) -> dict[int, str]:
     return {key: where for key, where in found.items() if where}
 
 
-def _uncounted(kind: type) -> str:
+def _uncounted(kind: type, sharded: bool) -> str:
     """The function that does so, of those that the constructor of a class calls, itself included."""
     waiting: list[Any] = [vars(cls)["__init__"] for cls in kind.__mro__ if "__init__" in vars(cls)]
     seen: set[Any] = set()
@@ -134,7 +138,7 @@ def _uncounted(kind: type) -> str:
             continue
         seen.add(code)
         names = _names(code)
-        if names & _UNCOUNTED or ("data" in names and names & _WRITING):
+        if names & _UNCOUNTED or (("data" in names or sharded) and names & _WRITING) or (sharded and names & _INIT):
             return str(function.__qualname__)
         for name in names - _READ:
             waiting.append(getattr(kind, name, None))

@@ -195,8 +195,9 @@ def _by_pattern(patterns: Mapping[str, Any], where: str) -> NamedRecipe:
                 if not any(map(fit, ref.names)):
                     continue
                 if (found := part(ref)) is not None:
-                    scaled = left and isinstance(found, FillSpec) and found.fitted
-                    return replace(found, fitted="never") if scaled else found
+                    if left and isinstance(found, FillSpec) and found.fitted:
+                        return replace(found, fitted="never")
+                    return found
                 left = True
             return default()(ref)
 

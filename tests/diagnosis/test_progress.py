@@ -272,3 +272,88 @@ def test_what_runs_under_no_grad_is_noted():
     model = Detached("no_grad")
     found = diagnose(model, (X, Y), MSE, adam(model))
     assert any("body.weight" in note for note in found.notes)
+
+
+# An optimizer of the user's own, one that lacks weights, and codes that a cast makes equal.
+
+
+class Own(torch.optim.Optimizer):
+    """Steps by hand, rightly or not."""
+
+    def __init__(self, parameters, lr=0.05, how="right"):
+        super().__init__(parameters, {"lr": lr})
+        self.how = how
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.how == "rebinds":
+                    p = p - group["lr"] * p.grad
+                elif self.how == "divides by 0":
+                    p.sub_(group["lr"] * p.grad / (1 - torch.ones(()) * 0.9**0))
+                else:
+                    p.sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("rebinds", "changes no parameter"), ("divides by 0", "not finite in step 1"), ("right", "")]
+)
+def test_a_step_of_ones_own(how, said):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(64, 6)
+    found = diagnose(model, (x, x[:, :1]), supervised(nn.MSELoss()), Own(model.parameters(), how=how))
+    if not said:
+        assert found.verdict == "healthy", found
+        return
+    cause = found.causes[0]
+    assert (cause.kind, str(cause.place), cause.tried) == ("optimizer", "", True), found
+    assert said in cause.explanation
+
+
+def test_weights_that_the_optimizer_does_not_have():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1)), torch.randn(128, 6)
+    y = (x[:, :1] * x[:, 1:2]) + x[:, 2:3]
+    few = torch.optim.Adam([p for p in model.parameters() if p.dim() == 1], 1e-2)
+    found = diagnose(model, (x, y), supervised(nn.MSELoss()), few)
+    cause = found.causes[0]
+    assert (cause.kind, cause.place.parameter, cause.tried) == ("optimizer", "0.weight", True), found
+    head = torch.optim.Adam(model[2].parameters(), 3e-2)  # of a body that is left as it is
+    assert diagnose(model, (x, y), supervised(nn.MSELoss()), head).verdict == "healthy"
+
+
+class Codes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 8), nn.Linear(8, 1)
+
+    def forward(self, codes):
+        return self.head(torch.relu(self.table(codes.long())))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_codes_that_a_cast_makes_equal(scale):
+    torch.manual_seed(0)
+    codes = torch.randint(10, (64,)).float()
+    model = Codes()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-2)
+    y = 5 * codes[:, None].sin()
+    found = diagnose(model, (codes * scale, y - y.mean()), supervised(nn.MSELoss()), optimizer)
+    if scale == 1.0:
+        assert found.verdict == "healthy", found
+    else:
+        assert (found.causes[0].kind, found.causes[0].place.op) == ("operation", "long"), found
+
+
+def test_a_batch_with_a_sparse_matrix():
+    torch.manual_seed(0)
+    adjacency = torch.eye(32).to_sparse()
+    model, x = nn.Linear(4, 2), torch.randn(32, 4)
+    labels = (x[:, 0] > 0).long()
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(torch.sparse.mm(batch[0], model(batch[1])), batch[2])
+
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    assert diagnose(model, (adjacency, x, labels), loss_fn, optimizer).verdict == "healthy"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -55,4 +56,15 @@ class Described:
 def made(module: Any, start: str, of: str) -> list[Described]:
     """The faults ("fault_") or healthy models ("healthy_") of a module, named after their set."""
     names = sorted(name for name in vars(module) if name.startswith(start))
-    return [Described(f"{of}_{name.removeprefix(start)}", getattr(module, name)) for name in names]
+    return [Described(f"{of}_{name.removeprefix(start)}", quietly(getattr(module, name))) for name in names]
+
+
+def quietly(make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Without the warnings of libraries that a model is built with."""
+
+    def made() -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make()
+
+    return made

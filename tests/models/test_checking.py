@@ -282,6 +282,38 @@ def test_transformers_leaves_out_init_weights_on_meta():
         initlab.plan_model(changed, 0, "own")
 
 
+def test_a_sharded_model_tells_nothing_of_what_its_constructor_drew():
+    """fully_shard makes new tensors, whose version counters begin anew."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    class Drawn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.LayerNorm(8)
+            for p in self.parameters():
+                init.normal_(p, std=0.02)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        with initlab.record_build() as build, torch.device("meta"):
+            model = Drawn()
+        with torch.device("meta"):
+            plain = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        for one in (model, plain):
+            fully_shard(one, mesh=mesh)
+        with pytest.raises(
+            ValueError, match=r"a.weight .in Linear.: .*Drawn.__init__ may write to it, and of a sharded"
+        ):
+            initlab.init_model_(model, 0, "own", device="cpu")
+        report = initlab.init_model_(model, 0, build, device="cpu")
+        assert {row.distribution for row in report.rows} == {Normal(0.0, 0.02)}
+        initlab.init_model_(plain, 0, "own", device="cpu")
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_failing_init_weights_is_left_out():
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -13,6 +13,7 @@ from ..batch import Leaf
 from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Place, Severity
+from ..safe_forms import SafeForm
 from ..symptoms import diverges, odd_scale
 from .finding import Finding, course, severity_of, short, target_of
 
@@ -167,6 +168,17 @@ def log_of_target(evidence: Evidence) -> Finding | None:
     if not leaf.tensor.is_floating_point():  # counts of classes, say: the loss function's own arithmetic
         return None
     low = float(leaf.tensor.min()) if leaf.tensor.numel() else math.nan
+    if origin.op == "lgamma":  # of a count, whose factorial is meant
+        return Finding(
+            "operation",
+            "broken",
+            Place(op="lgamma"),
+            f"lgamma of the targets alone is not finite: {leaf.code} goes down to {low:g}. The logarithm of y! is "
+            "lgamma(y + 1).",
+            {"smallest": low, **origin.facts},
+            fixes.advice(_LOG_FACTORIAL, "lgamma", None),
+            form=_LOG_FACTORIAL,
+        )
     return Finding(
         "target",
         "broken",
@@ -175,6 +187,9 @@ def log_of_target(evidence: Evidence) -> Finding | None:
         {"smallest": low, **origin.facts},
         [fixes.positive(leaf, evidence.batch)],
     )
+
+
+_LOG_FACTORIAL = SafeForm("torch.lgamma(y + 1)", lambda func, args, kwargs: func(args[0] + 1, *args[1:], **kwargs))
 
 
 def scale(evidence: Evidence) -> Finding | None:
@@ -202,9 +217,7 @@ def scale(evidence: Evidence) -> Finding | None:
     if odd.spread >= LIMITS.scale_spread:
         leads_to = "the largest decide the first steps, and the others hardly count."
     elif saturated and first is not None:
-        leads_to = (
-            f"{first.edge:.0%} of what the first {first.activation} puts out is at its ends, where it has no slope."
-        )
+        leads_to = f"{first.edge:.0%} of the first {first.activation}'s outputs are at its ends, where it has no slope."
     elif odd.rms < 1:
         leads_to = "the model hardly sees the difference between one row and another."
     severity: Severity = "broken" if (broke or diverges(evidence)) and hurts else "warning"

@@ -104,13 +104,13 @@ def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 
 def of_standstill(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may set a run going: tensors to learn, the rate, the optimizer, precision, inputs, weights, noise."""
-    for part in (_unregistered, _evaluating, _rates, of_optimizer, _precision, _inputs, _weights, noise):
+    for part in (_unregistered, _left_out, _evaluating, _rates, of_optimizer, _precision, _inputs, _weights, noise):
         yield from part(evidence, run)
 
 
 def of_little(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may hold a run back that learns a little: only where something shows that part of the model stays still."""
-    for part in (_unregistered, _evaluating, _stale_state, _precision, noise):
+    for part in (_unregistered, _left_out, _evaluating, _stale_state, _precision, noise):
         yield from part(evidence, run)
 
 
@@ -190,6 +190,24 @@ def _unregistered(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             f"{course(run)}; with {first} in the optimizer it falls: {why}.",
             {"tensors": len(found)},
             [f'optimizer.add_param_group({{"params": [{", ".join(code)}]}})  # or {instead}'],
+            suspicion=True,
+            change=f"{first} in the optimizer",
+        )
+
+
+def _left_out(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Parameters of the model that get a gradient, and are not in the optimizer."""
+    left = evidence.movement.left_out if evidence.movement is not None else []
+    if left:
+        first = next((name for name in left if evidence.model.get_parameter(name).dim() > 1), left[0])
+        yield Finding(
+            "optimizer",
+            severity_of(run),
+            Place(parameter=first),
+            f"{course(run)}; with {first} in the optimizer it falls: it gets a gradient, and the optimizer does not "
+            "have it.",
+            {"parameters it does not have": len(left)},
+            [fixes.add_parameters()],
             suspicion=True,
             change=f"{first} in the optimizer",
         )

@@ -17,6 +17,7 @@ from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Kind, Place
 from ..safe_forms import SafeForm
+from ..trace import LOSSY
 from .finding import Finding, severity_of_step, short
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
@@ -233,6 +234,16 @@ def merged_rows(evidence: Evidence) -> Finding | None:
     if rows.pop() < LIMITS.several_rows or all(map(_one_row, inputs)):
         return None
     path, op, shape = found[0]
+    if op in LOSSY:
+        return Finding(
+            "operation",
+            "warning",
+            Place(module=path, op=op),
+            f"after {op} in {fixes.code_of(path)} all {shape[0]} rows are equal, which they were not before: every row "
+            "gets the same output, and targets differ.",
+            {"shape": tuple(shape)},
+            [f"# look at the scale of what {op} gets: numbers between 0 and 1 are all 0 as integers"],
+        )
     return Finding(
         "operation",
         "warning",

@@ -68,6 +68,35 @@ def turned_round(evidence: Evidence) -> Finding | None:
     )
 
 
+def own_step(evidence: Evidence) -> Finding | None:
+    """A step() that is not torch's, and changes nothing, or makes of finite gradients what is not finite."""
+    optimizer, moves, bad = evidence.optimizer, evidence.movement, evidence.bad_update
+    if optimizer is None or type(optimizer).__module__.startswith("torch.optim") or _has_no_rate(evidence):
+        return None
+    name = type(optimizer).__name__
+    if bad is not None and bad.step == 1:
+        why = f"{name}.step() makes {bad.names[0]} not finite in step 1, of finite gradients and weights."
+    elif moves is not None and moves.driven and not moves.moved and not moves.rounded and _is_level(evidence):
+        why = f"{name}.step() changes no parameter, though {moves.driven} of those that it has get a gradient."
+    else:
+        return None
+    rate = max((float(group.get("lr", 1e-3)) for group in optimizer.param_groups), default=1e-3)
+    return Finding(
+        "optimizer",
+        "broken",
+        Place(),
+        why,
+        {"rate": rate},
+        [f"optimizer = torch.optim.Adam(model.parameters(), lr={min(rate, 1e-2):g})  # or mend {name}.step()"],
+    )
+
+
+def _is_level(evidence: Evidence) -> bool:
+    """Whether the loss is the same before and after all steps: what steps it."""
+    run = evidence.untreated
+    return run is not None and len(set(run.losses)) == 1
+
+
 def other_parameters(evidence: Evidence) -> Finding | None:
     """An optimizer that was made for other parameters than those that learn here."""
     moves = evidence.movement
