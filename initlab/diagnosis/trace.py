@@ -325,7 +325,7 @@ class Trace(ModuleMode):
         try:
             if loss is not None and loss.fatal:
                 raise Stopped(f"{name}: {loss.problem}")
-            version = _version(args)
+            version = None if wrapped else _version(args)
             out = func(*args, **kwargs)
         except Exception as error:
             self.failed, self._raised = (self.modules.current, name), error
@@ -360,7 +360,7 @@ class Trace(ModuleMode):
             within_model = self.modules.current
             if within_model is not None and dim in (0, -x.dim(), (0,), [0]) and x.shape[-1] > 1:
                 self.merged.append((within_model, name, x.shape))
-        elif name in LOSSY and self.modules.current is not None and _merges(args, out):
+        elif name in LOSSY and not wrapped and self.modules.current is not None and _merges(args, out):
             self.merged.append((self.modules.current, name, args[0].shape))
         elif name == "group_norm" and _of_single_numbers(args):
             self.singles.append((self.modules.current, name))
@@ -410,8 +410,8 @@ class Trace(ModuleMode):
 def _merges(args: Any, out: Any) -> bool:
     """Whether an operation makes equal rows of rows that differ."""
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or not isinstance(out, Tensor) or x.dim() < 1 or len(x) < 2 or out.shape != x.shape:
-        return False
+    if type(x) is not Tensor or type(out) is not Tensor or x.dim() < 1 or len(x) < 2 or out.shape != x.shape:
+        return False  # a subclass may communicate
     if x.layout != torch.strided or x.is_meta or out.is_meta or not x.numel():
         return False
     return bool((out == out[:1]).all()) and not bool((x == x[:1]).all())

@@ -357,3 +357,26 @@ def test_a_batch_with_a_sparse_matrix():
 
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
     assert diagnose(model, (adjacency, x, labels), loss_fn, optimizer).verdict == "healthy"
+
+
+def test_casts_in_a_mapped_model():
+    """Under vmap a tensor has no values to look at."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(32, 4)
+
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = model
+
+        def forward(self, x):
+            def one(row):
+                row = row.to(torch.float64).to(torch.float32)
+                scale = row.round().abs().sum().clamp_min(1.0)
+                return self.body(row / scale.clone().mul_(1.0))
+
+            return torch.func.vmap(one)(x)
+
+    mapped = Mapped()
+    optimizer = torch.optim.Adam(mapped.parameters(), 1e-2)
+    assert diagnose(mapped, (x, x[:, :1]), supervised(nn.MSELoss()), optimizer).verdict == "healthy"

@@ -219,6 +219,7 @@ def unregistered(evidence: Evidence) -> dict[str, str]:
         return {}
     known = {id(p) for group in evidence.optimizer.param_groups for p in group["params"]}
     known |= {id(leaf.tensor) for leaf in evidence.leaves} | set(map(id, evidence.model.modules()))
+    known |= set(map(id, evidence.model.parameters()))
     found: dict[str, str] = {}
     for path, module in evidence.model.named_modules():
         for name, held in vars(module).items():
