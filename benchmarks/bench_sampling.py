@@ -41,14 +41,13 @@ def test_sampling(versus, case, dtype):
     distribution, call = CASES[case]
     gate(distribution, dtype)
     x = torch.empty(ELEMENTS, dtype=dtype)
-    slow = case == "trunc_normal_ at 2 sigma"  # torch takes seconds
     versus(
         ours=lambda: call(init, x),
         peer=lambda: call(torch.nn.init, x),
         floor=lambda: x.fill_(1.0),
         elements=x.numel(),
         element_size=x.element_size(),
-        rounds=3 if slow else 7,
+        rounds=7,
     )
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -81,12 +82,12 @@ def _ceiling(elements=1 << 26, rounds=7):
 
 
 def _commit():
-    """Of the checkout; empty where it is none."""
+    """Of the checkout; empty where it is none, or where git is not there."""
+    if shutil.which("git") is None:
+        return ""
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _result():
@@ -133,7 +134,7 @@ def pytest_terminal_summary(terminalreporter):
             f"{row['over_fill']:7.1f}x {row['gigabytes_per_second']:7.2f}"
         )
     path = os.environ.get("INITLAB_BENCH_RESULTS")
-    if path and _rounds:
+    if path and _rounds and not terminalreporter.stats.get("failed"):  # half a run is no result
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(_result(), indent=1) + "\n", encoding="utf-8")
         write(f"all rounds: {path}")

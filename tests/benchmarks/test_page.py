@@ -106,7 +106,9 @@ def test_a_run_makes_a_page_and_a_wrong_result_ends_it(tmp_path):
         "kernels.fill_ = wrong\n"
     )
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
+    (tmp_path / "bench.json").unlink()
     status, printed = run("-p", "spoiled")
+    assert not (tmp_path / "bench.json").exists()
     assert status == 1
     assert "1 failed" in printed
     assert "passed" not in printed

@@ -349,3 +349,29 @@ def test_layers_in_a_plain_list_of_a_run_that_learns_are_noted():
     assert any("layers[0].weight" in note and "nn.ModuleList" in note for note in found.notes), found.notes
     model = PlainList(nn.ModuleList, 1)
     assert not any("plain list" in note for note in diagnose(model, (X, CLASSES), CROSS_ENTROPY, adam(model)).notes)
+
+
+class Towers(nn.Module):
+    """Cosines of two nets, over a temperature."""
+
+    def __init__(self, temperature):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = (nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2))
+        self.temperature = temperature
+
+    def forward(self, x):
+        a, b = (nn.functional.normalize(net(half), dim=1) for net, half in ((self.a, x), (self.b, -x)))
+        return a @ b.T / self.temperature
+
+
+@pytest.mark.parametrize(("temperature", "verdict"), [(20.0, "warning"), (0.05, "healthy")])
+def test_a_temperature_that_flattens_the_softmax(temperature, verdict):
+    model = Towers(temperature)
+    found = diagnose(model, (X, torch.arange(len(X))), CROSS_ENTROPY, adam(model))
+    assert found.verdict == verdict, found
+    if verdict == "warning":
+        cause = found.causes[0]
+        assert (cause.kind, cause.place.op, cause.tried) == ("loss", "cross_entropy", False), found
+        assert cause.emulated[-1] < 0.9 * cause.emulated[0]
+        assert "softmax is flat" in cause.explanation

@@ -17,6 +17,7 @@ from ..evidence import Evidence, ParameterStats, half
 from ..limits import LIMITS
 from ..outcomes import Outcome
 from ..report import Kind, Place
+from ..safe_forms import SafeForm
 from ..stats import stored
 from .cutoffs import noise
 from .finding import Finding, course, parameters_held, severity_of
@@ -104,7 +105,8 @@ def of_rise(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
 
 def of_standstill(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
     """What may set a run going: tensors to learn, the rate, the optimizer, precision, inputs, weights, noise."""
-    for part in (_unregistered, _left_out, _evaluating, _rates, of_optimizer, _precision, _inputs, _weights, noise):
+    parts = _unregistered, _left_out, _evaluating, _rates
+    for part in (*parts, of_optimizer, _precision, _inputs, _weights, noise, _flat_logits):
         yield from part(evidence, run)
 
 
@@ -259,6 +261,30 @@ def _evaluating(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             suspicion=True,
             change="model.train()",
         )
+
+
+def _flat_logits(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
+    """Logits that hardly differ, whatever is learned: cosines without a scale, or divided where they are multiplied."""
+    for call in evidence.trace.losses:
+        if call.name == "cross_entropy" and call.classes > 1 and 0 < call.spread < LIMITS.flat_logits:
+            factor = float(f"{min(100.0, 1.0 / call.spread):.1g}")
+            form = SafeForm(
+                f"torch.nn.functional.cross_entropy({factor:g} * x, y): cosines are divided by a temperature below 1, "
+                "or multiplied with a scale above 1",
+                lambda func, args, kwargs, by=factor: func(by * args[0], *args[1:], **kwargs),
+            )
+            yield Finding(
+                "loss",
+                severity_of(run),
+                Place(op="cross_entropy"),
+                f"{course(run)}; with {factor:g} times the logits it falls: those of a row differ by "
+                f"{call.spread:.2g}, so that their softmax is flat.",
+                {"spread of logits": call.spread},
+                fixes.advice(form, "cross_entropy", None),
+                suspicion=True,
+                change=f"logits times {factor:g}",
+                form=form,
+            )
 
 
 def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
