@@ -9,7 +9,7 @@ class Limits(NamedTuple):
     # How much is read
     sample: int = 1 << 14  # elements behind a mean or a standard deviation: good to one percent
     most_features: int = 1 << 14  # wider inputs are images or one-hot, which no feature table helps
-    flat_logits: float = 0.1  # standard deviation of a row's logits, below which a softmax is flat
+    flat_logits: float = 0.02  # standard deviation of a row's logits, below which a softmax is flat
     several_rows: int = 8  # that are not the same by chance
     bad_rows: int = 16  # of a batch, that a remedy leaves out by number
     most_input_elements: int = 1 << 22

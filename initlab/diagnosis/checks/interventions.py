@@ -5,6 +5,7 @@ Each is one change, the smallest first. None is a suspicion from numbers alone: 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -271,7 +272,7 @@ def _flat_logits(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
             form = SafeForm(
                 f"torch.nn.functional.cross_entropy({factor:g} * x, y): cosines are divided by a temperature below 1, "
                 "or multiplied with a scale above 1",
-                lambda func, args, kwargs, by=factor: func(by * args[0], *args[1:], **kwargs),
+                functools.partial(_of_larger_logits, factor),
             )
             yield Finding(
                 "loss",
@@ -285,6 +286,10 @@ def _flat_logits(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
                 change=f"logits times {factor:g}",
                 form=form,
             )
+
+
+def _of_larger_logits(factor: float, func: Any, args: Any, kwargs: Any) -> Any:
+    return func(factor * args[0], *args[1:], **kwargs)
 
 
 def _rates(evidence: Evidence, run: Outcome) -> Iterator[Finding]:
