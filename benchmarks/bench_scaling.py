@@ -28,9 +28,9 @@ LARGEST = int(os.environ.get("INITLAB_BENCH_ELEMENTS", 1 << 28))
 POWERS = [power for power in range(10, 29, 2) if 1 << power <= LARGEST]
 
 
-def rounds_for(elements, slow=1):
+def rounds_for(elements):
     """Fewer where a round takes long; never so few that compare.py can say nothing."""
-    return 7 if slow * elements >= 1 << 26 else 15
+    return 7 if elements >= 1 << 26 else 15
 
 
 def repeated(call, elements):

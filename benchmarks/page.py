@@ -17,7 +17,8 @@ from initlab.pages import layout, parts, write_page
 from initlab.plots import Panel, ratios_panel
 from initlab.plots.marks import legend, log_limits, series, subplot
 from initlab.plots.panel import number
-from initlab.plots.style import FIRST, HEALTHY, MUTED, SECOND, THIRD
+from initlab.plots.results import LOOKS
+from initlab.plots.style import MUTED
 
 SUITES = {  # title, and what the peer is
     "sampling": ("Filling tensors", "Peer: torch.nn.init, the same call."),
@@ -29,7 +30,6 @@ SUITES = {  # title, and what the peer is
     "watch": ("watch()", "Peer: the same training step, not watched. 0.9 is an overhead of 10 %."),
     "diagnose": ("diagnose()", "Peer: one forward and backward pass. 0.25 is four passes."),
 }
-LOOKS = [(FIRST, "o"), (SECOND, "s"), (THIRD, "D"), (HEALTHY, "^")]
 LABEL = 34  # characters of a bar's name
 
 

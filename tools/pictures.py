@@ -120,19 +120,17 @@ PANELS = {
 
 
 def init_ratios(rows):
-    """Filling one tensor, and a whole model: torch's time over ours."""
-    found = {bench_page.label_of(row): bench_page.ratio(row) for row in rows if row["case"].startswith("sampling")}
+    """Filling one tensor: torch's time over ours."""
     about = (
         "torch.nn.init's time over initlab.init's for 2^26 float32 elements on two cores, in turns in one run. Bars "
         "are medians, lines the middle half of the rounds."
     )
-    names = {name: name.removesuffix(", float32") for name in found}
     return ratios_panel(
         "init-ratios",
         "Filling a tensor, against torch",
         about,
         "times as fast as torch",
-        {names[name]: values for name, values in found.items()},
+        {bench_page.label_of(row).removesuffix(", float32"): bench_page.ratio(row) for row in rows},
     )
 
 

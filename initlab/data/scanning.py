@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import time
@@ -116,7 +117,7 @@ class _Scan:
 
     def add(self, index: int, batch: Any) -> None:
         """Take in one batch."""
-        found = [leaf for leaf in leaves(batch) if not leaf.tensor.is_meta]
+        found = [_dense(leaf) for leaf in leaves(batch) if not leaf.tensor.is_meta]
         self.batches += 1
         if not found or all(leaf.tensor.numel() == 0 for leaf in found):
             self.empty.append(index)
@@ -258,6 +259,21 @@ class _Scan:
                 break
             found.append(positive.pop())
         return found
+
+
+def _dense(leaf: Leaf) -> Leaf:
+    """A leaf with all of its elements: a sparse tensor's zeros belong to its columns."""
+    if leaf.tensor.layout == torch.strided:
+        return leaf
+    if leaf.tensor.numel() > _MOST_DENSE:
+        raise ValueError(
+            f"{leaf.code} is sparse, of shape {tuple(leaf.tensor.shape)}; scan_data() looks at tensors of at most "
+            f"{_MOST_DENSE:,} elements with their zeros. Leave it out: [batch[1:] for batch in loader]"
+        )
+    return dataclasses.replace(leaf, tensor=leaf.tensor.detach().to_dense())
+
+
+_MOST_DENSE = 1 << 26  # elements, which are then held in memory
 
 
 def _digest(found: list[Leaf]) -> bytes:

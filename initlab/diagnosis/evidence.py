@@ -21,7 +21,7 @@ from .limits import LIMITS
 from .movement import Movement
 from .origin import Origin
 from .outcomes import Outcome
-from .stats import Stats, sample, stored
+from .stats import Stats, rows_equal, sample, stored
 from .trace import Call, Trace
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def rows_alike(tensor: Tensor) -> bool:
     """Whether all rows of a tensor are equal, bit for bit; one row is not."""
     if tensor.dim() < 2 or tensor.shape[0] < 2 or tensor.numel() == 0:
         return False
-    return bool((tensor == tensor[:1]).all())
+    return rows_equal(tensor)
 
 
 def nearly_alike(tensor: Tensor) -> bool:

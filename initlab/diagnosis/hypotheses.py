@@ -101,7 +101,7 @@ def judge(
         return []
     first, behind = _completed(training_step, ranked[0], untreated, budget, observe, depth)
     only_said = bool(first.remedy) and not trials.is_code(first.remedy)
-    only_said = only_said and first.place.op != "lgamma"  # of counts, which other values are none
+    only_said = only_said and not ranked[0].finding.values_are_right
     if only_said and untreated.effect == "breaks" and not behind and evidence.trace.slopes.wrong is None:
         first = _with_other_values(training_step, evidence, first, untreated, budget)
     # Beside a first cause whose remedy is enough, suspicions are what it leads to.

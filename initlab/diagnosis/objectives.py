@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from . import hypotheses, probes, ranks
 from .budget import Budget
 from .checks import findings, of_objective
+from .evidence import Evidence
 from .limits import LIMITS
 from .probes import LossFn, TrainingStep, quiet
 from .recall import find_forgotten
@@ -39,20 +41,12 @@ def inspect_objective(
     Returns:
         A `Diagnosis`, with no causes where the objective is in order.
     """
-    with quiet(), ranks.without_collectives(), Budget(LIMITS.budget) as budget:
-        training_step = TrainingStep(model, batch, loss_fn, optimizer)
-        try:
-            evidence = probes.observe_at_rest(training_step)
-            if not probes.runnable(evidence):
-                return Diagnosis(())
-            probes.observe_steps(training_step, evidence, steps, math.inf, budget.tick)
-            found = of_objective(evidence)
-            if not found:
-                return Diagnosis((), losses=tuple(evidence.losses))
+    causes: list[Cause] = []
+    with _first_steps(model, batch, loss_fn, optimizer, steps) as (training_step, evidence, budget):
+        found = of_objective(evidence)
+        if found:
             on_stage("trying remedies")
             causes = hypotheses.judge(training_step, evidence, found, budget, lambda step, further: [], 0)
-        finally:
-            training_step.snapshot.restore()
     return Diagnosis(tuple(causes), losses=tuple(evidence.losses))
 
 
@@ -78,18 +72,27 @@ def inspect_start(
         A `Diagnosis`, with at most one cause, of which no remedy was tried.
     """
     on_stage("running the model under observation")
+    with _first_steps(model, batch, loss_fn, optimizer, steps) as (_, evidence, _):
+        found = findings(evidence) if evidence.steps else []
+        odd = [one for one in found if one.kind in ("input", "target", "weights")]
+    causes = [hypotheses.untried(one) for one in odd[:1]]
+    return Diagnosis(tuple(causes), losses=tuple(evidence.losses))
+
+
+@contextmanager
+def _first_steps(
+    model: nn.Module, batch: Any, loss_fn: LossFn, optimizer: Optimizer | None, steps: int
+) -> Iterator[tuple[TrainingStep, Evidence, Budget]]:
+    """What some steps show; none are taken where the model cannot run. All is put back at the end."""
     with quiet(), ranks.without_collectives(), Budget(LIMITS.budget) as budget:
         training_step = TrainingStep(model, batch, loss_fn, optimizer)
         try:
             evidence = probes.observe_at_rest(training_step)
-            if not probes.runnable(evidence):
-                return Diagnosis(())
-            probes.observe_steps(training_step, evidence, steps, math.inf, budget.tick)
-            odd = [one for one in findings(evidence) if one.kind in ("input", "target", "weights")]
-            causes = [hypotheses.untried(one) for one in odd[:1]]
+            if probes.runnable(evidence):
+                probes.observe_steps(training_step, evidence, steps, math.inf, budget.tick)
+            yield training_step, evidence, budget
         finally:
             training_step.snapshot.restore()
-    return Diagnosis(tuple(causes), losses=tuple(evidence.losses))
 
 
 def inspect_memory(

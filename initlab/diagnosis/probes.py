@@ -132,7 +132,7 @@ def observe_at_rest(training_step: TrainingStep, histograms: bool = False) -> Ev
         training_step.model,
         training_step.batch,
         training_step.optimizer,
-        training_step.leaves,
+        [leaf for leaf in training_step.leaves if leaf.tensor.layout == torch.strided],  # what checks can read
         both,
         Trace(training_step.model, storages, Flow(training_step.model, training_step.leaves), histograms),
         fresh_optimizer=training_step.optimizer is None or not training_step.optimizer.state,

@@ -94,6 +94,11 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
+def rows_equal(tensor: Tensor) -> bool:
+    """Whether all rows of a tensor are equal, bit for bit; the second tells of most that they are not."""
+    return bool((tensor[1:2] == tensor[:1]).all()) and bool((tensor == tensor[:1]).all())
+
+
 def measure(tensor: Tensor) -> Stats | None:
     """The numbers of a tensor; None if it is not floating, or empty, or nowhere."""
     tensor = physical(tensor)

@@ -24,7 +24,7 @@ from .limits import LIMITS
 from .lines import line_of_user
 from .losses import LossCall, Stopped, hinge_of_bits, loss_call, multiplies, shapes
 from .slopes import Slopes
-from .stats import Stats, edge_share, measure
+from .stats import Stats, edge_share, measure, rows_equal
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -414,7 +414,7 @@ def _merges(args: Any, out: Any) -> bool:
         return False  # a subclass may communicate
     if x.layout != torch.strided or x.is_meta or out.is_meta or not x.numel():
         return False
-    return bool((out == out[:1]).all()) and not bool((x == x[:1]).all())
+    return rows_equal(out) and not rows_equal(x)
 
 
 def _version(args: Any) -> int | None:

@@ -181,6 +181,7 @@ def diagnose_alone(
             *_bad_gradients(evidence),
             *_without_gradients(evidence),
             *_in_plain_lists(evidence),
+            *_sparse(evidence),
             *_close_calls(evidence),
         ),
         measurements=measurements,
@@ -305,6 +306,13 @@ def _in_plain_lists(evidence: Evidence) -> Iterator[str]:
             f"in a plain list or dict, so neither model.parameters() nor the optimizer has them: "
             f"{inline_listing(names, _NAMED)}; an nn.ModuleList or nn.ModuleDict registers them"
         )
+
+
+def _sparse(evidence: Evidence) -> Iterator[str]:
+    """Tensors of the batch that no check reads."""
+    names = [leaf.code for leaf in leaves(evidence.batch) if leaf.tensor.layout != torch.strided]
+    if names:
+        yield f"sparse, so that their values were not looked at: {inline_listing(names, _NAMED)}"
 
 
 def _close_calls(evidence: Evidence) -> Iterator[str]:

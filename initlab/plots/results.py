@@ -9,7 +9,7 @@ from .marks import legend, log_limits, series, subplot, whole_ticks
 from .panel import Panel, number
 from .style import FIRST, HEALTHY, MUTED, SECOND, THIRD
 
-_LOOKS = [(FIRST, "o"), (SECOND, "s"), (HEALTHY, "^"), (THIRD, "D")]
+LOOKS = [(FIRST, "o"), (SECOND, "s"), (HEALTHY, "^"), (THIRD, "D")]
 _SPREAD = 3  # a median with the ends of its spread
 
 
@@ -27,7 +27,7 @@ def curves_panel(
     def draw(figure: Any) -> None:
         axes = subplot(figure)
         log_limits(axes, [v for values in found.values() for v in values])
-        for (label, values), (color, marker) in zip(found.items(), _LOOKS, strict=False):
+        for (label, values), (color, marker) in zip(found.items(), LOOKS, strict=False):
             series(axes, range(1, len(values) + 1), values, label, color=color, marker=marker, bad=color)
         whole_ticks(axes, max(map(len, found.values())))
         axes.set_xlabel(x_label)

@@ -7,7 +7,6 @@ loop leaves: parameters that have not moved, gradients that are still there.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..diagnosis import Cause
 from ..diagnosis.checks.finding import short
+from ..diagnosis.checks.operations import shape_written_over
 from ..diagnosis.report import Place, Severity
 from .optimizers import Optimizers, held_by
 from .steps import Start
@@ -202,18 +202,16 @@ def faded_rate(line: Line, optimizers: Optimizers) -> Cause | None:
 
 def written_over(error: BaseException, optimizers: Optimizers) -> Cause | None:
     """A backward pass that goes through weights which an optimizer's step has changed since they were used."""
-    text = str(error)
-    shape = re.search(r"\[[\w.]+ \[([\d, ]+)\]\]", text)
-    if "modified by an inplace operation" not in text or shape is None:
+    shape = shape_written_over(str(error))
+    if shape is None or not optimizers.steps:
         return None
-    size = sorted(map(int, shape[1].split(", ")))  # a weight is used transposed
-    if not optimizers.steps or not any(sorted(p.shape) == size for p in held_by(optimizers.seen)):
+    if not any(sorted(p.shape) == sorted(shape) for p in held_by(optimizers.seen)):  # a weight is used transposed
         return None
     return Cause(
         "optimizer",
         "broken",
         Place(),
-        f"an optimizer's step() has changed weights of the shape {tuple(map(int, shape[1].split(', ')))} between the "
+        f"an optimizer's step() has changed weights of the shape {tuple(shape)} between the "
         "forward pass and this backward(), which needs them as they were.",
         {"error": short(error)},
         "# call every backward() that goes through these weights before the optimizer's step(), or run the model once "

@@ -181,3 +181,19 @@ def test_pandas():
 def test_what_is_no_loader(loader):
     with pytest.raises(TypeError, match="iterable of batches"):
         initlab.scan_data(loader)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_a_sparse_tensor_is_scanned_with_its_zeros(layout):
+    dense = torch.eye(8)
+    dense[3, 5] = torch.nan
+    batches = [(getattr(dense, layout)(), torch.ones(8, 2)), (torch.ones(8, 8), torch.ones(8, 2))]
+    found, wanted = (initlab.scan_data(each) for each in (batches, [(dense, batches[0][1]), batches[1]]))
+    assert str(found) == str(wanted)
+    assert found.faults[0].places[0] == (0, 3)
+    huge = torch.sparse_coo_tensor(
+        torch.zeros(2, 1, dtype=torch.long), torch.ones(1), (1 << 14, 1 << 14), check_invariants=True
+    )
+    with pytest.raises(ValueError, match=r"batch\[0\] is sparse, of shape \(16384, 16384\)"):
+        initlab.scan_data([(huge, torch.ones(1))])

@@ -271,3 +271,20 @@ def test_a_tensor_written_over_that_a_gradient_needs(how):
     if how != "act":
         assert cause.evidence["line"].startswith("test_operations.py:")
         assert cause.remedy.startswith("# make a new tensor")
+
+
+def test_the_logarithm_of_a_factorial():
+    """lgamma(y) for lgamma(y + 1): the counts are right, so that none of them is changed."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    y = torch.poisson(torch.exp(0.5 * x[:, 0]))
+    model = nn.Linear(4, 1)
+
+    def loss_fn(model, batch):
+        rate = model(batch[0])[:, 0]
+        return (rate.exp() - batch[1] * rate + torch.lgamma(batch[1])).mean()
+
+    cause = diagnose(model, (x, y), loss_fn, torch.optim.Adam(model.parameters(), 1e-2)).causes[0]
+    assert (cause.kind, cause.place.op, cause.tried) == ("operation", "lgamma", False)
+    assert cause.emulated[-1] < cause.emulated[0]
+    assert cause.remedy == "# in the loss function: torch.lgamma(y + 1)"

@@ -346,17 +346,23 @@ def test_codes_that_a_cast_makes_equal(scale):
         assert (found.causes[0].kind, found.causes[0].place.op) == ("operation", "long"), found
 
 
-def test_a_batch_with_a_sparse_matrix():
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("lr", [0.1, 0.0, 1e-6, 1e6])
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "bool"])
+def test_a_batch_with_a_sparse_matrix(layout, lr):
+    """Whatever else is wrong, no check stumbles over it; that it is not looked at is said."""
     torch.manual_seed(0)
-    adjacency = torch.eye(32).to_sparse()
+    whole = (torch.rand(32, 32) < 0.2).float()
+    adjacency = whole.bool().to_sparse() if layout == "bool" else getattr(whole, layout)()
     model, x = nn.Linear(4, 2), torch.randn(32, 4)
     labels = (x[:, 0] > 0).long()
 
     def loss_fn(model, batch):
-        return F.cross_entropy(torch.sparse.mm(batch[0], model(batch[1])), batch[2])
+        return F.cross_entropy(torch.sparse.mm(batch[0].to(torch.float32), model(batch[1])), batch[2])
 
-    optimizer = torch.optim.Adam(model.parameters(), 0.1)
-    assert diagnose(model, (adjacency, x, labels), loss_fn, optimizer).verdict == "healthy"
+    found = diagnose(model, (adjacency, x, labels), loss_fn, torch.optim.SGD(model.parameters(), lr))
+    assert [cause.kind for cause in found.causes] == ([] if lr == 0.1 else ["learning rate"]), found
+    assert any("batch[0]" in note and "sparse" in note for note in found.notes)
 
 
 def test_casts_in_a_mapped_model():

@@ -96,21 +96,19 @@ def share(right: list[bool]) -> float:
 THIRD = [*third_sequences.FAULTS, *third_tabular.FAULTS]
 THIRD_HEALTHY = [*third_sequences.HEALTHY, *third_tabular.HEALTHY]
 ALL_HEALTHY = [*HEALTHY, *HELD_OUT_HEALTHY, *THIRD_HEALTHY, *fourth.HEALTHY, *fifth.HEALTHY, *sixth.HEALTHY]
-SETS = [
-    # On one worker, which diagnoses them once. With the least shares of right kinds, places and remedies.
-    pytest.param((faults, bounds), id=name, marks=pytest.mark.xdist_group(name))
-    for name, faults, bounds in (
-        ("first set", FAULTS, (0.95, 0.90, 0.80)),
-        ("held out", HELD_OUT, (0.95, 0.90, 0.80)),
-        ("third set", THIRD, (0.93, 0.93, 0.92)),
-        ("fourth set", fourth.FAULTS, (0.90, 0.90, 0.80)),
-        ("fifth set", fifth.FAULTS, (0.95, 0.95, 0.90)),
-        ("sixth set", sixth.FAULTS, (0.76, 0.84, 0.55)),
-    )
-]
+SETS = {  # with the least shares of right kinds, places and remedies
+    "first set": (FAULTS, (0.95, 0.90, 0.80)),
+    "held out": (HELD_OUT, (0.95, 0.90, 0.80)),
+    "third set": (THIRD, (0.93, 0.93, 0.92)),
+    "fourth set": (fourth.FAULTS, (0.90, 0.90, 0.80)),
+    "fifth set": (fifth.FAULTS, (0.95, 0.95, 0.90)),
+    "sixth set": (sixth.FAULTS, (0.76, 0.84, 0.55)),
+}
+# On one worker, which diagnoses them once.
+PARAMETERS = [pytest.param(of, id=name, marks=pytest.mark.xdist_group(name)) for name, of in SETS.items()]
 
 
-@pytest.fixture(scope="module", params=SETS)
+@pytest.fixture(scope="module", params=PARAMETERS)
 def judged(request, unhurried):
     faults, bounds = request.param
     threads = torch.get_num_threads()
@@ -167,11 +165,7 @@ def test_no_false_alarm(model, unhurried):
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    chosen = [
-        fault
-        for fault in (*FAULTS, *HELD_OUT, *THIRD, *fourth.FAULTS, *fifth.FAULTS, *sixth.FAULTS)
-        if not names or fault.name in names
-    ]
+    chosen = [fault for faults, _ in SETS.values() for fault in faults if not names or fault.name in names]
     verdicts = [judge(fault) for fault in chosen]
     fixable = [v.fixed for v in verdicts if v.fault.fixable]
     for verdict in verdicts:

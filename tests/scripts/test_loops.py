@@ -50,6 +50,24 @@ WRONG = {
         "gradient",
         "not set to zero",
     ),
+    "inputs beyond a tanh's range": (  # what 25 steps without them do not show
+        """
+        from sklearn.datasets import load_digits
+        x, y = map(torch.tensor, load_digits(return_X_y=True))
+        x = x.float() * 100
+        torch.manual_seed(0)
+        layers = [layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.Tanh())]
+        model = nn.Sequential(*layers, nn.Linear(64, 10))
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        for epoch in range(7):
+            for i in range(0, 1792, 64):
+                opt.zero_grad()
+                F.cross_entropy(model(x[i : i + 64]), y[i : i + 64]).backward()
+                opt.step()
+        """,
+        "input",
+        "root mean square",
+    ),
     "a schedule that counts batches as epochs": (
         """
         model = net(4)

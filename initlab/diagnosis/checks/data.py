@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import fixes
 from ..batch import Leaf
@@ -14,6 +13,7 @@ from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Place, Severity
 from ..safe_forms import SafeForm
+from ..stats import rows_equal
 from ..symptoms import diverges, odd_scale
 from .finding import Finding, course, severity_of, short, target_of
 
@@ -57,7 +57,7 @@ def same_rows(evidence: Evidence) -> Finding | None:
     rows = {len(leaf.tensor) for leaf in (*inputs, *targets) if leaf.tensor.dim()}
     if not inputs or not targets or len(rows) != 1 or rows.pop() < LIMITS.several_rows or flow.draws:
         return None
-    if not all(_are_alike(leaf.tensor) for leaf in inputs) or all(_are_alike(leaf.tensor) for leaf in targets):
+    if not all(rows_equal(leaf.tensor) for leaf in inputs) or all(rows_equal(leaf.tensor) for leaf in targets):
         return None
     leaf = inputs[0]
     value = f", {leaf.tensor.flatten()[0].item():g}" if bool((leaf.tensor == leaf.tensor.flatten()[0]).all()) else ""
@@ -96,10 +96,6 @@ def inverted_mask(evidence: Evidence) -> Finding | None:
             change=f"{leaf.code} inverted",
         )
     return None
-
-
-def _are_alike(tensor: Tensor) -> bool:
-    return bool((tensor == tensor[:1]).all())
 
 
 def bad_target(evidence: Evidence) -> Finding | None:
@@ -178,6 +174,7 @@ def log_of_target(evidence: Evidence) -> Finding | None:
             {"smallest": low, **origin.facts},
             fixes.advice(_LOG_FACTORIAL, "lgamma", None),
             form=_LOG_FACTORIAL,
+            values_are_right=True,
         )
     return Finding(
         "target",

@@ -29,6 +29,7 @@ class Finding:
         structural: of a suspicion: whether what it says holds in any case, and the experiment only has to end no worse.
         tries: how many of the remedies are tried.
         within: where the form is put: at the place, or `safe_forms.EVERYWHERE`.
+        values_are_right: whether it is the operation that is wrong: then other values for it are no remedy.
         rescales: what the remedy divides the loss by, where it gives it another scale; 0 where it does not.
     """
 
@@ -45,6 +46,7 @@ class Finding:
     form: SafeForm | None = None
     within: str | None = None
     structural: bool = False
+    values_are_right: bool = False
     tries: int = LIMITS.tried
 
 

@@ -17,6 +17,7 @@ from ..evidence import Evidence
 from ..limits import LIMITS
 from ..report import Kind, Place
 from ..safe_forms import SafeForm
+from ..stats import rows_equal
 from ..trace import LOSSY
 from .finding import Finding, severity_of_step, short
 
@@ -231,32 +232,30 @@ def merged_rows(evidence: Evidence) -> Finding | None:
     output = next((call.output for call in reversed(evidence.trace.calls) if not call.path), None)
     if not found or output is None or output.signal or not output.largest:
         return None
-    if rows.pop() < LIMITS.several_rows or all(map(_one_row, inputs)):
+    if rows.pop() < LIMITS.several_rows or all(rows_equal(leaf.tensor) for leaf in inputs):
         return None
     path, op, shape = found[0]
+    where = fixes.code_of(path)
     if op in LOSSY:
-        return Finding(
-            "operation",
-            "warning",
-            Place(module=path, op=op),
-            f"after {op} in {fixes.code_of(path)} all {shape[0]} rows are equal, which they were not before: every row "
-            "gets the same output, and targets differ.",
-            {"shape": tuple(shape)},
-            [f"# look at the scale of what {op} gets: numbers between 0 and 1 are all 0 as integers"],
+        why = (
+            f"after {op} in {where} all {shape[0]} rows are equal, which they were not before: every row gets the same "
+            "output, and targets differ."
         )
+        advice = f"# look at the scale of what {op} gets: numbers between 0 and 1 are all 0 as integers"
+    else:
+        why = (
+            f"{op} in {where} runs over dimension 0 of {tuple(shape)}, the batch: every row gets the same output, and "
+            "targets differ."
+        )
+        advice = f"# in {where}: {op}(x, dim=1), or the dimension that is meant; dimension 0 is the batch"
     return Finding(
         "operation",
         "warning",
         Place(module=path, op=op),
-        f"{op} in {fixes.code_of(path)} runs over dimension 0 of {tuple(shape)}, the batch: every row gets the same "
-        "output, and targets differ.",
+        why,
         {"shape": tuple(shape)},
-        [f"# in {fixes.code_of(path)}: {op}(x, dim=1), or the dimension that is meant; dimension 0 is the batch"],
+        [advice],
     )
-
-
-def _one_row(leaf: Leaf) -> bool:
-    return bool((leaf.tensor == leaf.tensor[:1]).all())
 
 
 def _over_last(func: Any, args: Any, kwargs: Any) -> Any:

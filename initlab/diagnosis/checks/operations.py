@@ -122,7 +122,7 @@ def raised(evidence: Evidence) -> Finding | None:
     why = f"{type(error).__name__}: {text}"
     if "backward through the graph a second time" in text:
         return _kept_graph(evidence, text)
-    if "modified by an inplace operation" in text:
+    if _WRITTEN_OVER in text:
         return _written_over(evidence, text)
     if "does not require grad" in text:
         return _without_gradients(evidence, text)
@@ -152,9 +152,7 @@ def _kept_graph(evidence: Evidence, text: str) -> Finding:
 
 def _written_over(evidence: Evidence, text: str) -> Finding:
     """A tensor that the backward pass needs, and that was changed in place after it was used."""
-    shape = re.search(r"\[[\w.]+ \[([\d, ]*)\]\]", text)
-    node = re.search(r"is output \d+ of (\w+),", text)
-    size = [int(n) for n in shape[1].split(", ")] if shape is not None and shape[1] else []
+    size, node = shape_written_over(text), re.search(r"is output \d+ of (\w+),", text)
     written = [one for one in evidence.trace.writes if list(one.shape) == size]
     by_node = [one for one in written if node is not None and one.op.strip("_") == names.of_node(node[1])]
     write = next(reversed(by_node or written), None)
@@ -173,6 +171,12 @@ def _written_over(evidence: Evidence, text: str) -> Finding:
     )
 
 
+def shape_written_over(text: str) -> list[int] | None:
+    """The shape of what was changed before a backward pass needed it, of torch's error; None of another error."""
+    shape = re.search(r"\[[\w.]+ \[([\d, ]*)\]\]", text) if _WRITTEN_OVER in text else None
+    return [int(n) for n in shape[1].split(", ") if n] if shape is not None else None
+
+
 def _out_of_place(evidence: Evidence, write: Write) -> str:
     """What makes a new tensor: a module's own switch, or advice."""
     module = evidence.model.get_submodule(write.module) if write.module else None
@@ -181,6 +185,7 @@ def _out_of_place(evidence: Evidence, write: Write) -> str:
     return _NEW_TENSOR.get(write.op, _NEW_TENSOR[""])
 
 
+_WRITTEN_OVER = "modified by an inplace operation"
 _STEPPED = "# if it is a weight: optimizer.step() only after each backward() that goes through it"
 _NEW_TENSOR = {
     "": "# make a new tensor: x = x + y in place of x += y, .mul() in place of .mul_()",
